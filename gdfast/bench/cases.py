@@ -1,0 +1,262 @@
+"""The one table of shapes: tests, benchmarks and `gdfast bench` all read it.
+
+Pure data. It imports nothing but the standard library, so anything may import it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import prod
+
+
+@dataclass(frozen=True)
+class Conv2dCase:
+    """One 2-D convolution: input [N, C, H, W], weight [K, C / groups, R, S], output [N, K, P, Q].
+
+    stride, padding and dilation are (height, width) pairs. `count` says how many times the layer
+    occurs in `model`.
+    """
+
+    name: str
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    model: str = ""
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.name}".strip()
+
+    @property
+    def P(self) -> int:
+        """Rows of the output."""
+        return _output_size(self.H, self.R, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def Q(self) -> int:
+        """Columns of the output."""
+        return _output_size(self.W, self.S, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.C, self.H, self.W)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.K, self.C // self.groups, self.R, self.S)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return (self.N, self.K, self.P, self.Q)
+
+    @property
+    def geometry(self) -> dict[str, tuple[int, int] | int]:
+        """The keyword arguments after weight and bias: stride, padding, dilation, groups."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one pass, two for each multiply-add, padding included."""
+        return 2 * prod(self.output_shape) * prod(self.weight_shape[1:])
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic of one pass in float32: input, weight and output cross memory once each."""
+        return 4 * (prod(self.input_shape) + prod(self.weight_shape) + prod(self.output_shape))
+
+    def with_batch(self, N: int) -> Conv2dCase:
+        """The same layer for another batch size."""
+        return replace(self, N=N)
+
+
+@dataclass(frozen=True)
+class SgdCase:
+    """One update of parameters of these sizes (elements of each tensor)."""
+
+    name: str
+    sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic in float32 with momentum: read p, g and m, write p and m."""
+        return 5 * 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One training step of a whole model on images [N, C, H, W]."""
+
+    name: str
+    model: str  # a name that gdfast.models.create knows
+    N: int
+    C: int
+    H: int
+    W: int
+    classes: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+# Correctness: small, off every default, asymmetric, on the edges of what is legal.
+ODD: tuple[Conv2dCase, ...] = (
+    Conv2dCase("plain-3x3", 2, 4, 7, 9, 6, 3, 3),
+    Conv2dCase("same-3x3", 3, 16, 10, 8, 16, 3, 3, padding=(1, 1)),
+    Conv2dCase("everything-asymmetric", 2, 6, 11, 9, 4, 3, 2, (2, 1), (1, 0), (2, 1), 2),
+    Conv2dCase("everything-asymmetric-turned", 3, 4, 8, 13, 6, 2, 3, (1, 2), (0, 1), (1, 2), 2),
+    Conv2dCase("batch-0", 0, 3, 6, 7, 5, 3, 2, (2, 1), (1, 0)),
+    Conv2dCase("batch-1", 1, 5, 9, 6, 7, 3, 3, (1, 2), (1, 1)),
+    Conv2dCase("batch-33", 33, 3, 6, 5, 4, 3, 2, (2, 1), (1, 0)),
+    Conv2dCase("simple-cnn-stem", 3, 1, 28, 28, 32, 3, 3),
+    Conv2dCase("c1-k1", 2, 1, 8, 7, 1, 3, 2, padding=(0, 1)),
+    Conv2dCase("c17-k10", 2, 17, 9, 7, 10, 3, 3, padding=(1, 1)),
+    Conv2dCase("c70-k130", 2, 70, 6, 5, 130, 3, 3, padding=(1, 1)),
+    Conv2dCase("c130-k70-1x1", 2, 130, 7, 5, 70, 1, 1),
+    Conv2dCase("1x1", 3, 17, 6, 9, 33, 1, 1),
+    Conv2dCase("1x1-stride-2", 2, 20, 9, 8, 18, 1, 1, stride=(2, 2)),
+    Conv2dCase("1x1-padding-1", 2, 5, 4, 6, 3, 1, 1, padding=(1, 1)),
+    Conv2dCase("3x3-stride-2", 2, 16, 12, 11, 20, 3, 3, stride=(2, 2), padding=(1, 1)),
+    Conv2dCase("7x7-stride-2", 2, 3, 19, 22, 10, 7, 7, stride=(2, 2), padding=(3, 3)),
+    Conv2dCase("5x5", 2, 6, 11, 8, 9, 5, 5, padding=(2, 2)),
+    Conv2dCase("stride-3-2", 2, 3, 14, 11, 4, 4, 3, stride=(3, 2), padding=(2, 1)),
+    Conv2dCase("stride-over-kernel", 2, 3, 13, 15, 4, 2, 1, stride=(3, 4)),
+    Conv2dCase("padding-over-kernel", 2, 3, 4, 5, 6, 2, 3, padding=(4, 5)),
+    Conv2dCase("dilation-over-image", 1, 3, 4, 5, 6, 3, 3, padding=(5, 6), dilation=(6, 7)),
+    Conv2dCase("kernel-is-image", 3, 4, 6, 5, 7, 6, 5),
+    Conv2dCase("kernel-over-image", 2, 3, 2, 3, 4, 5, 4, padding=(2, 1)),
+    Conv2dCase("width-1", 2, 4, 15, 1, 5, 3, 1, stride=(2, 1), padding=(1, 0)),
+    Conv2dCase("height-1", 2, 4, 1, 15, 5, 1, 3, stride=(1, 2), padding=(0, 1)),
+    Conv2dCase("pixel-1x1", 2, 3, 1, 1, 5, 3, 3, padding=(1, 1)),
+    Conv2dCase("tall", 1, 3, 67, 2, 4, 5, 2, padding=(2, 1)),
+    Conv2dCase("wide", 1, 3, 2, 67, 4, 2, 5, padding=(1, 2)),
+    Conv2dCase("groups-2", 2, 34, 6, 7, 10, 3, 3, padding=(1, 1), groups=2),
+    Conv2dCase("groups-5-1x1", 2, 15, 5, 6, 10, 1, 1, groups=5),
+    Conv2dCase("depthwise", 2, 17, 8, 9, 17, 3, 3, padding=(1, 1), groups=17),
+    Conv2dCase("depthwise-stride-2", 2, 33, 9, 10, 33, 5, 3, (2, 1), (2, 0), (1, 2), groups=33),
+    Conv2dCase("depthwise-multiplier-2", 2, 9, 7, 8, 18, 3, 2, (1, 2), (1, 1), groups=9),
+)
+
+
+def _layer(model: str, C: int, H: int, K: int, R: int, stride: int, batch: int) -> Conv2dCase:
+    """A square layer that keeps the image's size but for its stride."""
+    name = f"{R}x{R}{f'/{stride}' if stride > 1 else ''} {C}->{K} @{H}"
+    pad = (R - 1) // 2
+    return Conv2dCase(name, batch, C, H, H, K, R, R, (stride, stride), (pad, pad), model=model)
+
+
+def _distinct(layers: Iterable[Conv2dCase]) -> tuple[Conv2dCase, ...]:
+    """Each different layer once, in order of first use, with its number of occurrences."""
+    return tuple(replace(layer, count=count) for layer, count in Counter(layers).items())
+
+
+def _resnet(model: str, depths: tuple[int, ...], bottleneck: bool) -> tuple[Conv2dCase, ...]:
+    """Convolutions of a ResNet v1.5 (stride on the 3x3) for 8 images of 224 x 224."""
+    batch = 8
+    layers = [_layer(model, 3, 224, 64, 7, 2, batch)]
+    C, H = 64, 56  # after the stem and its max pool
+    for stage, depth in enumerate(depths):
+        width = 64 << stage
+        out = 4 * width if bottleneck else width
+        for block in range(depth):
+            stride = 2 if block == 0 and stage > 0 else 1
+            if bottleneck:
+                layers += [
+                    _layer(model, C, H, width, 1, 1, batch),
+                    _layer(model, width, H, width, 3, stride, batch),
+                    _layer(model, width, H // stride, out, 1, 1, batch),
+                ]
+            else:
+                layers += [
+                    _layer(model, C, H, width, 3, stride, batch),
+                    _layer(model, width, H // stride, width, 3, 1, batch),
+                ]
+            if stride > 1 or C != out:
+                layers.append(_layer(model, C, H, out, 1, stride, batch))
+            C, H = out, H // stride
+    return _distinct(layers)
+
+
+def _yolo_lite() -> tuple[Conv2dCase, ...]:
+    """A backbone for 4 images of 416 x 416: each stage halves the image, then convolves once."""
+    model, batch = "yolo", 4
+    layers = [_layer(model, 3, 416, 16, 3, 2, batch)]
+    C, H = 16, 208
+    for K in (32, 64, 128, 256):
+        layers += [
+            _layer(model, C, H, K, 3, 2, batch),
+            _layer(model, K, H // 2, K, 3, 1, batch),
+        ]
+        C, H = K, H // 2
+    layers.append(_layer(model, C, H, 512, 3, 1, batch))
+    return _distinct(layers)
+
+
+SIMPLE_CNN: tuple[Conv2dCase, ...] = (
+    Conv2dCase("3x3 1->32 @28", 64, 1, 28, 28, 32, 3, 3, model="simple_cnn"),
+)
+RESNET18 = _resnet("resnet18", (2, 2, 2, 2), bottleneck=False)
+RESNET50 = _resnet("resnet50", (3, 4, 6, 3), bottleneck=True)
+YOLO_LITE = _yolo_lite()
+
+LAYERS: dict[str, tuple[Conv2dCase, ...]] = {
+    "simple_cnn": SIMPLE_CNN,
+    "resnet18": RESNET18,
+    "resnet50": RESNET50,
+    "yolo": YOLO_LITE,
+}
+
+
+def _resnet50_parameters() -> tuple[int, ...]:
+    """Elements of ResNet-50's 161 parameter tensors: convolutions, their norms, the classifier."""
+    sizes: list[int] = []
+    for layer in RESNET50:
+        sizes += layer.count * [prod(layer.weight_shape), layer.K, layer.K]
+    return (*sizes, 2048 * 1000, 1000)
+
+
+def _like_resnet50(parameters: int) -> tuple[int, ...]:
+    """About so many parameters, as unevenly spread over 161 tensors as ResNet-50's own."""
+    sizes = _resnet50_parameters()
+    return tuple(max(1, size * parameters // sum(sizes)) for size in sizes)
+
+
+SGD_CASES: tuple[SgdCase, ...] = (
+    SgdCase("10 k, 1 tensor", (10_000,)),
+    SgdCase("10 k, 161 tensors", _like_resnet50(10_000)),
+    SgdCase("100 k, 1 tensor", (100_000,)),
+    SgdCase("100 k, 161 tensors", _like_resnet50(100_000)),
+    SgdCase("1 M, 1 tensor", (1_000_000,)),
+    SgdCase("1 M, 161 tensors", _like_resnet50(1_000_000)),
+    SgdCase("10 M, 1 tensor", (10_000_000,)),
+    SgdCase("10 M, 161 tensors", _like_resnet50(10_000_000)),
+    SgdCase("25.6 M, 1 tensor", (sum(_resnet50_parameters()),)),
+    SgdCase("25.6 M, ResNet-50's 161", _resnet50_parameters()),
+)
+
+STEPS: tuple[StepCase, ...] = (StepCase("SimpleCNN, batch 64", "cnn", 64, 1, 28, 28, 10),)
