@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Conv2dCase:
         return (self.N, self.K, self.P, self.Q)
 
     @property
-    def geometry(self) -> dict[str, tuple[int, int] | int]:
+    def geometry(self) -> dict[str, Any]:
         """The keyword arguments after weight and bias: stride, padding, dilation, groups."""
         return {
             "stride": self.stride,

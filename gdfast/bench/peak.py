@@ -1,0 +1,67 @@
+"""What this machine can do at best, measured: the yardstick for every other figure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Square matrices from "fits into L2" to "does not", since the best size differs by machine.
+_GEMM_SIZES = (256, 512, 1024, 2048)
+_MEMORY_BYTES = 128 << 20  # beyond the last-level cache of common machines
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Operations per second of the best matrix product, bytes per second of the best stream."""
+
+    flops: float
+    bandwidth: float
+
+    def floor(self, flops: int, bytes: int) -> float:
+        """Seconds that so much arithmetic and traffic takes at least, at these peaks."""
+        return max(flops / self.flops, bytes / self.bandwidth)
+
+    def bound(self, flops: int, bytes: int) -> str:
+        """Which of the two peaks sets the floor: "compute" or "memory"."""
+        return "compute" if flops / self.flops >= bytes / self.bandwidth else "memory"
+
+
+def measure(dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> Peak:
+    """Measure both peaks with torch's current number of threads.
+
+    `seconds` is spent on each of seven probes; the best call of each counts. Bandwidth counts
+    bytes read and bytes written, of a copy, a scaling in place and an addition in place (the last
+    two write only lines that they have read, as an optimizer does).
+    """
+    flops = 0.0
+    for n in _GEMM_SIZES:
+        a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+        out = torch.empty(n, n, dtype=dtype)
+        flops = max(
+            flops, 2 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds)
+        )
+
+    x = torch.randn(_MEMORY_BYTES // 4)
+    y = torch.randn(_MEMORY_BYTES // 4)
+    bandwidth = max(
+        2 * _MEMORY_BYTES / _best(lambda: y.copy_(x), seconds),
+        2 * _MEMORY_BYTES / _best(lambda: x.neg_(), seconds),
+        3 * _MEMORY_BYTES / _best(lambda: y.add_(x, alpha=1e-6), seconds),
+    )
+    return Peak(flops, bandwidth)
+
+
+def _best(call: Callable[[], Any], seconds: float) -> float:
+    """Shortest time of one call, in seconds, trying for so long and at least three times."""
+    call()
+    best, tries, end = float("inf"), 0, time.perf_counter() + seconds
+    while tries < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+        tries += 1
+    return best

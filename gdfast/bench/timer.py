@@ -1,0 +1,136 @@
+"""Side-by-side timing in one process, for machines whose speed drifts.
+
+Every round visits each candidate twice, once on the way there and once on the way back (A B B A),
+and the next round starts with the next candidate. Slow drift then hits all alike, and none is
+always the one that finds the caches warm. The null case, one candidate against itself under the
+same treatment, tells how far a ratio may stray by chance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+_MAX_REPEATS = 100_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds per call of each candidate, one value per round.
+
+    `null` holds the values of the null case: candidate `null_of` once more under another name.
+    """
+
+    seconds: dict[str, list[float]]
+    null_of: str
+    null: list[float]
+
+    def median(self, name: str) -> float:
+        """Median seconds per call."""
+        return median(self.seconds[name])
+
+    def best(self, names: Iterable[str]) -> str:
+        """The candidate among `names` with the smallest median."""
+        return min(names, key=self.median)
+
+    def ratio(self, name: str, against: str) -> float:
+        """How many times faster `name` is than `against`, by their medians."""
+        return self.median(against) / self.median(name)
+
+    def spread(self, name: str, against: str) -> tuple[float, float]:
+        """The range that holds the middle 80 % of the rounds' own ratios."""
+        return _middle(self.seconds[against], self.seconds[name])
+
+    @property
+    def null_spread(self) -> tuple[float, float]:
+        """The same range for the null case, whose true ratio is 1."""
+        return _middle(self.seconds[self.null_of], self.null)
+
+
+def compare(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int = 15,
+    *,
+    baselines: Iterable[str] | None = None,
+    min_seconds: float = 2e-3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Time the candidates against each other.
+
+    Each is warmed up and its number of calls per visit calibrated, so that a visit lasts at least
+    `min_seconds`. What a call returns is dropped at once, as in a training loop: the cost of fresh
+    memory is part of the time. The null case repeats the quickest of `baselines` (default: all).
+
+    Raises ValueError when there is nothing to compare.
+    """
+    if not candidates or rounds < 1:
+        raise ValueError(
+            f"compare: candidates, rounds: expected at least one of each, "
+            f"got {len(candidates)} and {rounds}"
+        )
+    calls = dict(candidates)
+    repeats, estimates = {}, {}
+    for name, call in calls.items():
+        repeats[name], estimates[name] = _calibrate(call, min_seconds, clock)
+    null_of = min(calls if baselines is None else baselines, key=estimates.__getitem__)
+
+    # The key of the twin is no string, so it can't clash with a candidate's name.
+    twin = object()
+    order: list[Any] = [*calls, twin]
+    seconds: dict[Any, list[float]] = {key: [] for key in order}
+    for turn in range(rounds):
+        visits = _there_and_back(order, turn)
+        spent = dict.fromkeys(order, 0.0)
+        for key in visits:
+            name = null_of if key is twin else key
+            spent[key] += _time(calls[name], repeats[name], clock)
+        for key in order:
+            seconds[key].append(spent[key] / 2)
+    null = seconds.pop(twin)
+    return Comparison(seconds, null_of, null)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Value below which `share` (0 to 1) of the values lie, interpolated linearly."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def _middle(over: Sequence[float], under: Sequence[float]) -> tuple[float, float]:
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return percentile(ratios, 0.1), percentile(ratios, 0.9)
+
+
+def _there_and_back(order: Sequence[Any], turn: int) -> list[Any]:
+    start = turn % len(order)
+    there = [*order[start:], *order[:start]]
+    return there + there[::-1]
+
+
+def _time(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    """Seconds per call over so many calls in a row."""
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats
+
+
+def _calibrate(
+    call: Callable[[], Any], min_seconds: float, clock: Callable[[], float]
+) -> tuple[int, float]:
+    """Calls per visit, and a first estimate of the seconds per call."""
+    call()  # first-call costs (code paths, caches, compilation) are not what we time
+    repeats = 1
+    while True:
+        per_call = _time(call, repeats, clock)
+        if repeats * per_call >= min_seconds or repeats >= _MAX_REPEATS:
+            return repeats, per_call
+        # At least double; a first estimate of zero would ask for infinitely many.
+        wanted = int(min_seconds / per_call) + 1 if per_call > 0 else 2 * repeats
+        repeats = min(max(2 * repeats, wanted), _MAX_REPEATS)
