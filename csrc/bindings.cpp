@@ -1,0 +1,33 @@
+// The Python module gdfast._cpu: pointers, sizes and strides in, nothing of torch.
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+PYBIND11_MODULE(_cpu, m) {
+  using namespace gdfast;
+
+  m.doc() = "gdfast's CPU kernels. They take raw pointers: call them through gdfast.ops.";
+
+  m.def(
+      "isa", [] { return std::string(cpu::kernels().isa); },
+      "Name of the instruction set in force.");
+  m.def(
+      "supported_isas",
+      [] {
+        const char* names[3];
+        const int count = cpu::supported_isas(names);
+        return std::vector<std::string>(names, names + count);
+      },
+      "Names of the compiled instruction sets that this processor runs, lowest first.");
+  m.def(
+      "select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); },
+      pybind11::arg("name"), "Chooses an instruction set; False where it cannot run here.");
+
+  bind_conv2d(m);
+  bind_sgd(m);
+}

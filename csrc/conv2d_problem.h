@@ -1,0 +1,41 @@
+// The one description of a 2-D convolution: the only thing a kernel receives beside raw pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace gdfast {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Element strides of a 4-D tensor, in the order of its logical axes. Any value is legal, 0 too:
+// the gradient of y.sum() comes with strides 0, 0, 0, 0.
+struct Strides4 {
+  int64_t n, c, h, w;
+};
+
+// input       [N, C, H, W]
+// weight      [K, C / groups, R, S]
+// output      [N, K, P, Q]
+//
+//   output[n, k, p, q] = sum over c, r, s of
+//       weight[k, c, r, s] * input[n, c + group(k) * C / groups,
+//                                  p * stride_h - pad_h + r * dilation_h,
+//                                  q * stride_w - pad_w + s * dilation_w]
+//
+// pad_h and pad_w are the rows above and the columns to the left. What lies below and to the right
+// follows from P and Q: reads outside of the input give zero wherever they fall.
+struct Conv2dProblem {
+  int64_t N, C, H, W;
+  int64_t K, R, S;
+  int64_t P, Q;
+  int64_t stride_h, stride_w;
+  int64_t pad_h, pad_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  DType dtype;
+  // In a gradient, `input` strides are those of grad_input, `weight` those of grad_weight and
+  // `output` those of grad_output where that tensor takes the place of its primal.
+  Strides4 input, weight, output;
+};
+
+}  // namespace gdfast

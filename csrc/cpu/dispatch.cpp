@@ -1,0 +1,67 @@
+// Picks the instruction set once, by what the processor and the operating system support.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace gdfast::cpu {
+namespace {
+
+#define GDFAST_TABLE(isa) \
+  {#isa, isa::conv2d, isa::conv2d_grad_input, isa::conv2d_grad_weight, isa::sgd}
+
+constexpr KernelTable kTables[] = {
+    GDFAST_TABLE(baseline),
+#ifdef GDFAST_HAS_X86_KERNELS
+    GDFAST_TABLE(avx2),
+    GDFAST_TABLE(avx512),
+#endif
+};
+constexpr int kTableCount = sizeof(kTables) / sizeof(kTables[0]);
+
+bool runs_here(const char* isa) {
+#ifdef GDFAST_HAS_X86_KERNELS
+  if (std::strcmp(isa, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("fma");
+  }
+  if (std::strcmp(isa, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+#endif
+  return std::strcmp(isa, "baseline") == 0;
+}
+
+const KernelTable* best() {
+  const KernelTable* found = &kTables[0];
+  for (const KernelTable& table : kTables) {
+    if (runs_here(table.isa)) found = &table;
+  }
+  return found;
+}
+
+const KernelTable* in_force = best();
+
+}  // namespace
+
+const KernelTable& kernels() { return *in_force; }
+
+int supported_isas(const char* names[3]) {
+  int count = 0;
+  for (const KernelTable& table : kTables) {
+    if (runs_here(table.isa)) names[count++] = table.isa;
+  }
+  return count;
+}
+
+bool select_isa(const char* name) {
+  for (const KernelTable& table : kTables) {
+    if (std::strcmp(table.isa, name) == 0 && runs_here(name)) {
+      in_force = &table;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace gdfast::cpu

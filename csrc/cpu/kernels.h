@@ -1,0 +1,49 @@
+// The CPU kernels' entry points. Every source beside this header is compiled once per instruction
+// set, into a namespace of that name; dispatch.cpp picks one table when the module is loaded.
+#pragma once
+
+#include <cstdint>
+
+#include "../conv2d_problem.h"
+#include "../sgd_math.h"
+
+namespace gdfast::cpu {
+
+#define GDFAST_DECLARE_KERNELS(isa)                                                              \
+  namespace isa {                                                                                \
+  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                             \
+  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,               \
+              const void* bias, void* output, int threads);                                      \
+  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */               \
+  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                  \
+                         const void* weight, void* grad_input, int threads);                     \
+  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */          \
+  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,                 \
+                          const void* input, void* grad_weight, void* grad_bias, int threads);   \
+  /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */               \
+  void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);         \
+  }
+
+GDFAST_DECLARE_KERNELS(baseline)
+GDFAST_DECLARE_KERNELS(avx2)
+GDFAST_DECLARE_KERNELS(avx512)
+#undef GDFAST_DECLARE_KERNELS
+
+struct KernelTable {
+  const char* isa;
+  decltype(&baseline::conv2d) conv2d;
+  decltype(&baseline::conv2d_grad_input) conv2d_grad_input;
+  decltype(&baseline::conv2d_grad_weight) conv2d_grad_weight;
+  decltype(&baseline::sgd) sgd;
+};
+
+// The table in force: the best that this processor runs, or the one that select_isa() asked for.
+const KernelTable& kernels();
+
+// Names of the instruction sets that were compiled and that this processor runs, lowest first.
+int supported_isas(const char* names[3]);
+
+// Chooses one by name; false where it was not compiled or the processor lacks it.
+bool select_isa(const char* name);
+
+}  // namespace gdfast::cpu
