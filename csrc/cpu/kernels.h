@@ -9,19 +9,19 @@
 
 namespace gdfast::cpu {
 
-#define GDFAST_DECLARE_KERNELS(isa)                                                              \
-  namespace isa {                                                                                \
-  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                             \
-  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,               \
-              const void* bias, void* output, int threads);                                      \
-  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */               \
-  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                  \
-                         const void* weight, void* grad_input, int threads);                     \
-  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */          \
-  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,                 \
-                          const void* input, void* grad_weight, void* grad_bias, int threads);   \
-  /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */               \
-  void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);         \
+#define GDFAST_DECLARE_KERNELS(isa)                                                            \
+  namespace isa {                                                                              \
+  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                           \
+  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,             \
+              const void* bias, void* output, int threads);                                    \
+  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */             \
+  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                \
+                         const void* weight, void* grad_input, int threads);                   \
+  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */        \
+  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,               \
+                          const void* input, void* grad_weight, void* grad_bias, int threads); \
+  /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */             \
+  void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);       \
   }
 
 GDFAST_DECLARE_KERNELS(baseline)

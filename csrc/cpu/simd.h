@@ -1,0 +1,90 @@
+// Vectors of the widest registers of the instruction set that this file is compiled for.
+//
+// GCC's and Clang's vector extension rather than intrinsics: one source then serves every
+// instruction set, float and double alike. a * b + c becomes one FMA (-ffp-contract=fast).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace gdfast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+#define GDFAST_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+GDFAST_INLINE Vec<T> load(const T* from) {
+  Vec<T> value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename T>
+GDFAST_INLINE void store(T* to, Vec<T> value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+template <typename T>
+GDFAST_INLINE Vec<T> broadcast(T value) {
+  return value - Vec<T>{};  // x - 0 is x for every x, -0 and NaN too; x + 0 would lose -0
+}
+
+// Transposes a square of kLanes x kLanes values held in kLanes vectors: log2(kLanes) rounds, each
+// of which interleaves the upper half of the rows with the lower half.
+template <typename T>
+GDFAST_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int kCount = kLanes<T>;
+#if defined(__clang__)
+  T square[kCount][kCount], turned[kCount][kCount];
+  std::memcpy(square, rows, sizeof square);
+  for (int i = 0; i < kCount; ++i) {
+    for (int j = 0; j < kCount; ++j) turned[j][i] = square[i][j];
+  }
+  std::memcpy(rows, turned, sizeof turned);
+#else
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<Index> low{}, high{};
+  for (int i = 0; i < kCount / 2; ++i) {
+    low[2 * i] = i;
+    low[2 * i + 1] = kCount + i;
+    high[2 * i] = kCount / 2 + i;
+    high[2 * i + 1] = kCount + kCount / 2 + i;
+  }
+#pragma GCC unroll 4
+  for (int round = 1; round < kCount; round *= 2) {
+    Vec<T> next[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kCount / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kCount / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace gdfast::cpu

@@ -1,0 +1,58 @@
+// A convolution as a list of taps: what the forward pass and grad_input have in common.
+//
+//   dest[n, o, i, j] = start[o] + sum over taps t and channels c of
+//       weight[o, c, t] * source[n, c, i * step_h + t.dh, j * step_w + t.dw]
+//
+// The forward pass is one of these. grad_input of a strided convolution is stride_h * stride_w of
+// them, one for each phase (h % stride_h, w % stride_w) of the image: all pixels of a phase see the
+// same taps, so nothing is ever multiplied by a zero that the stride put there.
+#pragma once
+
+#include <cstdint>
+
+#include "../conv2d_problem.h"
+
+namespace gdfast::cpu {
+namespace {
+
+struct Tap {
+  int64_t dh, dw;
+  int64_t weight;  // offset of this tap's weights
+};
+
+struct TapConv {
+  int64_t batch, height, width;  // of the grid that dest is written on
+  int64_t step_h, step_w;
+  int64_t source_height, source_width;
+  int64_t reduced, produced;  // channels in and out of one group
+  int64_t groups;
+  Strides4 source, dest;  // dest strides are those from one grid point to the next
+  // Offsets from one channel, or one group, to the next.
+  int64_t weight_reduced, weight_produced;
+  int64_t source_group, dest_group, weight_group;
+  const Tap* taps;
+  int64_t tap_count;
+
+  int64_t pixels() const { return batch * height * width; }
+};
+
+// Where a grid point lies, and how to go on to the next.
+struct GridPoint {
+  int64_t n, i, j;
+
+  static GridPoint at(const TapConv& conv, int64_t pixel) {
+    const int64_t line = pixel / conv.width;
+    return {line / conv.height, line % conv.height, pixel % conv.width};
+  }
+
+  void advance(const TapConv& conv) {
+    if (++j < conv.width) return;
+    j = 0;
+    if (++i < conv.height) return;
+    i = 0;
+    ++n;
+  }
+};
+
+}  // namespace
+}  // namespace gdfast::cpu

@@ -1,0 +1,105 @@
+// The micro-kernel: a tile of kTileRows x (kVectors vectors) sums, held in registers.
+//
+//   out[i][j] (+)= start(i, j) + sum over segments g and steps x of
+//       rows[g][i][x * row_step] * panel[(g * length + x) * panel_step + j]
+//
+// The row operand is broadcast, one element at a time, from kTileRows pointers of which each
+// segment has its own set: that is how a convolution reads an image in place, a segment per tap.
+// The column operand is a panel whose lines are vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// 6 x 4 vectors take 24 accumulators, 4 for the panel's line and 1 for the broadcast: 29 of 32
+// registers. 6 x 2 take 12, 2 and 1: 15 of 16.
+constexpr int kTileRows = 6;
+constexpr int kMaxVectors = kVectorRegisters == 32 ? 4 : 2;
+static_assert(kTileRows * kMaxVectors + kMaxVectors + 1 <= kVectorRegisters);
+
+// The widest panel, in elements.
+template <typename T>
+constexpr int kPanelWidth = kMaxVectors * kLanes<T>;
+
+enum class Start {
+  kAccumulate,  // add to what out holds
+  kColumns,     // start[j]
+  kRows,        // start[i]
+};
+
+template <typename T>
+struct TileArgs {
+  const T* const* rows;  // [segments][kTileRows]
+  int64_t row_step;
+  const T* panel;
+  int64_t panel_step;
+  int64_t segments, length;
+  const T* start;
+  Start how;
+  T* const* out;  // [kTileRows], each to kVectors whole vectors
+};
+
+template <typename T, int kVectors>
+void multiply_tile(const TileArgs<T>& args) {
+  constexpr int kWidth = kLanes<T>;
+  Vec<T> sum[kTileRows][kVectors] = {};
+  const T* panel = args.panel;
+  const int64_t row_step = args.row_step, panel_step = args.panel_step, length = args.length;
+  for (int64_t g = 0; g < args.segments; ++g) {
+    const T* row[kTileRows];
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[g * kTileRows + i];
+    int64_t at = 0;
+    for (int64_t x = 0; x < length; ++x) {
+      Vec<T> line[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) {
+        Vec<T> value = broadcast(row[i][at]);
+        // One broadcast serves kVectors products: keep it in a register, or the compiler loads it
+        // anew for each of them and the load ports become the limit.
+        asm("" : "+v"(value));
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+      }
+      at += row_step;
+      panel += panel_step;
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      T* out = args.out[i] + j * kWidth;
+      // Sums of a part are added to what came before as a whole: two levels of summation keep the
+      // error of long reductions small.
+      const Vec<T> before = args.how == Start::kAccumulate ? load<T>(out)
+                            : args.how == Start::kColumns  ? load(args.start + j * kWidth)
+                                                           : broadcast(args.start[i]);
+      store<T>(out, before + sum[i][j]);
+    }
+  }
+}
+
+// Calls the tile of the given number of vectors, 1 to kMaxVectors.
+template <typename T>
+GDFAST_INLINE void multiply_tile(int vectors, const TileArgs<T>& args) {
+  switch (vectors) {
+    case 1:
+      return multiply_tile<T, 1>(args);
+    case 2:
+      return multiply_tile<T, 2>(args);
+#if defined(__AVX512F__)
+    case 3:
+      return multiply_tile<T, 3>(args);
+    case 4:
+      return multiply_tile<T, 4>(args);
+#endif
+  }
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
