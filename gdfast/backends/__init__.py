@@ -1,0 +1,40 @@
+"""The ways of running an operation, and the choice between them.
+
+cpu        our kernels for x86 and other processors
+cuda       our kernels for NVIDIA GPUs
+reference  native PyTorch ("native" is another name for it); it takes everything
+"""
+
+from gdfast.backends import cpu, cuda, reference
+from gdfast.backends.registry import (
+    Availability,
+    Backend,
+    Conv2dQuery,
+    Query,
+    available,
+    backend,
+    canonical,
+    choose_from_environment,
+    chosen,
+    fall_back,
+    register,
+    resolve,
+)
+
+__all__ = [
+    "Availability",
+    "Backend",
+    "Conv2dQuery",
+    "Query",
+    "available",
+    "backend",
+    "canonical",
+    "chosen",
+    "fall_back",
+    "register",
+    "resolve",
+]
+
+for _module in (cpu, cuda, reference):
+    register(_module.BACKEND)
+choose_from_environment()

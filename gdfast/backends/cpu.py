@@ -1,0 +1,115 @@
+"""Our CPU kernels: checks that they take a query, allocates the result and passes pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends.registry import Backend, Conv2dQuery, Query
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def why_not(query: Query) -> str:
+    if query.device.type != "cpu":
+        return f"it takes tensors on the CPU, not on {query.device.type}"
+    if query.dtype not in _DTYPES:
+        return f"it takes {', '.join(_DTYPES.values())}, not {query.dtype}"
+    if query.layout is not torch.strided:
+        return f"it takes dense tensors, not {query.layout}"
+    if isinstance(query, Conv2dQuery) and query.geometry.C == 0:
+        return "it takes at least one input channel"
+    return ""
+
+
+# Strides belong to the problem: kernels read any layout in place.
+@lru_cache(maxsize=4096)
+def _problem(query: Conv2dQuery) -> Any:
+    assert native.cpu is not None
+    g = query.geometry
+    return native.cpu.Conv2dProblem(
+        (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), g.stride, g.padding[:2], g.dilation,
+        g.groups, _DTYPES[query.dtype], *query.strides,
+    )  # fmt: skip
+
+
+def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    assert native.cpu is not None
+    problem, run = _problem(query), native.cpu.conv2d
+    size, strides = query.geometry.output_size, query.strides[2]
+    dtype, device = query.dtype, query.device
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        if bias is not None:
+            bias = bias.contiguous()
+        run(
+            problem, input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            output.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return output
+
+    return kernel
+
+
+def conv2d_grad_input(query: Conv2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+    assert native.cpu is not None
+    problem, run = _problem(query), native.cpu.conv2d_grad_input
+    size, strides = query.geometry.input_size, query.strides[0]
+    dtype, device = query.dtype, query.device
+
+    def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
+        grad_input = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        run(
+            problem, grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_input
+
+    return kernel
+
+
+def conv2d_grad_weight(
+    query: Conv2dQuery,
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    assert native.cpu is not None
+    problem, run = _problem(query), native.cpu.conv2d_grad_weight
+    size, strides = query.geometry.weight_size, query.strides[1]
+    dtype, device = query.dtype, query.device
+
+    def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        grad_weight = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        grad_bias = torch.empty(size[0], dtype=dtype, device=device) if bias else None
+        run(
+            problem, grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_weight, grad_bias
+
+    return kernel
+
+
+def missing() -> str:
+    return "" if native.cpu is not None else f"gdfast._cpu: {native.failure('cpu')}"
+
+
+BACKEND = Backend(
+    name="cpu",
+    operations={
+        "conv2d": conv2d,
+        "conv2d_grad_input": conv2d_grad_input,
+        "conv2d_grad_weight": conv2d_grad_weight,
+    },
+    missing=missing,
+    why_not=why_not,
+)

@@ -1,0 +1,23 @@
+"""Our CUDA kernels: the fused SGD update; convolutions on a GPU run on native PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from gdfast import native
+from gdfast.backends.registry import Backend, Query
+
+
+def missing() -> str:
+    if native.cuda is None:
+        return f"gdfast._cuda: {native.failure('cuda')}"
+    return "" if torch.cuda.is_available() else "needs CUDA: torch.cuda.is_available() is False"
+
+
+def why_not(query: Query) -> str:
+    if query.device.type != "cuda":
+        return f"it takes tensors on a GPU, not on {query.device.type}"
+    return ""
+
+
+BACKEND = Backend(name="cuda", operations={}, missing=missing, why_not=why_not)

@@ -1,0 +1,234 @@
+"""The geometry of a 2-D convolution: output size, padding, memory layout, and what is legal.
+
+Every layer of the package asks here, so that there is one formula and one set of messages. Sizes
+may be symbolic (`torch.SymInt`): the fake kernels come this way too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from gdfast.errors import mismatch
+
+Pair = tuple[int, int]
+Padding = tuple[int, int, int, int]  # rows above, columns left, rows below, columns right
+Size4 = tuple[int, int, int, int]
+
+
+def integer(name: str, value: Any, op: str = "conv2d") -> int:
+    """`value` as an int. Raises TypeError for what is not a whole number, and for a bool."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(mismatch(op, name, "an int", f"{value!r} ({type(value).__name__})"))
+
+
+def pair(name: str, value: Any, op: str = "conv2d") -> Pair:
+    """`value` as (height, width); one number stands for both.
+
+    Raises TypeError for what is not a number or a sequence of numbers, RuntimeError for a sequence
+    of another length than 1 or 2.
+    """
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # the usual case, which every call of every layer takes
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        numbers = [integer(name, number, op) for number in value]
+        if len(numbers) not in (1, 2):
+            raise RuntimeError(mismatch(op, name, "one number or a pair (height, width)", value))
+        return numbers[0], numbers[-1]
+    number = integer(name, value, op)
+    return number, number
+
+
+def same_padding(kernel: Sequence[int], dilation: Pair) -> Padding:
+    """Padding that keeps the size at stride 1; the odd row or column goes below or to the right."""
+    rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+    top, left = rows // 2, columns // 2
+    return top, left, rows - top, columns - left
+
+
+def resolve_padding(padding: Any, kernel: Sequence[int], stride: Pair, dilation: Pair) -> Padding:
+    """`padding` ("same", "valid", a number or a pair) as rows above, columns left, below, right."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise RuntimeError(
+                mismatch("conv2d", "padding", "'same', 'valid', a number or a pair", repr(padding))
+            )
+        if tuple(stride) != (1, 1):
+            raise RuntimeError(
+                mismatch("conv2d", "padding", "numbers when stride is not 1", f"'same', {stride=}")
+            )
+        return same_padding(kernel, dilation)
+    rows, columns = pair("padding", padding)
+    return rows, columns, rows, columns
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Output positions along one axis, below 1 if none; `padding` counts both sides."""
+    return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+@dataclass(frozen=True)
+class Conv2dGeometry:
+    """The sizes of one convolution.
+
+    input [N, C, H, W], weight [K, C / groups, R, S], output [N, K, P, Q].
+
+    Only `of` makes one, so that a geometry is always a legal one.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride: Pair
+    padding: Padding
+    dilation: Pair
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        input_size: Sequence[int],
+        weight_size: Sequence[int],
+        stride: Pair,
+        padding: Padding,
+        dilation: Pair,
+        groups: int,
+    ) -> Conv2dGeometry:
+        """Checks a batched convolution. Raises RuntimeError where native PyTorch does."""
+        if len(input_size) != 4:
+            raise RuntimeError(
+                mismatch(op, "input", "[N, C, H, W] or [C, H, W]", f"size {list(input_size)}")
+            )
+        if len(weight_size) != 4:
+            raise RuntimeError(
+                mismatch(op, "weight", "[K, C / groups, R, S]", f"size {list(weight_size)}")
+            )
+        for name, values, least in (
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+            ("groups", (groups,), 1),
+        ):
+            if any(value < least for value in values):
+                got = groups if name == "groups" else tuple(values)
+                raise RuntimeError(mismatch(op, name, f"at least {least}", got))
+        N, C, H, W = input_size
+        K, C_group, R, S = weight_size
+        if groups * C_group != C:
+            raise RuntimeError(
+                mismatch(
+                    op,
+                    "input",
+                    f"{groups * C_group} channels (weight {list(weight_size)}, {groups=})",
+                    f"{C} channels in size {list(input_size)}",
+                )
+            )
+        if groups > K or K % groups != 0:
+            raise RuntimeError(
+                mismatch(op, "weight", f"a multiple of {groups=} as first size", list(weight_size))
+            )
+        if R < 1 or S < 1:
+            raise RuntimeError(mismatch(op, "weight", "a kernel of at least 1 x 1", f"{R} x {S}"))
+        top, left, below, right = padding
+        P = output_size(H, R, stride[0], top + below, dilation[0])
+        Q = output_size(W, S, stride[1], left + right, dilation[1])
+        if P < 1 or Q < 1:
+            raise RuntimeError(
+                mismatch(
+                    op,
+                    "input",
+                    f"a padded image of at least {dilation[0] * (R - 1) + 1} x "
+                    f"{dilation[1] * (S - 1) + 1}, the extent of the kernel",
+                    f"{H + top + below} x {W + left + right}",
+                    "Use a smaller kernel or dilation, or more padding",
+                )
+            )
+        if H < 1 or W < 1:
+            raise RuntimeError(
+                mismatch(op, "input", "at least one row and one column", list(input_size))
+            )
+        return cls(
+            N, C, H, W, K, R, S, P, Q,
+            (stride[0], stride[1]), (top, left, below, right), (dilation[0], dilation[1]), groups,
+        )  # fmt: skip
+
+    @property
+    def input_size(self) -> Size4:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def weight_size(self) -> Size4:
+        return self.K, self.C // self.groups, self.R, self.S
+
+    @property
+    def output_size(self) -> Size4:
+        # Without input channels native gives an output without channels, whatever K is.
+        return self.N, self.K if self.C else 0, self.P, self.Q
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of any of the three passes, two for each multiply-add."""
+        return 2 * prod(self.output_size) * prod(self.weight_size[1:])
+
+
+def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether native PyTorch takes a 4-D tensor with these strides for channels_last.
+
+    The rule of `Tensor.suggest_memory_format()` in C++: strides that could be either layout (one
+    channel, 1x1 images) count as contiguous when they are written as contiguous ones.
+    """
+    if len(size) != 4 or stride[1] == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        if size[axis] == 0 or stride[axis] < least:
+            return False
+        if axis == 0 and least == stride[1]:
+            return False
+        least = stride[axis] * size[axis]
+    return True
+
+
+def conv2d_is_channels_last(
+    input_size: Sequence[int],
+    input_stride: Sequence[int],
+    weight_size: Sequence[int],
+    weight_stride: Sequence[int],
+) -> bool:
+    """Whether the output and grad_input are channels_last: where the input or the weight is."""
+    if input_size[0] == 0:
+        return False  # native makes empty batches contiguous
+    return is_channels_last(input_size, input_stride) or is_channels_last(
+        weight_size, weight_stride
+    )
+
+
+def dense_strides(size: Sequence[int], channels_last: bool) -> Size4:
+    """Strides of fresh memory for a 4-D size, as `torch.empty(..., memory_format=...)` gives them.
+
+    Only the first two sizes may be 0.
+    """
+    _, C, H, W = size
+    if channels_last:
+        return H * W * C, 1, W * C, C
+    return (C or 1) * H * W, H * W, W, 1

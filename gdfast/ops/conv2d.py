@@ -1,0 +1,255 @@
+"""conv2d, differentiable any number of times.
+
+conv2d is linear in its input and in its weight, so every derivative of it and of its two gradients
+is again one of the three. Each of them is a dispatcher operation with a gradient formula, which is
+what torch.compile and export see, and an autograd Function with the same formula, which costs half
+as much per call and is what eager code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from gdfast.backends import chosen, fall_back
+from gdfast.geometry import (
+    conv2d_is_channels_last,
+    integer,
+    is_channels_last,
+    pair,
+    resolve_padding,
+)
+from gdfast.ops import conv2d_dispatch
+from gdfast.ops.conv2d_dispatch import library
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolves images with filters, as `torch.nn.functional.conv2d` does and with its signature.
+
+    input [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], all of one dtype:
+    float32, float64, bfloat16 or float16; others run on native PyTorch. stride, padding and
+    dilation count pixels: numbers or pairs (height, width); padding may be "same" or "valid" too. Returns
+    [N, K, P, Q] or [K, P, Q], channels_last where the input or the weight is.
+
+    Raises RuntimeError for sizes, dtypes and devices that do not fit together and values out of
+    range, TypeError for arguments of another type, ValueError for an unknown backend, BackendError
+    when the backend asked for by name cannot run this.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
+            backend=backend,
+        )  # fmt: skip
+    backend = chosen(backend)
+    if backend == "reference":
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if reason := _why_native(input, weight, bias):
+        fall_back("conv2d", backend, reason)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if torch._C._is_any_autocast_enabled():
+        input, weight, bias = _autocast(input, weight, bias)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    sides = resolve_padding(padding, weight.shape[2:], stride, dilation)
+    arguments = stride, sides, dilation, integer("groups", groups), backend
+    if input.dim() == 3:
+        return _conv2d(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
+    return _conv2d(input, weight, bias, *arguments)
+
+
+def _why_native(input: Any, weight: Any, bias: Any) -> str:
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        return "it takes tensors"
+    if bias is not None and not isinstance(bias, Tensor):
+        return "it takes a tensor or None as bias"
+    if input.dtype not in _DTYPES:
+        return f"no other backend takes {input.dtype}"
+    if input.layout is not torch.strided or weight.layout is not torch.strided:
+        return f"no other backend takes {input.layout} input with {weight.layout} weight"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms need operators that they know"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD needs operators that it knows"
+    if torch._C._get_tracing_state() is not None:
+        return "a traced model should run without gdfast"
+    return ""
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    # What the dispatcher does to aten.conv2d: everything but float64 goes to the lower precision.
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype)
+        if tensor is not None
+        and tensor.device.type == device
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+        else tensor
+        for tensor in (input, weight, bias)
+    )
+
+
+def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    input, weight, _, *ctx.arguments = inputs
+    need_input, need_weight, _ = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+    if need_input:
+        ctx.input_size = input.shape
+        ctx.input_channels_last = conv2d_is_channels_last(
+            input.shape, input.stride(), weight.shape, weight.stride()
+        )
+    if need_weight:
+        ctx.weight_size = weight.shape
+        ctx.weight_channels_last = is_channels_last(weight.shape, weight.stride())
+
+
+def _backward_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight = ctx.saved_tensors
+    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grad_input = grad_weight = grad_bias = None
+    if need_input:
+        grad_input = _conv2d_grad_input(
+            grad_output, weight, ctx.input_size, ctx.input_channels_last, *ctx.arguments
+        )
+    if need_weight:
+        grad_weight, grad_bias = _conv2d_grad_weight(
+            grad_output, input, ctx.weight_size, ctx.weight_channels_last, need_bias,
+            *ctx.arguments,
+        )  # fmt: skip
+    elif need_bias:
+        grad_bias = grad_output.sum((0, 2, 3))
+    return grad_input, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, weight, _, _, *ctx.arguments = inputs
+    ctx.weight_channels_last = is_channels_last(weight.shape, weight.stride())
+    ctx.save_for_backward(grad_output, weight)
+
+
+def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, weight = ctx.saved_tensors
+    grad_grad_output = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_grad_output = _conv2d(grad, weight, None, *ctx.arguments)
+    if ctx.needs_input_grad[1]:
+        grad_weight, _ = _conv2d_grad_weight(
+            grad_output, grad, weight.shape, ctx.weight_channels_last, False, *ctx.arguments
+        )
+    return grad_grad_output, grad_weight, None, None, None, None, None, None, None
+
+
+def _save_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad_output, input, _, _, _, *ctx.arguments = inputs
+    ctx.input_channels_last = is_channels_last(input.shape, input.stride())
+    ctx.save_for_backward(grad_output, input)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_grad_weight(
+    ctx: Any, grad: Tensor | None, grad_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad_output, input = ctx.saved_tensors
+    grad_grad_output = grad_input = None
+    if ctx.needs_input_grad[0]:
+        if grad is not None:
+            grad_grad_output = _conv2d(input, grad, grad_bias, *ctx.arguments)
+        elif grad_bias is not None:
+            grad_grad_output = grad_bias.view(1, -1, 1, 1).expand_as(grad_output)
+    if ctx.needs_input_grad[1] and grad is not None:
+        grad_input = _conv2d_grad_input(
+            grad_output, grad, input.shape, ctx.input_channels_last, *ctx.arguments
+        )
+    return grad_grad_output, grad_input, *[None] * 8
+
+
+class Conv2dFunction(torch.autograd.Function):
+    """conv2d on checked arguments: `apply(input, weight, bias, stride, padding, dilation, groups,
+    backend)`.
+
+    input [N, C, H, W], weight [K, C / groups, R, S], bias [K] or None; stride and dilation are
+    pairs (height, width), padding is (rows above, columns left, rows below, columns right). Raises
+    what `conv2d` raises.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save_conv2d(ctx, inputs, None)
+        return _below_autograd(torch.ops.gdfast.conv2d.default, inputs)
+
+    backward = staticmethod(_backward_conv2d)
+
+
+class _GradInputFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _save_grad_input(ctx, inputs, None)
+        return _below_autograd(torch.ops.gdfast.conv2d_grad_input.default, inputs)
+
+    backward = staticmethod(_backward_grad_input)
+
+
+class _GradWeightFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        _save_grad_weight(ctx, inputs, None)
+        return _below_autograd(torch.ops.gdfast.conv2d_grad_weight.default, inputs)
+
+    backward = staticmethod(_backward_grad_weight)
+
+
+def _below_autograd(op: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
+    # The operation's own formula would be recorded beside the Function's, for twice the time.
+    if torch.compiler.is_compiling():
+        return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _differentiable(function: type[torch.autograd.Function], name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.gdfast, name).default
+    kernel = getattr(conv2d_dispatch, name)
+
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            # A batch of gradients (is_grads_batched): vmap knows native's operators, not ours.
+            return kernel(*inputs[:-1], "reference")
+        if torch.is_grad_enabled():
+            return function.apply(*inputs)
+        return _below_autograd(op, inputs)
+
+    return call
+
+
+_conv2d = _differentiable(Conv2dFunction, "conv2d")
+_conv2d_grad_input = _differentiable(_GradInputFunction, "conv2d_grad_input")
+_conv2d_grad_weight = _differentiable(_GradWeightFunction, "conv2d_grad_weight")
+
+for _name, _save, _backward in (
+    ("conv2d", _save_conv2d, _backward_conv2d),
+    ("conv2d_grad_input", _save_grad_input, _backward_grad_input),
+    ("conv2d_grad_weight", _save_grad_weight, _backward_grad_weight),
+):
+    torch.library.register_autograd(f"gdfast::{_name}", _backward, setup_context=_save, lib=library)

@@ -1,0 +1,233 @@
+"""The dispatcher's side of conv2d: torch.ops.gdfast.conv2d and its two gradients.
+
+Each operation has a real kernel, which resolves the backend, and a fake one for torch.compile and
+export. Both start from the same checked query, so that sizes and strides agree.
+
+padding is (rows above, columns left, rows below, columns right); `backend` a registered name or
+"auto"; `channels_last` the layout that the gradient gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gdfast.backends import Conv2dQuery, chosen, resolve
+from gdfast.errors import mismatch
+from gdfast.geometry import Conv2dGeometry, conv2d_is_channels_last, dense_strides
+
+Strides = tuple[int, ...]
+_ARGUMENTS = "int[] stride, int[] padding, int[] dilation, int groups, str backend"
+
+library = torch.library.Library("gdfast", "FRAGMENT")
+library.define(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_ARGUMENTS}) -> Tensor")
+library.define(
+    "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[] input_size, "
+    f"bool channels_last, {_ARGUMENTS}) -> Tensor"
+)
+# Without `bias` the second result is None, as aten.convolution_backward's is for a masked output.
+library.define(
+    "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[] weight_size, "
+    f"bool channels_last, bool bias, {_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+
+# The kernel for each combination of sizes, strides and dtypes, so that a call costs one look-up.
+# Bounded, because images may come in ever new sizes.
+_kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
+_KERNELS_LIMIT = 4096
+
+
+def forget_kernels() -> None:
+    """Drops every kernel that was looked up, so that the next call resolves its backend again."""
+    _kernels.clear()
+
+
+def _bind(key: tuple[Any, ...], op: str, query: Conv2dQuery, backend: str) -> Callable[..., Any]:
+    if len(_kernels) >= _KERNELS_LIMIT:
+        _kernels.clear()
+    kernel = _kernels[key] = resolve(op, query, backend).operations[op](query)
+    return kernel
+
+
+def conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Runs a forward pass on the backend that takes it; see torch.ops.gdfast.conv2d."""
+    backend = chosen(backend)
+    key = (
+        input.shape, input.stride(), input.dtype, input.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        *stride, *padding, *dilation, groups, backend,
+    )  # fmt: skip
+    kernel = _kernels.get(key)
+    if kernel is None:
+        query = _conv2d_query(input, weight, bias, stride, padding, dilation, groups)
+        kernel = _bind(key, "conv2d", query, backend)
+    return kernel(input, weight, bias)
+
+
+def conv2d_grad_input(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    """Runs the gradient in the input on the backend that takes it."""
+    backend = chosen(backend)
+    key = (
+        "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
+    )  # fmt: skip
+    kernel = _kernels.get(key)
+    if kernel is None:
+        query = _grad_input_query(
+            grad_output, weight, input_size, channels_last, stride, padding, dilation, groups
+        )
+        kernel = _bind(key, "conv2d_grad_input", query, backend)
+    return kernel(grad_output, weight)
+
+
+def conv2d_grad_weight(
+    grad_output: Tensor, input: Tensor, weight_size: Sequence[int], channels_last: bool, bias: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Runs the gradients in the weight and, with `bias`, the bias on the backend that takes it."""
+    backend = chosen(backend)
+    key = (
+        "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
+        input.shape, input.stride(), input.dtype, input.device,
+        *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
+    )  # fmt: skip
+    kernel = _kernels.get(key)
+    if kernel is None:
+        query = _grad_weight_query(
+            grad_output, input, weight_size, channels_last, stride, padding, dilation, groups
+        )
+        kernel = _bind(key, "conv2d_grad_weight", query, backend)
+    return kernel(grad_output, input, bias)
+
+
+def _conv2d_query(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> Conv2dQuery:
+    geometry = Conv2dGeometry.of("conv2d", input.shape, weight.shape, *arguments)
+    _check_alike("conv2d", "input", input, weight=weight, bias=bias)
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != geometry.K):
+        expected = f"size [{geometry.K}], one for each output channel"
+        raise RuntimeError(mismatch("conv2d", "bias", expected, f"size {list(bias.shape)}"))
+    channels_last = conv2d_is_channels_last(
+        input.shape, input.stride(), weight.shape, weight.stride()
+    )
+    output_strides = dense_strides(geometry.output_size, channels_last)
+    return _query(input, geometry, input.stride(), weight.stride(), output_strides)
+
+
+def _grad_input_query(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool,
+    *arguments: Any,
+) -> Conv2dQuery:  # fmt: skip
+    op = "conv2d_grad_input"
+    geometry = Conv2dGeometry.of(op, input_size, weight.shape, *arguments)
+    _check_grad_output(op, grad_output, geometry)
+    _check_alike(op, "grad_output", grad_output, weight=weight)
+    input_strides = dense_strides(geometry.input_size, channels_last)
+    return _query(grad_output, geometry, input_strides, weight.stride(), grad_output.stride())
+
+
+def _grad_weight_query(
+    grad_output: Tensor, input: Tensor, weight_size: Sequence[int], channels_last: bool,
+    *arguments: Any,
+) -> Conv2dQuery:  # fmt: skip
+    op = "conv2d_grad_weight"
+    geometry = Conv2dGeometry.of(op, input.shape, weight_size, *arguments)
+    _check_grad_output(op, grad_output, geometry)
+    _check_alike(op, "grad_output", grad_output, input=input)
+    weight_strides = dense_strides(geometry.weight_size, channels_last)
+    return _query(grad_output, geometry, input.stride(), weight_strides, grad_output.stride())
+
+
+def _query(
+    tensor: Tensor, geometry: Conv2dGeometry, input: Strides, weight: Strides, output: Strides
+) -> Conv2dQuery:
+    return Conv2dQuery(
+        tensor.device, tensor.dtype, tensor.layout, geometry=geometry,
+        strides=(input, weight, output),
+    )  # fmt: skip
+
+
+def _check_grad_output(op: str, grad_output: Tensor, geometry: Conv2dGeometry) -> None:
+    if tuple(grad_output.shape) != geometry.output_size:
+        expected, got = (f"size {list(s)}" for s in (geometry.output_size, grad_output.shape))
+        raise RuntimeError(mismatch(op, "grad_output", expected, got))
+
+
+def _check_alike(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.dtype != tensor.dtype:
+            expected = f"{tensor.dtype} like {first}: their types should be the same"
+            fix = f"Convert one of them with .to({tensor.dtype})"
+            raise RuntimeError(mismatch(op, name, expected, other.dtype, fix))
+        if other is not None and other.device != tensor.device:
+            expected = f"a tensor on {tensor.device} like {first}: all on the same device"
+            fix = f"Move one of them with .to({str(tensor.device)!r})"
+            raise RuntimeError(mismatch(op, name, expected, other.device, fix))
+
+
+def _fake_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    *geometry, _ = arguments
+    query = _conv2d_query(input, weight, bias, *geometry)
+    return input.new_empty_strided(query.geometry.output_size, query.strides[2])
+
+
+def _fake_conv2d_grad_input(grad_output: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    *geometry, _ = arguments
+    query = _grad_input_query(grad_output, weight, *geometry)
+    return grad_output.new_empty_strided(query.geometry.input_size, query.strides[0])
+
+
+def _fake_conv2d_grad_weight(
+    grad_output: Tensor, input: Tensor, weight_size: Any, channels_last: bool, bias: bool,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    *geometry, _ = arguments
+    query = _grad_weight_query(grad_output, input, weight_size, channels_last, *geometry)
+    grad_weight = input.new_empty_strided(query.geometry.weight_size, query.strides[1])
+    return grad_weight, grad_output.new_empty(grad_output.shape[1]) if bias else None
+
+
+for _name, _kernel, _fake in (
+    ("conv2d", conv2d, _fake_conv2d),
+    ("conv2d_grad_input", conv2d_grad_input, _fake_conv2d_grad_input),
+    ("conv2d_grad_weight", conv2d_grad_weight, _fake_conv2d_grad_weight),
+):
+    # CompositeExplicitAutograd: one kernel for every device, which takes part in autograd only
+    # through the formula that is registered beside it.
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gdfast::{_name}", _fake, lib=library)
+
+
+# Each of the three passes multiplies every weight of a filter with every output position once.
+@register_flop_formula(torch.ops.gdfast.conv2d)
+def _conv2d_flops(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * prod(out_shape) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.gdfast.conv2d_grad_input)
+def _conv2d_grad_input_flops(grad_output: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(grad_output) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.gdfast.conv2d_grad_weight)
+def _conv2d_grad_weight_flops(
+    grad_output: Any, input: Any, weight_size: Any, *_: Any, **__: Any
+) -> int:
+    return 2 * prod(grad_output) * prod(weight_size[1:])
