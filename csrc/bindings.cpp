@@ -28,6 +28,8 @@ PYBIND11_MODULE(_cpu, m) {
       "select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); },
       pybind11::arg("name"), "Chooses an instruction set; False where it cannot run here.");
 
+  m.attr("why_no_cuda") = GDFAST_WHY_NO_CUDA;
+
   bind_conv2d(m);
   bind_sgd(m);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -15,41 +16,53 @@ _failures: dict[str, str] = {}
 
 
 def _load(name: str) -> ModuleType | None:
-    # GDFAST_NATIVE_DIR points at another build of the same modules: the sanitizers' one.
+    full_name = f"gdfast._{name}"
+    # Another build of the same modules, in place of the installed one: `make asan` sets it.
     folder = os.environ.get("GDFAST_NATIVE_DIR")
     try:
-        if not folder:
-            module = importlib.import_module(f"gdfast._{name}")
-        else:
-            files = sorted(Path(folder).glob(f"_{name}.*.so"))
-            if not files:
-                raise ImportError(f"no _{name}.*.so in GDFAST_NATIVE_DIR={folder}")
-            spec = importlib.util.spec_from_file_location(f"gdfast._{name}", files[0])
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            sys.modules[f"gdfast._{name}"] = module
+        return _load_from(Path(folder), full_name) if folder else importlib.import_module(full_name)
     except ImportError as error:
         _failures[name] = str(error)
         return None
+
+
+def _load_from(folder: Path, full_name: str) -> ModuleType:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    path = folder / f"{full_name.rpartition('.')[2]}{suffix}"
+    if not path.exists():
+        raise ImportError(f"GDFAST_NATIVE_DIR: expected {path}, found none")
+    spec = importlib.util.spec_from_file_location(full_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[full_name] = module
     return module
 
 
-def _select_isa(module: ModuleType, isa: str) -> None:
-    if not module.select_isa(isa):
-        supported = ", ".join(module.supported_isas())
-        raise ValueError(
-            f"GDFAST_CPU_ISA: expected one of {supported} (what this processor runs), got {isa!r}"
-        )
-
-
 def failure(name: str) -> str:
-    """Why the compiled module `name` ("cpu" or "cuda") is missing; "" where it is loaded."""
+    """Say why the compiled module `name`, "cpu" or "cuda", is missing; "" where it is loaded."""
     return _failures.get(name, "")
+
+
+def summary() -> str:
+    """Say in one line which kernels there are, and why others are missing."""
+    if cpu is None:
+        kernels = f"no CPU kernels: {failure('cpu')}"
+    else:
+        kernels = f"CPU kernels for {', '.join(cpu.supported_isas())}, using {cpu.isa()}"
+    return f"{kernels}; " + ("CUDA kernels" if cuda else f"no CUDA kernels: {failure('cuda')}")
 
 
 cpu = _load("cpu")
 cuda = _load("cuda")
 
-if cpu is not None and os.environ.get("GDFAST_CPU_ISA"):
-    _select_isa(cpu, os.environ["GDFAST_CPU_ISA"])
+if cpu is not None:
+    # The build knows better than the import why the CUDA module is not there.
+    if cuda is None and cpu.why_no_cuda:
+        _failures["cuda"] = cpu.why_no_cuda
+    _isa = os.environ.get("GDFAST_CPU_ISA")
+    if _isa and not cpu.select_isa(_isa):
+        raise ValueError(
+            f"GDFAST_CPU_ISA: expected one that this processor runs "
+            f"({', '.join(cpu.supported_isas())}), got {_isa!r}"
+        )
