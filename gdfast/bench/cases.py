@@ -197,7 +197,7 @@ def _resnet(model: str, depths: tuple[int, ...], bottleneck: bool) -> tuple[Conv
                     _layer(model, C, H, width, 3, stride, batch),
                     _layer(model, width, H // stride, width, 3, 1, batch),
                 ]
-            if stride > 1 or C != out:
+            if stride > 1 or out != C:  # the shortcut needs a projection
                 layers.append(_layer(model, C, H, out, 1, stride, batch))
             C, H = out, H // stride
     return _distinct(layers)

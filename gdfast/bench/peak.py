@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ class Peak:
 
     flops: float
     bandwidth: float
+
+    def better(self, other: Peak) -> Peak:
+        """The better of two measurements in each respect: a busy machine only ever shows less."""
+        return Peak(max(self.flops, other.flops), max(self.bandwidth, other.bandwidth))
 
     def floor(self, flops: int, bytes: int) -> float:
         """Seconds that so much arithmetic and traffic takes at least, at these peaks."""
@@ -40,10 +45,8 @@ def measure(dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> Peak:
     flops = 0.0
     for n in _GEMM_SIZES:
         a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-        out = torch.empty(n, n, dtype=dtype)
-        flops = max(
-            flops, 2 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds)
-        )
+        product = partial(torch.mm, a, b, out=torch.empty(n, n, dtype=dtype))
+        flops = max(flops, 2 * n**3 / _best(product, seconds))
 
     x = torch.randn(_MEMORY_BYTES // 4)
     y = torch.randn(_MEMORY_BYTES // 4)

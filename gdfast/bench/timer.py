@@ -1,8 +1,8 @@
 """Side-by-side timing in one process, for machines whose speed drifts.
 
 Every round visits each candidate twice, once on the way there and once on the way back (A B B A),
-and the next round starts with the next candidate. Slow drift then hits all alike, and none is
-always the one that finds the caches warm. The null case, one candidate against itself under the
+and the next round goes in another order. Slow drift then hits all alike, and none is always the
+one that finds the caches warm. The null case, one candidate against itself under the
 same treatment, tells how far a ratio may stray by chance.
 """
 
@@ -55,6 +55,7 @@ def compare(
     rounds: int = 15,
     *,
     baselines: Iterable[str] | None = None,
+    twin: Callable[[str], Callable[[], Any]] | None = None,
     min_seconds: float = 2e-3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
@@ -62,7 +63,12 @@ def compare(
 
     Each is warmed up and its number of calls per visit calibrated, so that a visit lasts at least
     `min_seconds`. What a call returns is dropped at once, as in a training loop: the cost of fresh
-    memory is part of the time. The null case repeats the quickest of `baselines` (default: all).
+    memory is part of the time.
+
+    The null case is a twin of the quickest of `baselines` (default: all): `twin` makes it from that
+    one's name. It must share with it what candidates share with each other, no more: a twin that
+    worked on the same memory, where the others have their own, would warm the caches for it.
+    Default: the same call, for candidates that share all their inputs.
 
     Raises ValueError when there is nothing to compare.
     """
@@ -72,25 +78,26 @@ def compare(
             f"got {len(candidates)} and {rounds}"
         )
     calls = dict(candidates)
-    repeats, estimates = {}, {}
+    repeats: dict[Any, int] = {}
+    estimates: dict[str, float] = {}
     for name, call in calls.items():
         repeats[name], estimates[name] = _calibrate(call, min_seconds, clock)
     null_of = min(calls if baselines is None else baselines, key=estimates.__getitem__)
 
-    # The key of the twin is no string, so it can't clash with a candidate's name.
-    twin = object()
-    order: list[Any] = [*calls, twin]
+    null = object()  # no string, so it can't clash with a candidate's name
+    timed: dict[Any, Callable[[], Any]] = {**calls, null: twin(null_of) if twin else calls[null_of]}
+    timed[null]()
+    repeats[null] = repeats[null_of]
+    order = list(timed)
     seconds: dict[Any, list[float]] = {key: [] for key in order}
     for turn in range(rounds):
         visits = _there_and_back(order, turn)
         spent = dict.fromkeys(order, 0.0)
         for key in visits:
-            name = null_of if key is twin else key
-            spent[key] += _time(calls[name], repeats[name], clock)
+            spent[key] += _time(timed[key], repeats[key], clock)
         for key in order:
             seconds[key].append(spent[key] / 2)
-    null = seconds.pop(twin)
-    return Comparison(seconds, null_of, null)
+    return Comparison({name: seconds[name] for name in calls}, null_of, seconds[null])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -108,8 +115,15 @@ def _middle(over: Sequence[float], under: Sequence[float]) -> tuple[float, float
 
 
 def _there_and_back(order: Sequence[Any], turn: int) -> list[Any]:
-    start = turn % len(order)
-    there = [*order[start:], *order[:start]]
+    """The visits of one round: a zigzag through the candidates, and back again.
+
+    Over as many rounds as there are candidates, each comes right after each other one equally often
+    (E. J. Williams, 1949: designs balanced for residual effects): what a call leaves in the caches
+    favours none.
+    """
+    count = len(order)
+    zigzag = [(step + 1) // 2 if step % 2 else count - step // 2 for step in range(count)]
+    there = [order[(place + turn) % count] for place in zigzag]
     return there + there[::-1]
 
 

@@ -1,0 +1,133 @@
+"""`gdfast bench`: our kernels beside the best that native PyTorch has, in one table.
+
+Nothing heavy is imported before a benchmark runs, so that `gdfast.bench.cases` stays a pure table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+_PASSES = ("forward", "grad_input", "grad_weight")
+_SUITES = ("quick", "all", "simple_cnn", "resnet18", "resnet50", "yolo", "sgd", "step")
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `gdfast bench` to a parser."""
+    parser.add_argument(
+        "--suite", choices=_SUITES, default="quick",
+        help="what to measure (default: quick, a selection that takes under two minutes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passes", nargs="+", choices=_PASSES, default=list(_PASSES), metavar="PASS",
+        help=f"passes of the layers: {', '.join(_PASSES)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="threads for both sides (default: torch's)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=15, metavar="N",
+        help="rounds, each timing every variant twice (default: 15)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32")
+    parser.add_argument(
+        "--backend", default="auto", metavar="NAME", help="backend of ours (default: auto)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="native training steps through torch.compile too (slow to start)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), metavar="DIR",
+        help="folder for the JSON file and the plot (default: runs/bench)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark that the options ask for.
+
+    Returns 0, or 1 when a result was wrong. The table (or JSON) goes to stdout, progress to stderr.
+    """
+    import torch
+
+    from gdfast import backends
+    from gdfast.bench import machine, peak, plot, report, suites
+    from gdfast.bench.result import Result, measure
+    from gdfast.extras import MissingExtraError
+    from gdfast.files import write_atomic
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    progress = _Progress()
+    progress.show("measuring the machine's peak")
+    facts, limits = machine.describe(), peak.measure(dtype)
+    planned = suites.plan(args.suite, args.passes, dtype, args.compile)
+    results: list[Result] = []
+    with backends.backend(args.backend):
+        for position, item in enumerate(planned, 1):
+            progress.show(f"[{position}/{len(planned)}] {item.label}")
+            results.append(measure(item.build(), args.rounds))
+    progress.show("measuring the machine's peak again")
+    limits = limits.better(peak.measure(dtype))
+    progress.clear()
+
+    settings = {
+        "suite": args.suite,
+        "passes": args.passes,
+        "rounds": args.rounds,
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "compile": args.compile,
+    }
+    document = report.to_json(results, facts, limits, settings)
+    sys.stdout.write(document if args.json else report.table(results, facts, limits, args.dtype))
+    if not args.json:
+        print()
+
+    stem = f"{machine.slug()}-{args.suite}-{args.dtype}-{facts['threads']}t"
+    written = [args.out / f"{stem}.json"]
+    write_atomic(written[0], document.encode())
+    title = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {args.dtype}"
+    try:
+        plot.save(results, title, args.out / f"{stem}.png")
+        written.append(args.out / f"{stem}.png")
+    except MissingExtraError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+    print(f"saved {' and '.join(map(str, written))}", file=sys.stderr)
+    return 0 if all(result.check.ok for result in results) else 1
+
+
+class _Progress:
+    """One line on stderr that is replaced on a terminal, a line for each step elsewhere."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        line = f"{time.monotonic() - self._start:4.0f} s  {text}"
+        if self._terminal:
+            print(f"\r\033[K{line[:79]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value

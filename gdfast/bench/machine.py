@@ -1,0 +1,72 @@
+"""What was measured on: processor, instruction sets, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gdfast
+from gdfast import native
+
+
+def describe() -> dict[str, Any]:
+    """Facts that a figure must be read with; the load is the machine's, over the last minute."""
+    return {
+        "cpu": cpu_name(),
+        "cpus": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "isa": native.cpu.isa() if native.cpu is not None else None,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "gdfast": gdfast.__version__,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name for itself, or the architecture's where it tells none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def slug() -> str:
+    """The machine's name as a part of a file name: "amd-epyc-2cpu"."""
+    name = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", cpu_name().lower())
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()}cpu").strip("-")
+
+
+def commit() -> str | None:
+    """The commit that gdfast runs from, "+" after it where files were changed; None outside git."""
+    folder = Path(gdfast.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside of somebody else's repository.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

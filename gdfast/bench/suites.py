@@ -1,0 +1,95 @@
+"""Which workloads a benchmark run consists of, built only when their turn comes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from gdfast import models, ops, optim, swap
+from gdfast.bench import cases, layers, sgd, step
+from gdfast.bench.workload import Workload
+
+SUITES = ("quick", "all", *cases.LAYERS, "sgd", "step")
+
+# What a first look should hold: the layers that networks are made of, in under two minutes.
+_QUICK_LAYERS = {
+    "simple_cnn": ("3x3 1->32 @28",),
+    "resnet18": ("7x7/2 3->64 @224", "3x3/2 64->128 @56"),
+    "resnet50": (
+        "3x3 64->64 @56",
+        "3x3 128->128 @28",
+        "3x3 256->256 @14",
+        "3x3 512->512 @7",
+        "1x1 64->256 @56",
+        "1x1 512->128 @28",
+        "1x1 1024->256 @14",
+        "1x1 512->2048 @7",
+    ),
+}
+_QUICK_SGD = ("10 k, 1 tensor", "1 M, 1 tensor", "1 M, 161 tensors", "25.6 M, ResNet-50's 161")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A workload to come: its label, and what builds it."""
+
+    label: str
+    build: Callable[[], Workload]
+
+
+def plan(
+    suite: str, passes: Sequence[str], dtype: torch.dtype, compiled: bool = False
+) -> list[Planned]:
+    """The workloads of a suite ("quick", "all" or one of its own), in the order of the table.
+
+    Raises:
+        ValueError: no such suite.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suites.plan: suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    return list(_plan(suite, passes, dtype, compiled))
+
+
+def _plan(
+    suite: str, passes: Sequence[str], dtype: torch.dtype, compiled: bool
+) -> Iterator[Planned]:
+    for model, table in cases.LAYERS.items():
+        if suite not in ("quick", "all", model):
+            continue
+        for layer in table:
+            if suite == "quick" and layer.name not in _QUICK_LAYERS.get(model, ()):
+                continue
+            for task in passes:
+                yield Planned(f"{layer} {task}", partial(layer_workload, layer, task, dtype))
+    if suite in ("quick", "all", "sgd"):
+        for update in cases.SGD_CASES:
+            if suite != "quick" or update.name in _QUICK_SGD:
+                yield Planned(f"SGD, {update}", partial(sgd_workload, update, dtype))
+    if suite in ("quick", "all", "step"):
+        for training in cases.STEPS:
+            yield Planned(str(training), partial(step_workload, training, dtype, compiled))
+
+
+def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Workload:
+    """One pass of one layer by `gdfast.ops.conv2d`."""
+    return layers.workload(case, task, dtype, convolve=ops.conv2d)
+
+
+def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
+    """One update by `gdfast.optim.SGD`."""
+    return sgd.workload(case, dtype, make_optimizer=optim.SGD)
+
+
+def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = False) -> Workload:
+    """One training step of a model of ours, and of the same one with its layers restored."""
+    torch.manual_seed(0)
+    ours = models.create(case.model)
+    native = copy.deepcopy(ours)
+    swap.restore_(native)
+    return step.workload(
+        case, dtype, ours=ours, native=native, make_optimizer=optim.SGD, compiled=compiled
+    )
