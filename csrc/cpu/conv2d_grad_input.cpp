@@ -5,7 +5,7 @@
 // Pixels with the same h % stride_h divide evenly by the same taps r, so each phase is a
 // convolution of grad_output with step 1.
 #include "kernels.h"
-#include "tap_conv_channels.h"
+#include "run_tap_conv.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const void* weight,

@@ -11,6 +11,7 @@
 // A task owns a panel of k, a block of rows and a share of the output's lines. Shares are added up
 // afterwards in a fixed order: the result depends on their number, which shape and threads decide,
 // and never on timing.
+#include "depthwise_grad_weight.h"
 #include "kernels.h"
 #include "pack.h"
 #include "tile.h"
@@ -373,9 +374,15 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
                         void* grad_weight, void* grad_bias, int threads) {
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    GradWeight<T>(p, static_cast<const T*>(grad_output), static_cast<const T*>(input),
-                  static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), threads)
-        .run();
+    const auto run = [&](const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
+      if (p.groups > 1 && p.C == p.groups && p.K == p.groups) {
+        run_depthwise_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
+      } else {
+        GradWeight<T>(p, grad_output, input, grad_weight, grad_bias, threads).run();
+      }
+    };
+    run(static_cast<const T*>(grad_output), static_cast<const T*>(input),
+        static_cast<T*>(grad_weight), static_cast<T*>(grad_bias));
   });
 }
 

@@ -36,6 +36,37 @@ struct TapConv {
   int64_t pixels() const { return batch * height * width; }
 };
 
+// The forward pass of p; taps is room for R * S of them.
+inline TapConv forward_tap_conv(const Conv2dProblem& p, Tap* taps) {
+  for (int64_t r = 0; r < p.R; ++r) {
+    for (int64_t s = 0; s < p.S; ++s) {
+      taps[r * p.S + s] = {r * p.dilation_h - p.pad_h, s * p.dilation_w - p.pad_w,
+                           r * p.weight.h + s * p.weight.w};
+    }
+  }
+  TapConv conv;
+  conv.batch = p.N;
+  conv.height = p.P;
+  conv.width = p.Q;
+  conv.step_h = p.stride_h;
+  conv.step_w = p.stride_w;
+  conv.source_height = p.H;
+  conv.source_width = p.W;
+  conv.reduced = p.C / p.groups;
+  conv.produced = p.K / p.groups;
+  conv.groups = p.groups;
+  conv.source = p.input;
+  conv.dest = p.output;
+  conv.weight_reduced = p.weight.c;
+  conv.weight_produced = p.weight.n;
+  conv.source_group = conv.reduced * p.input.c;
+  conv.dest_group = conv.produced * p.output.c;
+  conv.weight_group = conv.produced * p.weight.n;
+  conv.taps = taps;
+  conv.tap_count = p.R * p.S;
+  return conv;
+}
+
 // Where a grid point lies, and how to go on to the next.
 struct GridPoint {
   int64_t n, i, j;

@@ -255,20 +255,5 @@ class ChannelTiles {
   int64_t scratch_bytes_;
 };
 
-// Picks the tile by which of dest's axes is contiguous.
-template <typename T>
-void run_tap_conv(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
-                  int threads) {
-  using A = typename Accumulator<T>::type;
-  if (conv.pixels() == 0) return;
-  // Few channels leave most lanes of a panel of channels empty.
-  const bool channels_fill_lanes = 2 * conv.produced > kLanes<A>;
-  if (conv.dest.c == 1 && channels_fill_lanes) {
-    PixelTiles<T>(conv, source, weight, bias, dest, threads).run();
-  } else {
-    ChannelTiles<T>(conv, source, weight, bias, dest, threads).run();
-  }
-}
-
 }  // namespace
 }  // namespace gdfast::cpu

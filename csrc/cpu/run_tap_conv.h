@@ -1,0 +1,30 @@
+// Picks the algorithm for a TapConv, from its shape and layout alone.
+#pragma once
+
+#include "depthwise.h"
+#include "tap_conv_channels.h"
+#include "tap_conv_pixels.h"
+
+namespace gdfast::cpu {
+namespace {
+
+template <typename T>
+void run_tap_conv(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
+                  int threads) {
+  using A = typename Accumulator<T>::type;
+  if (conv.pixels() == 0) return;
+  if (conv.reduced == 1 && conv.produced == 1 && conv.groups > 1) {
+    run_depthwise(conv, source, weight, bias, dest, threads);
+    return;
+  }
+  // Few channels leave most lanes of a panel of channels empty.
+  const bool channels_fill_lanes = 2 * conv.produced > kLanes<A>;
+  if (conv.dest.c == 1 && channels_fill_lanes) {
+    PixelTiles<T>(conv, source, weight, bias, dest, threads).run();
+  } else {
+    ChannelTiles<T>(conv, source, weight, bias, dest, threads).run();
+  }
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
