@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 
-class BackendError(RuntimeError):
+class UserError(Exception):
+    """Something that the user can put right; the command line prints its one line and no trace."""
+
+
+class BackendError(UserError, RuntimeError):
     """A backend was asked for by name and cannot run what it was given."""
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from gdfast.errors import UserError
 
-class MissingExtraError(ImportError):
+
+class MissingExtraError(UserError, ImportError):
     """A package of one of gdfast's extras is not installed; the message says how to get it."""
 
 
@@ -14,7 +16,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     """Import a module of an extra.
 
     Raises:
-        MissingExtraError: it is not installed; the message names ``pip install "gdfast[extra]"``.
+        MissingExtraError: it is not installed; the message names `pip install "gdfast[extra]"`.
     """
     try:
         return importlib.import_module(module)

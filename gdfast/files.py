@@ -16,7 +16,7 @@ def write_atomic(
 ) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part.
 
-    ``content`` is the bytes themselves, or a function that writes them to the binary file it is
+    `content` is the bytes themselves, or a function that writes them to the binary file it is
     given. The bytes go to a temporary file in the same folder, reach the disk, and are renamed.
 
     Raises:
@@ -35,8 +35,11 @@ def write_atomic(
         # mkstemp makes files private; give the mode that open() would have given.
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            # Of the same kind, but naming the file that was wanted (a full disk names none).
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
 

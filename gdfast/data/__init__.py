@@ -1,4 +1,4 @@
-"""Data by name, held in memory: ``load("digits")``, ``load("mnist:DIR")``."""
+"""Data by name, held in memory: `load("digits")`, `load("mnist:DIR")`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = [
 
 
 def load(spec: str, *, download: bool = False) -> ImageData:
-    """Load the data that ``spec`` names, split for training and testing.
+    """Load the data that `spec` names, split for training and testing.
 
-    ``digits`` is scikit-learn's; ``mnist:DIR`` reads idx files from a folder, and ``download``
+    `digits` is scikit-learn's; `mnist:DIR` reads idx files from a folder, and `download`
     fetches those that it lacks.
 
     Raises:

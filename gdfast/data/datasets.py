@@ -13,14 +13,14 @@ from gdfast.extras import require
 
 
 class MNIST(Dataset[tuple[Any, Any]]):
-    """MNIST's 60,000 training images, or its 10,000 test images with ``train=False``.
+    """MNIST's 60,000 training images, or its 10,000 test images with `train=False`.
 
-    The files lie in ``root`` or in ``root/MNIST/raw``, where torchvision keeps them and
-    ``download`` puts them. An item is a Pillow image (28x28, mode "L") and its label, each through
-    its transform. ``data`` [N, 28, 28] uint8 and ``targets`` [N] int64 hold everything.
+    The files lie in `root` or in `root/MNIST/raw`, where torchvision keeps them and
+    `download` puts them. An item is a Pillow image (28x28, mode "L") and its label, each through
+    its transform. `data` [N, 28, 28] uint8 and `targets` [N] int64 hold everything.
 
     Raises:
-        DataError: files that are missing (and ``download`` is False), damaged or mixed up.
+        DataError: files that are missing (and `download` is False), damaged or mixed up.
     """
 
     classes = tuple(str(digit) for digit in range(mnist.CLASSES))

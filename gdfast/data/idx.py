@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 def read(path: Path, ndim: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes with ``ndim`` dimensions.
+    """Read an idx file of unsigned bytes with `ndim` dimensions.
 
     Memory is bounded by what the file really holds: the size that the header claims is checked
     before anything is allocated, and compressed data is read in pieces up to that size.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images: ``images`` [N, C, H, W] as bytes 0 to 255, ``labels`` [N] as int64."""
+    """Labelled images: `images` [N, C, H, W] as bytes 0 to 255, `labels` [N] as int64."""
 
     images: Tensor
     labels: Tensor
@@ -26,7 +26,7 @@ class ImageSet:
 class ImageData:
     """A data set split for training and testing.
 
-    ``epochs`` is how many passes a short training on it usually needs.
+    `epochs` is how many passes a short training on it usually needs.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ImageData:
 
 
 class Batch(NamedTuple):
-    """``images`` [n, C, H, W] as float32 in 0 to 1, their ``labels`` [n]."""
+    """`images` [n, C, H, W] as float32 in 0 to 1, their `labels` [n]."""
 
     images: Tensor
     labels: Tensor
@@ -55,8 +55,8 @@ class Batch(NamedTuple):
 class Batches:
     """Batches of an ImageSet, shuffled anew for every epoch.
 
-    The images stay on ``device`` as bytes and become float32 batch by batch. The order of an epoch
-    depends on ``seed`` and the epoch's number alone, so any batch of any epoch can be had again:
+    The images stay on `device` as bytes and become float32 batch by batch. The order of an epoch
+    depends on `seed` and the epoch's number alone, so any batch of any epoch can be had again:
     that is how an interrupted run goes on exactly where it stopped. The last batch may be smaller.
     """
 
@@ -68,7 +68,7 @@ class Batches:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``seed`` None keeps the images in their order."""
+        """`seed` None keeps the images in their order."""
         self._images = data.images.to(device)
         self._labels = data.labels.to(device)
         self.batch_size = batch_size
@@ -83,7 +83,7 @@ class Batches:
         return len(self._labels)
 
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch ``number`` (from 0), from batch ``start`` on."""
+        """The batches of epoch `number` (from 0), from batch `start` on."""
         for chosen in self._order(number).split(self.batch_size)[start:]:
             images = self._images.index_select(0, chosen).to(torch.float32).div_(255)
             yield Batch(images, self._labels.index_select(0, chosen))

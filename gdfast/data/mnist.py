@@ -32,11 +32,11 @@ _TIMEOUT_SECONDS = 30
 
 
 def load(folder: str | Path, download: bool = False) -> ImageData:
-    """MNIST from a folder of idx files, gzip or not, or its subfolder ``MNIST/raw``.
+    """MNIST from a folder of idx files, gzip or not, or its subfolder `MNIST/raw`.
 
     With both pairs of files, train and t10k, they are the two splits. With one pair alone, its
     first 80 % of images train and the rest test: of t10k, the first 8,000 and the last 2,000.
-    ``download`` fetches what is missing into the folder first.
+    `download` fetches what is missing into the folder first.
 
     Raises:
         DataError: no such folder or files, or files that are damaged or do not belong together.
@@ -63,7 +63,7 @@ def load(folder: str | Path, download: bool = False) -> ImageData:
 
 
 def read_pair(folder: Path, split: str) -> ImageSet:
-    """The images and labels of one split, ``train`` or ``t10k``.
+    """The images and labels of one split, `train` or `t10k`.
 
     Raises:
         DataError: a file is missing or damaged, or images and labels do not belong together.
@@ -98,7 +98,7 @@ def read_pair(folder: Path, split: str) -> ImageSet:
 def fetch(folder: Path, *splits: str, into: str = ".") -> None:
     """Download those files of the splits that the folder lacks.
 
-    Each file is checked, then put whole into ``into``, a folder below ``folder``.
+    Each file is checked, then put whole into `into`, a folder below `folder`.
 
     Raises:
         DataError: no mirror gave a file with the right checksum, or it could not be written.
