@@ -50,29 +50,25 @@ def pair(name: str, value: Any, op: str = "conv2d") -> Pair:
     return number, number
 
 
-def same_padding(kernel: Sequence[int], dilation: Pair) -> Padding:
-    """Padding that keeps the size at stride 1; the odd row or column goes below or to the right."""
+def named_padding(
+    name: str, kernel: Sequence[int], stride: Pair, dilation: Pair, op: str = "conv2d"
+) -> Padding:
+    """The padding that "valid" (none) or "same" (the size stays, at stride 1) stands for.
+
+    An odd row or column of "same" goes below or to the right. Raises RuntimeError for another name
+    and for "same" with a stride.
+    """
+    if name == "valid":
+        return 0, 0, 0, 0
+    if name != "same":
+        raise RuntimeError(
+            mismatch(op, "padding", "'same', 'valid', a number or a pair", repr(name))
+        )
+    if stride != (1, 1):
+        raise RuntimeError(mismatch(op, "padding", "numbers, for a stride", f"'same', {stride=}"))
     rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
     top, left = rows // 2, columns // 2
     return top, left, rows - top, columns - left
-
-
-def resolve_padding(padding: Any, kernel: Sequence[int], stride: Pair, dilation: Pair) -> Padding:
-    """`padding` ("same", "valid", a number or a pair) as rows above, columns left, below, right."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return 0, 0, 0, 0
-        if padding != "same":
-            raise RuntimeError(
-                mismatch("conv2d", "padding", "'same', 'valid', a number or a pair", repr(padding))
-            )
-        if tuple(stride) != (1, 1):
-            raise RuntimeError(
-                mismatch("conv2d", "padding", "numbers when stride is not 1", f"'same', {stride=}")
-            )
-        return same_padding(kernel, dilation)
-    rows, columns = pair("padding", padding)
-    return rows, columns, rows, columns
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -197,16 +193,18 @@ def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
     The rule of `Tensor.suggest_memory_format()` in C++: strides that could be either layout (one
     channel, 1x1 images) count as contiguous when they are written as contiguous ones.
     """
-    if len(size) != 4 or stride[1] == 0:
+    if len(size) != 4:
         return False
-    least = 0
-    for axis in (1, 3, 2, 0):
-        if size[axis] == 0 or stride[axis] < least:
-            return False
-        if axis == 0 and least == stride[1]:
-            return False
-        least = stride[axis] * size[axis]
-    return True
+    _, C, H, W = size
+    n, c, h, w = stride
+    return (
+        c != 0
+        and w >= c * C
+        and h >= w * W
+        and n >= h * H
+        and h * H != c  # N x 1 x 1 x 1
+        and 0 not in size
+    )
 
 
 def conv2d_is_channels_last(

@@ -22,8 +22,8 @@ from gdfast.geometry import (
     conv2d_is_channels_last,
     integer,
     is_channels_last,
+    named_padding,
     pair,
-    resolve_padding,
 )
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops.conv2d_dispatch import library
@@ -46,8 +46,8 @@ def conv2d(
 
     input [N, C, H, W] or [C, H, W], weight [K, C / groups, R, S], bias [K], all of one dtype:
     float32, float64, bfloat16 or float16; others run on native PyTorch. stride, padding and
-    dilation count pixels: numbers or pairs (height, width); padding may be "same" or "valid" too. Returns
-    [N, K, P, Q] or [K, P, Q], channels_last where the input or the weight is.
+    dilation count pixels: numbers or pairs (height, width); padding may be "same" or "valid" too.
+    Returns [N, K, P, Q] or [K, P, Q], channels_last where the input or the weight is.
 
     Raises RuntimeError for sizes, dtypes and devices that do not fit together and values out of
     range, TypeError for arguments of another type, ValueError for an unknown backend, BackendError
@@ -67,7 +67,11 @@ def conv2d(
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = _autocast(input, weight, bias)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    sides = resolve_padding(padding, weight.shape[2:], stride, dilation)
+    if isinstance(padding, str):
+        sides = named_padding(padding, weight.shape[2:], stride, dilation)
+    else:
+        rows, columns = pair("padding", padding)
+        sides = rows, columns, rows, columns
     arguments = stride, sides, dilation, integer("groups", groups), backend
     if input.dim() == 3:
         return _conv2d(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
@@ -195,7 +199,7 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save_conv2d(ctx, inputs, None)
-        return _below_autograd(torch.ops.gdfast.conv2d.default, inputs)
+        return _run("conv2d", inputs)
 
     backward = staticmethod(_backward_conv2d)
 
@@ -204,7 +208,7 @@ class _GradInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _save_grad_input(ctx, inputs, None)
-        return _below_autograd(torch.ops.gdfast.conv2d_grad_input.default, inputs)
+        return _run("conv2d_grad_input", inputs)
 
     backward = staticmethod(_backward_grad_input)
 
@@ -213,22 +217,48 @@ class _GradWeightFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         _save_grad_weight(ctx, inputs, None)
-        return _below_autograd(torch.ops.gdfast.conv2d_grad_weight.default, inputs)
+        return _run("conv2d_grad_weight", inputs)
 
     backward = staticmethod(_backward_grad_weight)
 
 
-def _below_autograd(op: Callable[..., Any], inputs: tuple[Any, ...]) -> Any:
-    # The operation's own formula would be recorded beside the Function's, for twice the time.
+# The dispatch keys of an ordinary CPU tensor. Fake, functional, negated and other special tensors
+# have more or others.
+_dispatch_keys = torch._C._dispatch_keys
+_ORDINARY = set()
+for _inference in (False, True):
+    with torch.inference_mode(_inference):
+        _ORDINARY.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
+
+
+def _run(name: str, inputs: tuple[Any, ...]) -> Any:
+    """Runs one of the operations without recording its own gradient formula."""
+    op, kernel = _OPERATIONS[name]
     if torch.compiler.is_compiling():
         return op(*inputs)
+    # Where the dispatcher would only find our kernel again, the way through it is saved: a third of
+    # a call's overhead.
+    if torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(inputs[:3]):
+        return kernel(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
 
 
+def _are_ordinary(values: tuple[Any, ...]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor) and _dispatch_keys(value).raw_repr() not in _ORDINARY:
+            return False
+    return True
+
+
+_OPERATIONS = {
+    name: (getattr(torch.ops.gdfast, name).default, getattr(conv2d_dispatch, name))
+    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+}
+
+
 def _differentiable(function: type[torch.autograd.Function], name: str) -> Callable[..., Any]:
-    op = getattr(torch.ops.gdfast, name).default
-    kernel = getattr(conv2d_dispatch, name)
+    op, kernel = _OPERATIONS[name]
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -238,7 +268,7 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
             return kernel(*inputs[:-1], "reference")
         if torch.is_grad_enabled():
             return function.apply(*inputs)
-        return _below_autograd(op, inputs)
+        return _run(name, inputs)
 
     return call
 
