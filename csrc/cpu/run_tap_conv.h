@@ -18,7 +18,7 @@ void run_tap_conv(const TapConv& conv, const T* source, const T* weight, const T
     return;
   }
   // Few channels leave most lanes of a panel of channels empty.
-  const bool channels_fill_lanes = 2 * conv.produced > kLanes<A>;
+  const bool channels_fill_lanes = 2 * conv.produced >= kLanes<A>;
   if (conv.dest.c == 1 && channels_fill_lanes) {
     PixelTiles<T>(conv, source, weight, bias, dest, threads).run();
   } else {

@@ -103,7 +103,7 @@ class PixelTiles {
         threads_(threads),
         panels_(conv.produced),
         reduction_(conv.tap_count, conv.reduced),
-        in_place_(kSame<T, A> && conv.source.c == 1 && conv.reduced >= kLanes<A>) {
+        in_place_(kSame<T, A> && conv.source.c == 1 && 2 * conv.reduced >= kLanes<A>) {
     // Blocks of equal size, so that the threads end together.
     int64_t blocks = ceil_div(conv.pixels(), kBlockPixels);
     if (blocks < 4 * threads) blocks = round_up(blocks, threads);
