@@ -36,5 +36,5 @@ def load() -> ImageData:
         train=ImageSet(images[~test], labels[~test]),
         test=ImageSet(images[test], labels[test]),
         classes=tuple(str(digit) for digit in range(10)),
-        epochs=30,
+        epochs=20,
     )
