@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("backends", "data", "models", "nn", "ops", "optim")
-_FUNCTIONS = {
-    "backend": "backends",
-    "restore_": "swap",
-    "swap": "swap",
-    "swap_": "swap",
-    "swapped": "swap",
-}
+from gdfast.backends import backend
 
-__all__ = [*_MODULES, *_FUNCTIONS, "__version__"]
+# Not on demand: the first import of the module gdfast.swap sets the attribute of that name, which
+# is to be the function.
+from gdfast.swap import restore_, swap, swap_, swapped
+
+if TYPE_CHECKING:
+    from gdfast import backends, data, models, nn, ops, optim
+
+_MODULES = ("backends", "data", "models", "nn", "ops", "optim")
+
+__all__ = [
+    "__version__",
+    "backend",
+    "backends",
+    "data",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "restore_",
+    "swap",
+    "swap_",
+    "swapped",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _FUNCTIONS:
-        value = getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
-        globals()[name] = value
-        return value
     raise AttributeError(f"module 'gdfast' has no attribute {name!r}")
 
 

@@ -17,6 +17,7 @@ from gdfast.backends.registry import (
     choose_from_environment,
     chosen,
     fall_back,
+    preview,
     register,
     resolve,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "canonical",
     "chosen",
     "fall_back",
+    "preview",
     "register",
     "resolve",
 ]

@@ -156,6 +156,13 @@ def resolve(op: str, query: Query, requested: str = AUTO) -> Backend:
     return found
 
 
+def preview(op: str, query: Query) -> str:
+    """The name of the backend that would run `op` now, without warning of the reference."""
+    if _switch != AUTO:
+        return _switch
+    return next((name for name, b in _backends.items() if not b.refusal(op, query)), "none")
+
+
 def _named(name: str, op: str, query: Query) -> Backend:
     backend = _backends[name]
     if reason := backend.refusal(op, query):

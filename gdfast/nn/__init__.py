@@ -1,0 +1,28 @@
+"""`torch.nn` with our layers in place of native's where there are any.
+
+`from gdfast import nn` serves a model written for `from torch import nn`: every name that is not
+ours is torch.nn's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn
+
+if TYPE_CHECKING:
+    from torch.nn import *  # noqa: F403
+
+from gdfast.nn import functional as functional  # type: ignore[no-redef]
+from gdfast.nn.conv import Conv2d as Conv2d
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(torch.nn, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*dir(torch.nn), *globals()})
+
+
+__all__ = [name for name in __dir__() if not name.startswith("_")]

@@ -1,0 +1,202 @@
+"""Puts our layers into a model that was written for PyTorch, and takes them out again.
+
+A layer changes its class and nothing else. Parameters, optimizers made before, state_dict keys,
+hooks, DDP and EMA copies stay valid, and nothing in PyTorch is patched.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from gdfast import nn
+from gdfast.backends import Query, preview
+from gdfast.errors import mismatch
+from gdfast.swap.report import Replaced, Report, Skipped
+from gdfast.swap.verify import Recording, record
+
+FilterFn = Callable[[torch.nn.Module, str], bool]
+
+_CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Conv2d: nn.Conv2d}
+_NATIVE = {ours: native for native, ours in _CLASSES.items()}
+_OPERATIONS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+
+
+def swap_(
+    model: torch.nn.Module,
+    filter_fn: FilterFn | None = None,
+    *,
+    fuse: bool = False,
+    verify: Any = None,
+) -> Report:
+    """Gives every `torch.nn.Conv2d` of the model our class, in place; also when it is the model.
+
+    Only modules of exactly that class change, and only where `filter_fn(module, name)` is true. The
+    report lists every convolution, with the reason where it was left alone; nothing to replace is a
+    warning.
+
+    `verify` is a batch for the model: a tensor, a tuple of positional or a dict of named arguments.
+    It runs with the native layers and with ours, forward and backward from the same random numbers,
+    and the report gets each layer's errors. Buffers, gradients and random numbers are left as they
+    were; a model that fails on the batch is left native.
+
+    Raises TypeError where the model is no `torch.nn.Module`, and ValueError for fuse=True.
+    """
+    _check_model("swap_", model)
+    if fuse:
+        fix = "This version fuses no layers"
+        raise ValueError(mismatch("swap_", "fuse", "False", fuse, fix))
+    layers, skipped = _candidates(model, filter_fn)
+    before = None if verify is None else record(model, layers, verify)
+    _set_classes(layers, _CLASSES)
+    errors: dict[str, dict[str, float]] = {}
+    if before is not None:
+        errors = _verify(model, layers, verify, before)
+    replaced = [
+        Replaced(
+            name, _qualified(_NATIVE[type(layer)]), _qualified(type(layer)), _backend(layer),
+            errors.get(name, {}),
+        )
+        for name, layer in layers.items()
+    ]  # fmt: skip
+    report = Report(replaced, skipped)
+    if not replaced:
+        reasons = "; ".join(f"{row.name or 'the model'}: {row.reason}" for row in skipped)
+        warnings.warn(
+            f"swap_: no layer was replaced ({reasons or 'the model has no convolution'})",
+            stacklevel=2,
+        )
+    return report
+
+
+def swap(
+    model: torch.nn.Module,
+    filter_fn: FilterFn | None = None,
+    *,
+    fuse: bool = False,
+    verify: Any = None,
+) -> torch.nn.Module:
+    """A deep copy of the model with our layers; arguments and errors are those of `swap_`."""
+    _check_model("swap", model)
+    model = copy.deepcopy(model)
+    swap_(model, filter_fn, fuse=fuse, verify=verify)
+    return model
+
+
+def restore_(model: torch.nn.Module) -> None:
+    """Gives every layer of ours the class of `torch.nn` again, in place.
+
+    Raises TypeError where the model is no `torch.nn.Module`.
+    """
+    _check_model("restore_", model)
+    _set_classes({n: m for n, m in model.named_modules() if type(m) in _NATIVE}, _NATIVE)
+
+
+@contextmanager
+def swapped(
+    model: torch.nn.Module,
+    filter_fn: FilterFn | None = None,
+    *,
+    fuse: bool = False,
+    verify: Any = None,
+) -> Iterator[Report]:
+    """Swaps in place for as long as the context lasts and gives the report.
+
+    Layers that were ours before stay ours. Arguments and errors are those of `swap_`.
+    """
+    _check_model("swapped", model)
+    layers = {name: module for name, module in model.named_modules() if type(module) in _CLASSES}
+    report = swap_(model, filter_fn, fuse=fuse, verify=verify)
+    try:
+        yield report
+    finally:
+        _set_classes({n: m for n, m in layers.items() if type(m) in _NATIVE}, _NATIVE)
+
+
+def _check_model(op: str, model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(mismatch(op, "model", "a torch.nn.Module", type(model).__name__))
+
+
+def _candidates(
+    model: torch.nn.Module, filter_fn: FilterFn | None
+) -> tuple[dict[str, torch.nn.Module], list[Skipped]]:
+    layers, skipped = {}, []
+    for name, module in model.named_modules():
+        if not _is_convolution(module):
+            continue
+        reason = _why_skipped(module)
+        if not reason and filter_fn is not None and not filter_fn(module, name):
+            reason = "filter_fn is false for it"
+        if reason:
+            skipped.append(Skipped(name, _qualified(type(module)), reason))
+        else:
+            layers[name] = module
+    return layers, skipped
+
+
+def _is_convolution(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", "") == "Conv2d"
+    return isinstance(module, _ConvNd)
+
+
+def _why_skipped(module: torch.nn.Module) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted: its code is compiled already"
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: run a batch through the model first"
+    if is_parametrized(module):
+        return "parametrized: its class is its own"
+    if type(module) in _NATIVE:
+        return "it is ours already"
+    if type(module) not in _CLASSES:
+        if isinstance(module, torch.nn.Conv2d):
+            return "subclass of torch.nn.Conv2d: it may compute something else"
+        return "gdfast has no such layer"
+    if "_conv_forward" in vars(module):
+        return "its _conv_forward was replaced on the instance"
+    return ""
+
+
+def _set_classes(
+    layers: dict[str, torch.nn.Module], classes: dict[type[torch.nn.Module], type[torch.nn.Module]]
+) -> None:
+    for layer in layers.values():
+        layer.__class__ = classes[type(layer)]
+
+
+def _verify(
+    model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: Any, before: Recording
+) -> dict[str, dict[str, float]]:
+    try:
+        return record(model, layers, batch).errors(before)
+    except BaseException:
+        _set_classes(layers, _NATIVE)
+        raise
+
+
+def _backend(layer: torch.nn.Module) -> str:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    names = {
+        op: preview(op, Query(weight.device, weight.dtype, weight.layout)) for op in _OPERATIONS
+    }
+    if len(set(names.values())) == 1:
+        return names["conv2d"]
+    return ", ".join(f"{op}: {name}" for op, name in names.items())
+
+
+def _qualified(cls: type) -> str:
+    for package in (torch.nn, nn):
+        if vars(package).get(cls.__name__) is cls:
+            return f"{package.__name__}.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,137 @@
+"""Runs a batch through a model, forward and backward, and leaves no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gdfast.errors import mismatch
+
+Values = dict[str, list[Tensor]]  # what a layer gave, by kind and call
+GRAD_OUTPUT = "grad_output"
+
+
+class Recording:
+    """What each layer gave in one run, by kind; GRAD_OUTPUT is what its gradients came from."""
+
+    def __init__(self, layers: dict[str, Values]) -> None:
+        self.layers = layers
+
+    def errors(self, native: Recording) -> dict[str, dict[str, float]]:
+        """The errors of `Replaced.errors`, of the call that has the largest."""
+        return {
+            name: {
+                kind: max(
+                    _relative_error(*pair, _size(kind, native.layers[name], call))
+                    for call, pair in enumerate(zip(values, native.layers[name][kind], strict=True))
+                )
+                for kind, values in kinds.items()
+                if kind != GRAD_OUTPUT
+            }
+            for name, kinds in self.layers.items()
+        }
+
+
+def _size(kind: str, native: Values, call: int) -> Tensor:
+    if kind != "grad_bias":
+        return torch.linalg.vector_norm(native[kind][call].double())
+    sums = [g.double().abs().movedim(-3, 0).flatten(1).sum(1) for g in native[GRAD_OUTPUT]]
+    return torch.linalg.vector_norm(torch.stack(sums).sum(0))
+
+
+def _relative_error(ours: Tensor, native: Tensor, size: Tensor) -> float:
+    difference = torch.linalg.vector_norm(ours.double() - native.double())
+    return (difference / size if size > 0 else difference).item()
+
+
+def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: Any) -> Recording:
+    """Runs `batch` through `model` and records what the layers give, forward and backward.
+
+    The gradients are those of a fixed random weighting of all that the model puts out. Raises
+    ValueError where nothing that it puts out has a gradient.
+    """
+    seen: dict[str, Values] = {name: {} for name in layers}
+    sources: list[tuple[str, str, Any]] = []  # layer, kind, what to take the gradient in
+
+    def hook_for(name: str) -> Any:
+        def hook(layer: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen[name].setdefault("output", []).append(output.detach().clone())
+            for kind, tensor in (("grad_input", args[0]), (GRAD_OUTPUT, output)):
+                if tensor.requires_grad:
+                    # The edge stays what it is when a layer behind works in place on the tensor.
+                    sources.append((name, kind, get_gradient_edge(tensor)))
+
+        return hook
+
+    for name, layer in layers.items():
+        for kind, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                sources.append((name, f"grad_{kind}", parameter))
+    with _unchanged(model), torch.enable_grad():
+        handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+        try:
+            output = _call(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if sources:
+            # autograd.grad leaves every .grad alone.
+            gradients = torch.autograd.grad(
+                _weighted_sum(output), [source for _, _, source in sources], allow_unused=True
+            )
+            for (name, kind, _), gradient in zip(sources, gradients, strict=True):
+                if gradient is not None:
+                    seen[name].setdefault(kind, []).append(gradient)
+    return Recording(seen)
+
+
+def _call(model: torch.nn.Module, batch: Any) -> Any:
+    # A copy, so that a layer that works in place does not spoil the batch for the next run.
+    batch = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _weighted_sum(output: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    terms = [
+        (leaf * torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)).sum()
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    if not terms:
+        expected = "a batch for which the model puts out tensors that require gradients"
+        raise ValueError(mismatch("swap_", "verify", expected, f"{type(output).__name__} without"))
+    return torch.stack([term.double() for term in terms]).sum()
+
+
+@contextmanager
+def _unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Puts buffers and random numbers back to what they were."""
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for owner, name, buffer, value in buffers:
+                owner[name] = buffer.copy_(value)
