@@ -51,6 +51,10 @@ def main(args: argparse.Namespace) -> int:
     """Run the benchmark that the options ask for.
 
     Returns 0, or 1 when a result was wrong. The table (or JSON) goes to stdout, progress to stderr.
+
+    Raises:
+        OSError: the folder for the results cannot be made or written to.
+        BackendError: the backend asked for by name cannot run something.
     """
     import torch
 
@@ -65,18 +69,16 @@ def main(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    progress = _Progress()
-    progress.show("measuring the machine's peak")
-    facts, limits = machine.describe(), peak.measure(dtype)
-    planned = suites.plan(args.suite, args.passes, dtype, args.compile)
     results: list[Result] = []
-    with backends.backend(args.backend):
+    with backends.backend(args.backend), _Progress() as progress:
+        progress.show("measuring the machine's peak")
+        facts, limits = machine.describe(), peak.measure(dtype)
+        planned = suites.plan(args.suite, args.passes, dtype, args.compile)
         for position, item in enumerate(planned, 1):
             progress.show(f"[{position}/{len(planned)}] {item.label}")
             results.append(measure(item.build(), args.rounds))
-    progress.show("measuring the machine's peak again")
-    limits = limits.better(peak.measure(dtype))
-    progress.clear()
+        progress.show("measuring the machine's peak again")
+        limits = limits.better(peak.measure(dtype))
 
     settings = {
         "suite": args.suite,
@@ -87,9 +89,7 @@ def main(args: argparse.Namespace) -> int:
         "compile": args.compile,
     }
     document = report.to_json(results, facts, limits, settings)
-    sys.stdout.write(document if args.json else report.table(results, facts, limits, args.dtype))
-    if not args.json:
-        print()
+    print(document if args.json else report.table(results, facts, limits, args.dtype))
 
     stem = f"{machine.slug()}-{args.suite}-{args.dtype}-{facts['threads']}t"
     written = [args.out / f"{stem}.json"]
@@ -118,7 +118,11 @@ class _Progress:
         else:
             print(line, file=sys.stderr, flush=True)
 
-    def clear(self) -> None:
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Whatever comes next, an error too, starts on an empty line.
         if self._terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 

@@ -9,15 +9,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-# Square matrices from "fits into L2" to "does not", since the best size differs by machine.
-_GEMM_SIZES = (256, 512, 1024, 2048)
-_MEMORY_BYTES = 128 << 20  # beyond the last-level cache of common machines
+_GEMM_SIZES = (512, 1024, 2048)
+# Channels, pixels, kernel. Native's convolutions beat its matrix product on some processors.
+_CONVOLUTIONS = ((256, 28, 1), (128, 28, 3), (256, 14, 3))
+_MEMORY_BYTES = 256 << 20  # beyond the caches of common machines
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations per second of the best matrix product, bytes per second of the best stream."""
+    """Operations per second of the best arithmetic, bytes per second of the best stream."""
 
     flops: float
     bandwidth: float
@@ -38,15 +40,27 @@ class Peak:
 def measure(dtype: torch.dtype = torch.float32, seconds: float = 0.25) -> Peak:
     """Measure both peaks with torch's current number of threads.
 
-    `seconds` is spent on each of seven probes; the best call of each counts. Bandwidth counts
-    bytes read and bytes written, of a copy, a scaling in place and an addition in place (the last
-    two write only lines that they have read, as an optimizer does).
+    `seconds` is spent on each of nine probes; the best call of each counts. Arithmetic is that of
+    native's matrix products and convolutions. Bandwidth counts bytes read and bytes written, of a
+    copy, a negation in place and an addition in place (the last two write only lines that they have
+    read, as an optimizer does).
     """
     flops = 0.0
     for n in _GEMM_SIZES:
         a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
         product = partial(torch.mm, a, b, out=torch.empty(n, n, dtype=dtype))
         flops = max(flops, 2 * n**3 / _best(product, seconds))
+    for channels, size, kernel in _CONVOLUTIONS:
+        input = torch.randn(8, channels, size, size).to(dtype)
+        weight = torch.randn(channels, channels, kernel, kernel).to(dtype)
+        convolution = partial(
+            F.conv2d,
+            input.to(memory_format=torch.channels_last),
+            weight.to(memory_format=torch.channels_last),
+            padding=kernel // 2,
+        )
+        work = 2 * 8 * size**2 * channels**2 * kernel**2
+        flops = max(flops, work / _best(convolution, seconds))
 
     x = torch.randn(_MEMORY_BYTES // 4)
     y = torch.randn(_MEMORY_BYTES // 4)

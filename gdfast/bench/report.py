@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 from gdfast.bench.peak import Peak
@@ -14,6 +14,7 @@ SCHEMA = 1  # raised when a reader of the JSON would have to change
 
 _HEADER = ("", "pass", "ours", "", "best native", "", "ratio", "spread", "null",
            "NCHW", "ch_last", "rate", "of peak")  # fmt: skip
+_BUSY = 0.25  # width of a usual null case, from which on single rows say little
 _LEFT = {0, 1, 3, 5}  # columns of words; the others are numbers, aligned to the right
 
 
@@ -98,7 +99,7 @@ def to_json(
         "geometric_mean": geometric_means(list(results)),
         "results": [result.to_dict(peak) for result in results],
     }
-    return json.dumps(facts, indent=1, allow_nan=False) + "\n"
+    return json.dumps(facts, indent=1, allow_nan=False)
 
 
 def _short(variant: str) -> str:
@@ -117,6 +118,12 @@ def _in_words(results: Sequence[Result]) -> list[str]:
             "no speed is told for them."
         )
     if timed:
+        noise = median(high - low for low, high in (r.measured.null_spread for r in timed))
+        if noise > _BUSY:
+            lines.append(
+                f"This machine was busy: native against itself gave ratios {noise:.0%} apart. "
+                "Run again when nothing else runs."
+            )
         overall = geometric_mean(result.ratio for result in timed)
         slowest = min(timed, key=lambda result: result.ratio)
         lines += [

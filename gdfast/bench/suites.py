@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 
-from gdfast import models, ops, optim, swap
+from gdfast import backends, models, ops, optim, restore_
 from gdfast.bench import cases, layers, sgd, step
-from gdfast.bench.workload import Workload
+from gdfast.bench.workload import LAYOUTS, Workload
+from gdfast.geometry import Conv2dGeometry
 
 SUITES = ("quick", "all", *cases.LAYERS, "sgd", "step")
 
@@ -76,7 +77,8 @@ def _plan(
 
 def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Workload:
     """One pass of one layer by `gdfast.ops.conv2d`."""
-    return layers.workload(case, task, dtype, convolve=ops.conv2d)
+    backend = _conv2d_backend(case, task, dtype)
+    return layers.workload(case, task, dtype, convolve=ops.conv2d, backend=backend)
 
 
 def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
@@ -89,7 +91,28 @@ def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = Fal
     torch.manual_seed(0)
     ours = models.create(case.model)
     native = copy.deepcopy(ours)
-    swap.restore_(native)
+    restore_(native)
     return step.workload(
         case, dtype, ours=ours, native=native, make_optimizer=optim.SGD, compiled=compiled
     )
+
+
+def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> str:
+    """Names of the backends that one pass runs on, in either layout."""
+    op = "conv2d" if task == "forward" else f"conv2d_{task}"
+    sides = (*case.padding, *case.padding)
+    geometry = Conv2dGeometry.of(
+        op, case.input_shape, case.weight_shape, case.stride, sides, case.dilation, case.groups
+    )
+    shapes = (case.input_shape, case.weight_shape, case.output_shape)
+    names = set()
+    for memory_format in LAYOUTS.values():
+        input, weight, output = (
+            torch.empty(shape, device="meta", memory_format=memory_format).stride()
+            for shape in shapes
+        )
+        query = backends.Conv2dQuery(
+            torch.device("cpu"), dtype, geometry=geometry, strides=(input, weight, output)
+        )
+        names.add(backends.resolve(op, query).name)
+    return "/".join(sorted(names))
