@@ -26,6 +26,12 @@ DType dtype_named(const std::string& name) {
       "Conv2dProblem: dtype: expected float32, float64, bfloat16 or float16, got " + name);
 }
 
+Algorithm algorithm_named(const std::string& name) {
+  if (name == "direct") return Algorithm::kDirect;
+  if (name == "winograd") return Algorithm::kWinograd;
+  throw py::value_error("Conv2dProblem: algorithm: expected direct or winograd, got " + name);
+}
+
 void require(bool holds, const char* what) {
   if (!holds) throw py::value_error(std::string("Conv2dProblem: ") + what);
 }
@@ -33,7 +39,7 @@ void require(bool holds, const char* what) {
 Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stride,
                            const Pair& padding, const Pair& dilation, int64_t groups,
                            const std::string& dtype, const Four& input, const Four& weight,
-                           const Four& output) {
+                           const Four& output, const std::string& algorithm) {
   const auto [N, C, H, W, K, R, S, P, Q] = sizes;
   require(N >= 0, "sizes: expected N >= 0");
   require(C > 0 && H > 0 && W > 0 && K > 0 && R > 0 && S > 0 && P > 0 && Q > 0,
@@ -62,7 +68,8 @@ Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stri
           dtype_named(dtype),
           {input[0], input[1], input[2], input[3]},
           {weight[0], weight[1], weight[2], weight[3]},
-          {output[0], output[1], output[2], output[3]}};
+          {output[0], output[1], output[2], output[3]},
+          algorithm_named(algorithm)};
 }
 
 template <typename T = void>
@@ -77,7 +84,7 @@ void bind_conv2d(py::module_& m) {
                             "The geometry, dtype and element strides of one convolution.")
       .def(py::init(&make_problem), py::arg("sizes"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("input_strides"),
-           py::arg("weight_strides"), py::arg("output_strides"));
+           py::arg("weight_strides"), py::arg("output_strides"), py::arg("algorithm") = "direct");
 
   m.def(
       "conv2d",

@@ -7,6 +7,10 @@ namespace gdfast {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// How a problem is solved. Every algorithm takes every problem that winograd_fits or its like
+// accepts, and falls to kDirect for what it can't do: the choice is a matter of speed and error.
+enum class Algorithm : int32_t { kDirect, kWinograd };
+
 // Element strides of a 4-D tensor, in the order of its logical axes. Any value is legal, 0 too:
 // the gradient of y.sum() comes with strides 0, 0, 0, 0.
 struct Strides4 {
@@ -36,6 +40,7 @@ struct Conv2dProblem {
   // In a gradient, `input` strides are those of grad_input, `weight` those of grad_weight and
   // `output` those of grad_output where that tensor takes the place of its primal.
   Strides4 input, weight, output;
+  Algorithm algorithm;
 };
 
 }  // namespace gdfast

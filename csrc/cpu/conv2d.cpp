@@ -10,7 +10,7 @@ void conv2d(const Conv2dProblem& p, const void* input, const void* weight, const
   const TapConv conv = forward_tap_conv(p, reinterpret_cast<Tap*>(tap_memory.data()));
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    run_tap_conv(conv, static_cast<const T*>(input), static_cast<const T*>(weight),
+    run_tap_conv(p.algorithm, conv, static_cast<const T*>(input), static_cast<const T*>(weight),
                  static_cast<const T*>(bias), static_cast<T*>(output), threads);
   });
 }

@@ -46,9 +46,10 @@ void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const vo
       }
       with_dtype(p.dtype, [&](auto zero) {
         using T = decltype(zero);
-        run_tap_conv<T>(
-            conv, static_cast<const T*>(grad_output), static_cast<const T*>(weight), nullptr,
-            static_cast<T*>(grad_input) + phase_h * p.input.h + phase_w * p.input.w, threads);
+        run_tap_conv<T>(p.algorithm, conv, static_cast<const T*>(grad_output),
+                        static_cast<const T*>(weight), nullptr,
+                        static_cast<T*>(grad_input) + phase_h * p.input.h + phase_w * p.input.w,
+                        threads);
       });
     }
   }

@@ -4,18 +4,25 @@
 #include "depthwise.h"
 #include "tap_conv_channels.h"
 #include "tap_conv_pixels.h"
+#include "winograd.h"
 
 namespace gdfast::cpu {
 namespace {
 
 template <typename T>
-void run_tap_conv(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
-                  int threads) {
+void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, const T* weight,
+                  const T* bias, T* dest, int threads) {
   using A = typename Accumulator<T>::type;
   if (conv.pixels() == 0) return;
   if (conv.reduced == 1 && conv.produced == 1 && conv.groups > 1) {
     run_depthwise(conv, source, weight, bias, dest, threads);
     return;
+  }
+  if constexpr (kSame<T, float>) {
+    if (algorithm == Algorithm::kWinograd && winograd_fits<T>(conv)) {
+      WinogradTiles(conv, source, weight, bias, dest, threads).run();
+      return;
+    }
   }
   // Few channels leave most lanes of a panel of channels empty.
   const bool channels_fill_lanes = 2 * conv.produced >= kLanes<A>;

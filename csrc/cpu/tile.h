@@ -5,6 +5,7 @@
 //
 // The row operand is broadcast, one element at a time, from kTileRows pointers of which each
 // segment has its own set: that is how a convolution reads an image in place, a segment per tap.
+// Where segments lie a constant step apart one set serves them all.
 // The column operand is a panel whose lines are vectors.
 #pragma once
 
@@ -31,8 +32,9 @@ enum class Start {
 
 template <typename T>
 struct TileArgs {
-  const T* const* rows;  // [segments][kTileRows]
+  const T* const* rows;  // [segments][kTileRows], or [kTileRows] where segment_step is not 0
   int64_t row_step;
+  int64_t segment_step = 0;
   const T* panel;
   int64_t panel_step;
   int64_t segments, length;
@@ -47,10 +49,11 @@ void multiply_tile(const TileArgs<T>& args) {
   Vec<T> sum[kTileRows][kVectors] = {};
   const T* panel = args.panel;
   const int64_t row_step = args.row_step, panel_step = args.panel_step, length = args.length;
+  const int64_t segment_step = args.segment_step, set_step = segment_step == 0 ? kTileRows : 0;
   for (int64_t g = 0; g < args.segments; ++g) {
     const T* row[kTileRows];
 #pragma GCC unroll 6
-    for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[g * kTileRows + i];
+    for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[g * set_step + i] + g * segment_step;
     int64_t at = 0;
     for (int64_t x = 0; x < length; ++x) {
       Vec<T> line[kVectors];

@@ -1,0 +1,376 @@
+// Winograd's F(4x4, 3x3) for a TapConv with a dense 3x3 kernel and step 1: a quarter of the
+// multiplications of the direct way.
+//
+// A grid of 4x4 outputs sees 6x6 image values. Image and weights are transformed, multiplied as 36
+// independent products of matrices (tiles x channels by channels x outputs), and transformed back:
+//
+//   image   [channels / lanes][36][tiles][lanes]   one vector for each product, tile and lane group
+//   weights [part][36][channels of the part][width]
+//   sums    [36][tiles][width]                      of one panel of output channels
+//
+// Two schedules. Few channels: the transformed weights are small, made once and shared; a task
+// takes a block of tiles, whose image and sums stay in L2. Many channels: the transformed weights
+// are four times as large as the weights, too large to be written and read back; the image is
+// transformed once for all, and a task transforms a part of its panel's weights just before use.
+#pragma once
+
+#include "tap_conv_pixels.h"
+#include "winograd_transforms.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// Whether a TapConv is one that WinogradTiles takes.
+template <typename T>
+bool winograd_fits(const TapConv& conv) {
+  if (!kSame<T, float> || conv.tap_count != 9 || conv.step_h != 1 || conv.step_w != 1) return false;
+  bool seen[9] = {};
+  int64_t low_h = conv.taps[0].dh, low_w = conv.taps[0].dw;
+  for (int t = 1; t < 9; ++t) {
+    low_h = min_of(low_h, conv.taps[t].dh);
+    low_w = min_of(low_w, conv.taps[t].dw);
+  }
+  for (int t = 0; t < 9; ++t) {
+    const int64_t r = conv.taps[t].dh - low_h, s = conv.taps[t].dw - low_w;
+    if (r > 2 || s > 2 || seen[r * 3 + s]) return false;
+    seen[r * 3 + s] = true;
+  }
+  return true;
+}
+
+// Tiles over the grid of a TapConv, counted along lines of tiles.
+struct TileGrid {
+  int64_t across, down, count;
+
+  explicit TileGrid(const TapConv& conv)
+      : across(ceil_div(conv.width, kTileOut)),
+        down(ceil_div(conv.height, kTileOut)),
+        count(conv.batch * across * down) {}
+};
+
+// Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
+// so that the 36 products of one tile spread over all sets of the cache.
+inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
+
+class WinogradTiles {
+  using T = float;
+  static constexpr int kWidth = kLanes<T>;
+  // Channels of a part of the reduction: 36 x 64 x 64 x 4 bytes = 590 KB of weights.
+  static constexpr int64_t kPartChannels = 64;
+
+ public:
+  WinogradTiles(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
+                int threads)
+      : conv_(conv),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        threads_(threads),
+        grid_(conv),
+        panels_(conv.produced),
+        channels_(round_up(conv.reduced, kWidth)) {
+    low_h_ = conv.taps[0].dh;
+    low_w_ = conv.taps[0].dw;
+    for (int t = 1; t < 9; ++t) {
+      low_h_ = min_of(low_h_, conv.taps[t].dh);
+      low_w_ = min_of(low_w_, conv.taps[t].dw);
+    }
+    part_channels_ = min_of(channels_, kPartChannels);
+    parts_ = ceil_div(channels_, part_channels_);
+    shared_weights_ = channels_ * conv.produced <= 160 * 160;
+    const int64_t most = shared_weights_ ? max_of(24, 4096 / channels_ * 6) : 96;
+    int64_t blocks = ceil_div(grid_.count, most);
+    if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    tiles_ = round_up(ceil_div(grid_.count, blocks), kTileRows);
+    blocks_ = ceil_div(grid_.count, tiles_);
+    block_tiles_ = padded_tiles(tiles_);
+    all_tiles_ = padded_tiles(round_up(grid_.count, kTileRows));
+  }
+
+  void run() {
+    Workspace workspace(carve(Carver()));
+    carve(Carver(workspace.data()));
+    for (int64_t group = 0; group < conv_.groups; ++group) run_group(group);
+  }
+
+ private:
+  struct Scratch {
+    T* image;    // [channels][36][block_tiles], where weights are shared
+    T* weights;  // of one part and panel, where they are not
+    T* packed;   // [9][part_channels][width]: weights before they are transformed
+    T* sums;     // [36][block_tiles][width]
+    T* stage;    // [6][6][lanes], image values that can't be read as vectors where they lie
+  };
+
+  int64_t weights_size() const { return kProducts * part_channels_ * panels_.width; }
+
+  int64_t carve(Carver carver) {
+    weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
+    image_ = carver.take<T>(shared_weights_ ? 0 : channels_ * kProducts * all_tiles_);
+    zeros_ = carver.take<T>(channels_);
+    biases_ = carver.take<T>(panels_.count * panels_.width);
+    const int64_t before = carver.used();
+    scratch_.image = carver.take<T>(shared_weights_ ? channels_ * kProducts * block_tiles_ : 0);
+    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
+    scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
+    scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
+    scratch_.stage = carver.take<T>(kProducts * kWidth);
+    scratch_bytes_ = carver.used() - before;
+    return before + scratch_bytes_ * threads_;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
+            move(scratch_.sums), move(scratch_.stage)};
+  }
+
+  void run_group(int64_t group) {
+    const T* source = source_ + group * conv_.source_group;
+    const T* weight = weight_ + group * conv_.weight_group;
+    T* dest = dest_ + group * conv_.dest_group;
+    std::memset(zeros_, 0, channels_ * sizeof(T));
+    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+      const bool has = bias_ != nullptr && o < conv_.produced;
+      biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
+    }
+    if (shared_weights_) {
+      parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
+        transform_weights(weight, index / parts_, index % parts_, scratch_of(thread).packed,
+                          weights_ + index * weights_size());
+      });
+      parallel_for(blocks_, threads_, [&](int64_t block, int thread) {
+        const Scratch scratch = scratch_of(thread);
+        const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+        transform_tiles(source, first, end, scratch, scratch.image, block_tiles_);
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          for (int64_t part = 0; part < parts_; ++part) {
+            multiply(scratch.image, block_tiles_, end - first, part,
+                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
+          }
+          write_tiles(panel, first, end, scratch.sums, dest);
+        }
+      });
+      return;
+    }
+    constexpr int64_t kStep = 2 * kTileRows;
+    parallel_for(ceil_div(grid_.count, kStep), threads_, [&](int64_t index, int thread) {
+      const int64_t first = index * kStep;
+      transform_tiles(source, first, min_of(first + kStep, grid_.count), scratch_of(thread),
+                      image_ + first * kWidth, all_tiles_);
+    });
+    parallel_for(panels_.count * blocks_, threads_, [&](int64_t index, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      const int64_t panel = index / blocks_;
+      const int64_t first = index % blocks_ * tiles_, end = min_of(first + tiles_, grid_.count);
+      for (int64_t part = 0; part < parts_; ++part) {
+        transform_weights(weight, panel, part, scratch.packed, scratch.weights);
+        multiply(image_ + first * kWidth, all_tiles_, end - first, part, scratch.weights,
+                 scratch.sums);
+      }
+      write_tiles(panel, first, end, scratch.sums, dest);
+    });
+  }
+
+  // to[product][c][o] for the channels of one part and the outputs of one panel.
+  void transform_weights(const T* weight, int64_t panel, int64_t part, T* packed, T* to) const {
+    const int64_t width = panels_.width, first = part * part_channels_;
+    const int64_t channels = min_of(part_channels_, channels_ - first);
+    // The taps in the order of the 3x3 grid, whichever way this pass runs over it.
+    Tap taps[9];
+    for (int t = 0; t < 9; ++t) {
+      const Tap& tap = conv_.taps[t];
+      taps[(tap.dh - low_h_) * 3 + tap.dw - low_w_] = tap;
+    }
+    TapConv conv = conv_;
+    conv.taps = taps;
+    conv.reduced = min_of(channels, conv_.reduced - first);
+    pack_weight_panel(conv, weight + first * conv.weight_reduced, panel * width, width, packed);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t o = 0; o < width; o += kWidth) {
+        Vec<T> filter[9], half[18], line[kTileIn];
+        for (int t = 0; t < 9; ++t) {
+          filter[t] =
+              c < conv.reduced ? load(packed + (t * conv.reduced + c) * width + o) : Vec<T>{};
+        }
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) transform_filter<T>(filter + s, 3, half + s, 3);
+#pragma GCC unroll 6
+        for (int i = 0; i < kTileIn; ++i) {
+          transform_filter<T>(half + i * 3, 1, line, 1);
+#pragma GCC unroll 6
+          for (int j = 0; j < kTileIn; ++j) {
+            store<T>(to + ((i * kTileIn + j) * channels + c) * width + o, line[j]);
+          }
+        }
+      }
+    }
+  }
+
+  // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
+  // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
+  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch, T* to,
+                       int64_t tile_step) const {
+    const bool vectors = conv_.source.c == 1;
+    for (int64_t tile = first; tile < end; ++tile) {
+      const int64_t line = tile / grid_.across;
+      const int64_t h0 = line % grid_.down * kTileOut + low_h_;
+      const int64_t w0 = tile % grid_.across * kTileOut + low_w_;
+      const T* image = source + line / grid_.down * conv_.source.n;
+      const T* at[kProducts];
+      for (int i = 0; i < kTileIn; ++i) {
+        const bool row_inside = h0 + i >= 0 && h0 + i < conv_.source_height;
+        for (int j = 0; j < kTileIn; ++j) {
+          const bool inside = row_inside && w0 + j >= 0 && w0 + j < conv_.source_width;
+          at[i * kTileIn + j] =
+              inside ? image + (h0 + i) * conv_.source.h + (w0 + j) * conv_.source.w : nullptr;
+        }
+      }
+      for (int64_t c = 0; c < channels_; c += kWidth) {
+        T* out = to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth;
+        if (vectors && c + kWidth <= conv_.reduced) {
+          const T* from[kProducts];
+          for (int x = 0; x < kProducts; ++x) from[x] = at[x] == nullptr ? zeros_ : at[x] + c;
+          transform_tile(from, out, tile_step * kWidth);
+          continue;
+        }
+        const int64_t valid = min_of(kWidth, conv_.reduced - c);
+        const T* from[kProducts];
+        for (int x = 0; x < kProducts; ++x) {
+          T* lanes = scratch.stage + x * kWidth;
+          for (int64_t lane = 0; lane < kWidth; ++lane) {
+            lanes[lane] =
+                at[x] != nullptr && lane < valid ? at[x][(c + lane) * conv_.source.c] : T(0);
+          }
+          from[x] = lanes;
+        }
+        transform_tile(from, out, tile_step * kWidth);
+      }
+    }
+  }
+
+  static void transform_tile(const T* const* from, T* to, int64_t product_step) {
+    Vec<T> half[kProducts];
+#pragma GCC unroll 6
+    for (int j = 0; j < kTileIn; ++j) {
+      Vec<T> column[kTileIn];
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileIn; ++i) column[i] = load(from[i * kTileIn + j]);
+      transform_image<T>(column, 1, half + j, kTileIn);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileIn; ++i) {
+      Vec<T> line[kTileIn];
+      transform_image<T>(half + i * kTileIn, 1, line, 1);
+#pragma GCC unroll 6
+      for (int j = 0; j < kTileIn; ++j) store<T>(to + (i * kTileIn + j) * product_step, line[j]);
+    }
+  }
+
+  // The 36 products: sums (+)= image x weights over the channels of one part.
+  void multiply(const T* image, int64_t tile_step, int64_t tiles, int64_t part, const T* weights,
+                T* sums) const {
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    const int64_t width = panels_.width;
+    TileArgs<T> args;
+    args.row_step = 1;
+    args.segment_step = kProducts * tile_step * kWidth;
+    args.panel_step = width;
+    args.segments = channels / kWidth;
+    args.length = kWidth;
+    args.start = zeros_;
+    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
+    const T* rows[kTileRows];
+    T* out[kTileRows];
+    args.rows = rows;
+    args.out = out;
+    for (int product = 0; product < kProducts; ++product) {
+      args.panel = weights + product * channels * width;
+      const T* from =
+          image + ((part * part_channels_ / kWidth * kProducts + product) * tile_step) * kWidth;
+      T* to = sums + product * block_tiles_ * width;
+      for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
+        for (int i = 0; i < kTileRows; ++i) {
+          rows[i] = from + (tile + i) * kWidth;
+          out[i] = to + (tile + i) * width;
+        }
+        multiply_tile<T>(panels_.vectors, args);
+      }
+    }
+  }
+
+  // Transforms the sums of tiles [first, end) back and writes their 4x4 outputs.
+  void write_tiles(int64_t panel, int64_t first, int64_t end, const T* sums, T* dest) const {
+    const int64_t width = panels_.width, product_step = block_tiles_ * width;
+    const int64_t outputs = min_of(width, conv_.produced - panel * width);
+    for (int64_t tile = first; tile < end; ++tile) {
+      const int64_t line = tile / grid_.across;
+      const int64_t h0 = line % grid_.down * kTileOut, w0 = tile % grid_.across * kTileOut;
+      const int64_t rows = min_of(kTileOut, conv_.height - h0);
+      const int64_t columns = min_of(kTileOut, conv_.width - w0);
+      T* to = dest + line / grid_.down * conv_.dest.n + h0 * conv_.dest.h + w0 * conv_.dest.w +
+              panel * width * conv_.dest.c;
+      for (int64_t o = 0; o < outputs; o += kWidth) {
+        Vec<T> out[kTileOut * kTileOut];
+        transform_sums(sums + (tile - first) * width + o, product_step,
+                       load(biases_ + panel * width + o), out);
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) {
+            T* pixel = to + i * conv_.dest.h + j * conv_.dest.w + o * conv_.dest.c;
+            const Vec<T> value = out[i * kTileOut + j];
+            if (conv_.dest.c == 1 && o + kWidth <= outputs) {
+              store<T>(pixel, value);
+            } else {
+              T lanes[kWidth];
+              store<T>(lanes, value);
+              copy_narrowed(lanes, min_of(kWidth, outputs - o), pixel, conv_.dest.c);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static GDFAST_INLINE void transform_sums(const T* from, int64_t product_step, Vec<T> bias,
+                                           Vec<T>* out) {
+    Vec<T> half[kTileOut * kTileIn];
+#pragma GCC unroll 6
+    for (int j = 0; j < kTileIn; ++j) {
+      Vec<T> column[kTileIn];
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileIn; ++i) column[i] = load(from + (i * kTileIn + j) * product_step);
+      transform_output<T>(column, 1, half + j, kTileIn);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileOut; ++i) {
+      transform_output<T>(half + i * kTileIn, 1, out + i * kTileOut, 1);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileOut; ++j) out[i * kTileOut + j] += bias;
+    }
+  }
+
+  const TapConv& conv_;
+  const T* source_;
+  const T* weight_;
+  const T* bias_;
+  T* dest_;
+  int threads_;
+  TileGrid grid_;
+  Panels<T> panels_;
+  int64_t channels_;  // reduced ones, padded to whole vectors
+  int64_t low_h_, low_w_;
+  int64_t part_channels_, parts_;
+  bool shared_weights_;
+  int64_t tiles_, blocks_;           // of a block
+  int64_t block_tiles_, all_tiles_;  // padded
+  T* weights_;
+  T* image_;
+  T* zeros_;
+  T* biases_;
+  Scratch scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu
