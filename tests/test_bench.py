@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from math import inf, isnan, nan
+from pathlib import Path
 
 import pytest
 import torch
@@ -499,3 +503,29 @@ def test_our_sgd_passes_its_check():
 def test_our_step_passes_its_check_against_plain_layers():
     work = suites.step_workload(cases.STEPS[0], torch.float32)
     assert work.check().ok
+
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def _pytest(*words):
+    command = [sys.executable, "-m", "pytest", str(BENCHMARKS), "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *words], cwd=BENCHMARKS.parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_benchmarks_cover_the_table():
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    listed = _pytest("--collect-only", "--benchmark-only").stdout
+    everything = suites.plan("all", layers.PASSES, torch.float32)
+    groups = {line.rsplit("-ours", 1)[0] for line in listed.splitlines() if "-ours-" in line}
+    assert len(groups) == len(everything)
+
+
+def test_benchmarks_run():
+    pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
+    done = _pytest("--benchmark-disable", "-k", "simple_cnn or 10-k or step")
+    assert done.returncode == 0, done.stdout
+    assert "28 passed" in done.stdout

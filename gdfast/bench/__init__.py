@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
 
     stem = f"{machine.slug()}-{args.suite}-{args.dtype}-{facts['threads']}t"
     written = [args.out / f"{stem}.json"]
-    write_atomic(written[0], document.encode())
+    write_atomic(written[0], f"{document}\n".encode())
     title = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {args.dtype}"
     try:
         plot.save(results, title, args.out / f"{stem}.png")
