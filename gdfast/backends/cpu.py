@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
+from gdfast.backends import sgd
 from gdfast.backends.registry import Backend, Conv2dQuery, Query
 
 _DTYPES = {
@@ -109,6 +110,7 @@ BACKEND = Backend(
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
+        "sgd_": sgd.cpu,
     },
     missing=missing,
     why_not=why_not,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdfast import native
+from gdfast.backends import sgd
 from gdfast.backends.registry import Backend, Query
 
 
@@ -17,7 +18,9 @@ def missing() -> str:
 def why_not(query: Query) -> str:
     if query.device.type != "cuda":
         return f"it takes tensors on a GPU, not on {query.device.type}"
+    if query.dtype not in sgd.DTYPES:
+        return f"it takes {', '.join(sgd.DTYPES.values())}, not {query.dtype}"
     return ""
 
 
-BACKEND = Backend(name="cuda", operations={}, missing=missing, why_not=why_not)
+BACKEND = Backend(name="cuda", operations={"sgd_": sgd.cuda}, missing=missing, why_not=why_not)

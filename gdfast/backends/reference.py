@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gdfast.backends import sgd
 from gdfast.backends.registry import REFERENCE, Backend, Conv2dQuery
 from gdfast.geometry import Padding, dense_strides, is_channels_last
 
@@ -94,5 +95,6 @@ BACKEND = Backend(
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
+        "sgd_": sgd.reference,
     },
 )

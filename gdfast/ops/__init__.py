@@ -1,5 +1,6 @@
 """The operations as functions, with their gradients."""
 
 from gdfast.ops.conv2d import Conv2dFunction, conv2d
+from gdfast.ops.sgd import SgdFunction, sgd, sgd_
 
-__all__ = ["Conv2dFunction", "conv2d"]
+__all__ = ["Conv2dFunction", "SgdFunction", "conv2d", "sgd", "sgd_"]

@@ -1,0 +1,241 @@
+"""The in-place update: torch.ops.gdfast.sgd_, its checks, and what it does with odd memory layouts.
+
+Kernels walk through a parameter, its gradient and its momentum buffer as through three arrays. A
+tensor that is not one stretch of memory in the parameter's order is copied there and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdfast.backends import Query, fall_back, resolve
+from gdfast.backends.registry import AUTO
+from gdfast.backends.sgd import Memory, SgdHyper, Tensors, addresses, reference
+from gdfast.errors import mismatch
+from gdfast.ops.conv2d_dispatch import library
+
+SUBCLASS = "a tensor is of a subclass, whose memory is not ours to read"
+
+_dtype_and_device = attrgetter("dtype", "device")
+_is_contiguous = torch._C.TensorBase.is_contiguous
+_numel = torch._C.TensorBase.numel
+_stride = torch._C.TensorBase.stride
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+
+library.define(
+    "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, float lr, "
+    "Tensor? lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, "
+    "bool maximize, bool first_step, bool zero_grad, Tensor? grad_scale, Tensor? found_inf, "
+    "str backend) -> ()"
+)
+
+
+def _sgd_kernel(
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors, *, lr: float,
+    lr_tensor: Tensor | None, backend: str, **hyper: Any,
+) -> None:  # fmt: skip
+    lr_or_tensor = lr if lr_tensor is None else lr_tensor
+    update(params, grads, momentum_buffers, SgdHyper(lr=lr_or_tensor, **hyper), backend)
+
+
+def _fake_sgd(*_: Any, **__: Any) -> None:
+    """Nothing is returned, and what is written keeps its size and layout."""
+
+
+# CompositeExplicitAutograd: one kernel for every device, which autograd does not record.
+library.impl("sgd_", _sgd_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("gdfast::sgd_", _fake_sgd, lib=library)
+
+
+def is_plain(tensors: Tensors) -> bool:
+    """Whether all are torch.Tensor or Parameter themselves, which keep their elements in memory."""
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def run_sgd(
+    params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, backend: str = AUTO,
+    checked: Checked | None = None,
+) -> Checked | None:  # fmt: skip
+    """Updates in place, past the dispatcher where nobody watches it.
+
+    For many small tensors most of a step is checks. The result, given back in the next step, saves
+    those of the parameters and momentum buffers.
+    """
+    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+        return update(params, grads, momenta, hyper, backend, checked)
+    lr, lr_tensor = (0.0, hyper.lr) if isinstance(hyper.lr, Tensor) else (hyper.lr, None)
+    settings = hyper._asdict() | {"lr": lr, "lr_tensor": lr_tensor, "backend": backend}
+    with torch.no_grad():
+        torch.ops.gdfast.sgd_(params, grads, momenta, **settings)
+    return None
+
+
+class Checked(NamedTuple):
+    """Parameters and momentum buffers that kernels can walk through together.
+
+    It holds as long as the addresses are the same: `kept` keeps the memory there from being freed,
+    so that nothing else can have come to lie there.
+    """
+
+    query: Query
+    strides: list[tuple[int, ...]]
+    kinds: list[tuple[torch.dtype, torch.device]]
+    memory: Memory
+    kept: list[Tensor]
+
+    @classmethod
+    def of(cls, params: Tensors, momenta: Tensors) -> Checked:
+        kinds = list(map(_dtype_and_device, params))
+        return cls(
+            Query(*reversed(kinds[0])), list(map(_stride, params)), kinds,
+            Memory.of(params, momenta), [tensor.detach() for tensor in (*params, *momenta)],
+        )  # fmt: skip
+
+    def holds(self, params: Tensors, grads: Tensors, momenta: Tensors) -> bool:
+        return (
+            addresses(params) == self.memory.params
+            and addresses(momenta) == self.memory.momenta
+            and list(map(_stride, grads)) == self.strides
+            and list(map(_numel, grads)) == self.memory.numels
+            and list(map(_dtype_and_device, grads)) == self.kinds
+        )
+
+
+def update(
+    params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, backend: str,
+    checked: Checked | None = None,
+) -> Checked | None:  # fmt: skip
+    """Runs one update on the backends that take it, device by device and dtype by dtype."""
+    if checked is not None and checked.holds(params, grads, momenta):
+        run = resolve("sgd_", checked.query, backend).operations["sgd_"]
+        run(params, grads, momenta, hyper, checked.memory)
+        return checked
+    count = len(params)
+    _check_length("grads", grads, count)
+    _check_length("momentum_buffers", momenta, count if hyper.momentum else 0)
+    if not count:
+        return None
+    kinds = list(map(_dtype_and_device, params))
+    if kinds.count(kinds[0]) != count:
+        for kind in dict.fromkeys(kinds):
+            members = [i for i in range(count) if kinds[i] == kind]
+            part, part_grads = [params[i] for i in members], [grads[i] for i in members]
+            part_momenta = [momenta[i] for i in members] if momenta else []
+            update(part, part_grads, part_momenta, hyper, backend)
+        return None
+
+    if not (is_plain(params) and is_plain(grads) and is_plain(momenta)):
+        fall_back("sgd_", backend, SUBCLASS)
+        run = reference
+    else:
+        dtype, device = kinds[0]
+        run = resolve("sgd_", Query(device, dtype), backend).operations["sgd_"]
+        if _walk_together(params, grads) and (not momenta or _walk_together(params, momenta)):
+            checked = Checked.of(params, momenta)
+            run(params, grads, momenta, hyper, checked.memory)
+            return checked
+    for i, param in enumerate(params):
+        _check_writable("params", i, param)
+        _check_fits("grads", i, grads[i], param)
+        if momenta:
+            _check_fits("momentum_buffers", i, momenta[i], param)
+            _check_writable("momentum_buffers", i, momenta[i])
+    if run is reference:
+        run(params, grads, momenta, hyper)
+    else:
+        _update_copies(run, params, grads, momenta, hyper)
+    return None
+
+
+def _walk_together(params: Tensors, others: Tensors) -> bool:
+    """Whether each param and its other are one stretch of memory, in the same order of elements."""
+    return (
+        list(map(_numel, params)) == list(map(_numel, others))
+        and list(map(_dtype_and_device, params)) == list(map(_dtype_and_device, others))
+        and all(
+            _same_order(param.shape, param.stride(), other.stride())
+            for param, other in zip(params, others, strict=True)
+        )
+        and _all_dense(params)
+        and _all_dense(others)
+    )
+
+
+def _all_dense(tensors: Tensors) -> bool:
+    return all(map(_is_contiguous, tensors)) or all(
+        t.layout is torch.strided and _is_dense(t.shape, t.stride()) for t in tensors
+    )
+
+
+@lru_cache(maxsize=4096)
+def _is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the elements fill one stretch of memory, in some order of the axes."""
+    expected = 1
+    axes = sorted((stride, n) for stride, n in zip(strides, shape, strict=True) if n != 1)
+    for stride, n in axes:
+        if stride != expected:
+            return False
+        expected *= n
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _same_order(shape: torch.Size, strides: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    # The stride of an axis of length 1 means nothing.
+    return len(strides) == len(other) and all(
+        a == b for n, a, b in zip(shape, strides, other, strict=True) if n != 1
+    )
+
+
+def _update_copies(
+    run: Callable[..., None], params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper
+) -> None:
+    """Updates copies in one memory order where the tensors themselves are not, and copies back."""
+    with torch.no_grad():
+        dense = [p if _is_dense(p.shape, p.stride()) else p.contiguous() for p in params]
+        dense_grads = [_laid_out(g, p) for g, p in zip(grads, dense, strict=True)]
+        dense_momenta = [_laid_out(m, p) for m, p in zip(momenta, dense, strict=False)]
+        run(dense, dense_grads, dense_momenta, hyper, Memory.of(dense, dense_momenta))
+        written = [*zip(params, dense, strict=True), *zip(momenta, dense_momenta, strict=True)]
+        if hyper.writes_grads:
+            written += zip(grads, dense_grads, strict=True)
+        for original, copy in written:
+            if original is not copy:
+                original.copy_(copy)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    if _same_order(tensor.shape, tensor.stride(), like.stride()):
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def _check_length(name: str, tensors: Tensors, expected: int) -> None:
+    if len(tensors) != expected:
+        words = f"{expected} tensors" if expected else "no tensors, because momentum is 0"
+        raise ValueError(mismatch("sgd_", name, words, len(tensors)))
+
+
+def _check_fits(name: str, index: int, tensor: Tensor, param: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise RuntimeError("`_fused_sgd` does not support sparse gradients")
+    for what, got, expected in (
+        ("shape", list(tensor.shape), list(param.shape)),
+        ("dtype", tensor.dtype, param.dtype),
+        ("device", tensor.device, param.device),
+    ):
+        if got != expected:
+            words = f"the {what} of its parameter, {expected}"
+            raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", words, got))
+
+
+def _check_writable(name: str, index: int, tensor: Tensor) -> None:
+    if torch._debug_has_internal_overlap(tensor) == 1:
+        expected, got = "elements with memory of their own", f"strides {tensor.stride()}"
+        raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", expected, got, "clone() it"))
