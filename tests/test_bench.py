@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gdfast
 from gdfast import bench, cli
 from gdfast.bench import (
     cases,
@@ -497,12 +498,41 @@ def test_our_layers_pass_their_check(task):
 
 
 def test_our_sgd_passes_its_check():
-    assert suites.sgd_workload(cases.SGD_CASES[1], torch.float32).check().ok
+    work = suites.sgd_workload(cases.SGD_CASES[1], torch.float32)
+    assert work.backend
+    assert work.check().ok
 
 
 def test_our_step_passes_its_check_against_plain_layers():
     work = suites.step_workload(cases.STEPS[0], torch.float32)
+    assert work.backend
     assert work.check().ok
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_the_table_names_the_backend_asked_for(backend):
+    with gdfast.backend(backend):
+        work = [
+            suites.layer_workload(cases.SIMPLE_CNN[0].with_batch(1), "forward", torch.float32),
+            suites.sgd_workload(cases.SGD_CASES[0], torch.float32),
+            suites.step_workload(cases.STEPS[0], torch.float32),
+        ]
+    assert {item.backend for item in work} == {"reference"}
+
+
+def test_native_side_of_a_step_has_none_of_our_layers(monkeypatch):
+    seen = {}
+
+    def workload(case, dtype, *, ours, native, **_):
+        seen.update(ours=ours, native=native)
+
+    monkeypatch.setattr(suites.step, "workload", workload)
+    suites.step_workload(cases.STEPS[0], torch.float32)
+    classes = {side: {type(m) for m in model.modules()} for side, model in seen.items()}
+    assert gdfast.nn.Conv2d in classes["ours"] and nn.Conv2d not in classes["ours"]
+    assert nn.Conv2d in classes["native"] and gdfast.nn.Conv2d not in classes["native"]
+    for ours, native in zip(*(seen[side].parameters() for side in ("ours", "native")), strict=True):
+        assert torch.equal(ours, native)
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -83,7 +83,7 @@ def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Wor
 
 def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
     """One update by `gdfast.optim.SGD`."""
-    return sgd.workload(case, dtype, make_optimizer=optim.SGD)
+    return sgd.workload(case, dtype, make_optimizer=optim.SGD, backend=_backend(dtype, "sgd_"))
 
 
 def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = False) -> Workload:
@@ -93,8 +93,20 @@ def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = Fal
     native = copy.deepcopy(ours)
     restore_(native)
     return step.workload(
-        case, dtype, ours=ours, native=native, make_optimizer=optim.SGD, compiled=compiled
+        case,
+        dtype,
+        ours=ours,
+        native=native,
+        make_optimizer=optim.SGD,
+        compiled=compiled,
+        backend=_backend(dtype, "conv2d", "conv2d_grad_input", "conv2d_grad_weight", "sgd_"),
     )
+
+
+def _backend(dtype: torch.dtype, *operations: str) -> str:
+    """Names of the backends that take these operations, as far as the dtype decides."""
+    query = backends.Query(torch.device("cpu"), dtype)
+    return "/".join(sorted({backends.preview(op, query) for op in operations}))
 
 
 def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> str:
