@@ -113,6 +113,8 @@ def run_cmake(*arguments: str) -> None:
 class Build(build):
     def run(self) -> None:
         check_toolchain()
+        # Else a source that has since been deleted or renamed would go into the wheel.
+        shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
 
 

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-
 namespace gdfast {
 
 void bind_conv2d(pybind11::module_& m);
