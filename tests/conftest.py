@@ -1,0 +1,100 @@
+"""What all tests share: seeds, memory that shows what was not written, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gdfast import native
+from gdfast.backends import registry
+from gdfast.ops import conv2d_dispatch
+
+ISAS = native.cpu.supported_isas() if native.cpu is not None else []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, so that an element which nobody wrote fails the test."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture
+def compiled_cpu() -> None:
+    if native.cpu is None:
+        pytest.skip(f"needs the compiled module gdfast._cpu: {native.failure('cpu')}")
+
+
+@pytest.fixture(params=ISAS or ["none"])
+def isa(request: pytest.FixtureRequest, compiled_cpu: None) -> Iterator[str]:
+    """Each instruction set that this machine runs, in turn."""
+    before = native.cpu.isa()
+    assert native.cpu.select_isa(request.param)
+    yield request.param
+    native.cpu.select_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back to what it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh_registry() -> Iterator[None]:
+    """Forgets what was resolved and warned of; backends that a test registers go again."""
+
+    def forget() -> None:
+        registry._resolved.clear()
+        registry._warned.clear()
+        conv2d_dispatch.forget_kernels()
+
+    before, switch = dict(registry._backends), registry._switch
+    forget()
+    yield
+    registry._backends.clear()
+    registry._backends.update(before)
+    registry._switch = switch
+    forget()
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of test data: GDFAST_TEST_DATA, else ../shared/data beside the repository."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("GDFAST_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"needs test data: no folder {folder} (GDFAST_TEST_DATA)")
+    return folder
