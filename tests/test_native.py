@@ -99,10 +99,10 @@ def test_links_neither_torch_nor_python() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
-@pytest.mark.parametrize("first", ["torch", "gdfast._cpu"])
-def test_shares_one_openmp_runtime_with_torch(first: str) -> None:
+@pytest.mark.parametrize("kernels_first", [False, True])
+def test_shares_one_openmp_runtime_with_torch(kernels_first: bool) -> None:
     code = (
-        f"import {first}\n"
+        f"import ctypes; ctypes.CDLL({native.cpu.__file__ if kernels_first else None!r})\n"
         "import torch\n"
         "from gdfast import native\n"
         "maps = open('/proc/self/maps').read().split()\n"
