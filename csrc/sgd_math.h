@@ -40,12 +40,12 @@ enum class SgdMomentum { kNone, kFirst, kRunning };
 // then stored so, or zeroed.
 enum class SgdGrad { kRead, kZero, kUnscale };
 
-inline SgdMomentum sgd_momentum_kind(const SgdHyper& hyper) {
+GDFAST_SGD_FUNCTION SgdMomentum sgd_momentum_kind(const SgdHyper& hyper) {
   if (hyper.momentum == 0) return SgdMomentum::kNone;
   return hyper.first_step ? SgdMomentum::kFirst : SgdMomentum::kRunning;
 }
 
-inline SgdGrad sgd_grad_kind(const SgdHyper& hyper) {
+GDFAST_SGD_FUNCTION SgdGrad sgd_grad_kind(const SgdHyper& hyper) {
   if (hyper.grad_scale != 1) return SgdGrad::kUnscale;
   return hyper.zero_grad ? SgdGrad::kZero : SgdGrad::kRead;
 }
@@ -74,7 +74,9 @@ GDFAST_SGD_FUNCTION SgdFactors<T> sgd_factors(const SgdHyper& hyper) {
 // a * b + c, rounded once wherever the hardware can: PyTorch's add(c, b, alpha=a) does the same.
 // Spelled out, because a contraction left to the compiler may pick the other product.
 GDFAST_SGD_FUNCTION float sgd_multiply_add(float a, float b, float c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__)
+  return fmaf(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -82,7 +84,9 @@ GDFAST_SGD_FUNCTION float sgd_multiply_add(float a, float b, float c) {
 }
 
 GDFAST_SGD_FUNCTION double sgd_multiply_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;

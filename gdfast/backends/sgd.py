@@ -95,14 +95,16 @@ def cuda(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at:
             (hyper.found_inf, torch.float32),
         )
     )
-    with torch.cuda.device(device):
-        native.cuda.sgd(
-            at.params, addresses(grads), at.momenta, at.numels, DTYPES[params[0].dtype], lr,
-            hyper.momentum, hyper.dampening, hyper.weight_decay, hyper.nesterov, hyper.maximize,
-            hyper.first_step, hyper.zero_grad, _address(lr_tensor), _address(grad_scale),
-            _address(found_inf), torch.cuda.current_stream(device).cuda_stream,
-        )  # fmt: skip
-    _increment_versions(params, grads, momenta, hyper)
+    done = native.cuda.sgd(
+        at.params, addresses(grads), at.momenta, at.numels, DTYPES[params[0].dtype], lr,
+        hyper.momentum, hyper.dampening, hyper.weight_decay, hyper.nesterov, hyper.maximize,
+        hyper.first_step, hyper.zero_grad, _address(lr_tensor), _address(grad_scale),
+        _address(found_inf), device.index, torch.cuda.current_stream(device).cuda_stream,
+    )  # fmt: skip
+    if done:
+        _increment_versions(params, grads, momenta, hyper)
+    else:
+        reference(params, grads, momenta, hyper)
 
 
 def reference(

@@ -1,0 +1,52 @@
+// The Python module gdfast._cuda: pointers, sizes and a stream in, nothing of torch. Importing it
+// needs no driver.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "../sgd_arguments.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace gdfast {
+namespace {
+
+template <typename T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
+         const py::list& numels, const std::string& dtype, double lr, double momentum,
+         double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step,
+         bool zero_grad, uintptr_t lr_address, uintptr_t grad_scale, uintptr_t found_inf,
+         int device, uintptr_t stream) {
+  const auto [type, element_size] = sgd_dtype(dtype);
+  const SgdHyper hyper{type, lr,       momentum, dampening,  weight_decay,
+                       1.0,  nesterov, maximize, first_step, zero_grad};
+  const std::vector<SgdTensor> tensors = sgd_tensors(params, grads, momenta, numels, momentum != 0);
+  if (!sgd_disjoint(tensors, element_size)) return false;
+  const cuda::SgdScalars scalars{pointer<double>(lr_address), pointer<float>(grad_scale),
+                                 pointer<float>(found_inf)};
+  py::gil_scoped_release release;
+  cuda::sgd(tensors.data(), static_cast<int64_t>(tensors.size()), hyper, scalars, device, stream);
+  return true;
+}
+
+}  // namespace
+}  // namespace gdfast
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "gdfast's CUDA kernels. They take raw pointers: call them through gdfast.ops.";
+  m.def("sgd", &gdfast::sgd, py::arg("params"), py::arg("grads"), py::arg("momenta"),
+        py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),
+        py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),
+        py::arg("first_step"), py::arg("zero_grad"), py::arg("lr_address"), py::arg("grad_scale"),
+        py::arg("found_inf"), py::arg("device"), py::arg("stream"),
+        "Updates all params in one pass. They, grads and momenta (none where momentum is 0) are "
+        "lists of addresses on the device; lr_address (float64, instead of lr), grad_scale and "
+        "found_inf (float32) addresses there, 0 for none. False, with nothing done, where two "
+        "params share memory.");
+}
