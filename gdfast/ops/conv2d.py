@@ -59,7 +59,7 @@ def conv2d(
             backend=backend,
         )  # fmt: skip
     backend = chosen(backend)
-    if backend == "reference":
+    if backend == "reference" or not _are_tensors(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if reason := _why_native(input, weight, bias):
         fall_back("conv2d", backend, reason)
@@ -78,11 +78,15 @@ def conv2d(
     return _conv2d(input, weight, bias, *arguments)
 
 
+def _are_tensors(input: Any, weight: Any, bias: Any) -> bool:
+    return (
+        isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+    )
+
+
 def _why_native(input: Any, weight: Any, bias: Any) -> str:
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
-        return "it takes tensors"
-    if bias is not None and not isinstance(bias, Tensor):
-        return "it takes a tensor or None as bias"
     if input.dtype not in _DTYPES:
         return f"no other backend takes {input.dtype}"
     if input.layout is not torch.strided or weight.layout is not torch.strided:
