@@ -145,6 +145,16 @@ def test_peak_sets_the_floor():
     assert PEAK.better(peak.Peak(1.0, 20e9)) == peak.Peak(100e9, 20e9)
 
 
+def test_peak_counts_operations_and_bytes(monkeypatch):
+    monkeypatch.setattr(peak, "_GEMM_SIZES", (100,))
+    monkeypatch.setattr(peak, "_CONVOLUTIONS", ((10, 5, 3),))
+    monkeypatch.setattr(peak, "_MEMORY_BYTES", 4000)
+    monkeypatch.setattr(peak, "_best", lambda call, seconds: call() is not None and 0.5)
+    # 2 x 100^3 operations of the product are more than 2 x 8 x 5^2 x 10^2 x 3^2 of the convolution;
+    # the addition moves three times 4000 bytes.
+    assert peak.measure(seconds=10) == peak.Peak(flops=2 * 2e6, bandwidth=2 * 12_000)
+
+
 def test_error_is_relative_and_a_nan_fails():
     reference = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert relative_error(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.1)
@@ -152,7 +162,9 @@ def test_error_is_relative_and_a_nan_fails():
     assert not Check({"NCHW": nan}, {"NCHW": inf}).ok
     assert not Check({"NCHW": 1.0, "channels_last": 2.0}, dict.fromkeys(layers.LAYOUTS, 1.5)).ok
     assert Check({"NCHW": 1.0}, {"NCHW": 1.0}).ok
-    assert allowed_error(1e-3, torch.float32) == pytest.approx(2e-3 + 1.2e-7)
+    allowed = allowed_error(1e-3, torch.float32, terms=10_000)
+    assert allowed == pytest.approx(2e-3 + 1.19e-7, rel=1e-6)
+    assert allowed_error(0.0, torch.float64, terms=100) == pytest.approx(11 * 2.22e-16, rel=1e-3)
 
 
 @pytest.mark.parametrize("task", layers.PASSES)
@@ -489,22 +501,25 @@ def test_command_with_a_folder_that_cannot_be(tmp_path, capsys):
     assert out == "" and str(tmp_path / "file") in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("task", layers.PASSES)
-def test_our_layers_pass_their_check(task):
+def test_our_layers_pass_their_check(task, dtype):
     case = cases.SIMPLE_CNN[0].with_batch(2)
-    work = suites.layer_workload(case, task, torch.float32)
+    work = suites.layer_workload(case, task, dtype)
     assert isinstance(work, Workload) and work.backend
     assert work.check().ok
 
 
-def test_our_sgd_passes_its_check():
-    work = suites.sgd_workload(cases.SGD_CASES[1], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_our_sgd_passes_its_check(dtype):
+    work = suites.sgd_workload(cases.SGD_CASES[1], dtype)
     assert work.backend
     assert work.check().ok
 
 
-def test_our_step_passes_its_check_against_plain_layers():
-    work = suites.step_workload(cases.STEPS[0], torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_our_step_passes_its_check_against_plain_layers(dtype):
+    work = suites.step_workload(cases.STEPS[0], dtype)
     assert work.backend
     assert work.check().ok
 
