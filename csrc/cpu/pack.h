@@ -31,31 +31,52 @@ GDFAST_INLINE void copy_narrowed(const A* from, int64_t count, T* to, int64_t st
   }
 }
 
-// to[x * to_step + y] = from[y * from_step + x] for x below count and y below lines, widened; lines
-// up to width are filled with zeros. count runs along memory in from, y along memory in to.
-template <typename T, typename A>
-void transpose_widened(const T* from, int64_t from_step, int64_t count, int64_t lines,
-                       int64_t width, A* to, int64_t to_step) {
+// line_at(x)[y] = from[y * from_step + x] for x below count and y below lines, widened; y from
+// lines to width are zeros. Memory is read along x and written along y.
+template <typename A, typename T, typename LineAt>
+void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t lines, int64_t width,
+                     const LineAt& line_at) {
   constexpr int kWidth = kLanes<A>;
   for (int64_t y = 0; y < width; y += kWidth) {
-    const int64_t y_count = min_of(kWidth, width - y);
-    int64_t x = 0;
-    if constexpr (kSame<T, A>) {
-      if (y_count == kWidth && y + kWidth <= lines) {
-        for (; x + kWidth <= count; x += kWidth) {
-          Vec<A> square[kWidth];
-          for (int i = 0; i < kWidth; ++i) square[i] = load(from + (y + i) * from_step + x);
-          transpose<A>(square);
-          for (int i = 0; i < kWidth; ++i) store<A>(to + (x + i) * to_step + y, square[i]);
+    const int64_t y_count = min_of(kWidth, width - y), y_valid = min_of(kWidth, lines - y);
+    for (int64_t x = 0; x < count; x += kWidth) {
+      const int64_t x_count = min_of(kWidth, count - x);
+      const T* corner = from + y * from_step + x;
+      Vec<A> square[kWidth];
+      bool whole = false;
+      if constexpr (kSame<T, A>) {
+        whole = x_count == kWidth && y_valid == kWidth;
+        if (whole) {
+          for (int i = 0; i < kWidth; ++i) square[i] = load(corner + i * from_step);
+        }
+      }
+      if (!whole) {
+        A copy[kWidth][kWidth] = {};
+        for (int64_t i = 0; i < y_valid; ++i)
+          copy_widened(corner + i * from_step, 1, x_count, copy[i]);
+        std::memcpy(square, copy, sizeof square);
+      }
+      transpose<A>(square);
+      for (int64_t i = 0; i < x_count; ++i) {
+        A* to = line_at(x + i) + y;
+        if (y_count == kWidth) {
+          store<A>(to, square[i]);
+        } else {
+          A lanes[kWidth];
+          store<A>(lanes, square[i]);
+          for (int64_t lane = 0; lane < y_count; ++lane) to[lane] = lanes[lane];
         }
       }
     }
-    for (; x < count; ++x) {
-      for (int64_t i = 0; i < y_count; ++i) {
-        to[x * to_step + y + i] = y + i < lines ? widen(from[(y + i) * from_step + x]) : A(0);
-      }
-    }
   }
+}
+
+// The same with lines that lie to_step apart.
+template <typename T, typename A>
+void transpose_widened(const T* from, int64_t from_step, int64_t count, int64_t lines,
+                       int64_t width, A* to, int64_t to_step) {
+  transpose_lines<A>(from, from_step, count, lines, width,
+                     [&](int64_t x) { return to + x * to_step; });
 }
 
 }  // namespace

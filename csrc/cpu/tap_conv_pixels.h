@@ -71,17 +71,37 @@ struct Reduction {
 template <typename T, typename A>
 void pack_weight_panel(const TapConv& conv, const T* weight, int64_t first, int64_t width,
                        A* panel) {
-  const int64_t valid = min_of(width, conv.produced - first);
+  const int64_t valid = min_of(width, conv.produced - first), taps = conv.tap_count;
   const int64_t produced = conv.weight_produced, reduced = conv.weight_reduced;
   weight += first * produced;
-  for (int64_t t = 0; t < conv.tap_count; ++t) {
+  const auto line = [&](int64_t tap, int64_t c) {
+    return panel + (tap * conv.reduced + c) * width;
+  };
+
+  // In a contiguous KCRS tensor all taps of all c of one k follow each other: transpose them as
+  // one.
+  constexpr int64_t kMostTaps = 64;
+  int64_t tap_at[kMostTaps];
+  bool follow = taps > 1 && taps <= kMostTaps && reduced == taps;
+  for (int64_t t = 0; t < taps && follow; ++t) tap_at[t] = -1;
+  for (int64_t t = 0; t < taps && follow; ++t) {
+    const int64_t offset = conv.taps[t].weight;
+    follow = offset < taps && tap_at[offset] < 0;
+    if (follow) tap_at[offset] = t;
+  }
+  if (follow) {
+    transpose_lines<A>(weight, produced, conv.reduced * taps, valid, width,
+                       [&](int64_t x) { return line(tap_at[x % taps], x / taps); });
+    return;
+  }
+  for (int64_t t = 0; t < taps; ++t) {
     const T* from = weight + conv.taps[t].weight;
-    A* to = panel + t * conv.reduced * width;
     if (reduced == 1) {
-      transpose_widened(from, produced, conv.reduced, valid, width, to, width);
+      transpose_widened(from, produced, conv.reduced, valid, width, line(t, 0), width);
       continue;
     }
-    for (int64_t c = 0; c < conv.reduced; ++c, to += width) {
+    for (int64_t c = 0; c < conv.reduced; ++c) {
+      A* to = line(t, c);
       copy_widened(from + c * reduced, produced, valid, to);
       for (int64_t o = valid; o < width; ++o) to[o] = A(0);
     }

@@ -55,6 +55,9 @@ inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
 class WinogradTiles {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
+  // Tiles that are staged together where channels don't lie side by side: 8 x 4 pixels.
+  static constexpr int64_t kRun = 8;
+  static constexpr int64_t kRunIn = kRun * kTileOut + kTileIn - kTileOut;
   // Channels of a part of the reduction: 36 x 64 x 64 x 4 bytes = 590 KB of weights.
   static constexpr int64_t kPartChannels = 64;
 
@@ -79,7 +82,7 @@ class WinogradTiles {
     part_channels_ = min_of(channels_, kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
     shared_weights_ = channels_ * conv.produced <= 160 * 160;
-    const int64_t most = shared_weights_ ? max_of(24, 4096 / channels_ * 6) : 96;
+    const int64_t most = shared_weights_ ? max_of(24, 4096 / channels_ * 6) : 132;
     int64_t blocks = ceil_div(grid_.count, most);
     if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(grid_.count, blocks), kTileRows);
@@ -100,10 +103,13 @@ class WinogradTiles {
     T* weights;  // of one part and panel, where they are not
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [36][block_tiles][width]
-    T* stage;    // [6][6][lanes], image values that can't be read as vectors where they lie
+    T* stage;    // [6][kRunIn][lanes], pixels whose channels are brought side by side
   };
 
-  int64_t weights_size() const { return kProducts * part_channels_ * panels_.width; }
+  // From the weights of one product to those of the next: a vector more than they are, for the
+  // same reason as padded_tiles.
+  int64_t weights_step() const { return part_channels_ * panels_.width + kWidth; }
+  int64_t weights_size() const { return kProducts * weights_step(); }
 
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
@@ -115,7 +121,7 @@ class WinogradTiles {
     scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
-    scratch_.stage = carver.take<T>(kProducts * kWidth);
+    scratch_.stage = carver.take<T>(kTileIn * kRunIn * kWidth);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
@@ -149,7 +155,7 @@ class WinogradTiles {
             multiply(scratch.image, block_tiles_, end - first, part,
                      weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
           }
-          write_tiles(panel, first, end, scratch.sums, dest);
+          write_tiles(panel, first, end, scratch, dest);
         }
       });
       return;
@@ -169,7 +175,7 @@ class WinogradTiles {
         multiply(image_ + first * kWidth, all_tiles_, end - first, part, scratch.weights,
                  scratch.sums);
       }
-      write_tiles(panel, first, end, scratch.sums, dest);
+      write_tiles(panel, first, end, scratch, dest);
     });
   }
 
@@ -201,62 +207,111 @@ class WinogradTiles {
           transform_filter<T>(half + i * 3, 1, line, 1);
 #pragma GCC unroll 6
           for (int j = 0; j < kTileIn; ++j) {
-            store<T>(to + ((i * kTileIn + j) * channels + c) * width + o, line[j]);
+            store<T>(to + (i * kTileIn + j) * weights_step() + c * width + o, line[j]);
           }
         }
       }
     }
+  }
+
+  // Where a tile lies: its image, and the pixel of the grid that it begins at.
+  struct TileAt {
+    int64_t n, h, w;
+  };
+
+  TileAt tile_at(int64_t tile) const {
+    const int64_t line = tile / grid_.across;
+    return {line / grid_.down, line % grid_.down * kTileOut, tile % grid_.across * kTileOut};
+  }
+
+  // Tiles from `tile` on that follow each other along a line, at most kRun.
+  int64_t run_from(int64_t tile, int64_t end) const {
+    return min_of(kRun, min_of(end - tile, grid_.across - tile % grid_.across));
   }
 
   // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
   // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
   void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch, T* to,
                        int64_t tile_step) const {
-    const bool vectors = conv_.source.c == 1;
-    for (int64_t tile = first; tile < end; ++tile) {
-      const int64_t line = tile / grid_.across;
-      const int64_t h0 = line % grid_.down * kTileOut + low_h_;
-      const int64_t w0 = tile % grid_.across * kTileOut + low_w_;
-      const T* image = source + line / grid_.down * conv_.source.n;
-      const T* at[kProducts];
-      for (int i = 0; i < kTileIn; ++i) {
-        const bool row_inside = h0 + i >= 0 && h0 + i < conv_.source_height;
-        for (int j = 0; j < kTileIn; ++j) {
-          const bool inside = row_inside && w0 + j >= 0 && w0 + j < conv_.source_width;
-          at[i * kTileIn + j] =
-              inside ? image + (h0 + i) * conv_.source.h + (w0 + j) * conv_.source.w : nullptr;
+    // Whole vectors of channels are read where they lie.
+    const int64_t in_place =
+        conv_.source.c == 1 ? conv_.reduced / kWidth * kWidth : static_cast<int64_t>(0);
+    if (in_place > 0) {
+      for (int64_t tile = first; tile < end; ++tile) {
+        const TileAt at = tile_at(tile);
+        const T* image = source + at.n * conv_.source.n;
+        const T* from[kProducts];
+        for (int i = 0; i < kTileIn; ++i) {
+          const int64_t h = at.h + low_h_ + i;
+          const bool row_inside = h >= 0 && h < conv_.source_height;
+          for (int j = 0; j < kTileIn; ++j) {
+            const int64_t w = at.w + low_w_ + j;
+            const bool inside = row_inside && w >= 0 && w < conv_.source_width;
+            from[i * kTileIn + j] =
+                inside ? image + h * conv_.source.h + w * conv_.source.w : zeros_;
+          }
+        }
+        for (int64_t c = 0; c < in_place; c += kWidth) {
+          transform_tile(from, c, to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
+                         tile_step * kWidth);
         }
       }
-      for (int64_t c = 0; c < channels_; c += kWidth) {
-        T* out = to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth;
-        if (vectors && c + kWidth <= conv_.reduced) {
+    }
+    for (int64_t c = in_place; c < channels_; c += kWidth) {
+      for (int64_t tile = first; tile < end;) {
+        const int64_t run = run_from(tile, end);
+        stage_image(source + c * conv_.source.c, min_of(kWidth, conv_.reduced - c), tile_at(tile),
+                    run, scratch.stage);
+        for (int64_t x = 0; x < run; ++x, ++tile) {
           const T* from[kProducts];
-          for (int x = 0; x < kProducts; ++x) from[x] = at[x] == nullptr ? zeros_ : at[x] + c;
-          transform_tile(from, out, tile_step * kWidth);
-          continue;
-        }
-        const int64_t valid = min_of(kWidth, conv_.reduced - c);
-        const T* from[kProducts];
-        for (int x = 0; x < kProducts; ++x) {
-          T* lanes = scratch.stage + x * kWidth;
-          for (int64_t lane = 0; lane < kWidth; ++lane) {
-            lanes[lane] =
-                at[x] != nullptr && lane < valid ? at[x][(c + lane) * conv_.source.c] : T(0);
+          for (int i = 0; i < kTileIn; ++i) {
+            for (int j = 0; j < kTileIn; ++j) {
+              from[i * kTileIn + j] = scratch.stage + (i * kRunIn + x * kTileOut + j) * kWidth;
+            }
           }
-          from[x] = lanes;
+          transform_tile(from, 0, to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
+                         tile_step * kWidth);
         }
-        transform_tile(from, out, tile_step * kWidth);
       }
     }
   }
 
-  static void transform_tile(const T* const* from, T* to, int64_t product_step) {
+  // stage[i][x][lane]: the pixels that a run of tiles sees, their channels side by side.
+  void stage_image(const T* source, int64_t channels, TileAt at, int64_t run, T* stage) const {
+    const int64_t w0 = at.w + low_w_, columns = run * kTileOut + kTileIn - kTileOut;
+    const int64_t begin = min_of(columns, max_of(0, -w0));
+    const int64_t end = max_of(begin, min_of(columns, conv_.source_width - w0));
+    for (int i = 0; i < kTileIn; ++i) {
+      T* to = stage + i * kRunIn * kWidth;
+      const int64_t h = at.h + low_h_ + i;
+      if (h < 0 || h >= conv_.source_height || begin == end) {
+        std::memset(to, 0, columns * kWidth * sizeof(T));
+        continue;
+      }
+      const T* from =
+          source + at.n * conv_.source.n + h * conv_.source.h + (w0 + begin) * conv_.source.w;
+      std::memset(to, 0, begin * kWidth * sizeof(T));
+      if (conv_.source.w == 1) {
+        transpose_widened(from, conv_.source.c, end - begin, channels, kWidth, to + begin * kWidth,
+                          kWidth);
+      } else {
+        for (int64_t x = begin; x < end; ++x, from += conv_.source.w) {
+          copy_widened(from, conv_.source.c, channels, to + x * kWidth);
+          for (int64_t lane = channels; lane < kWidth; ++lane) to[x * kWidth + lane] = T(0);
+        }
+      }
+      std::memset(to + end * kWidth, 0, (columns - end) * kWidth * sizeof(T));
+    }
+  }
+
+  // The 6x6 vectors that lie `channel` after the pointers.
+  static void transform_tile(const T* const* from, int64_t channel, T* to, int64_t product_step) {
     Vec<T> half[kProducts];
 #pragma GCC unroll 6
     for (int j = 0; j < kTileIn; ++j) {
       Vec<T> column[kTileIn];
 #pragma GCC unroll 6
-      for (int i = 0; i < kTileIn; ++i) column[i] = load(from[i * kTileIn + j]);
+      for (int i = 0; i < kTileIn; ++i) column[i] = load(from[i * kTileIn + j] + channel);
       transform_image<T>(column, 1, half + j, kTileIn);
     }
 #pragma GCC unroll 6
@@ -286,7 +341,7 @@ class WinogradTiles {
     args.rows = rows;
     args.out = out;
     for (int product = 0; product < kProducts; ++product) {
-      args.panel = weights + product * channels * width;
+      args.panel = weights + product * weights_step();
       const T* from =
           image + ((part * part_channels_ / kWidth * kProducts + product) * tile_step) * kWidth;
       T* to = sums + product * block_tiles_ * width;
@@ -301,39 +356,66 @@ class WinogradTiles {
   }
 
   // Transforms the sums of tiles [first, end) back and writes their 4x4 outputs.
-  void write_tiles(int64_t panel, int64_t first, int64_t end, const T* sums, T* dest) const {
-    const int64_t width = panels_.width, product_step = block_tiles_ * width;
+  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch,
+                   T* dest) const {
+    const int64_t width = panels_.width;
     const int64_t outputs = min_of(width, conv_.produced - panel * width);
-    for (int64_t tile = first; tile < end; ++tile) {
-      const int64_t line = tile / grid_.across;
-      const int64_t h0 = line % grid_.down * kTileOut, w0 = tile % grid_.across * kTileOut;
-      const int64_t rows = min_of(kTileOut, conv_.height - h0);
-      const int64_t columns = min_of(kTileOut, conv_.width - w0);
-      T* to = dest + line / grid_.down * conv_.dest.n + h0 * conv_.dest.h + w0 * conv_.dest.w +
-              panel * width * conv_.dest.c;
-      for (int64_t o = 0; o < outputs; o += kWidth) {
+    const T* biases = biases_ + panel * width;
+    dest += panel * width * conv_.dest.c;
+    const int64_t in_place =
+        conv_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
+    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
+      const TileAt at = tile_at(tile);
+      const int64_t rows = min_of(kTileOut, conv_.height - at.h);
+      const int64_t columns = min_of(kTileOut, conv_.width - at.w);
+      T* to = dest + at.n * conv_.dest.n + at.h * conv_.dest.h + at.w * conv_.dest.w;
+      for (int64_t o = 0; o < in_place; o += kWidth) {
         Vec<T> out[kTileOut * kTileOut];
-        transform_sums(sums + (tile - first) * width + o, product_step,
-                       load(biases_ + panel * width + o), out);
+        transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
         for (int64_t i = 0; i < rows; ++i) {
           for (int64_t j = 0; j < columns; ++j) {
-            T* pixel = to + i * conv_.dest.h + j * conv_.dest.w + o * conv_.dest.c;
-            const Vec<T> value = out[i * kTileOut + j];
-            if (conv_.dest.c == 1 && o + kWidth <= outputs) {
-              store<T>(pixel, value);
-            } else {
-              T lanes[kWidth];
-              store<T>(lanes, value);
-              copy_narrowed(lanes, min_of(kWidth, outputs - o), pixel, conv_.dest.c);
+            store<T>(to + i * conv_.dest.h + j * conv_.dest.w + o, out[i * kTileOut + j]);
+          }
+        }
+      }
+    }
+    for (int64_t o = in_place; o < outputs; o += kWidth) {
+      for (int64_t tile = first; tile < end;) {
+        const TileAt at = tile_at(tile);
+        const int64_t run = run_from(tile, end);
+        for (int64_t x = 0; x < run; ++x, ++tile) {
+          Vec<T> out[kTileOut * kTileOut];
+          transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
+          for (int i = 0; i < kTileOut; ++i) {
+            for (int j = 0; j < kTileOut; ++j) {
+              store<T>(scratch.stage + (i * kRunIn + x * kTileOut + j) * kWidth,
+                       out[i * kTileOut + j]);
             }
           }
+        }
+        unstage(scratch.stage, min_of(kWidth, outputs - o), at, run, dest + o * conv_.dest.c);
+      }
+    }
+  }
+
+  // Writes staged outputs [i][x][lane] of a run of tiles.
+  void unstage(const T* stage, int64_t channels, TileAt at, int64_t run, T* dest) const {
+    const int64_t rows = min_of(kTileOut, conv_.height - at.h);
+    const int64_t columns = min_of(run * kTileOut, conv_.width - at.w);
+    for (int64_t i = 0; i < rows; ++i, stage += kRunIn * kWidth) {
+      T* to = dest + at.n * conv_.dest.n + (at.h + i) * conv_.dest.h + at.w * conv_.dest.w;
+      if (conv_.dest.w == 1) {
+        transpose_widened(stage, kWidth, channels, columns, columns, to, conv_.dest.c);
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          copy_narrowed(stage + x * kWidth, channels, to + x * conv_.dest.w, conv_.dest.c);
         }
       }
     }
   }
 
-  static GDFAST_INLINE void transform_sums(const T* from, int64_t product_step, Vec<T> bias,
-                                           Vec<T>* out) {
+  GDFAST_INLINE void transform_sums(const T* from, Vec<T> bias, Vec<T>* out) const {
+    const int64_t product_step = block_tiles_ * panels_.width;
     Vec<T> half[kTileOut * kTileIn];
 #pragma GCC unroll 6
     for (int j = 0; j < kTileIn; ++j) {
