@@ -229,6 +229,8 @@ class _GradWeightFunction(torch.autograd.Function):
 # The dispatch keys of an ordinary CPU tensor. Fake, functional, negated and other special tensors
 # have more or others.
 _dispatch_keys = torch._C._dispatch_keys
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 _ORDINARY = set()
 for _inference in (False, True):
     with torch.inference_mode(_inference):
@@ -255,6 +257,11 @@ def _are_ordinary(values: tuple[Any, ...]) -> bool:
     return True
 
 
+def _batched_gradients() -> bool:
+    """Whether `torch.autograd.grad(..., is_grads_batched=True)` or torch.func calls."""
+    return _is_included(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
+
+
 _OPERATIONS = {
     name: (getattr(torch.ops.gdfast, name).default, getattr(conv2d_dispatch, name))
     for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
@@ -267,8 +274,8 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*inputs)
-        if torch._C._are_functorch_transforms_active():
-            # A batch of gradients (is_grads_batched): vmap knows native's operators, not ours.
+        if _batched_gradients():
+            # vmap knows native's operators, not ours.
             return kernel(*inputs[:-1], "reference")
         if torch.is_grad_enabled():
             return function.apply(*inputs)
