@@ -89,18 +89,19 @@ def main(args: argparse.Namespace) -> int:
         "compile": args.compile,
     }
     document = report.to_json(results, facts, limits, settings)
-    print(document if args.json else report.table(results, facts, limits, args.dtype))
-
     stem = f"{machine.slug()}-{args.suite}-{args.dtype}-{facts['threads']}t"
-    written = [args.out / f"{stem}.json"]
-    write_atomic(written[0], f"{document}\n".encode())
     title = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {args.dtype}"
+    # Saved before it is printed, so that `| head` loses nothing; printed even if saving fails.
     try:
-        plot.save(results, title, args.out / f"{stem}.png")
-        written.append(args.out / f"{stem}.png")
+        saved = args.out / f"{stem}.json"
+        write_atomic(saved, f"{document}\n".encode())
+        print(f"saved {saved}", file=sys.stderr)
+        plot.save(results, title, saved.with_suffix(".png"))
+        print(f"saved {saved.with_suffix('.png')}", file=sys.stderr)
     except MissingExtraError as error:
         print(f"no plot: {error}", file=sys.stderr)
-    print(f"saved {' and '.join(map(str, written))}", file=sys.stderr)
+    finally:
+        print(document if args.json else report.table(results, facts, limits, args.dtype))
     return 0 if all(result.check.ok for result in results) else 1
 
 
