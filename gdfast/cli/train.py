@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Options that decide a run's outcome. None means that the user left it to the recipe; a resumed
 # run has its own, so none of them may be given then.
-_RECIPE_OPTIONS = ("epochs", "lr", "momentum", "schedule", "batch_size")
+_RECIPE_OPTIONS = ("epochs", "lr", "momentum", "schedule", "warmup", "batch_size")
 _OWN_OPTIONS = ("recipe", *_RECIPE_OPTIONS, "seed", "device", "backend", "out")
 
 
@@ -35,12 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--download", action="store_true", help="fetch what mnist:DIR lacks from the network")
     add(
         "--recipe", metavar="NAME",
-        help="default (lr 0.1, momentum 0.9, cosine) or article (lr 0.01, no momentum, constant)",
+        help="default (lr 0.1, momentum 0.9, cosine, 100 steps of warm-up) or article (lr 0.01, "
+        "no momentum, constant)",
     )  # fmt: skip
     add("--epochs", type=int, metavar="N", help="passes over the data (digits: 20, MNIST: 5)")
     add("--lr", type=float, help="learning rate, at its peak")
     add("--momentum", type=float, help="share of the last step that the next one keeps")
     add("--schedule", metavar="NAME", help="of the learning rate: cosine or constant")
+    add("--warmup", type=int, metavar="N", help="steps until the learning rate is at its peak")
     add("--batch-size", type=int, metavar="N", help="images per step (default: 64)")
     add("--seed", type=int, metavar="N", help="decides weights and order (default: 0)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there, or cpu)")

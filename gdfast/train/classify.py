@@ -256,9 +256,10 @@ class _Run:
             f"{len(self.images.train):,} images to train on, {len(self.images.test):,} to test"
         )
         say(
-            f"lr {recipe.lr:g} {recipe.schedule}, momentum {recipe.momentum:g}, batch "
-            f"{recipe.batch_size}, epochs {recipe.epochs}, seed {settings.seed}; backend "
-            f"{settings.backend}, {self.device}, {torch.get_num_threads()} threads; "
+            f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup}, "
+            f"momentum {recipe.momentum:g}, batch {recipe.batch_size}, epochs {recipe.epochs}, "
+            f"seed {settings.seed}; backend {settings.backend}, {self.device}, "
+            f"{torch.get_num_threads()} threads; "
             f"{self.folder.path}"
         )
 
