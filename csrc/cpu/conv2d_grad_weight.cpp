@@ -15,6 +15,7 @@
 #include "kernels.h"
 #include "pack.h"
 #include "tile.h"
+#include "weight_rows.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -54,14 +55,13 @@ class GradWeight {
         grad_bias_(grad_bias),
         threads_(threads),
         channels_(p_.C / p_.groups),
-        produced_(p_.K / p_.groups) {
+        produced_(p_.K / p_.groups),
+        weight_rows_(p_) {
     const int64_t vectors = ceil_div(produced_, kLanes<A>);
     vectors_ = static_cast<int>(ceil_div(vectors, ceil_div(vectors, kMaxVectors)));
     width_ = vectors_ * kLanes<A>;
     panels_ = ceil_div(produced_, width_);
-    weight_rows_ = channels_ * p_.R * p_.S;
-    rows_ = round_up(weight_rows_, kTileRows);
-    channels_last_weight_ = p_.weight.c == 1 && channels_ > 1;
+    rows_ = round_up(weight_rows_.count(), kTileRows);
 
     const bool inside = p_.pad_h == 0 && p_.pad_w == 0 &&
                         (p_.P - 1) * p_.stride_h + (p_.R - 1) * p_.dilation_h < p_.H &&
@@ -108,7 +108,7 @@ class GradWeight {
     const int64_t pieces = ceil_div(rows_, kBlockRows);
     parallel_for(owners * pieces, threads_, [&](int64_t index, int) {
       const int64_t row = index % pieces * kBlockRows;
-      write(index / pieces, row, min_of(row + kBlockRows, weight_rows_));
+      write(index / pieces, row, min_of(row + kBlockRows, weight_rows_.count()));
     });
   }
 
@@ -148,21 +148,9 @@ class GradWeight {
     return {move(scratch_.image), move(scratch_.panel), move(scratch_.rows)};
   }
 
-  struct Row {
-    int64_t c, r, s;
-  };
-
-  // Rows follow the weight's memory, so that results are written in order.
-  Row row_at(int64_t row) const {
-    const int64_t taps = p_.R * p_.S;
-    const int64_t tap = channels_last_weight_ ? row / channels_ : row % taps;
-    const int64_t c = channels_last_weight_ ? row % channels_ : row / taps;
-    return {c, tap / p_.S, tap % p_.S};
-  }
-
   // Where a row's values begin, from where the image of a line begins.
   int64_t row_offset(int64_t row) const {
-    const Row at = row_at(min_of(row, weight_rows_ - 1));
+    const WeightRows::Row at = weight_rows_.at(min_of(row, weight_rows_.count() - 1));
     const int64_t s = at.s * p_.dilation_w;
     if (in_place_) return at.c * p_.input.c + at.r * p_.dilation_h * p_.input.h + s * p_.input.w;
     if (channels_last_image_) return (at.r * image_columns_ + s) * image_channels_ + at.c;
@@ -314,35 +302,14 @@ class GradWeight {
       const A* more = sums + share * rows_ * width_;
       for (int64_t x = row * width_; x < end * width_; ++x) sums[x] += more[x];
     }
-    T* weight = grad_weight_ + (group * produced_ + first) * p_.weight.n;
-    if constexpr (kSame<T, A>) {
-      if (rows_side_by_side()) {
-        transpose_widened(sums + row * width_, width_, valid, end - row, end - row, weight + row,
-                          p_.weight.n);
-        row = end;
-      }
-    }
-    for (; row < end; ++row) {
-      const Row at = row_at(row);
-      copy_narrowed(sums + row * width_, valid,
-                    weight + at.c * p_.weight.c + at.r * p_.weight.h + at.s * p_.weight.w,
-                    p_.weight.n);
-    }
-    if (grad_bias_ == nullptr || end != weight_rows_) return;
+    weight_rows_.write(sums + row * width_, width_, valid, row, end,
+                       grad_weight_ + (group * produced_ + first) * p_.weight.n);
+    if (grad_bias_ == nullptr || end != weight_rows_.count()) return;
     A* bias_sums = bias_sums_ + owner * shares_ * width_;
     for (int64_t share = 1; share < shares_; ++share) {
       for (int64_t k = 0; k < valid; ++k) bias_sums[k] += bias_sums[share * width_ + k];
     }
     copy_narrowed(bias_sums, valid, grad_bias_ + group * produced_ + first, 1);
-  }
-
-  // Whether row x of a k lies x elements after its row 0.
-  bool rows_side_by_side() const {
-    const Row last = row_at(weight_rows_ - 1);
-    const int64_t c = channels_last_weight_ ? 1 : p_.R * p_.S;
-    const int64_t w = channels_last_weight_ ? channels_ : 1;
-    return (last.c == 0 || p_.weight.c == c) && (last.s == 0 || p_.weight.w == w) &&
-           (last.r == 0 || p_.weight.h == p_.S * w);
   }
 
   const Conv2dProblem p_;
@@ -354,8 +321,9 @@ class GradWeight {
   int64_t channels_, produced_;
   int vectors_;
   int64_t width_, panels_;
-  int64_t weight_rows_, rows_;
-  bool channels_last_weight_, channels_last_image_;
+  WeightRows weight_rows_;
+  int64_t rows_;  // padded to whole tiles
+  bool channels_last_image_;
   bool in_place_, panel_in_place_;
   int64_t lines_, chunk_lines_, chunk_columns_, chunks_;
   int64_t image_columns_, image_channels_, row_step_;

@@ -15,7 +15,7 @@
 #pragma once
 
 #include "tap_conv_pixels.h"
-#include "winograd_transforms.h"
+#include "winograd_tiles.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -38,26 +38,11 @@ bool winograd_fits(const TapConv& conv) {
   return true;
 }
 
-// Tiles over the grid of a TapConv, counted along lines of tiles.
-struct TileGrid {
-  int64_t across, down, count;
-
-  explicit TileGrid(const TapConv& conv)
-      : across(ceil_div(conv.width, kTileOut)),
-        down(ceil_div(conv.height, kTileOut)),
-        count(conv.batch * across * down) {}
-};
-
-// Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
-// so that the 36 products of one tile spread over all sets of the cache.
-inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
-
 class WinogradTiles {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
-  // Tiles that are staged together where channels don't lie side by side: 8 x 4 pixels.
-  static constexpr int64_t kRun = 8;
-  static constexpr int64_t kRunIn = kRun * kTileOut + kTileIn - kTileOut;
+  // Columns of the stage for outputs.
+  static constexpr int64_t kRunOut = TileGrid::kRun * kTileOut;
   // Channels of a part of the reduction: 36 x 64 x 64 x 4 bytes = 590 KB of weights.
   static constexpr int64_t kPartChannels = 64;
 
@@ -70,7 +55,7 @@ class WinogradTiles {
         bias_(bias),
         dest_(dest),
         threads_(threads),
-        grid_(conv),
+        grid_(conv.batch, conv.height, conv.width),
         panels_(conv.produced),
         channels_(round_up(conv.reduced, kWidth)) {
     low_h_ = conv.taps[0].dh;
@@ -103,7 +88,7 @@ class WinogradTiles {
     T* weights;  // of one part and panel, where they are not
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [36][block_tiles][width]
-    T* stage;    // [6][kRunIn][lanes], pixels whose channels are brought side by side
+    T* stage;    // pixels whose channels are brought side by side, or apart
   };
 
   // From the weights of one product to those of the next: a vector more than they are, for the
@@ -121,7 +106,7 @@ class WinogradTiles {
     scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
-    scratch_.stage = carver.take<T>(kTileIn * kRunIn * kWidth);
+    scratch_.stage = carver.take<T>(ImageReader::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
@@ -214,113 +199,19 @@ class WinogradTiles {
     }
   }
 
-  // Where a tile lies: its image, and the pixel of the grid that it begins at.
-  struct TileAt {
-    int64_t n, h, w;
-  };
-
-  TileAt tile_at(int64_t tile) const {
-    const int64_t line = tile / grid_.across;
-    return {line / grid_.down, line % grid_.down * kTileOut, tile % grid_.across * kTileOut};
-  }
-
-  // Tiles from `tile` on that follow each other along a line, at most kRun.
-  int64_t run_from(int64_t tile, int64_t end) const {
-    return min_of(kRun, min_of(end - tile, grid_.across - tile % grid_.across));
-  }
-
   // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
   // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
   void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch, T* to,
                        int64_t tile_step) const {
-    // Whole vectors of channels are read where they lie.
-    const int64_t in_place =
-        conv_.source.c == 1 ? conv_.reduced / kWidth * kWidth : static_cast<int64_t>(0);
-    if (in_place > 0) {
-      for (int64_t tile = first; tile < end; ++tile) {
-        const TileAt at = tile_at(tile);
-        const T* image = source + at.n * conv_.source.n;
-        const T* from[kProducts];
-        for (int i = 0; i < kTileIn; ++i) {
-          const int64_t h = at.h + low_h_ + i;
-          const bool row_inside = h >= 0 && h < conv_.source_height;
-          for (int j = 0; j < kTileIn; ++j) {
-            const int64_t w = at.w + low_w_ + j;
-            const bool inside = row_inside && w >= 0 && w < conv_.source_width;
-            from[i * kTileIn + j] =
-                inside ? image + h * conv_.source.h + w * conv_.source.w : zeros_;
-          }
-        }
-        for (int64_t c = 0; c < in_place; c += kWidth) {
-          transform_tile(from, c, to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
-                         tile_step * kWidth);
-        }
-      }
-    }
-    for (int64_t c = in_place; c < channels_; c += kWidth) {
-      for (int64_t tile = first; tile < end;) {
-        const int64_t run = run_from(tile, end);
-        stage_image(source + c * conv_.source.c, min_of(kWidth, conv_.reduced - c), tile_at(tile),
-                    run, scratch.stage);
-        for (int64_t x = 0; x < run; ++x, ++tile) {
-          const T* from[kProducts];
-          for (int i = 0; i < kTileIn; ++i) {
-            for (int j = 0; j < kTileIn; ++j) {
-              from[i * kTileIn + j] = scratch.stage + (i * kRunIn + x * kTileOut + j) * kWidth;
-            }
-          }
-          transform_tile(from, 0, to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
-                         tile_step * kWidth);
-        }
-      }
-    }
-  }
-
-  // stage[i][x][lane]: the pixels that a run of tiles sees, their channels side by side.
-  void stage_image(const T* source, int64_t channels, TileAt at, int64_t run, T* stage) const {
-    const int64_t w0 = at.w + low_w_, columns = run * kTileOut + kTileIn - kTileOut;
-    const int64_t begin = min_of(columns, max_of(0, -w0));
-    const int64_t end = max_of(begin, min_of(columns, conv_.source_width - w0));
-    for (int i = 0; i < kTileIn; ++i) {
-      T* to = stage + i * kRunIn * kWidth;
-      const int64_t h = at.h + low_h_ + i;
-      if (h < 0 || h >= conv_.source_height || begin == end) {
-        std::memset(to, 0, columns * kWidth * sizeof(T));
-        continue;
-      }
-      const T* from =
-          source + at.n * conv_.source.n + h * conv_.source.h + (w0 + begin) * conv_.source.w;
-      std::memset(to, 0, begin * kWidth * sizeof(T));
-      if (conv_.source.w == 1) {
-        transpose_widened(from, conv_.source.c, end - begin, channels, kWidth, to + begin * kWidth,
-                          kWidth);
-      } else {
-        for (int64_t x = begin; x < end; ++x, from += conv_.source.w) {
-          copy_widened(from, conv_.source.c, channels, to + x * kWidth);
-          for (int64_t lane = channels; lane < kWidth; ++lane) to[x * kWidth + lane] = T(0);
-        }
-      }
-      std::memset(to + end * kWidth, 0, (columns - end) * kWidth * sizeof(T));
-    }
-  }
-
-  // The 6x6 vectors that lie `channel` after the pointers.
-  static void transform_tile(const T* const* from, int64_t channel, T* to, int64_t product_step) {
-    Vec<T> half[kProducts];
-#pragma GCC unroll 6
-    for (int j = 0; j < kTileIn; ++j) {
-      Vec<T> column[kTileIn];
-#pragma GCC unroll 6
-      for (int i = 0; i < kTileIn; ++i) column[i] = load(from[i * kTileIn + j] + channel);
-      transform_image<T>(column, 1, half + j, kTileIn);
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < kTileIn; ++i) {
-      Vec<T> line[kTileIn];
-      transform_image<T>(half + i * kTileIn, 1, line, 1);
-#pragma GCC unroll 6
-      for (int j = 0; j < kTileIn; ++j) store<T>(to + (i * kTileIn + j) * product_step, line[j]);
-    }
+    const ImageReader reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
+                             conv_.source_width, low_h_, low_w_);
+    reader.read(first, end, zeros_, scratch.stage,
+                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                  transform_image_tile(
+                      from, offset,
+                      to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
+                      tile_step * kWidth);
+                });
   }
 
   // The 36 products: sums (+)= image x weights over the channels of one part.
@@ -365,7 +256,7 @@ class WinogradTiles {
     const int64_t in_place =
         conv_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
     for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
-      const TileAt at = tile_at(tile);
+      const TileGrid::At at = grid_.at(tile);
       const int64_t rows = min_of(kTileOut, conv_.height - at.h);
       const int64_t columns = min_of(kTileOut, conv_.width - at.w);
       T* to = dest + at.n * conv_.dest.n + at.h * conv_.dest.h + at.w * conv_.dest.w;
@@ -381,14 +272,14 @@ class WinogradTiles {
     }
     for (int64_t o = in_place; o < outputs; o += kWidth) {
       for (int64_t tile = first; tile < end;) {
-        const TileAt at = tile_at(tile);
-        const int64_t run = run_from(tile, end);
+        const TileGrid::At at = grid_.at(tile);
+        const int64_t run = grid_.run_from(tile, end);
         for (int64_t x = 0; x < run; ++x, ++tile) {
           Vec<T> out[kTileOut * kTileOut];
           transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
           for (int i = 0; i < kTileOut; ++i) {
             for (int j = 0; j < kTileOut; ++j) {
-              store<T>(scratch.stage + (i * kRunIn + x * kTileOut + j) * kWidth,
+              store<T>(scratch.stage + (i * kRunOut + x * kTileOut + j) * kWidth,
                        out[i * kTileOut + j]);
             }
           }
@@ -399,10 +290,10 @@ class WinogradTiles {
   }
 
   // Writes staged outputs [i][x][lane] of a run of tiles.
-  void unstage(const T* stage, int64_t channels, TileAt at, int64_t run, T* dest) const {
+  void unstage(const T* stage, int64_t channels, TileGrid::At at, int64_t run, T* dest) const {
     const int64_t rows = min_of(kTileOut, conv_.height - at.h);
     const int64_t columns = min_of(run * kTileOut, conv_.width - at.w);
-    for (int64_t i = 0; i < rows; ++i, stage += kRunIn * kWidth) {
+    for (int64_t i = 0; i < rows; ++i, stage += kRunOut * kWidth) {
       T* to = dest + at.n * conv_.dest.n + (at.h + i) * conv_.dest.h + at.w * conv_.dest.w;
       if (conv_.dest.w == 1) {
         transpose_widened(stage, kWidth, channels, columns, columns, to, conv_.dest.c);

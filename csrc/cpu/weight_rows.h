@@ -1,0 +1,64 @@
+// The (c, r, s) of a weight as rows, in the order of the weight's memory: grad_weight is computed
+// as rows x k and written k by k, and in that order the writing is a plain transposition.
+#pragma once
+
+#include "../conv2d_problem.h"
+#include "pack.h"
+
+namespace gdfast::cpu {
+namespace {
+
+class WeightRows {
+ public:
+  struct Row {
+    int64_t c, r, s;
+  };
+
+  explicit WeightRows(const Conv2dProblem& p)
+      : strides_(p.weight), channels_(p.C / p.groups), R_(p.R), S_(p.S) {
+    channels_last_ = strides_.c == 1 && channels_ > 1;
+    const int64_t c_step = channels_last_ ? 1 : R_ * S_, s_step = channels_last_ ? channels_ : 1;
+    side_by_side_ = (channels_ == 1 || strides_.c == c_step) && (S_ == 1 || strides_.w == s_step) &&
+                    (R_ == 1 || strides_.h == S_ * s_step);
+  }
+
+  int64_t count() const { return channels_ * R_ * S_; }
+
+  Row at(int64_t row) const {
+    const int64_t taps = R_ * S_;
+    const int64_t tap = channels_last_ ? row / channels_ : row % taps;
+    return {channels_last_ ? row % channels_ : row / taps, tap / S_, tap % S_};
+  }
+
+  // The row of a (c, r, s).
+  int64_t number(const Row& row) const {
+    const int64_t tap = row.r * S_ + row.s;
+    return channels_last_ ? tap * channels_ + row.c : row.c * R_ * S_ + tap;
+  }
+
+  // Writes rows [row, end) of `valid` k: sums[x * width + k] belongs to row + x. `weight` is where
+  // the first of these k begins.
+  template <typename T, typename A>
+  void write(const A* sums, int64_t width, int64_t valid, int64_t row, int64_t end,
+             T* weight) const {
+    if constexpr (kSame<T, A>) {
+      if (side_by_side_) {
+        transpose_widened(sums, width, valid, end - row, end - row, weight + row, strides_.n);
+        return;
+      }
+    }
+    for (; row < end; ++row, sums += width) {
+      const Row to = at(row);
+      copy_narrowed(sums, valid, weight + to.c * strides_.c + to.r * strides_.h + to.s * strides_.w,
+                    strides_.n);
+    }
+  }
+
+ private:
+  Strides4 strides_;
+  int64_t channels_, R_, S_;
+  bool channels_last_, side_by_side_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu
