@@ -16,6 +16,7 @@
 #include "pack.h"
 #include "tile.h"
 #include "weight_rows.h"
+#include "winograd_grad_weight.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -345,9 +346,15 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
     const auto run = [&](const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
       if (p.groups > 1 && p.C == p.groups && p.K == p.groups) {
         run_depthwise_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
-      } else {
-        GradWeight<T>(p, grad_output, input, grad_weight, grad_bias, threads).run();
+        return;
       }
+      if constexpr (kSame<T, float>) {
+        if (p.algorithm == Algorithm::kWinograd && p.N > 0 && winograd_grad_weight_fits<T>(p)) {
+          WinogradGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
+          return;
+        }
+      }
+      GradWeight<T>(p, grad_output, input, grad_weight, grad_bias, threads).run();
     };
     run(static_cast<const T*>(grad_output), static_cast<const T*>(input),
         static_cast<T*>(grad_weight), static_cast<T*>(grad_bias));

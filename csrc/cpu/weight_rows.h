@@ -22,6 +22,7 @@ class WeightRows {
                     (R_ == 1 || strides_.h == S_ * s_step);
   }
 
+  bool channels_last() const { return channels_last_; }
   int64_t count() const { return channels_ * R_ * S_; }
 
   Row at(int64_t row) const {

@@ -1,0 +1,337 @@
+// grad_weight by Winograd's F(4x4, 3x3), for a dense 3x3 kernel with stride 1 and dilation 1:
+//
+//   grad_weight[k, c] = G^T [ sum over tiles of (B^T image[c] B) * (A grad_output[k] A^T) ] G
+//
+// The sum over tiles is 36 products of matrices whose reduction runs over the tiles:
+//   image  [channels / lanes][36][tiles][lanes]     rows of a tile of the product: channels
+//   grads  [panel][36][tiles][width]                its columns: outputs
+//   sums   [36][channels][width]
+//
+// Two schedules. Few channels: each thread owns a share of the tiles and goes through it block by
+// block, image and grads staying in L2; the shares are added up in their order. Many channels:
+// image and grads are transformed as a whole, and a task owns some channels of a panel for all
+// tiles, so that its sums never leave L2.
+#pragma once
+
+#include "tap_conv_pixels.h"
+#include "weight_rows.h"
+#include "winograd_tiles.h"
+
+namespace gdfast::cpu {
+namespace {
+
+template <typename T>
+bool winograd_grad_weight_fits(const Conv2dProblem& p) {
+  return kSame<T, float> && p.R == 3 && p.S == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+class WinogradGradWeight {
+  using T = float;
+  static constexpr int kWidth = kLanes<T>;
+  using GradReader = TileReader<kTileOut>;
+  // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
+  static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
+  // Channels of a task, whole tiles and whole vectors: 36 x 48 x 64 x 4 bytes = 442 KB of sums.
+  static constexpr int64_t kTaskChannels = 48;
+  static_assert(kTaskChannels % kTileRows == 0 && kTaskChannels % kWidth == 0);
+
+ public:
+  WinogradGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
+                     T* grad_bias, int threads)
+      : p_(p),
+        grad_output_(grad_output),
+        input_(input),
+        grad_weight_(grad_weight),
+        grad_bias_(grad_bias),
+        threads_(threads),
+        reduced_(p.C / p.groups),
+        produced_(p.K / p.groups),
+        grid_(p.N, p.P, p.Q),
+        panels_(produced_),
+        weight_rows_(p),
+        channels_(round_up(reduced_, kWidth)),
+        rows_(round_up(channels_, kTaskChannels)) {
+    by_shares_ = channels_ * produced_ <= 128 * 128;
+    const int64_t together = channels_ + panels_.count * panels_.width;
+    // Image and grads of a block take about 640 KB.
+    const int64_t most = by_shares_ ? max_of(24, 4544 / together) : 64;
+    shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
+    const int64_t share_tiles = ceil_div(grid_.count, shares_);
+    block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
+    blocks_ = ceil_div(grid_.count, block_tiles_);
+    tile_step_ = padded_tiles(by_shares_ ? block_tiles_ : grid_.count);
+  }
+
+  void run() {
+    Workspace workspace(carve(Carver()));
+    carve(Carver(workspace.data()));
+    std::memset(zeros_, 0, max_of(channels_, panels_.count * panels_.width) * sizeof(T));
+    for (int64_t group = 0; group < p_.groups; ++group) {
+      if (by_shares_) {
+        run_by_shares(group);
+      } else {
+        run_by_channels(group);
+      }
+      if (grad_bias_ != nullptr) write_bias(group);
+    }
+  }
+
+ private:
+  struct Scratch {
+    T* image;  // of a block, where threads own shares
+    T* grads;
+    T* sums;   // of a task, where tasks own channels
+    T* lines;  // [kTaskChannels * 9][width], weights before they are written
+    T* stage;
+  };
+
+  int64_t image_size() const { return channels_ * kProducts * tile_step_; }
+  int64_t grads_size() const { return kProducts * tile_step_ * panels_.width; }
+  // From the sums of one product to those of the next; odd lines again.
+  int64_t sums_step() const {
+    return (by_shares_ ? rows_ : kTaskChannels) * panels_.width + kWidth;
+  }
+  int64_t sums_size() const { return kProducts * sums_step(); }
+  int64_t bias_parts() const { return by_shares_ ? shares_ : blocks_; }
+
+  int64_t carve(Carver carver) {
+    const int64_t outputs = panels_.count * panels_.width;
+    zeros_ = carver.take<T>(max_of(channels_, outputs));
+    bias_sums_ = carver.take<T>(bias_parts() * outputs);
+    share_sums_ = carver.take<T>(by_shares_ ? shares_ * panels_.count * sums_size() : 0);
+    image_ = carver.take<T>(by_shares_ ? 0 : image_size());
+    grads_ = carver.take<T>(by_shares_ ? 0 : panels_.count * grads_size());
+    const int64_t before = carver.used();
+    scratch_.image = carver.take<T>(by_shares_ ? image_size() : 0);
+    scratch_.grads = carver.take<T>(by_shares_ ? grads_size() : 0);
+    scratch_.sums = carver.take<T>(by_shares_ ? 0 : sums_size());
+    scratch_.lines = carver.take<T>(kTaskChannels * 9 * panels_.width);
+    scratch_.stage = carver.take<T>(ImageReader::kStageSize);
+    scratch_bytes_ = carver.used() - before;
+    return before + scratch_bytes_ * threads_;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    return {move(scratch_.image), move(scratch_.grads), move(scratch_.sums), move(scratch_.lines),
+            move(scratch_.stage)};
+  }
+
+  void run_by_shares(int64_t group) {
+    parallel_for(shares_, threads_, [&](int64_t share, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      T* sums = share_sums_ + share * panels_.count * sums_size();
+      T* bias_sums = bias_sums_ + share * panels_.count * panels_.width;
+      std::memset(bias_sums, 0, panels_.count * panels_.width * sizeof(T));
+      const int64_t begin = grid_.count * share / shares_;
+      const int64_t end = grid_.count * (share + 1) / shares_;
+      for (int64_t first = begin; first < end; first += block_tiles_) {
+        const int64_t last = min_of(first + block_tiles_, end);
+        transform_input(group, first, last, scratch.stage, scratch.image);
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          transform_grads(group, panel, first, last, scratch.stage, scratch.grads,
+                          bias_sums + panel * panels_.width);
+          multiply(scratch.image, scratch.grads, last - first, 0, channels_, first > begin,
+                   sums + panel * sums_size());
+        }
+      }
+    });
+    parallel_for(panels_.count * (rows_ / kTaskChannels), threads_, [&](int64_t index, int thread) {
+      const int64_t panel = index % panels_.count, c = index / panels_.count * kTaskChannels;
+      T* sums = share_sums_ + panel * sums_size() + c * panels_.width;
+      write(group, panel, c, sums, shares_, panels_.count * sums_size(), scratch_of(thread).lines);
+    });
+  }
+
+  void run_by_channels(int64_t group) {
+    parallel_for(blocks_ * (1 + panels_.count), threads_, [&](int64_t index, int thread) {
+      const int64_t block = index / (1 + panels_.count);
+      const int64_t panel = index % (1 + panels_.count) - 1;
+      const int64_t first = block * block_tiles_, end = min_of(first + block_tiles_, grid_.count);
+      T* stage = scratch_of(thread).stage;
+      if (panel < 0) {
+        transform_input(group, first, end, stage, image_ + first * kWidth);
+        return;
+      }
+      T* bias_sums = bias_sums_ + (block * panels_.count + panel) * panels_.width;
+      std::memset(bias_sums, 0, panels_.width * sizeof(T));
+      transform_grads(group, panel, first, end, stage,
+                      grads_ + panel * grads_size() + first * panels_.width, bias_sums);
+    });
+    const int64_t tasks = ceil_div(channels_, kTaskChannels);
+    parallel_for(panels_.count * tasks, threads_, [&](int64_t index, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      const int64_t panel = index / tasks, c = index % tasks * kTaskChannels;
+      multiply(image_, grads_ + panel * grads_size(), grid_.count, c,
+               min_of(kTaskChannels, channels_ - c), false, scratch.sums);
+      write(group, panel, c, scratch.sums, 1, 0, scratch.lines);
+    });
+  }
+
+  void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to) const {
+    const ImageReader reader(grid_, input_ + group * reduced_ * p_.input.c, p_.input, reduced_,
+                             p_.H, p_.W, -p_.pad_h, -p_.pad_w);
+    reader.read(first, end, zeros_, stage,
+                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                  transform_image_tile(
+                      from, offset,
+                      to + (c * kProducts / kWidth * tile_step_ + tile - first) * kWidth,
+                      tile_step_ * kWidth);
+                });
+  }
+
+  // A x A^T of the tiles of one panel's outputs, and their plain sums for the bias.
+  void transform_grads(int64_t group, int64_t panel, int64_t first, int64_t end, T* stage, T* to,
+                       T* bias_sums) const {
+    const int64_t output = panel * panels_.width;
+    const GradReader reader(grid_, grad_output_ + (group * produced_ + output) * p_.output.c,
+                            p_.output, min_of(panels_.width, produced_ - output), p_.P, p_.Q, 0, 0);
+    const int64_t product_step = tile_step_ * panels_.width;
+    reader.read(first, end, zeros_, stage,
+                [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
+                  T* line = to + (tile - first) * panels_.width + k;
+                  Vec<T> half[kTileIn * kTileOut], total{};
+#pragma GCC unroll 4
+                  for (int j = 0; j < kTileOut; ++j) {
+                    Vec<T> column[kTileOut];
+#pragma GCC unroll 4
+                    for (int i = 0; i < kTileOut; ++i) {
+                      column[i] = load(from[i * kTileOut + j] + offset);
+                      total += column[i];
+                    }
+                    transform_grad_output<T>(column, 1, half + j, kTileOut);
+                  }
+                  store<T>(bias_sums + k, load(bias_sums + k) + total);
+#pragma GCC unroll 6
+                  for (int i = 0; i < kTileIn; ++i) {
+                    Vec<T> products[kTileIn];
+                    transform_grad_output<T>(half + i * kTileOut, 1, products, 1);
+#pragma GCC unroll 6
+                    for (int j = 0; j < kTileIn; ++j) {
+                      store<T>(line + (i * kTileIn + j) * product_step, products[j]);
+                    }
+                  }
+                });
+    // Lanes past the last output were never read: their products must not be left to chance.
+    const int64_t valid = round_up(min_of(panels_.width, produced_ - output), kWidth);
+    for (int64_t k = valid; k < panels_.width; k += kWidth) {
+      for (int64_t tile = 0; tile < end - first; ++tile) {
+        for (int x = 0; x < kProducts; ++x) {
+          store<T>(to + tile * panels_.width + k + x * product_step, Vec<T>{});
+        }
+      }
+    }
+  }
+
+  // sums[product][row] (+)= image of channel c + row times grads, over `tiles` tiles.
+  void multiply(const T* image, const T* grads, int64_t tiles, int64_t c, int64_t channels,
+                bool accumulate, T* sums) const {
+    const int64_t width = panels_.width;
+    TileArgs<T> args;
+    args.row_step = kWidth;
+    args.panel_step = width;
+    args.segments = 1;
+    args.start = zeros_;
+    const T* rows[kTileRows];
+    T* out[kTileRows];
+    args.rows = rows;
+    args.out = out;
+    for (int product = 0; product < kProducts; ++product) {
+      for (int64_t tile = 0; tile < tiles; tile += kStepTiles) {
+        args.panel = grads + (product * tile_step_ + tile) * width;
+        args.length = min_of(kStepTiles, tiles - tile);
+        args.how = accumulate || tile > 0 ? Start::kAccumulate : Start::kRows;
+        for (int64_t row = 0; row < channels; row += kTileRows) {
+          for (int i = 0; i < kTileRows; ++i) {
+            const int64_t channel = c + min_of(row + i, channels - 1);
+            rows[i] = image +
+                      ((channel / kWidth * kProducts + product) * tile_step_ + tile) * kWidth +
+                      channel % kWidth;
+            out[i] = sums + product * sums_step() + (row + i) * width;
+          }
+          multiply_tile<T>(panels_.vectors, args);
+        }
+      }
+    }
+  }
+
+  // G^T x G of the sums of channels [c, c + kTaskChannels), added up over shares.
+  void write(int64_t group, int64_t panel, int64_t c, const T* sums, int64_t shares,
+             int64_t share_step, T* lines) const {
+    const int64_t width = panels_.width, output = panel * width;
+    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
+    for (int64_t row = 0; row < channels; ++row) {
+      for (int64_t k = 0; k < width; k += kWidth) {
+        Vec<T> half[3 * kTileIn], filter[9];
+#pragma GCC unroll 6
+        for (int j = 0; j < kTileIn; ++j) {
+          Vec<T> column[kTileIn];
+          for (int i = 0; i < kTileIn; ++i) {
+            const T* from = sums + (i * kTileIn + j) * sums_step() + row * width + k;
+            column[i] = load(from);
+            for (int64_t share = 1; share < shares; ++share) {
+              column[i] += load(from + share * share_step);
+            }
+          }
+          transform_grad_filter<T>(column, 1, half + j, kTileIn);
+        }
+#pragma GCC unroll 3
+        for (int r = 0; r < 3; ++r) {
+          transform_grad_filter<T>(half + r * kTileIn, 1, filter + r * 3, 1);
+        }
+        for (int r = 0; r < 3; ++r) {
+          for (int s = 0; s < 3; ++s) {
+            // Lines in the order of the weight's rows, those of this task alone.
+            const int64_t line =
+                weight_rows_.channels_last() ? (r * 3 + s) * channels + row : row * 9 + r * 3 + s;
+            store<T>(lines + line * width + k, filter[r * 3 + s]);
+          }
+        }
+      }
+    }
+    const int64_t valid = min_of(width, produced_ - output);
+    T* weight = grad_weight_ + (group * produced_ + output) * p_.weight.n;
+    if (!weight_rows_.channels_last()) {
+      weight_rows_.write(lines, width, valid, c * 9, (c + channels) * 9, weight);
+      return;
+    }
+    for (int t = 0; t < 9; ++t) {
+      const int64_t row = weight_rows_.number({c, t / 3, t % 3});
+      weight_rows_.write(lines + t * channels * width, width, valid, row, row + channels, weight);
+    }
+  }
+
+  void write_bias(int64_t group) {
+    const int64_t outputs = panels_.count * panels_.width;
+    for (int64_t part = 1; part < bias_parts(); ++part) {
+      for (int64_t k = 0; k < produced_; ++k) bias_sums_[k] += bias_sums_[part * outputs + k];
+    }
+    copy_narrowed(bias_sums_, produced_, grad_bias_ + group * produced_, 1);
+  }
+
+  const Conv2dProblem& p_;
+  const T* grad_output_;
+  const T* input_;
+  T* grad_weight_;
+  T* grad_bias_;
+  int threads_;
+  int64_t reduced_, produced_;  // channels of a group
+  TileGrid grid_;
+  Panels<T> panels_;
+  WeightRows weight_rows_;
+  int64_t channels_, rows_;  // reduced ones, padded to whole vectors and to whole tasks
+  bool by_shares_;
+  int64_t shares_, blocks_, block_tiles_;
+  int64_t tile_step_;
+  T* zeros_;
+  T* bias_sums_;   // [part][outputs]
+  T* share_sums_;  // [share][panel][36][rows][width]
+  T* image_;
+  T* grads_;
+  Scratch scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu
