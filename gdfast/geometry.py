@@ -64,6 +64,10 @@ def named_padding(
         raise RuntimeError(
             mismatch(op, "padding", "'same', 'valid', a number or a pair", repr(name))
         )
+    if len(kernel) != 2:
+        raise RuntimeError(
+            mismatch(op, "weight", "[K, C / groups, R, S]", f"{len(kernel)}-dimensional kernels")
+        )
     if stride != (1, 1):
         raise RuntimeError(mismatch(op, "padding", "numbers, for a stride", f"'same', {stride=}"))
     rows, columns = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))

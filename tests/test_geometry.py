@@ -68,6 +68,16 @@ def test_same_padding_keeps_the_size(kernel: tuple[int, int], dilation: tuple[in
     assert 0 <= right - left <= 1
 
 
+def test_what_same_padding_refuses() -> None:
+    for name, kernel, stride in (
+        ("full", (3, 3), (1, 1)),
+        ("same", (3,), (1, 1)),
+        ("same", (3, 3), (1, 2)),
+    ):
+        with pytest.raises(RuntimeError, match=r"conv2d: (padding|weight): expected "):
+            named_padding(name, kernel, stride, (1, 1))
+
+
 def test_valid_padding_is_none() -> None:
     assert named_padding("valid", (3, 3), (2, 2), (1, 1)) == (0, 0, 0, 0)
 
