@@ -285,8 +285,8 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA fails an assertion
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise SettingsError(
             f"train: device: expected auto, cpu, or a device that is here, got {name!r}: {reason}"

@@ -77,8 +77,8 @@ def mistakes(images: Tensor, result: Classification, classes: Sequence[str], tit
     figure = _figure(11, 0.5 + 1.9 * rows)
     figure.suptitle(f"{title}: {len(wrong):,} of {len(images):,} test images misread, worst first")
     for place, index in zip(figure.subplots(rows, columns).flat, worst, strict=False):
-        shown = images[index].permute(1, 2, 0).cpu()
-        place.imshow(shown.expand(-1, -1, 3) if shown.shape[2] == 1 else shown)
+        shown = images[index].permute(1, 2, 0).expand(-1, -1, 3)
+        place.imshow(shown.numpy())
         taken, true = (classes[int(each[index])] for each in (result.predicted, result.labels))
         place.set_title(
             f"taken for {taken} ({result.confidence[index]:.0%}), is {true}\ntest image {index}",

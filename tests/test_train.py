@@ -1,0 +1,450 @@
+"""Training runs: what they leave behind, how they stop and go on, and parity with native."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mnist_files import digits, write_pair
+from PIL import Image
+from safetensors.torch import load_file
+
+from gdfast import data, models
+from gdfast.data import DataError
+from gdfast.files import write_atomic
+from gdfast.train import (
+    RECIPES,
+    DivergedError,
+    InterruptedRun,
+    Recipe,
+    Result,
+    RunError,
+    Settings,
+    SettingsError,
+    checkpoint,
+    classify,
+    resume,
+    train,
+)
+from gdfast.train.progress import Progress
+from gdfast.train.state import State
+
+QUICK = Recipe(epochs=3, batch_size=32, warmup=4)
+FILES = {
+    "args.yaml", "checkpoint.pt", "curves.png", "kernels.png", "metrics.json", "mistakes.png",
+    "results.csv", "steps.csv", "weights.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads as the subprocesses have, so that sums are rounded in the same way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like MNIST's with 250 digits: 7 batches of 32 in an epoch, the last one smaller."""
+    folder = tmp_path_factory.mktemp("small")
+    write_pair(folder, "train", *digits(250), zipped=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(small: Path) -> Settings:
+    return Settings(data=f"mnist:{small}", recipe=QUICK, seed=3)
+
+
+@pytest.fixture(scope="module")
+def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that nobody interrupted."""
+    return quiet(settings, tmp_path_factory.mktemp("finished") / "run")
+
+
+def quiet(settings: Settings, out: Path) -> Result:
+    return train(settings, out=out, stream=io.StringIO())
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with path.open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    one, two = (checkpoint.load(path / checkpoint.NAME) for path in (first, second))
+    weights = zip(one["model"].values(), two["model"].values(), strict=True)
+    steps = zip(one["state"]["steps"].values(), two["state"]["steps"].values(), strict=True)
+    return all(torch.equal(a, b) for a, b in [*weights, *steps])
+
+
+class TestRunFolder:
+    def test_holds_everything(self, finished: Result) -> None:
+        assert {path.name for path in finished.folder.iterdir()} == FILES
+
+    def test_metrics_and_tables_agree(self, finished: Result, settings: Settings) -> None:
+        metrics = json.loads((finished.folder / "metrics.json").read_text())
+        epochs, steps = (rows(finished.folder / f"{name}.csv") for name in ("results", "steps"))
+        assert metrics == finished.metrics
+        assert (len(epochs), len(steps)) == (3, 21) == (metrics["epochs"], metrics["steps"])
+        assert metrics["test_accuracy"] == epochs[-1]["test_accuracy"]
+        last = steps[-7:]
+        mean = sum(row["loss"] * row["images"] for row in last) / 200
+        assert metrics["train_loss"] == pytest.approx(mean, rel=1e-12)
+        assert [row["images"] for row in last] == [32] * 6 + [8]
+        assert (metrics["train_images"], metrics["test_images"]) == (200, 50)
+        assert metrics["parameters"] == 54_410
+        assert metrics["images_per_second"] > 0 and 0 < metrics["seconds"] < 600
+        args = yaml.safe_load((finished.folder / "args.yaml").read_text())
+        assert Settings.from_dict(args) == settings
+        assert args["data"] == settings.data and args["lr"] == 0.1 and args["seed"] == 3
+
+    def test_the_accuracy_is_that_of_the_saved_weights(
+        self, finished: Result, settings: Settings
+    ) -> None:
+        model = models.create("cnn")
+        model.load_state_dict(load_file(finished.folder / "weights.safetensors"))
+        test = data.load(settings.data).test
+        with torch.no_grad():
+            right = model(test.images / 255).argmax(1) == test.labels
+        assert finished.metrics["test_accuracy"] == right.double().mean().item()
+        assert finished.metrics["test_accuracy"] > 0.5  # it has learned something
+
+    def test_pictures_are_whole(self, finished: Result) -> None:
+        for name in ("curves", "kernels", "mistakes"):
+            with Image.open(finished.folder / f"{name}.png") as picture:
+                picture.load()
+                assert picture.width > 1000 and len(picture.getcolors(1 << 24) or []) > 50
+
+    def test_the_kernels_before_are_those_of_the_seed(self, finished: Result) -> None:
+        torch.manual_seed(3)
+        weight = models.create("cnn").conv1.weight
+        content = checkpoint.load(finished.folder / checkpoint.NAME)
+        assert torch.equal(content["kernels_before"], weight)
+        assert not torch.equal(content["model"]["conv1.weight"], weight)
+
+    def test_folders_are_numbered(
+        self, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        brief = replace(settings, recipe=replace(QUICK, epochs=1))
+        (tmp_path / "runs" / "cnn-7").mkdir(parents=True)
+        stream = io.StringIO()
+        assert train(brief, stream=stream).folder == Path("runs/cnn-8")
+        assert "everything is in runs/cnn-8" in stream.getvalue()
+
+    def test_a_folder_in_use_is_refused(self, finished: Result, settings: Settings) -> None:
+        before = {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
+        with pytest.raises(RunError, match=r"expected a new or empty folder, .*--resume"):
+            quiet(settings, finished.folder)
+        assert before == {path: path.stat().st_mtime_ns for path in finished.folder.iterdir()}
+        with pytest.raises(RunError, match="expected a folder, got the file"):
+            quiet(settings, finished.folder / "args.yaml")
+        with pytest.raises(RunError, match="expected a folder that can be made"):
+            quiet(settings, finished.folder / "args.yaml" / "below")
+
+    def test_bad_data_leaves_no_folder(self, settings: Settings, tmp_path: Path) -> None:
+        with pytest.raises(DataError):
+            quiet(replace(settings, data="mnist:/nowhere"), tmp_path / "run")
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module", params=["auto", "native"])
+def whole(
+    request: pytest.FixtureRequest,
+    settings: Settings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Result:
+    """A run of each kind that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return quiet(replace(settings, backend=request.param), folder)
+
+
+class TestResume:
+    # Of 21 steps in 3 epochs of 7: the first, in the midst, the last of an epoch, the last but one.
+    @pytest.mark.parametrize("stop_at", [1, 10, 14, 20])
+    def test_is_bit_exact(
+        self,
+        stop_at: int,
+        whole: Result,
+        settings: Settings,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        settings = replace(settings, backend=whole.metrics["backend"])
+
+        def interrupt(progress: Progress, state: State) -> None:
+            if len(state.steps["loss"]) == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "step", interrupt)
+            with pytest.raises(InterruptedRun) as caught:
+                quiet(settings, tmp_path / "parts")
+        assert caught.value.signal == signal.SIGINT and caught.value.folder == tmp_path / "parts"
+        assert not (tmp_path / "parts" / "metrics.json").exists()
+        torch.manual_seed(77)  # whatever else has drawn numbers meanwhile
+        resumed = resume(tmp_path / "parts", stream=io.StringIO())
+        assert same_bits(whole.folder, tmp_path / "parts")
+        timings = ("seconds", "images_per_second")
+        for name in set(whole.metrics) - set(timings):
+            assert resumed.metrics[name] == whole.metrics[name], name
+        assert {path.name for path in resumed.folder.iterdir()} == FILES
+        steps = [path / "steps.csv" for path in (whole.folder, tmp_path / "parts")]
+        assert steps[0].read_text() == steps[1].read_text()
+
+    def test_of_a_finished_run_writes_its_results_again(
+        self, settings: Settings, tmp_path: Path
+    ) -> None:
+        first = quiet(settings, tmp_path / "run")
+        (first.folder / "metrics.json").unlink()
+        again = resume(first.folder / checkpoint.NAME, stream=io.StringIO())
+        assert again.metrics["test_accuracy"] == first.metrics["test_accuracy"]
+        assert {path.name for path in again.folder.iterdir()} == FILES
+
+    def test_wants_the_same_data(self, settings: Settings, tmp_path: Path) -> None:
+        run = quiet(settings, tmp_path / "run").folder
+        write_pair(tmp_path / "other", "train", *digits(251))
+        with pytest.raises(
+            DataError, match=r"expected the data that the run .* found other images"
+        ):
+            resume(run, data_spec=f"mnist:{tmp_path / 'other'}")
+        write_pair(tmp_path / "moved", "t10k", *digits(250))
+        resume(run, data_spec=f"mnist:{tmp_path / 'moved'}", stream=io.StringIO())
+
+    def test_random_states_come_back(self) -> None:
+        import random
+
+        import numpy as np
+
+        from gdfast.train import rng
+
+        def draw() -> list[float]:
+            return [torch.rand(1).item(), np.random.rand(), random.random()]
+
+        state = rng.capture()
+        first = draw()
+        rng.restore(state)
+        assert draw() == first
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"garbage" * 99, b"PK\3\4 not a zip", torch.zeros(3), {"format": "x"}, "cut", "bomb"],
+        ids=["empty", "garbage", "zip", "tensor", "foreign", "cut", "bomb"],
+    )
+    def test_refuses_a_file_that_is_no_checkpoint(
+        self, content: Any, finished: Result, tmp_path: Path
+    ) -> None:
+        path = tmp_path / checkpoint.NAME
+        if content == "cut":
+            path.write_bytes((finished.folder / checkpoint.NAME).read_bytes()[:-1000])
+        elif content == "bomb":
+            _write_compressed(finished.folder / checkpoint.NAME, path)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(RunError, match=r"expected a checkpoint.*found") as caught:
+            resume(tmp_path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("missing", ["model", "optimizer", "state", "rng", "settings"])
+    def test_refuses_a_checkpoint_with_a_part_missing(
+        self, missing: str, finished: Result, tmp_path: Path
+    ) -> None:
+        content = checkpoint.load(finished.folder / checkpoint.NAME)
+        del content[missing]
+        (tmp_path / checkpoint.NAME).write_bytes(checkpoint.to_bytes(content))
+        with pytest.raises(RunError, match="expected a whole checkpoint, found one that does not"):
+            resume(tmp_path, stream=io.StringIO())
+
+    def test_refuses_weights_of_another_shape(self, finished: Result, tmp_path: Path) -> None:
+        content = checkpoint.load(finished.folder / checkpoint.NAME)
+        content["model"]["fc.bias"] = torch.zeros(11)
+        (tmp_path / checkpoint.NAME).write_bytes(checkpoint.to_bytes(content))
+        with pytest.raises(RunError, match=r"does not fit: .*SimpleCNN"):
+            resume(tmp_path, stream=io.StringIO())
+
+    def test_runs_no_code_of_a_foreign_pickle(self, tmp_path: Path) -> None:
+        class Trap:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return open, (str(tmp_path / "sprung"), "w")
+
+        torch.save({"format": "gdfast checkpoint 1", "model": Trap()}, tmp_path / checkpoint.NAME)
+        with pytest.raises(RunError, match="damaged or foreign"):
+            resume(tmp_path)
+        assert not (tmp_path / "sprung").exists()
+
+    def test_says_where_there_is_nothing_to_resume(self, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="expected a checkpoint, found no such file"):
+            resume(tmp_path)
+
+
+def _write_compressed(source: Path, target: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + bytes(1 << 20))
+
+
+class TestProcess:
+    """Real processes and real signals."""
+
+    def start(self, out: Path, *options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "gdfast", "train", "cnn", "--out", str(out), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def wait_for(self, path: Path, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def test_control_c_leaves_a_checkpoint_to_go_on_from(self, tmp_path: Path) -> None:
+        # One image a step: an epoch is long enough that the signal falls into its midst.
+        recipe = replace(QUICK, epochs=2, batch_size=1, lr=0.001)
+        options = ("--epochs", "2", "--batch-size", "1", "--lr", "0.001", "--warmup", "4")
+        process = self.start(tmp_path / "run", *options)
+        self.wait_for(tmp_path / "run" / checkpoint.NAME, process)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors.startswith("gdfast: stopped before epoch ") and errors.count("\n") == 1
+        assert f"go on with: gdfast train cnn --resume {tmp_path / 'run'}" in errors
+        state = checkpoint.load(tmp_path / "run" / checkpoint.NAME)["state"]
+        assert 0 < len(state["steps"]["loss"]) < 2 * 1438 and state["batch"] > 0
+
+        resume(tmp_path / "run", stream=io.StringIO())
+        quiet(Settings(recipe=recipe), tmp_path / "whole")
+        assert same_bits(tmp_path / "run", tmp_path / "whole")
+
+    def test_kill_leaves_the_last_checkpoint_whole(self, small: Path, tmp_path: Path) -> None:
+        process = self.start(tmp_path / "run", "--data", f"mnist:{small}", "--epochs", "100000")
+        self.wait_for(tmp_path / "run" / "results.csv", process)
+        time.sleep(0.3)
+        process.kill()
+        process.communicate(timeout=60)
+        content = checkpoint.load(tmp_path / "run" / checkpoint.NAME)
+        assert content["state"]["epoch"] > 0
+        assert all(value.isfinite().all() for value in content["model"].values())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_are_native_s_step_by_step(recipe: str, tmp_path: Path) -> None:
+    # Three epochs of digits are 69 steps.
+    settings = Settings(recipe=replace(RECIPES[recipe], epochs=3))
+    losses = []
+    for backend in ("auto", "native"):
+        folder = quiet(replace(settings, backend=backend), tmp_path / backend).folder
+        losses.append([row["loss"] for row in rows(folder / "steps.csv")])
+    pairs = list(zip(*losses, strict=True))[:50]
+    assert len(pairs) == 50
+    assert max(abs(ours - theirs) / theirs for ours, theirs in pairs) < 1e-5
+    assert losses[0][-1] < 0.8 * losses[0][0]  # and they do fall
+
+
+def test_the_native_backend_is_plain_pytorch(settings: Settings, tmp_path: Path) -> None:
+    result = quiet(replace(settings, backend="native"), tmp_path / "run")
+    assert type(result.model.get_submodule("conv1")) is torch.nn.Conv2d
+    assert result.metrics["backend"] == "reference"
+
+
+def test_a_loss_that_is_no_number_stops_with_its_batch(settings: Settings, tmp_path: Path) -> None:
+    wild = replace(settings, recipe=replace(QUICK, lr=1e30, warmup=0))
+    with pytest.raises(
+        DivergedError, match=r"got (nan|inf) at epoch 1, batch \d of 7: try a lower"
+    ):
+        quiet(wild, tmp_path / "run")
+    content = checkpoint.load(tmp_path / "run" / checkpoint.NAME)
+    assert all(value.isfinite().all() for value in content["model"].values())
+
+
+class TestRecipe:
+    def test_default_and_article(self) -> None:
+        default, article = RECIPES["default"], RECIPES["article"]
+        assert (default.lr, default.momentum, default.schedule) == (0.1, 0.9, "cosine")
+        assert (article.lr, article.momentum, article.schedule) == (0.01, 0.0, "constant")
+        assert {article.learning_rate(step, 500) for step in range(500)} == {0.01}
+
+    def test_learning_rate_rises_then_follows_the_cosine(self) -> None:
+        rates = [Recipe(lr=0.5, warmup=10).learning_rate(step, 110) for step in range(110)]
+        assert rates[0] == pytest.approx(0.5 / 11) and rates[10] == max(rates) == 0.5
+        assert rates[60] == pytest.approx(0.25) and rates[109] < 0.001
+        assert all(a < b for a, b in pairwise(rates[:11]))
+        assert all(a > b for a, b in pairwise(rates[10:]))
+        # A short run still reaches its peak.
+        assert max(Recipe(lr=0.5).learning_rate(step, 6) for step in range(6)) == 0.5
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        {
+            "lr": [0.0, -1.0, float("nan"), float("inf")],
+            "momentum": [-0.1, 1.0, float("nan")],
+            "schedule": ["", "linear"],
+            "warmup": [-1],
+            "batch_size": [0, -3],
+            "epochs": [0, -1],
+        }.items(),
+    )
+    def test_refuses_what_no_training_can_have(self, name: str, values: list[Any]) -> None:
+        for value in values:
+            with pytest.raises(SettingsError, match=f"train: {name}: expected .*, got"):
+                Recipe(**{name: value})
+
+    @pytest.mark.parametrize("seed", [-1, 1 << 63])
+    def test_refuses_seeds_out_of_range(self, seed: int) -> None:
+        with pytest.raises(SettingsError, match="seed: expected 0 to"):
+            Settings(seed=seed)
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+    def test_refuses_a_device_that_is_not_here(self, device: str, settings: Settings) -> None:
+        with pytest.raises(SettingsError, match="device: expected auto, cpu, or"):
+            classify.train(replace(settings, device=device), stream=io.StringIO())
+
+
+class TestAtomicFiles:
+    def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        write_atomic(path, b"old")
+
+        def fail(file: Any) -> None:
+            file.write(b"half of the ne")
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_atomic(path, fail)
+        assert caught.value.filename == str(path)
+        assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+
+    def test_files_have_ordinary_rights(self, tmp_path: Path) -> None:
+        write_atomic(tmp_path / "ours", b"")
+        (tmp_path / "plain").write_bytes(b"")
+        assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def test_leftovers_of_a_killed_process_go(self, finished: Result, tmp_path: Path) -> None:
+        (tmp_path / ".gdfast-abc.tmp").write_bytes(b"half")
+        write_atomic(tmp_path / checkpoint.NAME, (finished.folder / checkpoint.NAME).read_bytes())
+        resume(tmp_path, stream=io.StringIO())
+        assert not list(tmp_path.glob(".gdfast-*"))
