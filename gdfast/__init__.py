@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from gdfast.backends import backend
-
-# Not on demand: the first import of the module gdfast.swap sets the attribute of that name, which
-# is to be the function.
-from gdfast.swap import restore_, swap, swap_, swapped
-
 if TYPE_CHECKING:
     from gdfast import backends, data, models, nn, ops, optim
+    from gdfast.backends import backend
+    from gdfast.backends.precision import precision
+    from gdfast.swap import restore_, swap, swap_, swapped
 
+# Imported when first asked for, so that the command line answers before torch is loaded.
 _MODULES = ("backends", "data", "models", "nn", "ops", "optim")
+_FUNCTIONS = {
+    "backend": "backends",
+    "precision": "backends",
+    "restore_": "swap",
+    "swap": "swap",
+    "swap_": "swap",
+    "swapped": "swap",
+}
 
 __all__ = [
     "__version__",
@@ -27,6 +35,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "precision",
     "restore_",
     "swap",
     "swap_",
@@ -37,8 +46,23 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        function = getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+        globals()[name] = function
+        return function
     raise AttributeError(f"module 'gdfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    # Importing a submodule sets the package's attribute of its name; `swap` stays the function.
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "swap" and isinstance(value, ModuleType):
+            value = value.swap
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

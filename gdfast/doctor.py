@@ -116,10 +116,11 @@ def _self_test(backend: str) -> list[Check]:
     """Run every operation on a small asymmetric case and compare with float64."""
     import torch
 
-    from gdfast.bench.workload import allowed_error, relative_error
+    from gdfast.bench.workload import relative_error
     from gdfast.errors import BackendError
 
     device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    rounding = torch.finfo(torch.float32).eps
     checks = []
     for operation, run in _operations().items():
         exact = run("reference", torch.float64, "cpu")
@@ -133,7 +134,8 @@ def _self_test(backend: str) -> list[Check]:
         except RuntimeError as failure:
             checks.append(Check(backend, operation, None, native_error, False, str(failure)))
             continue
-        ok = error <= allowed_error(native_error, torch.float32)
+        # Native adds the same numbers in another order: one rounding more is no mistake.
+        ok = error <= 2 * native_error + rounding
         checks.append(Check(backend, operation, error, native_error, ok, ""))
     return checks
 

@@ -1,4 +1,4 @@
-"""Models by name: ``create("cnn")``."""
+"""Models by name: `create("cnn")`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def register(name: str) -> Callable[[_Builder], _Builder]:
 
 
 def names() -> list[str]:
-    """The names that ``create`` knows."""
+    """The names that `create` knows."""
     return sorted(_builders)
 
 
 def create(name: str, **options: Any) -> Module:
-    """Build a model with freshly drawn weights; ``options`` go to the model's constructor.
+    """Build a model with freshly drawn weights; `options` go to the model's constructor.
 
     Raises:
         ValueError: an unknown name.
