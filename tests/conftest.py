@@ -7,6 +7,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+# Read when torch loads libgomp. Thousands of tiny kernels on two threads take ten times as long
+# where other work keeps the threads from being there at once, if those that wait spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pytest
 import torch

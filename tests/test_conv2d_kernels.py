@@ -1,12 +1,14 @@
 """The compiled convolution kernels, against float64 and native PyTorch's own error.
 
 Every case of the table in every dtype and layout, on every instruction set of this machine, with
-one thread and with two. The three passes are called without autograd.
+one thread and with two. The three passes are called without autograd, and in strict precision:
+algorithms that trade error for speed have bounds of their own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +20,24 @@ import torch
 from torch import Tensor
 
 from gdfast import native
+from gdfast.backends import precision
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.geometry import is_channels_last
 from gdfast.ops import conv2d_dispatch
 
-pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("nan_filled_memory", "threads")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("nan_filled_memory", "threads", "strict_precision"),
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "mixed", "sliced", "expanded")
+
+
+@pytest.fixture
+def strict_precision() -> Iterator[None]:
+    with precision("strict"):
+        yield
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def test_the_environment_chooses() -> None:
 
 
 def test_a_wrong_name_in_the_environment_is_an_error_that_names_it() -> None:
-    result = run_python("import gdfast", GDFAST_BACKEND="gpu")
+    result = run_python("from gdfast import ops", GDFAST_BACKEND="gpu")
     assert result.returncode != 0
     assert "GDFAST_BACKEND=gpu: backend: name: expected one of auto, cpu" in result.stderr
 
