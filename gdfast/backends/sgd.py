@@ -140,8 +140,4 @@ def _address(tensor: Tensor | None) -> int:
 
 def _increment_versions(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper) -> None:
     """Tells autograd what a kernel wrote through pointers."""
-    increment_version(params)
-    if momenta:
-        increment_version(momenta)
-    if hyper.writes_grads:
-        increment_version(grads)
+    increment_version([*params, *momenta, *(grads if hyper.writes_grads else ())])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdfast.backends import Query, fall_back, resolve
+from gdfast.backends import Query, chosen, fall_back, resolve
 from gdfast.backends.registry import AUTO
 from gdfast.backends.sgd import Memory, SgdHyper, Tensors, addresses, reference
 from gdfast.errors import mismatch
@@ -83,23 +83,26 @@ class Checked(NamedTuple):
     so that nothing else can have come to lie there.
     """
 
-    query: Query
+    backend: str
+    run: Callable[..., None]
     strides: list[tuple[int, ...]]
     kinds: list[tuple[torch.dtype, torch.device]]
     memory: Memory
     kept: list[Tensor]
 
     @classmethod
-    def of(cls, params: Tensors, momenta: Tensors) -> Checked:
-        kinds = list(map(_dtype_and_device, params))
+    def of(
+        cls, backend: str, run: Callable[..., None], params: Tensors, momenta: Tensors
+    ) -> Checked:
         return cls(
-            Query(*reversed(kinds[0])), list(map(_stride, params)), kinds,
+            chosen(backend), run, list(map(_stride, params)), list(map(_dtype_and_device, params)),
             Memory.of(params, momenta), [tensor.detach() for tensor in (*params, *momenta)],
         )  # fmt: skip
 
-    def holds(self, params: Tensors, grads: Tensors, momenta: Tensors) -> bool:
+    def holds(self, backend: str, params: Tensors, grads: Tensors, momenta: Tensors) -> bool:
         return (
-            addresses(params) == self.memory.params
+            chosen(backend) == self.backend
+            and addresses(params) == self.memory.params
             and addresses(momenta) == self.memory.momenta
             and list(map(_stride, grads)) == self.strides
             and list(map(_numel, grads)) == self.memory.numels
@@ -112,9 +115,8 @@ def update(
     checked: Checked | None = None,
 ) -> Checked | None:  # fmt: skip
     """Runs one update on the backends that take it, device by device and dtype by dtype."""
-    if checked is not None and checked.holds(params, grads, momenta):
-        run = resolve("sgd_", checked.query, backend).operations["sgd_"]
-        run(params, grads, momenta, hyper, checked.memory)
+    if checked is not None and checked.holds(backend, params, grads, momenta):
+        checked.run(params, grads, momenta, hyper, checked.memory)
         return checked
     count = len(params)
     _check_length("grads", grads, count)
@@ -137,7 +139,7 @@ def update(
         dtype, device = kinds[0]
         run = resolve("sgd_", Query(device, dtype), backend).operations["sgd_"]
         if _walk_together(params, grads) and (not momenta or _walk_together(params, momenta)):
-            checked = Checked.of(params, momenta)
+            checked = Checked.of(backend, run, params, momenta)
             run(params, grads, momenta, hyper, checked.memory)
             return checked
     for i, param in enumerate(params):
