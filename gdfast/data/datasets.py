@@ -33,7 +33,7 @@ class MNIST(Dataset[tuple[Any, Any]]):
         target_transform: Callable[[Any], Any] | None = None,
         download: bool = False,
     ) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.train = train
         self.transform = transform
         self.target_transform = target_transform

@@ -41,7 +41,7 @@ def load(folder: str | Path, download: bool = False) -> ImageData:
     Raises:
         DataError: no such folder or files, or files that are damaged or do not belong together.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()  # a shell leaves the ~ of mnist:~/data alone
     if download:
         fetch(folder, TRAIN, TEST)
     if not folder.is_dir():

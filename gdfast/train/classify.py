@@ -270,10 +270,13 @@ def _settle(settings: Settings, images: ImageData) -> Settings:
         backend = backends.chosen(settings.backend)
     except ValueError as error:
         raise SettingsError(f"train: {error}") from None
+    for each in backends.available():
+        if each.name == backend and not each.ok:
+            raise SettingsError(f"train: backend: {backend!r} cannot be used here: {each.reason}")
     kind, colon, where = settings.data.partition(":")
     return replace(
         settings,
-        data=f"{kind}:{Path(where).resolve()}" if colon else kind,
+        data=f"{kind}:{Path(where).expanduser().resolve()}" if colon else kind,
         device=str(_device(settings.device)),
         backend=backend,
         recipe=replace(settings.recipe, epochs=settings.recipe.epochs or images.epochs),

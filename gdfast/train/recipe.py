@@ -46,7 +46,7 @@ class Recipe:
         known = " or ".join(SCHEDULES)
         _check("schedule", known, self.schedule, self.schedule in SCHEDULES)
         _check("warmup", "0 or more", self.warmup, self.warmup >= 0)
-        _check("batch_size", "1 or more", self.batch_size, self.batch_size >= 1)
+        _check("batch_size", "1 to 2**31 - 1", self.batch_size, 1 <= self.batch_size < 1 << 31)
         _check("epochs", "1 or more", self.epochs, self.epochs is None or self.epochs >= 1)
 
     def learning_rate(self, step: int, steps: int) -> float:
