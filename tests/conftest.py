@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gdfast import native
-from gdfast.backends import registry
+from gdfast.backends import precision, registry
 from gdfast.ops import conv2d_dispatch
 
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []
@@ -74,6 +74,13 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Rules out the algorithms whose error is larger than native's."""
+    with precision("strict"):
+        yield
 
 
 @pytest.fixture

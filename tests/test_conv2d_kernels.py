@@ -186,6 +186,7 @@ def run_passes(
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ODD, ids=str)
@@ -233,6 +234,7 @@ def test_bitwise_repeatable_and_finite(
             assert torch.equal(tensor, again[name]), name
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_large_problems_against_float64(case: Conv2dCase, isa: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -252,6 +254,7 @@ def test_large_problems_against_float64(case: Conv2dCase, isa: str) -> None:
             check(name, tensor, problem)
 
 
+@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_what_is_not_finite_goes_where_native_has_it(

@@ -6,6 +6,8 @@ reference  native PyTorch ("native" is another name for it); it takes everything
 """
 
 from gdfast.backends import cpu, cuda, reference
+from gdfast.backends import precision as _precision
+from gdfast.backends.precision import is_strict, precision
 from gdfast.backends.registry import (
     Availability,
     Backend,
@@ -32,6 +34,8 @@ __all__ = [
     "canonical",
     "chosen",
     "fall_back",
+    "is_strict",
+    "precision",
     "preview",
     "register",
     "resolve",
@@ -40,3 +44,4 @@ __all__ = [
 for _module in (cpu, cuda, reference):
     register(_module.BACKEND)
 choose_from_environment()
+_precision.choose_from_environment()

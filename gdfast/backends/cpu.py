@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import sgd
+from gdfast.backends import cpu_algorithms, sgd
+from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, Conv2dQuery, Query
 
 _DTYPES = {
@@ -35,18 +36,31 @@ def why_not(query: Query) -> str:
 
 # Strides belong to the problem: kernels read any layout in place.
 @lru_cache(maxsize=4096)
-def _problem(query: Conv2dQuery) -> Any:
+def _problem(query: Conv2dQuery, algorithm: str) -> Any:
     assert native.cpu is not None
     g = query.geometry
     return native.cpu.Conv2dProblem(
         (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), g.stride, g.padding[:2], g.dilation,
-        g.groups, _DTYPES[query.dtype], *query.strides,
+        g.groups, _DTYPES[query.dtype], *query.strides, algorithm,
     )  # fmt: skip
+
+
+def algorithm(op: str, query: Conv2dQuery) -> str:
+    """The algorithm that runs one pass unless the precision is strict."""
+    assert native.cpu is not None
+    if query.dtype != torch.float32:
+        return cpu_algorithms.DIRECT
+    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())
+
+
+def _problems(op: str, query: Conv2dQuery) -> tuple[Any, Any]:
+    """The problem with the faster algorithm and the one with the strict algorithm."""
+    return _problem(query, algorithm(op, query)), _problem(query, cpu_algorithms.DIRECT)
 
 
 def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cpu is not None
-    problem, run = _problem(query), native.cpu.conv2d
+    (fast, strict), run = _problems("conv2d", query), native.cpu.conv2d
     size, strides = query.geometry.output_size, query.strides[2]
     dtype, device = query.dtype, query.device
 
@@ -55,8 +69,8 @@ def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tens
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, input.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-            output.data_ptr(), torch.get_num_threads(),
+            strict if is_strict() else fast, input.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return output
 
@@ -65,15 +79,15 @@ def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
 def conv2d_grad_input(query: Conv2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cpu is not None
-    problem, run = _problem(query), native.cpu.conv2d_grad_input
+    (fast, strict), run = _problems("conv2d_grad_input", query), native.cpu.conv2d_grad_input
     size, strides = query.geometry.input_size, query.strides[0]
     dtype, device = query.dtype, query.device
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=dtype, device=device)
         run(
-            problem, grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
-            torch.get_num_threads(),
+            strict if is_strict() else fast, grad_output.data_ptr(), weight.data_ptr(),
+            grad_input.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_input
 
@@ -84,7 +98,7 @@ def conv2d_grad_weight(
     query: Conv2dQuery,
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cpu is not None
-    problem, run = _problem(query), native.cpu.conv2d_grad_weight
+    (fast, strict), run = _problems("conv2d_grad_weight", query), native.cpu.conv2d_grad_weight
     size, strides = query.geometry.weight_size, query.strides[1]
     dtype, device = query.dtype, query.device
 
@@ -92,8 +106,9 @@ def conv2d_grad_weight(
         grad_weight = torch.empty_strided(size, strides, dtype=dtype, device=device)
         grad_bias = torch.empty(size[0], dtype=dtype, device=device) if bias else None
         run(
-            problem, grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(), torch.get_num_threads(),
+            strict if is_strict() else fast, grad_output.data_ptr(), input.data_ptr(),
+            grad_weight.data_ptr(), 0 if grad_bias is None else grad_bias.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return grad_weight, grad_bias
 
