@@ -29,6 +29,7 @@ TOLERANCE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # native's
 @pytest.mark.parametrize("backend", ["cpu", "auto"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_samples(dtype: torch.dtype, backend: str) -> None:

@@ -43,6 +43,7 @@ def pair_of(arguments: dict[str, Any]) -> tuple[nn.Conv2d, torch.nn.Conv2d]:
     return ours, native
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # native's
 @pytest.mark.parametrize("arguments", LAYERS, ids=str)
 def test_trains_as_natively(arguments: dict[str, Any]) -> None:
     ours, native = pair_of(arguments)

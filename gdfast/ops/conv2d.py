@@ -230,7 +230,7 @@ class _GradWeightFunction(torch.autograd.Function):
 # have more or others.
 _dispatch_keys = torch._C._dispatch_keys
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 _ORDINARY = set()
 for _inference in (False, True):
     with torch.inference_mode(_inference):
