@@ -8,7 +8,6 @@ algorithms that trade error for speed have bounds of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -20,24 +19,17 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import precision
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.geometry import is_channels_last
 from gdfast.ops import conv2d_dispatch
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.usefixtures("nan_filled_memory", "threads", "strict_precision"),
+    pytest.mark.usefixtures("nan_filled_memory", "threads", "strict"),
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "mixed", "sliced", "expanded")
-
-
-@pytest.fixture
-def strict_precision() -> Iterator[None]:
-    with precision("strict"):
-        yield
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,6 @@ def run_passes(
     }  # fmt: skip
 
 
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ODD, ids=str)
@@ -234,7 +225,6 @@ def test_bitwise_repeatable_and_finite(
             assert torch.equal(tensor, again[name]), name
 
 
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_large_problems_against_float64(case: Conv2dCase, isa: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -254,7 +244,6 @@ def test_large_problems_against_float64(case: Conv2dCase, isa: str) -> None:
             check(name, tensor, problem)
 
 
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_what_is_not_finite_goes_where_native_has_it(
