@@ -8,6 +8,10 @@ from gdfast.geometry import Conv2dGeometry
 
 DIRECT, WINOGRAD = "direct", "winograd"
 
+# Root mean square error over root mean square result, against float64, that an algorithm may have
+# beyond native's. Winograd's is at most 9e-7 at 512 channels.
+STATED_ERROR = {DIRECT: 0.0, WINOGRAD: 1.5e-6}
+
 # Elements of float32 in a vector.
 _LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
 

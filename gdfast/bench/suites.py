@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from gdfast import backends, models, ops, optim, restore_
+from gdfast.backends import cpu, cpu_algorithms
 from gdfast.bench import cases, layers, sgd, step
 from gdfast.bench.workload import LAYOUTS, Workload
 from gdfast.geometry import Conv2dGeometry
@@ -77,8 +78,10 @@ def _plan(
 
 def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Workload:
     """One pass of one layer by `gdfast.ops.conv2d`."""
-    backend = _conv2d_backend(case, task, dtype)
-    return layers.workload(case, task, dtype, convolve=ops.conv2d, backend=backend)
+    backend, stated_error = _conv2d_backend(case, task, dtype)
+    return layers.workload(
+        case, task, dtype, convolve=ops.conv2d, backend=backend, stated_error=stated_error
+    )
 
 
 def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
@@ -109,15 +112,15 @@ def _backend(dtype: torch.dtype, *operations: str) -> str:
     return "/".join(sorted({backends.preview(op, query) for op in operations}))
 
 
-def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> str:
-    """Names of the backends that one pass runs on, in either layout."""
+def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> tuple[str, float]:
+    """Backends and algorithms that one pass runs on, in either layout, and the error they state."""
     op = "conv2d" if task == "forward" else f"conv2d_{task}"
     sides = (*case.padding, *case.padding)
     geometry = Conv2dGeometry.of(
         op, case.input_shape, case.weight_shape, case.stride, sides, case.dilation, case.groups
     )
     shapes = (case.input_shape, case.weight_shape, case.output_shape)
-    names = set()
+    names, stated_error = set(), 0.0
     for memory_format in LAYOUTS.values():
         input, weight, output = (
             torch.empty(shape, device="meta", memory_format=memory_format).stride()
@@ -126,5 +129,10 @@ def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> st
         query = backends.Conv2dQuery(
             torch.device("cpu"), dtype, geometry=geometry, strides=(input, weight, output)
         )
-        names.add(backends.resolve(op, query).name)
-    return "/".join(sorted(names))
+        name = backends.resolve(op, query).name
+        if name == "cpu":
+            algorithm = cpu.algorithm(op, query)
+            stated_error = max(stated_error, cpu_algorithms.STATED_ERROR[algorithm])
+            name = f"{name}, {algorithm}"
+        names.add(name)
+    return "/".join(sorted(names)), stated_error
