@@ -258,7 +258,7 @@ class TestProgress:
         progress._shown = 0.0  # long ago
         progress.step(self.state())
         text = stream.getvalue()
-        assert text.startswith("\repoch 1/3  batch 2/4  loss 1.5000  accuracy 0.5000  12 images/s")
+        assert text.startswith("\repoch 1/3  batch 2/4  loss 1.5000 accuracy 0.5000  12 images/s")
         assert "left" in text and "\n" not in text
         progress.step(self.state())
         assert stream.getvalue() == text  # not again so soon

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn, optim
 
 import gdfast
-from gdfast import backends, data, models
-from gdfast.backends.registry import REFERENCE
+from gdfast import backends, data, models, native
+from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.data import Batches, DataError, ImageData
 from gdfast.errors import UserError
 from gdfast.extras import require
@@ -77,23 +78,19 @@ def resume(
     if path.is_dir():
         path = path / checkpoint.NAME
     content = checkpoint.load(path)
-    try:
+    with _misfits(path):
         settings = Settings.from_dict(content["settings"])
-        images = data.load(data_spec or settings.data)
-        if images.fingerprint() != content["data_fingerprint"]:
-            raise DataError(
-                f"data: {data_spec or settings.data}: expected the data that the run in "
-                f"{path.parent} began with, found other images or labels"
-            )
-        resumed = _Run(settings, images, stream or sys.stdout)
+        fingerprint = content["data_fingerprint"]
+    images = data.load(data_spec or settings.data)
+    _settle(settings, images)  # the device and the backend may be gone
+    if images.fingerprint() != fingerprint:
+        raise DataError(
+            f"data: {data_spec or settings.data}: expected the data that the run in {path.parent} "
+            "began with, found other images or labels"
+        )
+    resumed = _Run(settings, images, stream or sys.stdout)
+    with _misfits(path):
         resumed.restore(RunFolder.reopen(path.parent), content)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"train: {path}: expected a whole checkpoint, found one that does not fit: {reason}"
-        ) from error
     return resumed.finish()
 
 
@@ -145,11 +142,12 @@ class _Run:
             if self.state.epoch < (self.settings.recipe.epochs or 0)
             else "all epochs are done: writing the results again"
         )
-        if content["threads"] != torch.get_num_threads():
-            self.progress.say(
-                f"note: begun with {content['threads']} threads, going on with "
-                f"{torch.get_num_threads()}: sums may be rounded differently"
-            )
+        for name, now in _conditions().items():
+            if (then := content["conditions"][name]) != now:
+                self.progress.say(
+                    f"note: begun with {name} {then}, going on with {now}: "
+                    "sums may be rounded differently"
+                )
 
     def finish(self) -> Result:
         """Train to the end and write the results."""
@@ -198,10 +196,9 @@ class _Run:
             rows = [list(row.values()) for row in state.epochs]
             self.folder.write_csv("results.csv", list(state.epochs[0]), rows)
         content = {
-            "gdfast": gdfast.__version__,
             "settings": self.settings.to_dict(),
             "data_fingerprint": self.fingerprint,
-            "threads": torch.get_num_threads(),
+            "conditions": _conditions(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "state": state.to_dict(),
@@ -223,7 +220,7 @@ class _Run:
             "train_images": len(self.images.train),
             "test_images": len(self.images.test),
             "parameters": _parameters(self.model),
-            "threads": torch.get_num_threads(),
+            **_conditions(),
             **settings.to_dict(),
         }
         title = f"{settings.model} on {self.images.name}, seed {settings.seed}"
@@ -250,6 +247,10 @@ class _Run:
 
     def _describe(self) -> None:
         settings, recipe = self.settings, self.settings.recipe
+        backend = settings.backend
+        if backend == AUTO:
+            query = backends.Query(self.device, torch.float32)
+            backend = f"auto ({backends.preview('conv2d', query)})"
         say = self.progress.say
         say(
             f"{settings.model}: {_parameters(self.model):,} parameters; {settings.data}: "
@@ -258,9 +259,8 @@ class _Run:
         say(
             f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup}, "
             f"momentum {recipe.momentum:g}, batch {recipe.batch_size}, epochs {recipe.epochs}, "
-            f"seed {settings.seed}; backend {settings.backend}, {self.device}, "
-            f"{torch.get_num_threads()} threads; "
-            f"{self.folder.path}"
+            f"seed {settings.seed}; backend {backend}, {self.device}, "
+            f"threads {torch.get_num_threads()}; {self.folder.path}"
         )
 
 
@@ -295,6 +295,31 @@ def _device(name: str) -> torch.device:
             f"train: device: expected auto, cpu, or a device that is here, got {name!r}: {reason}"
         ) from None
     return device
+
+
+@contextlib.contextmanager
+def _misfits(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint's content into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise RunError(
+            f"train: {path}: expected a whole checkpoint, found one that does not fit: {reason}"
+        ) from error
+
+
+def _conditions() -> dict[str, Any]:
+    """What else decides the last bits of a result."""
+    return {
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.cpu.isa() if native.cpu else None,
+        "precision": "strict" if backends.is_strict() else "fast",
+        "torch": str(torch.__version__),
+        "gdfast": gdfast.__version__,
+    }
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> dict[str, float]:

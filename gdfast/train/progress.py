@@ -45,7 +45,7 @@ class Progress:
         means = state.epoch_means()
         text = (
             f"epoch {state.epoch + 1}/{self._epochs}  batch {state.batch}/{self._batches}  "
-            f"loss {means['loss']:.4f}  accuracy {means['accuracy']:.4f}  "
+            f"{_values(means)}  "
             f"{state.images_per_second():,.0f} images/s  {self._left(done, now)} left"
         )
         if self._live:
@@ -63,8 +63,7 @@ class Progress:
         left = self._left(state.epoch * self._batches, now)
         self.say(
             f"epoch {state.epoch:>{len(str(self._epochs))}}/{self._epochs}  "
-            f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
-            f"test loss {row['test_loss']:.4f} accuracy {row['test_accuracy']:.4f}  "
+            f"train {_values(row, 'train_')}  test {_values(row, 'test_')}  "
             f"{state.images_per_second():,.0f} images/s  {left} left"
         )
 
@@ -78,6 +77,14 @@ class Progress:
         if self._live:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
+
+
+def _values(row: dict[str, float], prefix: str = "") -> str:
+    return " ".join(
+        f"{name.removeprefix(prefix)} {value:.4f}"
+        for name, value in row.items()
+        if name.startswith(prefix)
+    )
 
 
 def _clock(seconds: float) -> str:
