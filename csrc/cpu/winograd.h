@@ -11,7 +11,8 @@
 // Two schedules. Few channels: the transformed weights are small, made once and shared; a task
 // takes a block of tiles, whose image and sums stay in L2. Many channels: the transformed weights
 // are four times as large as the weights, too large to be written and read back; the image is
-// transformed once for all, and a task transforms a part of its panel's weights just before use.
+// transformed for all panels, a round of tiles at a time, and a task transforms a part of its
+// panel's weights just before use.
 #pragma once
 
 #include "tap_conv_pixels.h"
@@ -68,12 +69,12 @@ class WinogradTiles {
     parts_ = ceil_div(channels_, part_channels_);
     shared_weights_ = channels_ * conv.produced <= 160 * 160;
     const int64_t most = shared_weights_ ? max_of(24, 4096 / channels_ * 6) : 132;
-    int64_t blocks = ceil_div(grid_.count, most);
+    round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
+    int64_t blocks = ceil_div(round_tiles_, most);
     if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
-    tiles_ = round_up(ceil_div(grid_.count, blocks), kTileRows);
-    blocks_ = ceil_div(grid_.count, tiles_);
+    tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
     block_tiles_ = padded_tiles(tiles_);
-    all_tiles_ = padded_tiles(round_up(grid_.count, kTileRows));
+    image_tiles_ = padded_tiles(round_up(round_tiles_, kTileRows));
   }
 
   void run() {
@@ -98,7 +99,7 @@ class WinogradTiles {
 
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
-    image_ = carver.take<T>(shared_weights_ ? 0 : channels_ * kProducts * all_tiles_);
+    image_ = carver.take<T>(shared_weights_ ? 0 : channels_ * kProducts * image_tiles_);
     zeros_ = carver.take<T>(channels_);
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
@@ -131,7 +132,7 @@ class WinogradTiles {
         transform_weights(weight, index / parts_, index % parts_, scratch_of(thread).packed,
                           weights_ + index * weights_size());
       });
-      parallel_for(blocks_, threads_, [&](int64_t block, int thread) {
+      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
         const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
         transform_tiles(source, first, end, scratch, scratch.image, block_tiles_);
@@ -145,22 +146,30 @@ class WinogradTiles {
       });
       return;
     }
+    for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
+      run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
+    }
+  }
+
+  // Tiles [first, end) of a convolution with many channels.
+  void run_round(const T* source, const T* weight, int64_t first, int64_t end, T* dest) {
     constexpr int64_t kStep = 2 * kTileRows;
-    parallel_for(ceil_div(grid_.count, kStep), threads_, [&](int64_t index, int thread) {
-      const int64_t first = index * kStep;
-      transform_tiles(source, first, min_of(first + kStep, grid_.count), scratch_of(thread),
-                      image_ + first * kWidth, all_tiles_);
+    parallel_for(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
+      const int64_t tile = first + index * kStep;
+      transform_tiles(source, tile, min_of(tile + kStep, end), scratch_of(thread),
+                      image_ + (tile - first) * kWidth, image_tiles_);
     });
-    parallel_for(panels_.count * blocks_, threads_, [&](int64_t index, int thread) {
+    const int64_t blocks = ceil_div(end - first, tiles_);
+    parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
-      const int64_t panel = index / blocks_;
-      const int64_t first = index % blocks_ * tiles_, end = min_of(first + tiles_, grid_.count);
+      const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
+      const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
         transform_weights(weight, panel, part, scratch.packed, scratch.weights);
-        multiply(image_ + first * kWidth, all_tiles_, end - first, part, scratch.weights,
-                 scratch.sums);
+        multiply(image_ + (tile - first) * kWidth, image_tiles_, tile_end - tile, part,
+                 scratch.weights, scratch.sums);
       }
-      write_tiles(panel, first, end, scratch, dest);
+      write_tiles(panel, tile, tile_end, scratch, dest);
     });
   }
 
@@ -335,8 +344,9 @@ class WinogradTiles {
   int64_t low_h_, low_w_;
   int64_t part_channels_, parts_;
   bool shared_weights_;
-  int64_t tiles_, blocks_;           // of a block
-  int64_t block_tiles_, all_tiles_;  // padded
+  int64_t tiles_;                      // of a block
+  int64_t round_tiles_;                // of a round, in which the image is transformed at once
+  int64_t block_tiles_, image_tiles_;  // of a block and of a round, padded
   T* weights_;
   T* image_;
   T* zeros_;

@@ -9,8 +9,9 @@
 //
 // Two schedules. Few channels: each thread owns a share of the tiles and goes through it block by
 // block, image and grads staying in L2; the shares are added up in their order. Many channels:
-// image and grads are transformed as a whole, and a task owns some channels of a panel for all
-// tiles, so that its sums never leave L2.
+// image and grads are transformed a round of tiles at a time, and a task owns some channels of a
+// panel for all tiles of the round, so that its sums never leave L2. G^T x G being linear, rounds
+// are added up as weights.
 #pragma once
 
 #include "tap_conv_pixels.h"
@@ -57,10 +58,12 @@ class WinogradGradWeight {
     // Image and grads of a block take about 640 KB.
     const int64_t most = by_shares_ ? max_of(24, 4544 / together) : 64;
     shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
-    const int64_t share_tiles = ceil_div(grid_.count, shares_);
+    round_tiles_ = by_shares_ ? grid_.count : image_round_tiles(grid_.count, together);
+    rounds_ = ceil_div(grid_.count, round_tiles_);
+    const int64_t share_tiles = ceil_div(round_tiles_, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
-    blocks_ = ceil_div(grid_.count, block_tiles_);
-    tile_step_ = padded_tiles(by_shares_ ? block_tiles_ : grid_.count);
+    blocks_ = ceil_div(round_tiles_, block_tiles_);
+    tile_step_ = padded_tiles(by_shares_ ? block_tiles_ : round_tiles_);
   }
 
   void run() {
@@ -71,7 +74,7 @@ class WinogradGradWeight {
       if (by_shares_) {
         run_by_shares(group);
       } else {
-        run_by_channels(group);
+        for (int64_t round = 0; round < rounds_; ++round) run_by_channels(group, round);
       }
       if (grad_bias_ != nullptr) write_bias(group);
     }
@@ -93,7 +96,7 @@ class WinogradGradWeight {
     return (by_shares_ ? rows_ : kTaskChannels) * panels_.width + kWidth;
   }
   int64_t sums_size() const { return kProducts * sums_step(); }
-  int64_t bias_parts() const { return by_shares_ ? shares_ : blocks_; }
+  int64_t bias_parts() const { return by_shares_ ? shares_ : rounds_ * blocks_; }
 
   int64_t carve(Carver carver) {
     const int64_t outputs = panels_.count * panels_.width;
@@ -102,6 +105,7 @@ class WinogradGradWeight {
     share_sums_ = carver.take<T>(by_shares_ ? shares_ * panels_.count * sums_size() : 0);
     image_ = carver.take<T>(by_shares_ ? 0 : image_size());
     grads_ = carver.take<T>(by_shares_ ? 0 : panels_.count * grads_size());
+    totals_ = carver.take<T>(rounds_ > 1 ? panels_.count * rows_ * 9 * panels_.width : 0);
     const int64_t before = carver.used();
     scratch_.image = carver.take<T>(by_shares_ ? image_size() : 0);
     scratch_.grads = carver.take<T>(by_shares_ ? grads_size() : 0);
@@ -140,32 +144,40 @@ class WinogradGradWeight {
     parallel_for(panels_.count * (rows_ / kTaskChannels), threads_, [&](int64_t index, int thread) {
       const int64_t panel = index % panels_.count, c = index / panels_.count * kTaskChannels;
       T* sums = share_sums_ + panel * sums_size() + c * panels_.width;
-      write(group, panel, c, sums, shares_, panels_.count * sums_size(), scratch_of(thread).lines);
+      T* lines = scratch_of(thread).lines;
+      transform_back(c, sums, shares_, panels_.count * sums_size(), false, lines);
+      write(group, panel, c, lines);
     });
   }
 
-  void run_by_channels(int64_t group) {
+  void run_by_channels(int64_t group, int64_t round) {
+    const int64_t begin = round * round_tiles_;
+    const int64_t tiles = min_of(round_tiles_, grid_.count - begin);
     parallel_for(blocks_ * (1 + panels_.count), threads_, [&](int64_t index, int thread) {
       const int64_t block = index / (1 + panels_.count);
       const int64_t panel = index % (1 + panels_.count) - 1;
-      const int64_t first = block * block_tiles_, end = min_of(first + block_tiles_, grid_.count);
+      const int64_t first = min_of(block * block_tiles_, tiles);
+      const int64_t end = min_of(first + block_tiles_, tiles);
       T* stage = scratch_of(thread).stage;
       if (panel < 0) {
-        transform_input(group, first, end, stage, image_ + first * kWidth);
+        transform_input(group, begin + first, begin + end, stage, image_ + first * kWidth);
         return;
       }
-      T* bias_sums = bias_sums_ + (block * panels_.count + panel) * panels_.width;
+      T* bias_sums =
+          bias_sums_ + ((round * blocks_ + block) * panels_.count + panel) * panels_.width;
       std::memset(bias_sums, 0, panels_.width * sizeof(T));
-      transform_grads(group, panel, first, end, stage,
+      transform_grads(group, panel, begin + first, begin + end, stage,
                       grads_ + panel * grads_size() + first * panels_.width, bias_sums);
     });
     const int64_t tasks = ceil_div(channels_, kTaskChannels);
     parallel_for(panels_.count * tasks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / tasks, c = index % tasks * kTaskChannels;
-      multiply(image_, grads_ + panel * grads_size(), grid_.count, c,
+      multiply(image_, grads_ + panel * grads_size(), tiles, c,
                min_of(kTaskChannels, channels_ - c), false, scratch.sums);
-      write(group, panel, c, scratch.sums, 1, 0, scratch.lines);
+      T* lines = rounds_ > 1 ? totals_ + (panel * rows_ + c) * 9 * panels_.width : scratch.lines;
+      transform_back(c, scratch.sums, 1, 0, round > 0, lines);
+      if (round == rounds_ - 1) write(group, panel, c, lines);
     });
   }
 
@@ -256,10 +268,11 @@ class WinogradGradWeight {
     }
   }
 
-  // G^T x G of the sums of channels [c, c + kTaskChannels), added up over shares.
-  void write(int64_t group, int64_t panel, int64_t c, const T* sums, int64_t shares,
-             int64_t share_step, T* lines) const {
-    const int64_t width = panels_.width, output = panel * width;
+  // lines (+)= G^T x G of the sums of channels [c, c + kTaskChannels), added up over shares. Lines
+  // are in the order of the weight's rows, those of these channels alone.
+  void transform_back(int64_t c, const T* sums, int64_t shares, int64_t share_step, bool accumulate,
+                      T* lines) const {
+    const int64_t width = panels_.width;
     const int64_t channels = min_of(kTaskChannels, reduced_ - c);
     for (int64_t row = 0; row < channels; ++row) {
       for (int64_t k = 0; k < width; k += kWidth) {
@@ -282,14 +295,21 @@ class WinogradGradWeight {
         }
         for (int r = 0; r < 3; ++r) {
           for (int s = 0; s < 3; ++s) {
-            // Lines in the order of the weight's rows, those of this task alone.
-            const int64_t line =
+            const int64_t row_line =
                 weight_rows_.channels_last() ? (r * 3 + s) * channels + row : row * 9 + r * 3 + s;
-            store<T>(lines + line * width + k, filter[r * 3 + s]);
+            T* line = lines + row_line * width + k;
+            const Vec<T> value = filter[r * 3 + s];
+            store<T>(line, accumulate ? load(line) + value : value);
           }
         }
       }
     }
+  }
+
+  // Writes the lines of channels [c, c + kTaskChannels) where they belong.
+  void write(int64_t group, int64_t panel, int64_t c, const T* lines) const {
+    const int64_t width = panels_.width, output = panel * width;
+    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
     const int64_t valid = min_of(width, produced_ - output);
     T* weight = grad_weight_ + (group * produced_ + output) * p_.weight.n;
     if (!weight_rows_.channels_last()) {
@@ -322,13 +342,15 @@ class WinogradGradWeight {
   WeightRows weight_rows_;
   int64_t channels_, rows_;  // reduced ones, padded to whole vectors and to whole tasks
   bool by_shares_;
-  int64_t shares_, blocks_, block_tiles_;
+  int64_t shares_, blocks_, block_tiles_;  // blocks of a round
+  int64_t round_tiles_, rounds_;
   int64_t tile_step_;
   T* zeros_;
   T* bias_sums_;   // [part][outputs]
   T* share_sums_;  // [share][panel][36][rows][width]
   T* image_;
   T* grads_;
+  T* totals_;  // [panel][rows * 9][width], where there are several rounds
   Scratch scratch_;
   int64_t scratch_bytes_;
 };

@@ -3,6 +3,7 @@
 
 #include "../conv2d_problem.h"
 #include "pack.h"
+#include "tile.h"
 #include "winograd_transforms.h"
 
 namespace gdfast::cpu {
@@ -36,6 +37,13 @@ struct TileGrid {
 // Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
 // so that the 36 products of one tile spread over all sets of the cache.
 inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
+
+// Tiles whose transformed image is kept at once: about 32 MB of it, for it is more than twice as
+// large as the image itself; at least as many as make the transformed weights worth their while.
+inline int64_t image_round_tiles(int64_t tiles, int64_t channels) {
+  const int64_t most = max_of(396, (32 << 20) / (kProducts * channels * 4));
+  return round_up(ceil_div(tiles, ceil_div(tiles, most)), kTileRows);
+}
 
 // Reads, for every tile of a grid, the kSize x kSize pixels from (h + low_h, w + low_w) on as
 // vectors of channels: where they lie, or from a stage that brings channels side by side.
