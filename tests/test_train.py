@@ -331,7 +331,7 @@ class TestProcess:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
-        assert errors.startswith("gdfast: stopped before epoch ") and errors.count("\n") == 1
+        assert errors.startswith("gdfast: stopped in epoch ") and errors.count("\n") == 1
         assert f"go on with: gdfast train cnn --resume {tmp_path / 'run'}" in errors
         state = checkpoint.load(tmp_path / "run" / checkpoint.NAME)["state"]
         assert 0 < len(state["steps"]["loss"]) < 2 * 1438 and state["batch"] > 0

@@ -138,7 +138,7 @@ class _Run:
         rng.restore(content["rng"])
         self._describe()
         self.progress.say(
-            f"going on from epoch {self.state.epoch + 1}, batch {self.state.batch + 1}"
+            f"going on in epoch {self.state.epoch + 1}, after batch {self.state.batch}"
             if self.state.epoch < (self.settings.recipe.epochs or 0)
             else "all epochs are done: writing the results again"
         )

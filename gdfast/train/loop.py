@@ -145,7 +145,6 @@ class Trainer:
     def _interrupt(self, signal: int) -> None:
         state = self.state
         raise InterruptedRun(
-            f"stopped before epoch {state.epoch + 1}, batch {state.batch + 1} of "
-            f"{len(self.batches)}",
+            f"stopped in epoch {state.epoch + 1}, after batch {state.batch} of {len(self.batches)}",
             signal,
         )
