@@ -153,7 +153,7 @@ def test_distributed_data_parallel(swap_first: bool, tmp_path: Path) -> None:
             gdfast.swap_(model)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         if not swap_first:
-            assert len(gdfast.swap_(parallel).replaced) == 4
+            assert len(gdfast.swap_(parallel, verify=BATCH).replaced) == 4
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (parallel, native)]
         for _ in range(2):
             losses = [step(m, o) for m, o in zip((parallel, native), optimizers, strict=True)]

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+_KINDS = ("output", "grad_input", "grad_weight", "grad_bias")
+
+
 @dataclass(frozen=True)
 class Replaced:
     """A layer that changed its class; `backend` is what runs it where its weight is now.
@@ -43,7 +46,7 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        kinds = list(dict.fromkeys(kind for row in self.replaced for kind in row.errors))
+        kinds = [kind for kind in _KINDS if any(kind in row.errors for row in self.replaced)]
         header = ["layer", "old", "new", "backend or reason", *kinds]
         rows = [
             [row.name, row.old, row.new, row.backend]
