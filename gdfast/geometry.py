@@ -41,6 +41,8 @@ def pair(name: str, value: Any, op: str = "conv2d") -> Pair:
     """
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return value  # the usual case, which every call of every layer takes
+    if type(value) is int:
+        return value, value
     if isinstance(value, Sequence) and not isinstance(value, str):
         numbers = [integer(name, number, op) for number in value]
         if len(numbers) not in (1, 2):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
 _KINDS = ("output", "grad_input", "grad_weight", "grad_bias")
 
 
