@@ -72,6 +72,11 @@ Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stri
           algorithm_named(algorithm)};
 }
 
+void check_threads(int threads) {
+  if (threads >= 1) return;
+  throw py::value_error("conv2d: threads: expected >= 1, got " + std::to_string(threads));
+}
+
 template <typename T = void>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -90,6 +95,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d",
       [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
          uintptr_t output, int threads) {
+        check_threads(threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d(problem, pointer(input), pointer(weight), pointer(bias),
                               pointer(output), threads);
@@ -100,6 +106,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_input",
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
          uintptr_t grad_input, int threads) {
+        check_threads(threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d_grad_input(problem, pointer(grad_output), pointer(weight),
                                          pointer(grad_input), threads);
@@ -110,6 +117,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_weight",
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t input,
          uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
+        check_threads(threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d_grad_weight(problem, pointer(grad_output), pointer(input),
                                           pointer(grad_weight), pointer(grad_bias), threads);

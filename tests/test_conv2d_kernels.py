@@ -339,6 +339,45 @@ def test_without_bias(isa: str) -> None:
     check("grad_weight", grad_weight, problem)
 
 
+def test_a_weight_with_negative_strides(isa: str) -> None:
+    # torch has no such tensors, but kernels take any strides.
+    case = Conv2dCase("negative-strides", 2, 20, 9, 8, 24, 3, 3, (1, 1), (1, 1))
+    problem = problem_of(case, torch.float32, False)
+    input, grad_output = (lay_out(t, "channels_last") for t in (problem.input, problem.grad_output))
+    mirrored = problem.weight.flip(2, 3).contiguous()
+    last = mirrored.data_ptr() + 8 * mirrored.element_size()
+    n, c, h, w = mirrored.stride()
+    output, grad_input = torch.empty_like(grad_output), torch.empty_like(input)
+    described = native.cpu.Conv2dProblem(
+        (*case.input_shape, case.K, case.R, case.S, case.P, case.Q), case.stride, case.padding,
+        case.dilation, case.groups, "float32", input.stride(), (n, c, -h, -w), output.stride(),
+    )  # fmt: skip
+    native.cpu.conv2d(
+        described, input.data_ptr(), last, problem.bias.data_ptr(), output.data_ptr(), 1
+    )
+    native.cpu.conv2d_grad_input(described, grad_output.data_ptr(), last, grad_input.data_ptr(), 1)
+    check("output", output, problem)
+    check("grad_input", grad_input, problem)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_without_threads_nothing_is_computed(count: int, compiled_cpu: None) -> None:
+    ones = (1,) * 4
+    problem = native.cpu.Conv2dProblem(
+        (1,) * 9, (1, 1), (0, 0), (1, 1), 1, "float32", ones, ones, ones
+    )
+    tensor = torch.ones(1)
+    address = tensor.data_ptr()
+    calls = (
+        lambda: native.cpu.conv2d(problem, address, address, 0, address, count),
+        lambda: native.cpu.conv2d_grad_input(problem, address, address, address, count),
+        lambda: native.cpu.conv2d_grad_weight(problem, address, address, address, 0, count),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"conv2d: threads: expected >= 1, got {count}"):
+            call()
+
+
 def test_called_from_several_threads_at_once(isa: str) -> None:
     # Python threads that each run kernels, as data-parallel training does.
     problems = [problem_of(case, torch.float32, False) for case in ODD if case.N]

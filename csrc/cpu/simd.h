@@ -51,6 +51,18 @@ GDFAST_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // x - 0 is x for every x, -0 and NaN too; x + 0 would lose -0
 }
 
+// Has the compiler hold a value in a register from here on.
+template <typename T>
+GDFAST_INLINE void keep_in_register(Vec<T>& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  (void)value;  // other processors name their vector registers otherwise
+#endif
+}
+
 // Transposes a square of kLanes x kLanes values held in kLanes vectors: log2(kLanes) rounds, each
 // of which interleaves the upper half of the rows with the lower half.
 template <typename T>

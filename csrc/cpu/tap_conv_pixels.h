@@ -86,7 +86,7 @@ void pack_weight_panel(const TapConv& conv, const T* weight, int64_t first, int6
   for (int64_t t = 0; t < taps && follow; ++t) tap_at[t] = -1;
   for (int64_t t = 0; t < taps && follow; ++t) {
     const int64_t offset = conv.taps[t].weight;
-    follow = offset < taps && tap_at[offset] < 0;
+    follow = offset >= 0 && offset < taps && tap_at[offset] < 0;
     if (follow) tap_at[offset] = t;
   }
   if (follow) {

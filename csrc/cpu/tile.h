@@ -64,7 +64,7 @@ void multiply_tile(const TileArgs<T>& args) {
         Vec<T> value = broadcast(row[i][at]);
         // One broadcast serves kVectors products: keep it in a register, or the compiler loads it
         // anew for each of them and the load ports become the limit.
-        asm("" : "+v"(value));
+        keep_in_register<T>(value);
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
       }

@@ -96,11 +96,13 @@ class WinogradTiles {
   // same reason as padded_tiles.
   int64_t weights_step() const { return part_channels_ * panels_.width + kWidth; }
   int64_t weights_size() const { return kProducts * weights_step(); }
+  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
+  int64_t zeros_size() const { return max_of(channels_, kTileRows); }
 
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
     image_ = carver.take<T>(shared_weights_ ? 0 : channels_ * kProducts * image_tiles_);
-    zeros_ = carver.take<T>(channels_);
+    zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
     scratch_.image = carver.take<T>(shared_weights_ ? channels_ * kProducts * block_tiles_ : 0);
@@ -122,7 +124,7 @@ class WinogradTiles {
     const T* source = source_ + group * conv_.source_group;
     const T* weight = weight_ + group * conv_.weight_group;
     T* dest = dest_ + group * conv_.dest_group;
-    std::memset(zeros_, 0, channels_ * sizeof(T));
+    std::memset(zeros_, 0, zeros_size() * sizeof(T));
     for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
       const bool has = bias_ != nullptr && o < conv_.produced;
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);

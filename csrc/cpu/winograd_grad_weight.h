@@ -69,7 +69,7 @@ class WinogradGradWeight {
   void run() {
     Workspace workspace(carve(Carver()));
     carve(Carver(workspace.data()));
-    std::memset(zeros_, 0, max_of(channels_, panels_.count * panels_.width) * sizeof(T));
+    std::memset(zeros_, 0, zeros_size() * sizeof(T));
     for (int64_t group = 0; group < p_.groups; ++group) {
       if (by_shares_) {
         run_by_shares(group);
@@ -89,6 +89,10 @@ class WinogradGradWeight {
     T* stage;
   };
 
+  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
+  int64_t zeros_size() const {
+    return max_of(kTileRows, max_of(channels_, panels_.count * panels_.width));
+  }
   int64_t image_size() const { return channels_ * kProducts * tile_step_; }
   int64_t grads_size() const { return kProducts * tile_step_ * panels_.width; }
   // From the sums of one product to those of the next; odd lines again.
@@ -100,7 +104,7 @@ class WinogradGradWeight {
 
   int64_t carve(Carver carver) {
     const int64_t outputs = panels_.count * panels_.width;
-    zeros_ = carver.take<T>(max_of(channels_, outputs));
+    zeros_ = carver.take<T>(zeros_size());
     bias_sums_ = carver.take<T>(bias_parts() * outputs);
     share_sums_ = carver.take<T>(by_shares_ ? shares_ * panels_.count * sums_size() : 0);
     image_ = carver.take<T>(by_shares_ ? 0 : image_size());
