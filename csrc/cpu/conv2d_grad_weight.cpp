@@ -250,12 +250,22 @@ class GradWeight {
     }
   }
 
-  // sums[j] += panel[x * step + j] over all x.
+  // sums[j] += panel[x * step + j] over all x. One sum would wait for itself at every pixel, and
+  // its error would grow with each: several run side by side and are added up in pairs.
   void add_lines(const A* panel, int64_t step, int64_t pixels, A* sums) const {
+    constexpr int kParts = 8;
     for (int64_t j = 0; j < width_; j += kLanes<A>) {
-      Vec<A> sum{};
-      for (int64_t x = 0; x < pixels; ++x) sum += load(panel + x * step + j);
-      store<A>(sums + j, load(sums + j) + sum);
+      Vec<A> part[kParts] = {};
+      int64_t x = 0;
+      for (; x + kParts <= pixels; x += kParts) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kParts; ++i) part[i] += load(panel + (x + i) * step + j);
+      }
+      for (int i = 0; x < pixels; ++i, ++x) part[i] += load(panel + x * step + j);
+      for (int half = kParts / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+      }
+      store<A>(sums + j, load(sums + j) + part[0]);
     }
   }
 
