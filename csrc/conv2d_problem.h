@@ -7,8 +7,8 @@ namespace gdfast {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// How a problem is solved. Every algorithm takes every problem that winograd_fits or its like
-// accepts, and falls to kDirect for what it can't do: the choice is a matter of speed and error.
+// How a problem is solved. Any problem may ask for any algorithm: what winograd_fits or its like
+// refuses falls to kDirect. The choice is a matter of speed and error.
 enum class Algorithm : int32_t { kDirect, kWinograd };
 
 // Element strides of a 4-D tensor, in the order of its logical axes. Any value is legal, 0 too:

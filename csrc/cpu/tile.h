@@ -26,8 +26,8 @@ constexpr int kPanelWidth = kMaxVectors * kLanes<T>;
 
 enum class Start {
   kAccumulate,  // add to what out holds
-  kColumns,     // start[j]
-  kRows,        // start[i]
+  kColumns,     // start[j], kVectors whole vectors
+  kRows,        // start[i], kTileRows of them
 };
 
 template <typename T>
