@@ -18,7 +18,7 @@ help:
 	@echo "make clean   remove what was built; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python that makes .venv. GDFAST_NO_CUDA=1 ignores nvcc."
-	@echo "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small CPU build of torch."
+	@echo "PIP_EXTRA_INDEX_URL=URL names an index that has the small CPU build of torch, if you know one."
 
 build: $(READY)
 
