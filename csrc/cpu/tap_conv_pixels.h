@@ -233,6 +233,8 @@ class PixelTiles {
         point_out(panel, panel0, dest, first, pixels, scratch);
         for (int64_t tile = 0; tile * kTileRows < pixels; ++tile) {
           args.rows = scratch.rows + tile * args.segments * kTileRows;
+          const bool more = (tile + 1) * kTileRows < pixels;
+          args.rows_ahead = more ? args.rows + args.segments * kTileRows : nullptr;
           args.out = scratch.out + tile * kTileRows;
           multiply_tile<A>(panels_.vectors, args);
         }

@@ -9,6 +9,7 @@
 // The column operand is a panel whose lines are vectors.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace gdfast::cpu {
@@ -35,6 +36,8 @@ struct TileArgs {
   const T* const* rows;  // [segments][kTileRows], or [kTileRows] where segment_step is not 0
   int64_t row_step;
   int64_t segment_step = 0;
+  // The rows of the tile to come, to be fetched meanwhile; null where they are at hand.
+  const T* const* rows_ahead = nullptr;
   const T* panel;
   int64_t panel_step;
   int64_t segments, length;
@@ -50,26 +53,37 @@ void multiply_tile(const TileArgs<T>& args) {
   const T* panel = args.panel;
   const int64_t row_step = args.row_step, panel_step = args.panel_step, length = args.length;
   const int64_t segment_step = args.segment_step, set_step = segment_step == 0 ? kTileRows : 0;
+  // Steps from one fetch ahead to the next: a cache line of a row.
+  const int64_t stretch = args.rows_ahead == nullptr ? length : 64 / sizeof(T);
   for (int64_t g = 0; g < args.segments; ++g) {
     const T* row[kTileRows];
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[g * set_step + i] + g * segment_step;
     int64_t at = 0;
-    for (int64_t x = 0; x < length; ++x) {
-      Vec<T> line[kVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
+    for (int64_t begin = 0; begin < length; begin += stretch) {
+      if (args.rows_ahead != nullptr) {
 #pragma GCC unroll 6
-      for (int i = 0; i < kTileRows; ++i) {
-        Vec<T> value = broadcast(row[i][at]);
-        // One broadcast serves kVectors products: keep it in a register, or the compiler loads it
-        // anew for each of them and the load ports become the limit.
-        keep_in_register<T>(value);
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+        for (int i = 0; i < kTileRows; ++i) {
+          __builtin_prefetch(args.rows_ahead[g * set_step + i] + g * segment_step + at);
+        }
       }
-      at += row_step;
-      panel += panel_step;
+      const int64_t end = min_of(begin + stretch, length);
+      for (int64_t x = begin; x < end; ++x) {
+        Vec<T> line[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
+#pragma GCC unroll 6
+        for (int i = 0; i < kTileRows; ++i) {
+          Vec<T> value = broadcast(row[i][at]);
+          // One broadcast serves kVectors products: keep it in a register, or the compiler loads it
+          // anew for each of them and the load ports become the limit.
+          keep_in_register<T>(value);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+        }
+        at += row_step;
+        panel += panel_step;
+      }
     }
   }
 #pragma GCC unroll 6
