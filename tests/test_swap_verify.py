@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -101,6 +102,44 @@ def test_batches_of_several_arguments() -> None:
     for batch in ((BATCH, BATCH), [BATCH, BATCH], {"left": BATCH, "right": BATCH}):
         report = gdfast.swap_(Two(), verify=batch)
         assert report.replaced[0].errors["grad_weight"] < 1e-5
+
+
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(input=self.conv(input=x))
+
+
+def test_layers_called_by_keyword() -> None:
+    errors = gdfast.swap_(Twice(), verify=BATCH).replaced[0].errors
+    assert set(errors) == {"output", "grad_input", "grad_weight", "grad_bias"}
+    assert max(errors.values()) < 1e-5
+
+
+def test_nan_in_one_of_several_calls_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = nn.Conv2d._conv_forward
+    calls = 0
+
+    def nan_at_last(self: Any, input: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return right(self, input, weight, bias) * (torch.nan if calls == 2 else 1.0)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", nan_at_last)
+    report = gdfast.swap_(Twice(), verify=BATCH)
+    assert calls == 2
+    assert math.isnan(report.replaced[0].errors["output"])
+
+
+def test_in_inference_mode() -> None:
+    model = make_model()
+    with torch.inference_mode():
+        report = gdfast.swap_(model, verify=BATCH.clone())
+    assert all(row.errors["grad_weight"] < 1e-5 for row in report.replaced)
+    model(BATCH).sum().backward()  # nothing of the model became an inference tensor
 
 
 def test_frozen_layers() -> None:

@@ -46,7 +46,8 @@ def swap_(
     `verify` is a batch for the model: a tensor, a tuple of positional or a dict of named arguments.
     It runs with the native layers and with ours, forward and backward from the same random numbers,
     and the report gets each layer's errors. Buffers, gradients and random numbers are left as they
-    were; a model that fails on the batch is left native.
+    were; a model that fails on the batch is left native. The model's own hooks run as in training.
+    Reentrant checkpointing (`use_reentrant=True`) cannot be verified: torch raises RuntimeError.
 
     Raises TypeError where the model is no `torch.nn.Module`, and ValueError for fuse=True.
     """

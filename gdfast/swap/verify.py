@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,12 +27,17 @@ class Recording:
         self.layers = layers
 
     def errors(self, native: Recording) -> dict[str, dict[str, float]]:
-        """The errors of `Replaced.errors`, of the call that has the largest."""
+        """The errors of `Replaced.errors`, of the call that has the largest; NaN is the largest."""
         return {
             name: {
                 kind: max(
-                    _relative_error(*pair, _size(kind, native.layers[name], call))
-                    for call, pair in enumerate(zip(values, native.layers[name][kind], strict=True))
+                    (
+                        _relative_error(*pair, _size(kind, native.layers[name], call))
+                        for call, pair in enumerate(
+                            zip(values, native.layers[name][kind], strict=True)
+                        )
+                    ),
+                    key=lambda error: (math.isnan(error), error),
                 )
                 for kind, values in kinds.items()
                 if kind != GRAD_OUTPUT
@@ -62,9 +68,12 @@ def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: An
     sources: list[tuple[str, str, Any]] = []  # layer, kind, what to take the gradient in
 
     def hook_for(name: str) -> Any:
-        def hook(layer: torch.nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(
+            layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             seen[name].setdefault("output", []).append(output.detach().clone())
-            for kind, tensor in (("grad_input", args[0]), (GRAD_OUTPUT, output)):
+            input = args[0] if args else kwargs["input"]
+            for kind, tensor in (("grad_input", input), (GRAD_OUTPUT, output)):
                 if tensor.requires_grad:
                     # The edge stays what it is when a layer behind works in place on the tensor.
                     sources.append((name, kind, get_gradient_edge(tensor)))
@@ -75,8 +84,11 @@ def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: An
         for kind, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
                 sources.append((name, f"grad_{kind}", parameter))
-    with _unchanged(model), torch.enable_grad():
-        handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+    with torch.inference_mode(False), torch.enable_grad(), _unchanged(model):
+        handles = [
+            layer.register_forward_hook(hook_for(name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
         try:
             output = _call(model, batch)
         finally:
@@ -94,7 +106,8 @@ def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: An
 
 
 def _call(model: torch.nn.Module, batch: Any) -> Any:
-    # A copy, so that a layer that works in place does not spoil the batch for the next run.
+    # A copy, so that a layer that works in place does not spoil the batch for the next run, and
+    # that a batch made in inference mode has gradients.
     batch = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
