@@ -127,8 +127,10 @@ def test_other_names_are_torch_s() -> None:
     assert nn.functional.conv2d is ops.conv2d
     assert nn.Conv2d is not torch.nn.Conv2d
     assert {"Conv2d", "Linear", "functional", "init"} <= set(dir(nn))
-    with pytest.raises(AttributeError, match="Linier"):
-        nn.Linier  # noqa: B018
+    for package in (nn, nn.functional):
+        words = f"module '{package.__name__}' has no attribute 'Linier'"
+        with pytest.raises(AttributeError, match=words):
+            package.Linier  # noqa: B018
 
 
 def test_ways_to_import() -> None:
@@ -141,6 +143,15 @@ def test_ways_to_import() -> None:
     exec("from gdfast.nn.functional import *", names)
     assert names["conv2d"] is ops.conv2d
     assert names["max_pool2d"] is F.max_pool2d
+
+
+@pytest.mark.parametrize("package", ["nn", "nn.functional", "optim"])
+def test_a_star_imports_what_torch_s_does(package: str) -> None:
+    ours: dict[str, Any] = {}
+    native: dict[str, Any] = {}
+    exec(f"from gdfast.{package} import *", ours)
+    exec(f"from torch.{package} import *", native)
+    assert set(ours) == set(native)
 
 
 def test_nothing_of_torch_is_patched() -> None:

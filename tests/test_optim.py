@@ -87,6 +87,10 @@ def test_it_is_torch_optim_sgd_and_the_other_names_are_there() -> None:
     assert "AdamW" in dir(optim)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = optim.Nothing
+    names: dict[str, Any] = {}
+    exec("from gdfast.optim import *", names)
+    assert names["SGD"] is optim.SGD
+    assert names["AdamW"] is torch.optim.AdamW
     theirs, ours = (repr(make(parameters())) for make in (torch.optim.SGD, optim.SGD))
     assert ours == theirs
 

@@ -18,11 +18,15 @@ from gdfast.nn.conv import Conv2d as Conv2d
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(torch.nn, name)
+    try:
+        return getattr(torch.nn, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
     return sorted({*dir(torch.nn), *globals()})
 
 
-__all__ = [name for name in __dir__() if not name.startswith("_")]
+# Ours go by the names of torch's.
+__all__ = [name for name in dir(torch.nn) if not name.startswith("_")]

@@ -13,11 +13,15 @@ from gdfast.ops.conv2d import conv2d as conv2d  # type: ignore[no-redef]
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(torch.nn.functional, name)
+    try:
+        return getattr(torch.nn.functional, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:
     return sorted({*dir(torch.nn.functional), *globals()})
 
 
-__all__ = [name for name in __dir__() if not name.startswith("_")]
+# Ours go by the names of torch's.
+__all__ = [name for name in dir(torch.nn.functional) if not name.startswith("_")]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.optim
 
-from gdfast.optim.sgd import SGD
+if TYPE_CHECKING:
+    from torch.optim import *  # noqa: F403
 
-__all__ = ["SGD"]
+from gdfast.optim.sgd import SGD as SGD
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *dir(torch.optim)})
+    return sorted({*dir(torch.optim), *globals()})
+
+
+# Ours go by the names of torch's.
+__all__ = [name for name in dir(torch.optim) if not name.startswith("_")]
