@@ -124,6 +124,13 @@ class PixelTiles {
         panels_(conv.produced),
         reduction_(conv.tap_count, conv.reduced),
         in_place_(kSame<T, A> && conv.source.c == 1 && 2 * conv.reduced >= kLanes<A>) {
+    taps_stay_inside_ = true;
+    for (int64_t t = 0; t < conv.tap_count; ++t) {
+      const Tap& tap = conv.taps[t];
+      taps_stay_inside_ = taps_stay_inside_ && tap.dh >= 0 && tap.dw >= 0 &&
+                          (conv.height - 1) * conv.step_h + tap.dh < conv.source_height &&
+                          (conv.width - 1) * conv.step_w + tap.dw < conv.source_width;
+    }
     // Blocks of equal size, so that the threads end together.
     int64_t blocks = ceil_div(conv.pixels(), kBlockPixels);
     if (blocks < 4 * threads) blocks = round_up(blocks, threads);
@@ -250,6 +257,25 @@ class PixelTiles {
                   const Scratch& scratch) const {
     const int64_t part_depth = part.taps * part.channels;
     GridPoint at = GridPoint::at(conv_, first);
+    if constexpr (kSame<T, A>) {
+      // A 1x1 kernel without padding: nothing to check, a step from one pixel to the next.
+      if (in_place_ && part.taps == 1 && taps_stay_inside_) {
+        const Tap& tap = conv_.taps[part.tap];
+        const T* corner = source + part.channel * conv_.source.c + tap.dh * conv_.source.h +
+                          tap.dw * conv_.source.w;
+        const T* line = nullptr;
+        for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
+          if (x == 0 || at.j == 0) {
+            line = corner + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h;
+          }
+          scratch.rows[x] = line + at.j * conv_.step_w * conv_.source.w;
+        }
+        for (int64_t x = pixels; x < round_up(pixels, kTileRows); ++x) {
+          scratch.rows[x] = scratch.rows[x - 1];
+        }
+        return;
+      }
+    }
     for (int64_t x = 0; x < round_up(pixels, kTileRows); ++x) {
       const int64_t tile = x / kTileRows, lane = x % kTileRows;
       if (x >= pixels) {  // computed like the last pixel, and stored where nobody looks
@@ -298,9 +324,12 @@ class PixelTiles {
     if constexpr (kSame<T, A>) {
       if (in_dest(panel)) {
         GridPoint at = GridPoint::at(conv_, first);
+        A* line = nullptr;
         for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
-          scratch.out[x] = dest + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w +
-                           panel * panels_.width;
+          if (x == 0 || at.j == 0) {
+            line = dest + at.n * conv_.dest.n + at.i * conv_.dest.h + panel * panels_.width;
+          }
+          scratch.out[x] = line + at.j * conv_.dest.w;
         }
         for (int64_t x = pixels; x < round_up(pixels, kTileRows); ++x) {
           scratch.out[x] = scratch.unused;
@@ -335,7 +364,7 @@ class PixelTiles {
   int threads_;
   Panels<A> panels_;
   Reduction reduction_;
-  bool in_place_;
+  bool in_place_, taps_stay_inside_;
   int64_t block_pixels_, blocks_;
   int64_t panels_at_once_, panel_groups_;
   A* weights_;
