@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,11 @@ MISTAKES: list[tuple[str, str]] = [
     ("train cnn --device abacus", "device: expected auto, cpu, or a device that is here"),
     ("train cnn --backend magic", "backend: name: expected one of auto, cpu"),
     ("train cnn --data cifar", "data: spec: expected digits or mnist:DIR, got 'cifar'"),
+    *(
+        (f"train cnn --{name} ''", f"--{name}: expected a value, got an empty one")
+        for name in ("data", "recipe", "device", "backend", "out", "resume")
+    ),
+    ("train cnn --resume x --data ''", "--data: expected a value, got an empty one"),
     ("train cnn --data mnist:/nowhere", "expected a folder of idx files, found no such folder"),
     ("train cnn --data mnist:/etc/hostname", "expected a folder of idx files, found a file"),
     ("train cnn --out /dev/null", "out: expected a folder, got the file /dev/null"),
@@ -113,7 +119,7 @@ def test_a_mistake_takes_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    status, output, errors = outcome(capsys, *line.split())
+    status, output, errors = outcome(capsys, *shlex.split(line))
     assert (status, output) == (2, "")
     assert message in errors and errors.startswith("gdfast") and errors.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -225,6 +225,8 @@ class TestResume:
             DataError, match=r"expected the data that the run .* found other images"
         ):
             resume(run, data_spec=f"mnist:{tmp_path / 'other'}")
+        with pytest.raises(DataError, match="expected digits or mnist:DIR, got ''"):
+            resume(run, data_spec="")
         write_pair(tmp_path / "moved", "t10k", *digits(250))
         resume(run, data_spec=f"mnist:{tmp_path / 'moved'}", stream=io.StringIO())
 

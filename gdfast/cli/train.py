@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gdfast.train import Settings
@@ -28,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = cnn.add_argument
     add(
-        "--data", metavar="SPEC",
+        "--data", type=_text, metavar="SPEC",
         help="digits (default; 1,797 images that come with scikit-learn) or mnist:DIR, a folder of "
         "idx files, gzip or not",
     )  # fmt: skip
     add("--download", action="store_true", help="fetch what mnist:DIR lacks from the network")
     add(
-        "--recipe", metavar="NAME",
+        "--recipe", type=_text, metavar="NAME",
         help="default (lr 0.1, momentum 0.9, cosine, 100 steps of warm-up) or article (lr 0.01, "
         "no momentum, constant)",
     )  # fmt: skip
@@ -45,17 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, metavar="N", help="steps until the learning rate is at its peak")
     add("--batch-size", type=int, metavar="N", help="images per step (default: 64)")
     add("--seed", type=int, metavar="N", help="decides weights and order (default: 0)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there, or cpu)")
     add(
-        "--backend", metavar="NAME",
+        "--device", type=_text, metavar="NAME",
+        help="cpu, cuda, cuda:1, ... (default: cuda if there, or cpu)",
+    )  # fmt: skip
+    add(
+        "--backend", type=_text, metavar="NAME",
         help="auto (default): the fastest; native: plain PyTorch; `gdfast doctor` lists them all",
     )  # fmt: skip
     add(
-        "--out", metavar="DIR",
+        "--out", type=_text, metavar="DIR",
         help="new folder for the results (default: runs/cnn-1, runs/cnn-2, ...)",
     )  # fmt: skip
     add(
-        "--resume", metavar="RUN",
+        "--resume", type=_text, metavar="RUN",
         help="go on with the interrupted run in this folder, with its own settings",
     )  # fmt: skip
 
@@ -82,25 +86,30 @@ def _settings(args: argparse.Namespace) -> Settings:
 
     from gdfast.train import RECIPES, Settings, SettingsError
 
-    name = args.recipe or "default"
+    name = "default" if args.recipe is None else args.recipe
     if name not in RECIPES:
         known = " or ".join(RECIPES)
         raise SettingsError(f"train: recipe: expected {known}, got {name!r}")
-    given = {key: getattr(args, key) for key in _RECIPE_OPTIONS if getattr(args, key) is not None}
-    return Settings(
-        model=args.model,
-        data=args.data or "digits",
-        recipe=replace(RECIPES[name], **given),
-        seed=args.seed or 0,
-        device=args.device or "auto",
-        backend=args.backend or "auto",
-    )
+    recipe = replace(RECIPES[name], **_given(args, _RECIPE_OPTIONS))
+    settings = Settings(model=args.model, recipe=recipe, device="auto")
+    return replace(settings, **_given(args, ("data", "seed", "device", "backend")))
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _text(value: str) -> str:
+    # An empty value is most often a shell variable that was never set.
+    if not value:
+        raise argparse.ArgumentTypeError("expected a value, got an empty one")
+    return value
 
 
 def _refuse_options(args: argparse.Namespace) -> None:
     from gdfast.train import SettingsError
 
-    given = [name for name in _OWN_OPTIONS if getattr(args, name) is not None]
+    given = list(_given(args, _OWN_OPTIONS))
     if given or args.download:
         option = f"--{(given or ['download'])[0].replace('_', '-')}"
         raise SettingsError(

@@ -81,12 +81,13 @@ def resume(
     with _misfits(path):
         settings = Settings.from_dict(content["settings"])
         fingerprint = content["data_fingerprint"]
-    images = data.load(data_spec or settings.data)
+    spec = settings.data if data_spec is None else data_spec
+    images = data.load(spec)
     _settle(settings, images)  # the device and the backend may be gone
     if images.fingerprint() != fingerprint:
         raise DataError(
-            f"data: {data_spec or settings.data}: expected the data that the run in {path.parent} "
-            "began with, found other images or labels"
+            f"data: {spec}: expected the data that the run in {path.parent} began with, "
+            "found other images or labels"
         )
     resumed = _Run(settings, images, stream or sys.stdout)
     with _misfits(path):
