@@ -276,6 +276,46 @@ class TestResume:
         with pytest.raises(RunError, match="expected a whole checkpoint, found one that does not"):
             resume(tmp_path, stream=io.StringIO())
 
+    # Each leaves a whole checkpoint, of a finished run with 3 epochs of 7 batches.
+    @pytest.mark.parametrize(
+        ("part", "change"),
+        [
+            ("settings", {"model": "nope"}),
+            ("settings", {"data": 5}),
+            ("settings", {"device": 0}),
+            ("settings", {"epochs": None}),
+            ("settings", {"epochs": 2}),
+            ("settings", {"batch_size": 32.5}),
+            ("state", {"epoch": -1}),
+            ("state", {"epoch": 99}),
+            ("state", {"epoch": "3"}),
+            ("state", {"batch": 10**9}),
+            ("state", {"batch": -1}),
+            ("state", {"epoch": 2, "batch": 0}),
+            ("state", {"steps": {}}),
+            ("state", {"steps": {"loss": torch.ones(21)}}),
+            ("state", {"epochs": []}),
+            ("state", {"epochs": [{}, {}, {}]}),
+            ("state", {"seconds": "long"}),
+            ("state", {"seconds": float("nan")}),
+            ("state", {"training_seconds": 0.0}),
+            ("rng", {"numpy": []}),
+            ("kernels_before", 5),
+            ("kernels_before", None),
+            ("conditions", []),
+        ],
+    )
+    def test_refuses_content_that_no_run_leaves(
+        self, part: str, change: Any, finished: Result, tmp_path: Path
+    ) -> None:
+        content = checkpoint.load(finished.folder / checkpoint.NAME)
+        content[part] = content[part] | change if isinstance(change, dict) else change
+        (tmp_path / checkpoint.NAME).write_bytes(checkpoint.to_bytes(content))
+        with pytest.raises((RunError, SettingsError), match=r"expected .*") as caught:
+            resume(tmp_path, stream=io.StringIO())
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == [checkpoint.NAME]
+
     def test_refuses_weights_of_another_shape(self, finished: Result, tmp_path: Path) -> None:
         content = checkpoint.load(finished.folder / checkpoint.NAME)
         content["model"]["fc.bias"] = torch.zeros(11)

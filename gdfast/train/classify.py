@@ -28,6 +28,12 @@ from gdfast.train.recipe import Settings
 from gdfast.train.state import State
 
 _EVALUATION_BATCH = 500
+# What the loop records of a step and of an epoch, with `_accuracy` and `_Run._evaluate`.
+_STEP_COLUMNS = {"lr", "images", "loss", "accuracy"}
+_EPOCH_COLUMNS = {
+    "epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy",
+    "images_per_second",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,15 @@ def resume(
     content = checkpoint.load(path)
     with _misfits(path):
         settings = Settings.from_dict(content["settings"])
-        fingerprint = content["data_fingerprint"]
-    spec = settings.data if data_spec is None else data_spec
-    images = data.load(spec)
-    _settle(settings, images)  # the device and the backend may be gone
-    if images.fingerprint() != fingerprint:
-        raise DataError(
-            f"data: {spec}: expected the data that the run in {path.parent} began with, "
-            "found other images or labels"
-        )
-    resumed = _Run(settings, images, stream or sys.stdout)
-    with _misfits(path):
+        spec = settings.data if data_spec is None else data_spec
+        images = data.load(spec)
+        _settle(settings, images)  # the device and the backend may be gone
+        if images.fingerprint() != content["data_fingerprint"]:
+            raise DataError(
+                f"data: {spec}: expected the data that the run in {path.parent} began with, "
+                "found other images or labels"
+            )
+        resumed = _Run(settings, images, stream or sys.stdout)
         resumed.restore(RunFolder.reopen(path.parent), content)
     return resumed.finish()
 
@@ -118,8 +122,10 @@ class _Run:
             images.train, recipe.batch_size, seed=settings.seed, device=self.device
         )
         self.test = Batches(images.test, _EVALUATION_BATCH, device=self.device)
-        assert recipe.epochs is not None
-        self.progress = Progress(stream, recipe.epochs, len(self.batches))
+        if recipe.epochs is None:
+            raise SettingsError("train: epochs: expected 1 or more in a run's settings, got None")
+        self.epochs = recipe.epochs
+        self.progress = Progress(stream, self.epochs, len(self.batches))
         self.state = State()
         self.kernels_before = plots.first_convolution(self.model)
 
@@ -135,12 +141,15 @@ class _Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = State.from_dict(content["state"])
-        self.kernels_before = content["kernels_before"]
+        self.state.check(self.epochs, len(self.batches), _STEP_COLUMNS, _EPOCH_COLUMNS)
+        expected, self.kernels_before = self.kernels_before, content["kernels_before"]
+        if getattr(self.kernels_before, "shape", None) != getattr(expected, "shape", None):
+            raise ValueError("kernels_before is not like the first layer's kernels")
         rng.restore(content["rng"])
         self._describe()
         self.progress.say(
             f"going on in epoch {self.state.epoch + 1}, after batch {self.state.batch}"
-            if self.state.epoch < (self.settings.recipe.epochs or 0)
+            if self.state.epoch < self.epochs
             else "all epochs are done: writing the results again"
         )
         for name, now in _conditions().items():
@@ -152,14 +161,13 @@ class _Run:
 
     def finish(self) -> Result:
         """Train to the end and write the results."""
-        assert self.settings.recipe.epochs is not None
         trainer = Trainer(
             model=self.model,
             loss_fn=nn.CrossEntropyLoss(),
             optimizer=self.optimizer,
             batches=self.batches,
             recipe=self.settings.recipe,
-            epochs=self.settings.recipe.epochs,
+            epochs=self.epochs,
             measure=_accuracy,
             evaluate=self._evaluate,
             save=self._save,
@@ -305,8 +313,16 @@ def _misfits(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        text = str(error) or type(error).__name__
+        reason = f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
         raise RunError(
             f"train: {path}: expected a whole checkpoint, found one that does not fit: {reason}"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from gdfast.train.errors import SettingsError
 
@@ -97,6 +97,10 @@ class Settings:
         recipe_names = {field.name for field in fields(Recipe)}
         own = {name: value for name, value in values.items() if name not in recipe_names}
         try:
+            for name, kind in {**get_type_hints(Recipe), **get_type_hints(cls)}.items():
+                number = (int, float) if kind is float else kind
+                if name != "recipe" and not isinstance(values[name], number):
+                    raise TypeError(f"{name} {values[name]!r}")
             recipe = Recipe(**{name: values[name] for name in recipe_names})
             return cls(recipe=recipe, **own)
         except (KeyError, TypeError) as error:

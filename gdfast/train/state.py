@@ -39,6 +39,37 @@ class State:
         """How many images a second of training takes in, all steps so far."""
         return sum(self.steps["images"]) / self.training_seconds
 
+    def check(
+        self, epochs: int, batches: int, step_columns: set[str], epoch_columns: set[str]
+    ) -> None:
+        """Check that a run of `epochs` times `batches` steps can stand here.
+
+        Raises:
+            ValueError: it cannot, or what it has measured is not one number for every step done and
+                each of `step_columns`, and for every epoch done and each of `epoch_columns`.
+        """
+        whole = isinstance(self.epoch, int) and isinstance(self.batch, int)
+        if not whole or not 0 <= self.epoch <= epochs or not 0 <= self.batch <= batches:
+            raise ValueError(f"epoch {self.epoch!r}, batch {self.batch!r} of {epochs}, {batches}")
+        done = self.epoch * batches + self.batch
+        if done > epochs * batches:
+            raise ValueError(f"{done} steps of {epochs * batches}")
+        if (self.steps or done) and self.steps.keys() != step_columns:
+            raise ValueError(f"steps with the columns {sorted(self.steps)}")
+        if any(len(column) != done for column in self.steps.values()):
+            raise ValueError(f"not {done} steps in every column")
+        if len(self.epochs) != self.epoch:
+            raise ValueError(f"{len(self.epochs)} rows for {self.epoch} epochs")
+        if any(row.keys() != epoch_columns for row in self.epochs):
+            raise ValueError("epochs without every column")
+        timings = [self.seconds, self.training_seconds]
+        tables = [*self.steps.values(), *(row.values() for row in self.epochs), timings]
+        values = [value for column in tables for value in column]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise ValueError("measurements that are no finite numbers")
+        if min(timings) < 0 or (done and not self.training_seconds):
+            raise ValueError(f"{self.training_seconds} of {self.seconds} seconds for {done} steps")
+
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint."""
         steps = {
