@@ -197,6 +197,9 @@ BLOCKS = (
     Conv2dCase("blocks-3x3", 3, 70, 14, 17, 132, 3, 3, padding=(1, 1)),
     Conv2dCase("blocks-1x1", 5, 300, 7, 9, 260, 1, 1),
     Conv2dCase("blocks-stem", 2, 3, 37, 71, 64, 7, 7, stride=(2, 2), padding=(3, 3)),
+    # Few channels: the taps of a line are read as one, and windows hang over every edge.
+    Conv2dCase("blocks-lines", 2, 3, 9, 11, 32, 3, 5, stride=(1, 2), padding=(2, 4)),
+    Conv2dCase("blocks-one-channel", 3, 1, 21, 5, 40, 5, 7, padding=(4, 6)),
     Conv2dCase(
         "blocks-depthwise", 3, 96, 29, 31, 96, 3, 3, stride=(1, 2), padding=(1, 1), groups=96
     ),

@@ -243,8 +243,8 @@ def test_an_unknown_algorithm_is_refused(compiled_cpu: None) -> None:
         passes(CASES[0], "fft", tensors)
 
 
-def test_double_backward_is_exact_in_float64(compiled_cpu: None) -> None:
-    # float64 never takes the faster algorithm, whose error gradgradcheck would not forgive.
+def test_float64_never_takes_it(compiled_cpu: None) -> None:
+    # gradcheck and gradgradcheck would not forgive its error.
     geometry = geometry_of(CASES[2])
     query = conv2d_dispatch.Conv2dQuery(
         torch.device("cpu"), torch.float64, geometry=geometry,

@@ -4,7 +4,8 @@
 // takes a block of pixels and walks the reduction in parts of about kDepth lines, short enough for
 // the panel's part to stay in L1 while all of the block's pixels pass by. The sums of a block stay
 // in L2, in dest itself where it can hold them. Image values are broadcast from where they lie:
-// each tap of each pixel is a pointer, to a line of zeros where the tap falls outside.
+// each tap of each pixel is a pointer, to a line of zeros where the tap falls outside. Where
+// channels are few, the taps of one line of the kernel are read as one.
 #pragma once
 
 #include "pack.h"
@@ -122,8 +123,10 @@ class PixelTiles {
         dest_(dest),
         threads_(threads),
         panels_(conv.produced),
-        reduction_(conv.tap_count, conv.reduced),
-        in_place_(kSame<T, A> && conv.source.c == 1 && 2 * conv.reduced >= kLanes<A>) {
+        fold_(taps_in_line(conv)),
+        reduction_(conv.tap_count / fold_, conv.reduced * fold_),
+        in_place_(fold_ > 1 ||
+                  (kSame<T, A> && conv.source.c == 1 && 2 * conv.reduced >= kLanes<A>)) {
     taps_stay_inside_ = true;
     for (int64_t t = 0; t < conv.tap_count; ++t) {
       const Tap& tap = conv.taps[t];
@@ -158,10 +161,27 @@ class PixelTiles {
   struct Scratch {
     const A** rows;  // [tiles][taps of a part][kTileRows]
     A** out;         // [block_pixels]
-    A* packed;       // [block_pixels][depth], where the image can't be read in place
+    A* packed;       // [block_pixels][depth], what can't be read in place
     A* sums;         // [block_pixels][panels_at_once * width], where dest can't hold them
     A* unused;       // one line, for the rows of the last tile that lie past the end
   };
+
+  // With few channels a tap alone is too short a segment. Where pixels follow each other without
+  // gaps, all taps of one line of the kernel see one stretch of memory, which is read as if it were
+  // a single tap of so many times the channels. How many that are, 1 where they don't.
+  static int64_t taps_in_line(const TapConv& conv) {
+    const bool no_gaps = conv.source.w == conv.reduced && (conv.reduced == 1 || conv.source.c == 1);
+    if (!kSame<T, A> || !no_gaps || conv.groups > 1 || 2 * conv.reduced >= kLanes<A>) return 1;
+    const Tap* taps = conv.taps;
+    int64_t count = 1;
+    while (count < conv.tap_count && taps[count].dh == taps[0].dh) ++count;
+    if (count * conv.reduced > kDepth || conv.tap_count % count != 0) return 1;
+    for (int64_t t = 0; t < conv.tap_count; ++t) {
+      const Tap& first = taps[t / count * count];
+      if (taps[t].dh != first.dh || taps[t].dw != first.dw + t % count) return 1;
+    }
+    return count;
+  }
 
   int64_t panel_size() const { return conv_.tap_count * conv_.reduced * panels_.width; }
   int64_t sums_step() const { return panels_at_once_ * panels_.width; }
@@ -181,7 +201,7 @@ class PixelTiles {
     Scratch scratch;
     scratch.rows = carver.template take<const A*>(block_pixels_ * reduction_.taps_at_once);
     scratch.out = carver.template take<A*>(block_pixels_);
-    scratch.packed = carver.template take<A>(in_place_ ? 0 : block_pixels_ * depth());
+    scratch.packed = carver.template take<A>(in_place_ && fold_ == 1 ? 0 : block_pixels_ * depth());
     scratch.sums = carver.template take<A>(block_pixels_ * sums_step());
     scratch.unused = carver.template take<A>(kPanelWidth<A>);
     return scratch;
@@ -235,7 +255,7 @@ class PixelTiles {
       for (int64_t panel = panel0; panel < panel_end; ++panel) {
         const int64_t number = group * panels_.count + panel;
         args.panel = weights_ + number * panel_size() +
-                     (part.tap * conv_.reduced + part.channel) * panels_.width;
+                     (part.tap * reduction_.channels + part.channel) * panels_.width;
         args.start = biases_ + number * panels_.width;
         point_out(panel, panel0, dest, first, pixels, scratch);
         for (int64_t tile = 0; tile * kTileRows < pixels; ++tile) {
@@ -260,7 +280,7 @@ class PixelTiles {
     if constexpr (kSame<T, A>) {
       // A 1x1 kernel without padding: nothing to check, a step from one pixel to the next.
       if (in_place_ && part.taps == 1 && taps_stay_inside_) {
-        const Tap& tap = conv_.taps[part.tap];
+        const Tap& tap = conv_.taps[part.tap * fold_];
         const T* corner = source + part.channel * conv_.source.c + tap.dh * conv_.source.h +
                           tap.dw * conv_.source.w;
         const T* line = nullptr;
@@ -289,12 +309,22 @@ class PixelTiles {
       const int64_t h0 = at.i * conv_.step_h, w0 = at.j * conv_.step_w;
       const T* image = source + at.n * conv_.source.n + part.channel * conv_.source.c;
       for (int64_t t = 0; t < part.taps; ++t) {
-        const Tap& tap = conv_.taps[part.tap + t];
+        const Tap& tap = conv_.taps[(part.tap + t) * fold_];
         const int64_t h = h0 + tap.dh, w = w0 + tap.dw;
-        const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(conv_.source_height) &&
-                            static_cast<uint64_t>(w) < static_cast<uint64_t>(conv_.source_width);
-        const T* from = inside ? image + h * conv_.source.h + w * conv_.source.w : nullptr;
+        // Taps [begin, end) of those that are read as one see the image.
+        const int64_t begin = max_of(0, -w), end = min_of(fold_, conv_.source_width - w);
+        const bool inside = h >= 0 && h < conv_.source_height && begin < end;
+        const T* from =
+            inside ? image + h * conv_.source.h + (w + begin) * conv_.source.w : nullptr;
         if constexpr (kSame<T, A>) {
+          if (inside && end - begin < fold_) {
+            A* line = scratch.packed + x * depth() + t * part.channels;
+            std::memset(line, 0, part.channels * sizeof(A));
+            std::memcpy(line + begin * conv_.reduced, from,
+                        (end - begin) * conv_.reduced * sizeof(A));
+            scratch.rows[(tile * part.taps + t) * kTileRows + lane] = line;
+            continue;
+          }
           if (in_place_) {
             scratch.rows[(tile * part.taps + t) * kTileRows + lane] = inside ? from : zeros_;
             continue;
@@ -363,6 +393,7 @@ class PixelTiles {
   T* dest_;
   int threads_;
   Panels<A> panels_;
+  int64_t fold_;  // taps that are read as one
   Reduction reduction_;
   bool in_place_, taps_stay_inside_;
   int64_t block_pixels_, blocks_;
