@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,37 @@ class TestTrain:
         again = "train", "cnn", "--data", small, "--out", str(out)
         status, output, errors = outcome(capsys, *again)
         assert status == 2 and f"--resume {out}" in errors
+
+    @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+    def test_a_signal_leaves_a_checkpoint_and_its_number(
+        self,
+        name: str,
+        small: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        number = signal.Signals[name]
+        monkeypatch.setattr(Progress, "step", lambda *_: os.kill(os.getpid(), number))
+        out = tmp_path / "run"
+        before = signal.signal(number, signal.SIG_DFL)
+        try:
+            status, _, errors = outcome(capsys, "train", "cnn", "--data", small, "--out", str(out))
+        finally:
+            signal.signal(number, before)
+        assert status == 128 + number and f"--resume {out}" in errors
+        assert checkpoint.load(out / checkpoint.NAME)["state"]["batch"] == 1
+
+    def test_a_closed_terminal_does_not_stop_what_nohup_started(
+        self, small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Progress, "step", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+        options = ["--data", small, "--epochs", "2", "--out", str(tmp_path / "run")]
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert run("train", "cnn", *options) == 0
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_options_override_the_recipe(
         self, small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -89,7 +89,8 @@ class Trainer:
             now = time.perf_counter()
             state.training_seconds += now - started
             started = now
-            self.progress.step(state)
+            if stop.signal is None:  # otherwise the terminal may be gone
+                self.progress.step(state)
             if stop.signal is not None:
                 self._save()
                 self._interrupt(stop.signal)

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop at the next safe point."""
+"""Ctrl-C, and the like, as a request to stop at the next safe point."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 
 class StopRequest:
-    """While entered, notes the first SIGINT or SIGTERM in `signal`; a second one acts as usual.
+    """While entered, notes the first SIGINT, SIGTERM or SIGHUP; a second one acts as usual.
 
+    `signal` is its number. SIGHUP (the terminal was closed) stays ignored where it is (`nohup`).
     Outside of the main thread, where Python allows no signal handlers, it notes nothing.
     """
 
@@ -20,7 +21,10 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
