@@ -20,6 +20,12 @@ Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]  # rows above, columns left, rows below, columns right
 Size4 = tuple[int, int, int, int]
 
+# Padding, and with it any step within a padded image, stays so small that no address that kernels
+# compute from it leaves their 64 bits.
+_MOST = 2**63 - 1
+_MOST_PADDING = 2**31 - 1
+_MOST_ELEMENTS = 2**61
+
 
 def integer(name: str, value: Any, op: str = "conv2d") -> int:
     """`value` as an int. Raises TypeError for what is not a whole number, and for a bool."""
@@ -82,6 +88,11 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def _step(step: int, count: int) -> int:
+    # Where nothing is stepped over, a step beyond all memory does no harm, so kernels never see it.
+    return 1 if type(count) is int and count == 1 else step
+
+
 @dataclass(frozen=True)
 class Conv2dGeometry:
     """The sizes of one convolution.
@@ -116,7 +127,7 @@ class Conv2dGeometry:
         dilation: Pair,
         groups: int,
     ) -> Conv2dGeometry:
-        """Checks a batched convolution. Raises RuntimeError where native PyTorch does."""
+        """Checks a batched convolution. Raises RuntimeError and ValueError where native does."""
         if len(input_size) != 4:
             raise RuntimeError(
                 mismatch(op, "input", "[N, C, H, W] or [C, H, W]", f"size {list(input_size)}")
@@ -125,15 +136,21 @@ class Conv2dGeometry:
             raise RuntimeError(
                 mismatch(op, "weight", "[K, C / groups, R, S]", f"size {list(weight_size)}")
             )
-        for name, values, least in (
-            ("stride", stride, 1),
-            ("padding", padding, 0),
-            ("dilation", dilation, 1),
-            ("groups", (groups,), 1),
+        for name, values, least, most in (
+            ("stride", stride, 1, _MOST),
+            ("padding", padding, 0, _MOST_PADDING),
+            ("dilation", dilation, 1, _MOST),
+            ("groups", (groups,), 1, _MOST),
         ):
+            got = groups if name == "groups" else tuple(values)
+            # Of symbolic numbers only the lower bound: the upper one would become a guard.
+            numbers = [value for value in values if type(value) is int]
+            if any(not -_MOST <= number <= _MOST for number in numbers):
+                raise ValueError(mismatch(op, name, "numbers of at most 64 bits", got))
             if any(value < least for value in values):
-                got = groups if name == "groups" else tuple(values)
                 raise RuntimeError(mismatch(op, name, f"at least {least}", got))
+            if any(number > most for number in numbers):
+                raise RuntimeError(mismatch(op, name, f"at most {most}", got))
         N, C, H, W = input_size
         K, C_group, R, S = weight_size
         if groups * C_group != C:
@@ -169,9 +186,14 @@ class Conv2dGeometry:
             raise RuntimeError(
                 mismatch(op, "input", "at least one row and one column", list(input_size))
             )
+        output = N, K, P, Q
+        if all(type(n) is int for n in output) and (N or 1) * K * P * Q > _MOST_ELEMENTS:
+            expected = f"an output of at most {_MOST_ELEMENTS} elements"
+            raise RuntimeError(mismatch(op, "padding", expected, f"size {list(output)}"))
         return cls(
             N, C, H, W, K, R, S, P, Q,
-            (stride[0], stride[1]), (top, left, below, right), (dilation[0], dilation[1]), groups,
+            (_step(stride[0], P), _step(stride[1], Q)), (top, left, below, right),
+            (_step(dilation[0], R), _step(dilation[1], S)), groups,
         )  # fmt: skip
 
     @property

@@ -62,15 +62,30 @@ class TestErrors:
         ((x, w, b, 1, 0, 4), "conv2d: input: expected a padded image of at least 9 x 5"),
         ((x[:, :, :0], w, b, 1, 3), "conv2d: input: expected at least one row"),
         ((x, w[:, :, :0], None), "conv2d: weight: expected a kernel of at least 1 x 1"),
+        ((x, w, b, 2**63), "conv2d: stride: expected numbers of at most 64 bits, got"),
+        ((x, w, b, 1, -(2**64)), "conv2d: padding: expected numbers of at most 64 bits, got"),
+        ((x, w, b, 1, 0, 2**63), "conv2d: dilation: expected numbers of at most 64 bits, got"),
+        ((x, w, b, 1, 0, 1, 2**63), "conv2d: groups: expected numbers of at most 64 bits, got"),
+        ((x, w, b, 1, 2**62), "conv2d: padding: expected at most 2147483647, got"),
+        ((x, w, b, 2**62, 2**62), "conv2d: padding: expected at most 2147483647, got"),
+        ((x, w, b, 1, 2**31 - 1), "conv2d: padding: expected an output of at most"),
     )  # fmt: skip
 
     @pytest.mark.parametrize(("arguments", "words"), CALLS, ids=[words for _, words in CALLS])
     def test_of_arguments(self, arguments: tuple[Any, ...], words: str) -> None:
-        with pytest.raises((RuntimeError, TypeError)) as native:
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as native:
             F.conv2d(*arguments)
         with pytest.raises(type(native.value)) as ours:
             ops.conv2d(*arguments)
         assert words in str(ours.value)
+
+    def test_the_largest_numbers_that_native_takes(self) -> None:
+        for arguments in (
+            (self.w, self.b, 2**63 - 1),
+            (self.w, self.b, 2**31 - 1, 2**31 - 1),
+            (self.w[..., :1, :1], self.b, 1, 0, 2**63 - 1),
+        ):
+            torch.testing.assert_close(ops.conv2d(self.x, *arguments), F.conv2d(self.x, *arguments))
 
     @pytest.mark.parametrize(
         "arguments",

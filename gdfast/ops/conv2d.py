@@ -50,8 +50,8 @@ def conv2d(
     Returns [N, K, P, Q] or [K, P, Q], channels_last where the input or the weight is.
 
     Raises RuntimeError for sizes, dtypes and devices that do not fit together and values out of
-    range, TypeError for arguments of another type, ValueError for an unknown backend, BackendError
-    when the backend asked for by name cannot run this.
+    range, TypeError for arguments of another type, ValueError for numbers of more than 64 bits and
+    an unknown backend, BackendError when the backend asked for by name cannot run this.
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
