@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from gdfast.train import (
     Settings,
     SettingsError,
     checkpoint,
-    classify,
     resume,
     train,
 )
@@ -333,6 +331,12 @@ class TestResume:
             resume(tmp_path)
         assert not (tmp_path / "sprung").exists()
 
+    def test_leftovers_of_a_killed_process_go(self, finished: Result, tmp_path: Path) -> None:
+        (tmp_path / ".gdfast-abc.tmp").write_bytes(b"half")
+        write_atomic(tmp_path / checkpoint.NAME, (finished.folder / checkpoint.NAME).read_bytes())
+        resume(tmp_path, stream=io.StringIO())
+        assert not list(tmp_path.glob(".gdfast-*"))
+
     def test_says_where_there_is_nothing_to_resume(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="expected a checkpoint, found no such file"):
             resume(tmp_path)
@@ -421,72 +425,3 @@ def test_a_loss_that_is_no_number_stops_with_its_batch(settings: Settings, tmp_p
         quiet(wild, tmp_path / "run")
     content = checkpoint.load(tmp_path / "run" / checkpoint.NAME)
     assert all(value.isfinite().all() for value in content["model"].values())
-
-
-class TestRecipe:
-    def test_default_and_article(self) -> None:
-        default, article = RECIPES["default"], RECIPES["article"]
-        assert (default.lr, default.momentum, default.schedule) == (0.1, 0.9, "cosine")
-        assert (article.lr, article.momentum, article.schedule) == (0.01, 0.0, "constant")
-        assert {article.learning_rate(step, 500) for step in range(500)} == {0.01}
-
-    def test_learning_rate_rises_then_follows_the_cosine(self) -> None:
-        rates = [Recipe(lr=0.5, warmup=10).learning_rate(step, 110) for step in range(110)]
-        assert rates[0] == pytest.approx(0.5 / 11) and rates[10] == max(rates) == 0.5
-        assert rates[60] == pytest.approx(0.25) and rates[109] < 0.001
-        assert all(a < b for a, b in pairwise(rates[:11]))
-        assert all(a > b for a, b in pairwise(rates[10:]))
-        # A short run still reaches its peak.
-        assert max(Recipe(lr=0.5).learning_rate(step, 6) for step in range(6)) == 0.5
-
-    @pytest.mark.parametrize(
-        ("name", "values"),
-        {
-            "lr": [0.0, -1.0, float("nan"), float("inf")],
-            "momentum": [-0.1, 1.0, float("nan")],
-            "schedule": ["", "linear"],
-            "warmup": [-1],
-            "batch_size": [0, -3],
-            "epochs": [0, -1],
-        }.items(),
-    )
-    def test_refuses_what_no_training_can_have(self, name: str, values: list[Any]) -> None:
-        for value in values:
-            with pytest.raises(SettingsError, match=f"train: {name}: expected .*, got"):
-                Recipe(**{name: value})
-
-    @pytest.mark.parametrize("seed", [-1, 1 << 63])
-    def test_refuses_seeds_out_of_range(self, seed: int) -> None:
-        with pytest.raises(SettingsError, match="seed: expected 0 to"):
-            Settings(seed=seed)
-
-    @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
-    def test_refuses_a_device_that_is_not_here(self, device: str, settings: Settings) -> None:
-        with pytest.raises(SettingsError, match="device: expected auto, cpu, or"):
-            classify.train(replace(settings, device=device), stream=io.StringIO())
-
-
-class TestAtomicFiles:
-    def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "file"
-        write_atomic(path, b"old")
-
-        def fail(file: Any) -> None:
-            file.write(b"half of the ne")
-            raise OSError(28, "No space left on device")
-
-        with pytest.raises(OSError, match="No space left") as caught:
-            write_atomic(path, fail)
-        assert caught.value.filename == str(path)
-        assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
-
-    def test_files_have_ordinary_rights(self, tmp_path: Path) -> None:
-        write_atomic(tmp_path / "ours", b"")
-        (tmp_path / "plain").write_bytes(b"")
-        assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-    def test_leftovers_of_a_killed_process_go(self, finished: Result, tmp_path: Path) -> None:
-        (tmp_path / ".gdfast-abc.tmp").write_bytes(b"half")
-        write_atomic(tmp_path / checkpoint.NAME, (finished.folder / checkpoint.NAME).read_bytes())
-        resume(tmp_path, stream=io.StringIO())
-        assert not list(tmp_path.glob(".gdfast-*"))
