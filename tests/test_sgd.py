@@ -197,6 +197,21 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ops.sgd_(p, g, lr=LR, backend="nowhere")
 
 
+def test_what_is_no_tensor_and_what_is_sparse() -> None:
+    p = torch.ones(3)
+    for arguments, words in (
+        ((3, 4), "sgd_: params: expected a tensor or a list of tensors, got 3"),
+        ((p, 4), "sgd_: grads: expected a tensor or a list of tensors, got 4"),
+        (([p], [None]), r"sgd_: grads\[0\]: expected a tensor, got None"),
+        ((p, p, 5), "sgd_: momentum_buffers: expected a tensor or a list"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            ops.sgd_(*arguments, lr=0.1)  # type: ignore[arg-type]
+    words = r"sgd_: params\[0\]: expected a dense tensor, got torch.sparse_coo"
+    with pytest.raises(RuntimeError, match=words):
+        ops.sgd_(p.to_sparse(), p, lr=0.1)
+
+
 def test_what_kernels_do_not_take_runs_on_the_reference_and_says_so(fresh_registry: None) -> None:
     param, grad = torch.ones(3, dtype=torch.complex64), torch.full((3,), 1j)
     with pytest.warns(FallbackWarning, match="complex64"):

@@ -181,6 +181,13 @@ def test_what_is_no_model(call: Callable[..., Any]) -> None:
         call({})
 
 
+def test_filter_fn_that_is_no_function() -> None:
+    model = make_model()
+    with pytest.raises(TypeError, match="swap_: filter_fn: expected a function or None, got 3"):
+        gdfast.swap_(model, 3)  # type: ignore[arg-type]
+    assert classes(model) == [torch.nn.Conv2d] * 4
+
+
 def test_fuse_is_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"swap_: fuse: expected False, got True\. This version"):

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from gdfast.backends import fall_back
 from gdfast.backends.sgd import SgdHyper
-from gdfast.ops.sgd_dispatch import SUBCLASS, is_plain, run_sgd, update
+from gdfast.ops.sgd_dispatch import SUBCLASS, as_tensors, is_plain, run_sgd, update
 
 
 def sgd_(
@@ -50,14 +50,13 @@ def sgd_(
     tensor, and stay so unless zeroed. Where the one-element tensor `found_inf` is not 0, nothing is
     updated, though gradients are zeroed if that was asked for.
 
-    Raises ValueError for lists that differ in length and an unknown backend, RuntimeError for
-    sparse gradients, parameters whose elements overlap, and shapes, dtypes and devices that do not
-    fit together, BackendError when the backend asked for by name cannot run this.
+    Raises TypeError for what is no tensor or list of tensors, ValueError for lists that differ in
+    length and an unknown backend, RuntimeError for sparse tensors, parameters whose elements
+    overlap, and shapes, dtypes and devices that do not fit together, BackendError when the backend
+    asked for by name cannot run this.
     """
-    params, grads, momenta = (
-        [value] if isinstance(value, Tensor) else value
-        for value in (params, grads, momentum_buffers)
-    )
+    params, grads = as_tensors("params", params), as_tensors("grads", grads)
+    momenta = as_tensors("momentum_buffers", momentum_buffers)
     hyper = SgdHyper(
         lr, momentum, dampening, weight_decay, nesterov, maximize, first_step, zero_grad,
         grad_scale, found_inf,

@@ -53,6 +53,19 @@ library.impl("sgd_", _sgd_kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("gdfast::sgd_", _fake_sgd, lib=library)
 
 
+def as_tensors(name: str, value: Any) -> Tensors:
+    """A tensor or several as a list. Raises TypeError for anything else."""
+    try:
+        tensors = [value] if isinstance(value, Tensor) else list(value)
+    except TypeError:
+        expected = "a tensor or a list of tensors"
+        raise TypeError(mismatch("sgd_", name, expected, repr(value))) from None
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(mismatch("sgd_", f"{name}[{index}]", "a tensor", repr(tensor)))
+    return tensors
+
+
 def is_plain(tensors: Tensors) -> bool:
     """Whether all are torch.Tensor or Parameter themselves, which keep their elements in memory."""
     return _PLAIN.issuperset(map(type, tensors))
@@ -238,6 +251,9 @@ def _check_fits(name: str, index: int, tensor: Tensor, param: Tensor) -> None:
 
 
 def _check_writable(name: str, index: int, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        expected, got = "a dense tensor", f"{tensor.layout}, a sparse one"
+        raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", expected, got, "to_dense() it"))
     if torch._debug_has_internal_overlap(tensor) == 1:
         expected, got = "elements with memory of their own", f"strides {tensor.stride()}"
         raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", expected, got, "clone() it"))

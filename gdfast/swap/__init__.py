@@ -49,9 +49,12 @@ def swap_(
     were; a model that fails on the batch is left native. The model's own hooks run as in training.
     Reentrant checkpointing (`use_reentrant=True`) cannot be verified: torch raises RuntimeError.
 
-    Raises TypeError where the model is no `torch.nn.Module`, and ValueError for fuse=True.
+    Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function, and
+    ValueError for fuse=True.
     """
     _check_model("swap_", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(mismatch("swap_", "filter_fn", "a function or None", repr(filter_fn)))
     if fuse:
         fix = "This version fuses no layers"
         raise ValueError(mismatch("swap_", "fuse", "False", fuse, fix))
