@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +153,27 @@ def test_a_star_imports_what_torch_s_does(package: str) -> None:
     exec(f"from gdfast.{package} import *", ours)
     exec(f"from torch.{package} import *", native)
     assert set(ours) == set(native)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nn.init", "nn.parameter", "nn.utils.rnn", "nn.attention.flex_attention", "nn.modules.conv",
+     "optim.lr_scheduler", "optim.swa_utils", "optim.adam"],
+)  # fmt: skip
+def test_submodules_of_torch_go_by_our_names(name: str) -> None:
+    ours = importlib.import_module(f"gdfast.{name}")
+    native = importlib.import_module(f"torch.{name}")
+    assert ours is native
+    assert native.__name__ == native.__spec__.name == f"torch.{name}"
+
+
+def test_submodules_of_our_own_stay_ours() -> None:
+    for package in (nn, gdfast.optim):
+        for path in Path(package.__path__[0]).glob("[a-z]*.py"):
+            assert importlib.import_module(f"{package.__name__}.{path.stem}").__file__ == str(path)
+    for name in ("nn.nothing", "nn.utils.nothing", "nn._reduction", "optim.nothing"):
+        with pytest.raises(ModuleNotFoundError, match=f"gdfast.{name}"):
+            importlib.import_module(f"gdfast.{name}")
 
 
 def test_nothing_of_torch_is_patched() -> None:

@@ -13,6 +13,7 @@ import torch.nn
 if TYPE_CHECKING:
     from torch.nn import *  # noqa: F403
 
+from gdfast.mirror import mirror_submodules as _mirror_submodules
 from gdfast.nn import functional as functional  # type: ignore[no-redef]
 from gdfast.nn.conv import Conv2d as Conv2d
 
@@ -30,3 +31,4 @@ def __dir__() -> list[str]:
 
 # Ours go by the names of torch's.
 __all__ = [name for name in dir(torch.nn) if not name.startswith("_")]
+_mirror_submodules(__name__, "torch.nn", own=("conv", "functional"))

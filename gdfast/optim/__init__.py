@@ -9,6 +9,7 @@ import torch.optim
 if TYPE_CHECKING:
     from torch.optim import *  # noqa: F403
 
+from gdfast.mirror import mirror_submodules as _mirror_submodules
 from gdfast.optim.sgd import SGD as SGD
 
 
@@ -25,3 +26,4 @@ def __dir__() -> list[str]:
 
 # Ours go by the names of torch's.
 __all__ = [name for name in dir(torch.optim) if not name.startswith("_")]
+_mirror_submodules(__name__, "torch.optim", own=("sgd",))
