@@ -399,8 +399,9 @@ class TestProcess:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_are_native_s_step_by_step(recipe: str, tmp_path: Path) -> None:
-    # Three epochs of digits are 69 steps.
-    settings = Settings(recipe=replace(RECIPES[recipe], epochs=3))
+    # The recipe as it is: in a shorter run the learning rate rises faster, and rounding grows more
+    # than tenfold within these steps, between native's own layouts too.
+    settings = Settings(recipe=RECIPES[recipe])
     losses = []
     for backend in ("auto", "native"):
         folder = quiet(replace(settings, backend=backend), tmp_path / backend).folder
