@@ -24,12 +24,15 @@ void parallel_for(int64_t count, int threads, const Task& task) {
 #ifdef _OPENMP
   const int team = static_cast<int>(min_of(count, threads));
   if (team > 1 && !is_forked_child()) {
-    int64_t next = 0;
+    // On cache lines of its own: beside it on the stack lies what the tasks read all the time.
+    struct alignas(128) {
+      int64_t value = 0;
+    } next;
 #pragma omp parallel num_threads(team)
     {
       const int thread = omp_get_thread_num();
       for (;;) {
-        const int64_t index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+        const int64_t index = __atomic_fetch_add(&next.value, 1, __ATOMIC_RELAXED);
         if (index >= count) break;
         task(index, thread);
       }

@@ -51,8 +51,15 @@ class ChannelTiles {
         pack_weights(index / blocks, index % blocks * rows);
       });
     }
-    parallel_for(conv_.groups * panels_ * row_groups_, threads_,
-                 [&](int64_t index, int thread) { panel(index, thread); });
+    // Neighbouring panels go to one thread: where they meet they share cache lines of dest.
+    const int64_t together = max_of(1, min_of(8, panels_ / (8 * threads_)));
+    const int64_t runs = ceil_div(panels_, together);
+    parallel_for(conv_.groups * row_groups_ * runs, threads_, [&](int64_t index, int thread) {
+      const int64_t first = index % runs * together;
+      for (int64_t x = first; x < min_of(first + together, panels_); ++x) {
+        panel(index / runs * panels_ + x, thread);
+      }
+    });
   }
 
  private:
