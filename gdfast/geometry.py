@@ -88,11 +88,6 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _step(step: int, count: int) -> int:
-    # Where nothing is stepped over, a step beyond all memory does no harm, so kernels never see it.
-    return 1 if type(count) is int and count == 1 else step
-
-
 @dataclass(frozen=True)
 class Conv2dGeometry:
     """The sizes of one convolution.
@@ -192,8 +187,7 @@ class Conv2dGeometry:
             raise RuntimeError(mismatch(op, "padding", expected, f"size {list(output)}"))
         return cls(
             N, C, H, W, K, R, S, P, Q,
-            (_step(stride[0], P), _step(stride[1], Q)), (top, left, below, right),
-            (_step(dilation[0], R), _step(dilation[1], S)), groups,
+            (stride[0], stride[1]), (top, left, below, right), (dilation[0], dilation[1]), groups,
         )  # fmt: skip
 
     @property

@@ -39,10 +39,18 @@ def why_not(query: Query) -> str:
 def _problem(query: Conv2dQuery, algorithm: str) -> Any:
     assert native.cpu is not None
     g = query.geometry
+    # A step over nothing may be larger than memory: kernels get 1 in its place.
+    stride = _steps(g.stride, (g.P, g.Q))
+    dilation = _steps(g.dilation, (g.R, g.S))
     return native.cpu.Conv2dProblem(
-        (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), g.stride, g.padding[:2], g.dilation,
+        (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), stride, g.padding[:2], dilation,
         g.groups, _DTYPES[query.dtype], *query.strides, algorithm,
     )  # fmt: skip
+
+
+def _steps(steps: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (1 if n == 1 else step for step, n in zip(steps, counts, strict=True))
+    return rows, columns
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
