@@ -1,4 +1,4 @@
-"""Models by name: `create("cnn")`."""
+"""Models by name: `create("resnet18", num_classes=10)`."""
 
 from __future__ import annotations
 
@@ -47,5 +47,17 @@ def create(name: str, **options: Any) -> Module:
 
 # Models register themselves when imported, so these come after register.
 from gdfast.models.cnn import SimpleCNN  # noqa: E402
+from gdfast.models.mobilenet import MobileNetV2  # noqa: E402
+from gdfast.models.resnet import CifarResNet, ResNet  # noqa: E402
+from gdfast.models.yolo_lite import YoloLiteBackbone  # noqa: E402
 
-__all__ = ["SimpleCNN", "create", "names", "register"]
+__all__ = [
+    "CifarResNet",
+    "MobileNetV2",
+    "ResNet",
+    "SimpleCNN",
+    "YoloLiteBackbone",
+    "create",
+    "names",
+    "register",
+]
