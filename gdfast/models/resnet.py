@@ -125,7 +125,7 @@ class CifarResNet(nn.Module):
     """3x3 stem and three stages of 16, 32 and 64 channels: the paper's networks for CIFAR-10.
 
     Input [N, in_channels, H, W], made for 32 x 32; output [N, num_classes] logits. Shortcuts that
-    change shape are 1x1 convolutions (the paper's option B), as in most published weights.
+    change shape are 1x1 convolutions (the paper's option B).
     """
 
     def __init__(
