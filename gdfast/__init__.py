@@ -11,13 +11,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gdfast import backends, data, models, nn, ops, optim
-    from gdfast.backends import backend
+    from gdfast.backends import autotune, backend
     from gdfast.backends.precision import precision
     from gdfast.swap import restore_, swap, swap_, swapped
 
 # Imported when first asked for, so that the command line answers before torch is loaded.
 _MODULES = ("backends", "data", "models", "nn", "ops", "optim")
 _FUNCTIONS = {
+    "autotune": "backends",
     "backend": "backends",
     "precision": "backends",
     "restore_": "swap",
@@ -28,6 +29,7 @@ _FUNCTIONS = {
 
 __all__ = [
     "__version__",
+    "autotune",
     "backend",
     "backends",
     "data",

@@ -22,9 +22,12 @@ _EXTRAS = {
     "triton": ("triton",),
 }
 _ENVIRONMENT = (
+    "GDFAST_AUTOTUNE",
     "GDFAST_BACKEND",
+    "GDFAST_CACHE_DIR",
     "GDFAST_CPU_ISA",
     "GDFAST_NATIVE_DIR",
+    "GDFAST_PRECISION",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
@@ -59,8 +62,7 @@ def examine() -> dict[str, Any]:
     import numpy
     import torch
 
-    from gdfast import __version__, backends, native
-    from gdfast.bench.machine import cpu_name
+    from gdfast import __version__, backends, native, processor
 
     started = time.perf_counter()
     available = backends.available()
@@ -79,7 +81,7 @@ def examine() -> dict[str, Any]:
         },
         "system": platform.platform(),
         "cpu": {
-            "name": cpu_name(),
+            "name": processor.name(),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instruction_sets": native.cpu.supported_isas() if native.cpu else [],
@@ -96,6 +98,7 @@ def examine() -> dict[str, Any]:
         ],
         "backends": [each._asdict() for each in available],
         "chosen_backend": backends.chosen(),
+        "autotune": _autotune(),
         "extras": {
             extra: {package: _version(package) for package in packages}
             for extra, packages in _EXTRAS.items()
@@ -109,6 +112,19 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "self_test": [check._asdict() for check in checks],
         "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def _autotune() -> dict[str, Any]:
+    """How convolutions are chosen, and what the file that remembers holds for this machine."""
+    from gdfast import native
+    from gdfast.backends import choices_file, tuning
+
+    file = choices_file.path() if native.cpu else None
+    return {
+        "mode": tuning.mode(),
+        "file": str(file) if file else None,
+        "choices": len(choices_file.read(file)) if file else 0,
     }
 
 
@@ -194,7 +210,7 @@ def _version(package: str) -> str | None:
 
 
 def _in_words(report: dict[str, Any]) -> str:
-    cpu, versions = report["cpu"], report["versions"]
+    cpu, versions, autotune = report["cpu"], report["versions"], report["autotune"]
     lines = [
         ("versions", ", ".join(f"{name} {value or 'none'}" for name, value in versions.items())),
         ("system", report["system"]),
@@ -213,6 +229,10 @@ def _in_words(report: dict[str, Any]) -> str:
             for each in report["backends"]
         ),
         ("chosen", report["chosen_backend"]),
+        (
+            "autotune",
+            f"{autotune['mode']}; {autotune['choices']} choices in {autotune['file'] or 'no file'}",
+        ),
         *(("extra", _extra_in_words(*item)) for item in report["extras"].items()),
         *(("path", f"{name}: {path}") for name, path in report["paths"].items() if path),
         *(("set", f"{name}={value}") for name, value in report["environment"].items()),

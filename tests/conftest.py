@@ -10,6 +10,8 @@ from pathlib import Path
 # Read when torch loads libgomp. Thousands of tiny kernels on two threads take ten times as long
 # where other work keeps the threads from being there at once, if those that wait spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The same algorithms in every run: what is timed comes out as the machine pleases.
+os.environ["GDFAST_AUTOTUNE"] = "off"
 
 import numpy as np
 import pytest

@@ -139,7 +139,7 @@ def test_machine_tells_what_a_figure_must_be_read_with():
     ],
 )
 def test_machine_s_name_in_file_names(monkeypatch, cpu, expected):
-    monkeypatch.setattr(machine, "cpu_name", lambda: cpu)
+    monkeypatch.setattr(machine.processor, "name", lambda: cpu)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
     assert machine.slug() == expected
 

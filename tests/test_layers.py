@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "gdfast"
 
 # The longest name that fits decides a module's row.
 ROWS = (
-    ("errors", "extras", "files", "geometry", "mirror"),
+    ("errors", "extras", "files", "geometry", "mirror", "processor"),
     ("native", "backends.triton"),
     ("backends",),
     ("ops",),
@@ -27,6 +27,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 # Functions that the package itself offers, and the module that they come from.
 OFFERED = {
+    "autotune": "backends",
     "backend": "backends",
     "restore_": "swap",
     "swap_": "swap",

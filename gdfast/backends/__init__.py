@@ -5,7 +5,7 @@ cuda       our kernels for NVIDIA GPUs
 reference  native PyTorch ("native" is another name for it); it takes everything
 """
 
-from gdfast.backends import cpu, cuda, reference
+from gdfast.backends import cpu, cuda, reference, tuning
 from gdfast.backends import precision as _precision
 from gdfast.backends.precision import is_strict, precision
 from gdfast.backends.registry import (
@@ -23,12 +23,14 @@ from gdfast.backends.registry import (
     register,
     resolve,
 )
+from gdfast.backends.tuning import autotune
 
 __all__ = [
     "Availability",
     "Backend",
     "Conv2dQuery",
     "Query",
+    "autotune",
     "available",
     "backend",
     "canonical",
@@ -39,9 +41,11 @@ __all__ = [
     "preview",
     "register",
     "resolve",
+    "tuning",
 ]
 
 for _module in (cpu, cuda, reference):
     register(_module.BACKEND)
 choose_from_environment()
 _precision.choose_from_environment()
+tuning.choose_from_environment()

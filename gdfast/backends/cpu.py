@@ -54,25 +54,17 @@ def _steps(steps: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
-    """The algorithm that runs one pass in the precision that is set now."""
-    return cpu_algorithms.DIRECT if is_strict() else _fastest(op, query)
-
-
-def _fastest(op: str, query: Conv2dQuery) -> str:
+    """The algorithm that the cost model gives one pass in the precision that is set now."""
     assert native.cpu is not None
-    if query.dtype != torch.float32:
+    if is_strict() or query.dtype != torch.float32:
         return cpu_algorithms.DIRECT
     return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())
 
 
-def _problems(op: str, query: Conv2dQuery) -> tuple[Any, Any]:
-    """The problem with the fastest algorithm and the one with the strict algorithm."""
-    return _problem(query, _fastest(op, query)), _problem(query, cpu_algorithms.DIRECT)
-
-
-def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+# Each pass is run by the algorithm that is named, or by the cost model's.
+def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cpu is not None
-    (fast, strict), run = _problems("conv2d", query), native.cpu.conv2d
+    problem, run = _problem(query, by or algorithm("conv2d", query)), native.cpu.conv2d
     size, strides = query.geometry.output_size, query.strides[2]
     dtype, device = query.dtype, query.device
 
@@ -81,7 +73,7 @@ def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tens
         if bias is not None:
             bias = bias.contiguous()
         run(
-            strict if is_strict() else fast, input.data_ptr(), weight.data_ptr(),
+            problem, input.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), output.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return output
@@ -89,16 +81,17 @@ def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     return kernel
 
 
-def conv2d_grad_input(query: Conv2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cpu is not None
-    (fast, strict), run = _problems("conv2d_grad_input", query), native.cpu.conv2d_grad_input
+    problem = _problem(query, by or algorithm("conv2d_grad_input", query))
+    run = native.cpu.conv2d_grad_input
     size, strides = query.geometry.input_size, query.strides[0]
     dtype, device = query.dtype, query.device
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=dtype, device=device)
         run(
-            strict if is_strict() else fast, grad_output.data_ptr(), weight.data_ptr(),
+            problem, grad_output.data_ptr(), weight.data_ptr(),
             grad_input.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_input
@@ -107,10 +100,11 @@ def conv2d_grad_input(query: Conv2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def conv2d_grad_weight(
-    query: Conv2dQuery,
+    query: Conv2dQuery, by: str = ""
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cpu is not None
-    (fast, strict), run = _problems("conv2d_grad_weight", query), native.cpu.conv2d_grad_weight
+    problem = _problem(query, by or algorithm("conv2d_grad_weight", query))
+    run = native.cpu.conv2d_grad_weight
     size, strides = query.geometry.weight_size, query.strides[1]
     dtype, device = query.dtype, query.device
 
@@ -118,7 +112,7 @@ def conv2d_grad_weight(
         grad_weight = torch.empty_strided(size, strides, dtype=dtype, device=device)
         grad_bias = torch.empty(size[0], dtype=dtype, device=device) if bias else None
         run(
-            strict if is_strict() else fast, grad_output.data_ptr(), input.data_ptr(),
+            problem, grad_output.data_ptr(), input.data_ptr(),
             grad_weight.data_ptr(), 0 if grad_bias is None else grad_bias.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip

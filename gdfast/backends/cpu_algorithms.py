@@ -1,16 +1,60 @@
-"""Which of the CPU's algorithms runs a convolution: a cost model, from the geometry alone."""
+"""The CPU's algorithms for convolutions: where each applies, and a cost model to choose by.
+
+The cost model knows the geometry alone; `tuning` times those that apply.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 
+import torch
+
+from gdfast.backends.registry import Conv2dQuery
 from gdfast.geometry import Conv2dGeometry
 
 DIRECT, WINOGRAD = "direct", "winograd"
 
-# Root mean square error over root mean square result, against float64, that an algorithm may have
-# beyond native's. Winograd's is at most 9e-7 at 512 channels.
-STATED_ERROR = {DIRECT: 0.0, WINOGRAD: 1.5e-6}
+
+@dataclass(frozen=True)
+class Algorithm:
+    """`applies(op, query)` tells whether it would run one pass, or leave it to DIRECT.
+
+    `stated_error` is the root mean square error over the root mean square result, against float64,
+    that it may have beyond native's.
+    """
+
+    applies: Callable[[str, Conv2dQuery], bool]
+    stated_error: float = 0.0
+
+
+def _winograd_applies(op: str, query: Conv2dQuery) -> bool:
+    return query.dtype == torch.float32 and _fits_winograd(query.geometry)
+
+
+def _fits_winograd(g: Conv2dGeometry) -> bool:
+    dense = (g.R, g.S) == (3, 3) and g.stride == (1, 1) and g.dilation == (1, 1)
+    return dense and max(g.padding) <= 2 and min(g.C, g.K) // g.groups >= 8 and g.N > 0
+
+
+# All that there are, in order of preference where they are equally fast.
+ALGORITHMS = {
+    DIRECT: Algorithm(lambda op, query: True),
+    # Its error is at most 9e-7 at 512 channels.
+    WINOGRAD: Algorithm(_winograd_applies, stated_error=1.5e-6),
+}
+STATED_ERROR = {name: algorithm.stated_error for name, algorithm in ALGORITHMS.items()}
+
+
+def candidates(op: str, query: Conv2dQuery, strict: bool) -> tuple[str, ...]:
+    """The algorithms that may run one pass; with `strict` only those as exact as native."""
+    return tuple(
+        name
+        for name, algorithm in ALGORITHMS.items()
+        if algorithm.applies(op, query) and not (strict and algorithm.stated_error)
+    )
+
 
 # Elements of float32 in a vector.
 _LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
@@ -29,10 +73,9 @@ _MARGIN = 0.85
 def choose(op: str, geometry: Conv2dGeometry, isa: str) -> str:
     """The faster algorithm for one pass: op is "conv2d" or the name of one of its gradients."""
     g = geometry
-    dense = (g.R, g.S) == (3, 3) and g.stride == (1, 1) and g.dilation == (1, 1)
-    reduced, produced = g.C // g.groups, g.K // g.groups
-    if not dense or max(g.padding) > 2 or reduced < 8 or produced < 8 or g.N == 0:
+    if not _fits_winograd(g):
         return DIRECT
+    reduced, produced = g.C // g.groups, g.K // g.groups
     lanes = _LANES[isa]
     if op == "conv2d_grad_input":
         reduced, produced, height, width = produced, reduced, g.H, g.W

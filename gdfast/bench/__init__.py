@@ -44,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/bench"), metavar="DIR",
         help="folder for the JSON file and the plot (default: runs/bench)",
     )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="measure nothing; tell how each convolution is run, and by which times it was chosen",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -59,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from gdfast import backends
-    from gdfast.bench import machine, peak, plot, report, suites
+    from gdfast.bench import explain, machine, peak, plot, report, suites
     from gdfast.bench.result import Result, measure
     from gdfast.extras import MissingExtraError
     from gdfast.files import write_atomic
@@ -67,6 +71,12 @@ def main(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
+    if args.explain:
+        with backends.backend(args.backend), _Progress() as progress:
+            planned = suites.plan(args.suite, args.passes, dtype)
+            rows, facts = explain.collect(planned, progress.show), machine.describe()
+        print(explain.to_json(rows, facts) if args.json else explain.table(rows, facts))
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
 
     results: list[Result] = []

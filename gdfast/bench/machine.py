@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 import gdfast
-from gdfast import native
+from gdfast import native, processor
 
 
 def describe() -> dict[str, Any]:
     """Facts that a figure must be read with; the load is the machine's, over the last minute."""
     return {
-        "cpu": cpu_name(),
+        "cpu": processor.name(),
         "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "isa": native.cpu.isa() if native.cpu is not None else None,
@@ -34,19 +34,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor's own name for itself, or the architecture's where it tells none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
 def slug() -> str:
     """The machine's name as a part of a file name: "amd-epyc-2cpu"."""
-    name = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", cpu_name().lower())
+    name = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", processor.name().lower())
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()}cpu").strip("-")
 
 

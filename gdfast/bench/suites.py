@@ -10,10 +10,9 @@ from functools import partial
 import torch
 
 from gdfast import backends, models, ops, optim, restore_
-from gdfast.backends import cpu, cpu_algorithms
+from gdfast.backends import cpu_algorithms, registry, tuning
 from gdfast.bench import cases, layers, sgd, step
-from gdfast.bench.workload import LAYOUTS, Workload
-from gdfast.geometry import Conv2dGeometry
+from gdfast.bench.workload import Workload
 
 SUITES = ("quick", "all", *cases.LAYERS, "sgd", "step")
 
@@ -78,10 +77,12 @@ def _plan(
 
 def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Workload:
     """One pass of one layer by `gdfast.ops.conv2d`."""
-    backend, stated_error = _conv2d_backend(case, task, dtype)
-    return layers.workload(
-        case, task, dtype, convolve=ops.conv2d, backend=backend, stated_error=stated_error
-    )
+    build = partial(layers.workload, case, task, dtype, convolve=ops.conv2d)
+    # What it runs on, and how exact that is, is chosen when it first runs.
+    backend, stated_error = _ran_on(build())
+    if not backend:
+        backend = _backend(dtype, "conv2d" if task == "forward" else f"conv2d_{task}")
+    return build(backend=backend, stated_error=stated_error)
 
 
 def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
@@ -112,27 +113,15 @@ def _backend(dtype: torch.dtype, *operations: str) -> str:
     return "/".join(sorted({backends.preview(op, query) for op in operations}))
 
 
-def _conv2d_backend(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> tuple[str, float]:
-    """Backends and algorithms that one pass runs on, in either layout, and the error they state."""
-    op = "conv2d" if task == "forward" else f"conv2d_{task}"
-    sides = (*case.padding, *case.padding)
-    geometry = Conv2dGeometry.of(
-        op, case.input_shape, case.weight_shape, case.stride, sides, case.dilation, case.groups
-    )
-    shapes = (case.input_shape, case.weight_shape, case.output_shape)
-    names, stated_error = set(), 0.0
-    for memory_format in LAYOUTS.values():
-        input, weight, output = (
-            torch.empty(shape, device="meta", memory_format=memory_format).stride()
-            for shape in shapes
-        )
-        query = backends.Conv2dQuery(
-            torch.device("cpu"), dtype, geometry=geometry, strides=(input, weight, output)
-        )
-        name = backends.resolve(op, query).name
-        if name == "cpu":
-            algorithm = cpu.algorithm(op, query)
-            stated_error = max(stated_error, cpu_algorithms.STATED_ERROR[algorithm])
-            name = f"{name}, {algorithm}"
-        names.add(name)
-    return "/".join(sorted(names)), stated_error
+def _ran_on(workload: Workload) -> tuple[str, float]:
+    """Names of what ours runs on, in either layout, and the error that this states.
+
+    No names where the backend leaves no choice.
+    """
+    with tuning.recorded({}) as uses:
+        for call in workload.ours.values():
+            call()
+    chosen = {use.choice.name for use in uses}
+    names = {registry.REFERENCE if name == tuning.NATIVE else f"cpu, {name}" for name in chosen}
+    errors = [cpu_algorithms.STATED_ERROR.get(name, 0.0) for name in chosen]
+    return "/".join(sorted(names)), max(errors, default=0.0)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gdfast.backends import Conv2dQuery, chosen, resolve
+from gdfast.backends import Conv2dQuery, chosen, tuning
 from gdfast.errors import mismatch
 from gdfast.geometry import Conv2dGeometry, conv2d_is_channels_last, dense_strides
 
@@ -36,8 +36,8 @@ library.define(
     f"bool channels_last, bool bias, {_ARGUMENTS}) -> (Tensor, Tensor)"
 )
 
-# The kernel for each combination of sizes, strides and dtypes, so that a call costs one look-up.
-# Bounded, because images may come in ever new sizes.
+# The kernel for each combination of sizes, strides, dtypes and what else decides which one it is:
+# a call costs one look-up. Bounded, because images may come in ever new sizes.
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _KERNELS_LIMIT = 4096
 
@@ -47,10 +47,12 @@ def forget_kernels() -> None:
     _kernels.clear()
 
 
-def _bind(key: tuple[Any, ...], op: str, query: Conv2dQuery, backend: str) -> Callable[..., Any]:
+def _bind(
+    key: tuple[Any, ...], op: str, query: Conv2dQuery, backend: str, *arguments: Any
+) -> Callable[..., Any]:
     if len(_kernels) >= _KERNELS_LIMIT:
         _kernels.clear()
-    kernel = _kernels[key] = resolve(op, query, backend).operations[op](query)
+    kernel = _kernels[key] = tuning.bind(op, query, backend, arguments)
     return kernel
 
 
@@ -65,12 +67,12 @@ def conv2d(
         input.shape, input.stride(), input.dtype, input.device,
         weight.shape, weight.stride(), weight.dtype, weight.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
-        *stride, *padding, *dilation, groups, backend,
+        *stride, *padding, *dilation, groups, backend, *tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
         query = _conv2d_query(input, weight, bias, stride, padding, dilation, groups)
-        kernel = _bind(key, "conv2d", query, backend)
+        kernel = _bind(key, "conv2d", query, backend, input, weight, bias)
     return kernel(input, weight, bias)
 
 
@@ -85,13 +87,14 @@ def conv2d_grad_input(
         "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
         weight.shape, weight.stride(), weight.dtype, weight.device,
         *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
+        *tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
         query = _grad_input_query(
             grad_output, weight, input_size, channels_last, stride, padding, dilation, groups
         )
-        kernel = _bind(key, "conv2d_grad_input", query, backend)
+        kernel = _bind(key, "conv2d_grad_input", query, backend, grad_output, weight)
     return kernel(grad_output, weight)
 
 
@@ -106,13 +109,14 @@ def conv2d_grad_weight(
         "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
         input.shape, input.stride(), input.dtype, input.device,
         *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
+        *tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
         query = _grad_weight_query(
             grad_output, input, weight_size, channels_last, stride, padding, dilation, groups
         )
-        kernel = _bind(key, "conv2d_grad_weight", query, backend)
+        kernel = _bind(key, "conv2d_grad_weight", query, backend, grad_output, input, bias)
     return kernel(grad_output, input, bias)
 
 

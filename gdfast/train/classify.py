@@ -14,6 +14,8 @@ from torch import Tensor, nn, optim
 
 import gdfast
 from gdfast import backends, data, models, native
+from gdfast.backends import choices, tuning
+from gdfast.backends.choices import Choice
 from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.data import Batches, DataError, ImageData
 from gdfast.errors import UserError
@@ -127,6 +129,7 @@ class _Run:
         self.epochs = recipe.epochs
         self.progress = Progress(stream, self.epochs, len(self.batches))
         self.state = State()
+        self.choices: dict[str, Choice] = {}
         self.kernels_before = plots.first_convolution(self.model)
 
     def start(self, folder: RunFolder) -> None:
@@ -141,6 +144,8 @@ class _Run:
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.state = State.from_dict(content["state"])
+        # Checkpoints of the first versions have none.
+        self.choices = choices.from_plain(content.get("choices", {}))
         self.state.check(self.epochs, len(self.batches), _STEP_COLUMNS, _EPOCH_COLUMNS)
         expected, self.kernels_before = self.kernels_before, content["kernels_before"]
         if getattr(self.kernels_before, "shape", None) != getattr(expected, "shape", None):
@@ -175,7 +180,7 @@ class _Run:
             state=self.state,
         )
         try:
-            with backends.backend(self.settings.backend):
+            with backends.backend(self.settings.backend), tuning.recorded(self.choices):
                 trainer.fit()
                 result = self._predict()
         except InterruptedRun as stop:
@@ -208,6 +213,7 @@ class _Run:
             "settings": self.settings.to_dict(),
             "data_fingerprint": self.fingerprint,
             "conditions": _conditions(),
+            "choices": choices.to_plain(self.choices),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "state": state.to_dict(),

@@ -1,0 +1,310 @@
+"""Which way each convolution runs: chosen once for each query, by timing or by a cost model.
+
+The candidates are our algorithms that apply, as far as the precision allows, and under the backend
+"auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; a choice
+once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in a file
+(see `choices_file`), so that a machine pays for it once.
+
+The cost model alone chooses
+- what is too small to matter, or would not be worth it: after so many sizes of one layer;
+- under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
+- in forked processes: there, timing would be of one thread on busy CPUs;
+- with autotune("off").
+A run that goes on from a checkpoint has the choices that it began with, whatever else holds.
+
+Whatever keeps a kernel for later calls has `situation()` in the key that it is kept by.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from gdfast import native
+from gdfast.backends import choices_file, cpu, cpu_algorithms, tuning_timer
+from gdfast.backends.choices import MOST, Choice
+from gdfast.backends.precision import is_strict
+from gdfast.backends.registry import AUTO, REFERENCE, Conv2dQuery, Query, resolve
+from gdfast.errors import mismatch
+
+OFF, FORCE = "off", "force"
+NATIVE = "native"
+
+# A modest core: what it needs less time for than this is not worth choosing.
+_FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
+_MOST_SIZES = 16  # of the images of one layer that are timed in one process
+# How much faster native must be before it is preferred, beyond noise, and how much an algorithm
+# that is less exact.
+_NATIVE_HANDICAP, _ERROR_HANDICAP = 1.03, 1.05
+_SECONDS_BETWEEN_SAVES = 2.0
+
+
+class Use(NamedTuple):
+    """A query, and how it was run: `timed` tells whether times decided."""
+
+    op: str
+    query: Conv2dQuery
+    threads: int
+    candidates: tuple[str, ...]
+    choice: Choice
+
+
+class _Session(NamedTuple):
+    choices: dict[str, Choice]
+    uses: list[Use]
+
+
+# Plain globals, as the choice of the backend is, and for the same reasons. All but the reading of
+# the first two happens under the lock; one thread may take it again, from a signal's handler.
+_mode = AUTO
+_epoch = 0
+_session: _Session | None = None
+_made: dict[str, Choice] = {}  # by times, in this process or, once the file was read, in others
+_unsaved: dict[str, Choice] = {}
+_forced: set[str] = set()  # timed in this process, whatever the file remembered
+_sizes: Counter[tuple[Any, ...]] = Counter()
+_file_was_read = _warned = _forked = False
+_saved_at = float("-inf")
+_lock = threading.RLock()
+
+
+@contextmanager
+def autotune(mode: str) -> Iterator[None]:
+    """Sets how convolutions are chosen for as long as the context lasts, on all threads.
+
+    "auto", the default, times a convolution's algorithms and native PyTorch at its first call,
+    unless the choice is remembered from before, and keeps to the fastest; "off" asks a cost model
+    alone, which always gives the same answer; "force" times everything once more, small
+    convolutions too, and remembers that. The environment variable GDFAST_AUTOTUNE sets it for the
+    whole process, GDFAST_CACHE_DIR the folder of the file that remembers (default: gdfast in the
+    user's cache folder). Raises ValueError for another mode.
+    """
+    before = _mode
+    _set_mode(_checked(mode))
+    try:
+        yield
+    finally:
+        _set_mode(before)
+
+
+def mode() -> str:
+    """How convolutions are chosen now: "auto", "off" or "force"."""
+    return _mode
+
+
+def choices() -> dict[str, Choice]:
+    """What is known by times on this machine, from this process and those before, by query."""
+    with _lock:
+        _read_file()
+        return dict(_made)
+
+
+def forget() -> None:
+    """Drops what is known by times, in this process and in the file.
+
+    Raises OSError where the file cannot be removed.
+    """
+    global _epoch, _file_was_read
+    with _lock:
+        for known in (_made, _unsaved, _forced, _sizes):
+            known.clear()
+        _file_was_read = False
+        _epoch += 1
+        if file := choices_file.path():
+            choices_file.remove(file)
+
+
+@contextmanager
+def recorded(choices: dict[str, Choice]) -> Iterator[list[Use]]:
+    """Runs what `choices` has as it says, and adds to it whatever is chosen within the context.
+
+    Gives the list of what ran, each query once, in the order of first use.
+    """
+    session = _Session(choices, [])
+    before = _session
+    _set_session(session)
+    try:
+        yield session.uses
+    finally:
+        _set_session(before)
+
+
+def situation() -> tuple[int, bool, int]:
+    """What a choice depends on beside its query."""
+    return torch.get_num_threads(), is_strict(), _epoch
+
+
+def bind(op: str, query: Query, requested: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+    """The kernel that runs `op` for `query` from now on; `arguments` are those of this call.
+
+    Raises what `resolve` raises.
+    """
+    backend = resolve(op, query, requested)
+    if backend is not cpu.BACKEND or not isinstance(query, Conv2dQuery):
+        return backend.operations[op](query)
+    names = cpu_algorithms.candidates(op, query, is_strict())
+    if requested == AUTO:
+        names = (*names, NATIVE)
+    threads = torch.get_num_threads()
+    key = _key(op, query, names, threads)
+    calls = {name: _kernel(op, query, name) for name in names}
+    with _lock:
+        choice = _choose(key, op, query, {n: partial(c, *arguments) for n, c in calls.items()})
+        if _session is not None and len(_session.choices) < MOST:
+            _session.choices[key] = choice
+            _session.uses.append(Use(op, query, threads, names, choice))
+    return calls[choice.name]
+
+
+def _kernel(op: str, query: Conv2dQuery, name: str) -> Callable[..., Any]:
+    if name == NATIVE:
+        return resolve(op, query, REFERENCE).operations[op](query)
+    kernel: Callable[..., Any] = cpu.BACKEND.operations[op](query, name)
+    return kernel
+
+
+def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], threads: int) -> str:
+    # Everything that the query has, also what later kinds of queries may add.
+    assert native.cpu is not None
+    values = " ".join(f"{field.name}={getattr(query, field.name)}" for field in fields(query))
+    return f"{op} {'|'.join(names)} {native.cpu.isa()} threads={threads} {values}"
+
+
+def _choose(key: str, op: str, query: Conv2dQuery, calls: dict[str, Callable[[], Any]]) -> Choice:
+    global _saved_at
+    if _session is not None and (choice := _session.choices.get(key)) and choice.name in calls:
+        return choice
+    predicted = Choice(cpu.algorithm(op, query))
+    if len(calls) == 1 or query.geometry.N == 0 or _mode == OFF:
+        return predicted
+    if torch.are_deterministic_algorithms_enabled():
+        return predicted
+    _read_file()
+    if (_mode != FORCE or key in _forced) and (choice := _made.get(key)) and choice.name in calls:
+        return choice
+    if _forked or (_mode != FORCE and not _is_worthwhile(op, query)):
+        return predicted
+    choice = _timed(predicted.name, calls)
+    if _mode == FORCE:
+        _forced.add(key)
+    _made[key] = _unsaved[key] = choice
+    if time.monotonic() - _saved_at > _SECONDS_BETWEEN_SAVES:
+        _save()
+        _saved_at = time.monotonic()
+    return choice
+
+
+def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
+    g = query.geometry
+    elements = prod(g.input_size) + prod(g.weight_size) + prod(g.output_size)
+    seconds = g.flops / _FLOPS + elements * query.dtype.itemsize / _BANDWIDTH
+    if seconds < _LEAST_SECONDS:
+        return False
+    layer = (op, query.dtype, g.weight_size, g.stride, g.padding, g.dilation, g.groups)
+    _sizes[layer] += 1
+    return _sizes[layer] <= _MOST_SIZES
+
+
+def _timed(predicted: str, calls: dict[str, Callable[[], Any]]) -> Choice:
+    measured = tuning_timer.measure(calls)
+    if not measured:
+        return Choice(predicted)
+    seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
+    return Choice(min(seconds, key=lambda name: _handicap(name) * seconds[name]), seconds)
+
+
+def _handicap(name: str) -> float:
+    if name == NATIVE:
+        return _NATIVE_HANDICAP
+    return _ERROR_HANDICAP if cpu_algorithms.STATED_ERROR[name] else 1.0
+
+
+def _read_file() -> None:
+    global _file_was_read
+    if not _file_was_read:
+        _file_was_read = True
+        if file := choices_file.path():
+            _made.update({**choices_file.read(file), **_made})
+
+
+def _save() -> None:
+    """Writes what is new; a file that cannot be written is told of once, and then done without."""
+    global _warned
+    file = choices_file.path()
+    if file is None or _forked or not _unsaved:
+        return
+    try:
+        _made.update({**choices_file.add(file, _unsaved, replacing=_mode == FORCE), **_made})
+    except choices_file.Busy:
+        return  # at the next time, then
+    except OSError as error:
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                f"autotune: {file}: expected a file that can be written, got: "
+                f"{error.strerror or error}; choices are made anew in each process. "
+                "Set GDFAST_CACHE_DIR to a folder that can be written to.",
+                stacklevel=2,
+            )
+    _unsaved.clear()
+
+
+def _checked(mode: str) -> str:
+    if mode not in (AUTO, OFF, FORCE):
+        expected = f"{AUTO!r}, {OFF!r} or {FORCE!r}"
+        raise ValueError(mismatch("autotune", "mode", expected, repr(mode)))
+    return mode
+
+
+def _set_mode(mode: str) -> None:
+    global _mode, _epoch
+    with _lock:
+        if mode != _mode:
+            _mode = mode
+            _epoch += 1
+
+
+def _set_session(session: _Session | None) -> None:
+    global _session, _epoch
+    with _lock:
+        _session = session
+        _epoch += 1
+
+
+def choose_from_environment() -> None:
+    """Sets the mode from GDFAST_AUTOTUNE, where it is set."""
+    if name := os.environ.get("GDFAST_AUTOTUNE"):
+        try:
+            _set_mode(_checked(name))
+        except ValueError as error:
+            raise ValueError(f"GDFAST_AUTOTUNE={name}: {error}") from None
+
+
+def _after_fork() -> None:
+    # The parent's lock may have been held by a thread that is not here.
+    global _lock, _forked
+    _lock = threading.RLock()
+    _forked = True
+    _unsaved.clear()
+
+
+def _at_exit() -> None:
+    with _lock:
+        _save()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
