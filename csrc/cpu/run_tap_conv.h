@@ -4,6 +4,7 @@
 #include "depthwise.h"
 #include "tap_conv_channels.h"
 #include "tap_conv_pixels.h"
+#include "tap_conv_planes.h"
 #include "winograd.h"
 
 namespace gdfast::cpu {
@@ -21,6 +22,14 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
   if constexpr (kSame<T, float>) {
     if (algorithm == Algorithm::kWinograd && winograd_fits<T>(conv)) {
       WinogradTiles(conv, source, weight, bias, dest, threads).run();
+      return;
+    }
+  }
+  const bool few = conv.reduced <= 8 || conv.produced <= 4;
+  if (few && conv.tap_count > 0) {
+    PlaneTiles<T> planes(conv, source, weight, bias, dest, threads);
+    if (planes.image_bytes() <= kMostPlaneBytes) {
+      planes.run();
       return;
     }
   }
