@@ -3,6 +3,7 @@
 
 #include "depthwise.h"
 #include "tap_conv_channels.h"
+#include "tap_conv_few.h"
 #include "tap_conv_pixels.h"
 #include "tap_conv_planes.h"
 #include "winograd.h"
@@ -25,16 +26,22 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
       return;
     }
   }
-  const bool few = conv.reduced <= 8 || conv.produced <= 4;
-  if (few && conv.tap_count > 0) {
+  // Few channels leave most lanes of a panel of channels empty.
+  const bool channels_fill_lanes = 2 * conv.produced >= kLanes<A>;
+  if (conv.tap_count > 0 && conv.reduced <= 8 && conv.dest.c == 1 && channels_fill_lanes) {
+    FewChannels<T> few(conv, source, weight, bias, dest, threads);
+    if (few.image_bytes() <= kMostPlaneBytes) {
+      few.run();
+      return;
+    }
+  }
+  if (conv.tap_count > 0 && (conv.reduced <= 8 || conv.produced <= 4)) {
     PlaneTiles<T> planes(conv, source, weight, bias, dest, threads);
     if (planes.image_bytes() <= kMostPlaneBytes) {
       planes.run();
       return;
     }
   }
-  // Few channels leave most lanes of a panel of channels empty.
-  const bool channels_fill_lanes = 2 * conv.produced >= kLanes<A>;
   if (conv.dest.c == 1 && channels_fill_lanes) {
     PixelTiles<T>(conv, source, weight, bias, dest, threads).run();
   } else {
