@@ -56,13 +56,23 @@ void multiply_few(const FewTileArgs<A>& args) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] += value * line[v];
     }
   }
+  // Copies, for the stores below might otherwise change what args hold.
+  const A* start = args.start;
+  A* out = args.out;
+  const int64_t out_step = args.out_step;
+  const int pixels = args.pixels;
+  Vec<A> first[kVectors] = {};
+  if (start != nullptr) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) first[v] = load(start + v * kWidth);
+  }
 #pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
-    if (i >= args.pixels) break;
+  for (int i = 0; i < kPixels; ++i, out += out_step) {
+    if (i >= pixels) break;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      A* out = args.out + i * args.out_step + v * kWidth;
-      store<A>(out, (args.start == nullptr ? load(out) : load(args.start + v * kWidth)) + sum[i][v]);
+      const Vec<A> before = start == nullptr ? load(out + v * kWidth) : first[v];
+      store<A>(out + v * kWidth, before + sum[i][v]);
     }
   }
 }
@@ -150,8 +160,8 @@ class FewChannels {
     for (int64_t t = 0; t < conv_.tap_count; ++t) {
       const Tap& tap = conv_.taps[t];
       for (int64_t c = 0; c < conv_.reduced; ++c) {
-        offsets_[t * conv_.reduced + c] = (tap.dh - low_h_) * line_size_ +
-                                          (tap.dw - low_w_) * column_step() + c * channel_step();
+        offsets_[t * conv_.reduced + c] =
+            (tap.dh - low_h_) * line_size_ + (tap.dw - low_w_) * column_step() + c * channel_step();
       }
     }
     parallel_for(conv_.groups * panels_, depth_ * width_ > 4096 ? threads_ : 1,
@@ -193,8 +203,7 @@ class FewChannels {
                       weights_ + index * depth_ * width_);
     for (int64_t o = 0; o < width_; ++o) {
       const bool has = bias_ != nullptr && first + o < conv_.produced;
-      biases_[index * width_ + o] =
-          has ? widen(bias_[group * conv_.produced + first + o]) : A(0);
+      biases_[index * width_ + o] = has ? widen(bias_[group * conv_.produced + first + o]) : A(0);
     }
   }
 
@@ -265,8 +274,7 @@ class FewChannels {
         for (int64_t x = begin; x < stop; ++x, from += conv_.source.w) {
           copy_widened(from, 1, conv_.reduced, to + x * conv_.reduced);
         }
-        std::memset(to + stop * conv_.reduced, 0,
-                    (columns_ - stop) * conv_.reduced * sizeof(A));
+        std::memset(to + stop * conv_.reduced, 0, (columns_ - stop) * conv_.reduced * sizeof(A));
       }
     }
   }

@@ -31,9 +31,9 @@ constexpr int64_t kMostPlaneBytes = 3 << 18;
 
 template <typename A>
 struct PlaneTileArgs {
-  const A* image;                        // what all vectors see through an offset of 0
-  int64_t image_at[kMostPlaneVectors];   // where each vector begins
-  const int64_t* offsets;                // [depth]
+  const A* image;                       // what all vectors see through an offset of 0
+  int64_t image_at[kMostPlaneVectors];  // where each vector begins
+  const int64_t* offsets;               // [depth]
   int64_t depth;
   const A* weights;  // [depth][kRows]
   const A* start;    // [kRows]; null: add to what out holds
@@ -152,9 +152,9 @@ class PlaneTiles {
     const int64_t rows = (lines_ - 1) * conv.step_h + span_;
     plane_size_ = (ceil_div(rows * band_.line_size(), kLanes<A>) | 1) * kLanes<A>;
 
-    rows_ = conv.produced <= 4                  ? static_cast<int>(conv.produced)
+    rows_ = conv.produced <= 4                    ? static_cast<int>(conv.produced)
             : conv.produced <= kMostPlaneRows / 2 ? 4
-                                                : kMostPlaneRows;
+                                                  : kMostPlaneRows;
     blocks_ = ceil_div(conv.produced, rows_);
     parts_ = ceil_div(depth_, kPlaneDepth);
     part_depth_ = ceil_div(depth_, parts_);
@@ -212,9 +212,8 @@ class PlaneTiles {
     for (int64_t i = 0; i < rows_; ++i) {
       const bool valid = first + i < conv_.produced;
       const T* from = weight_ + group * conv_.weight_group + (first + i) * conv_.weight_produced;
-      biases_[index * rows_ + i] = valid && bias_ != nullptr
-                                       ? widen(bias_[group * conv_.produced + first + i])
-                                       : A(0);
+      biases_[index * rows_ + i] =
+          valid && bias_ != nullptr ? widen(bias_[group * conv_.produced + first + i]) : A(0);
       for (int64_t x = 0; x < depth_; ++x) {
         const int64_t c = x / conv_.tap_count, t = x % conv_.tap_count;
         to[x * rows_ + i] =
@@ -233,8 +232,8 @@ class PlaneTiles {
       const int64_t count = min_of(lines_at_once_, lines - line);
       T* to = dest_ + n * conv_.dest.n + group0 * conv_.dest_group + (line0 + line) * conv_.dest.h;
       for (int64_t g = 0; g < groups; ++g) {
-        const A* from = image + g * conv_.reduced * plane_size_ +
-                        line * conv_.step_h * band_.line_size();
+        const A* from =
+            image + g * conv_.reduced * plane_size_ + line * conv_.step_h * band_.line_size();
         A* out = sums + g * conv_.produced * lines_at_once_ * sums_width_;
         int64_t out_row = lines_at_once_ * sums_width_;
         if constexpr (kSame<T, A>) {
@@ -325,8 +324,8 @@ class PlaneTiles {
   T* dest_;
   int threads_;
   Band<T> band_;
-  int64_t depth_;       // terms of a sum
-  int64_t low_, span_;  // source lines that a line of dest sees: from step_h * i + low_ on
+  int64_t depth_;             // terms of a sum
+  int64_t low_, span_;        // source lines that a line of dest sees: from step_h * i + low_ on
   int64_t sets_, set_count_;  // groups of a task
   int64_t lines_, plane_size_;
   int rows_;
