@@ -156,7 +156,7 @@ ODD: tuple[Conv2dCase, ...] = (
     Conv2dCase("pixel-1x1", 2, 3, 1, 1, 5, 3, 3, padding=(1, 1)),
     Conv2dCase("tall", 1, 3, 67, 2, 4, 5, 2, padding=(2, 1)),
     Conv2dCase("wide", 1, 3, 2, 67, 4, 2, 5, padding=(1, 2)),
-    Conv2dCase("c3-k70", 2, 3, 9, 33, 70, 3, 3, stride=(1, 2), padding=(1, 1)),
+    Conv2dCase("c3-k70", 1, 3, 9, 33, 70, 3, 3, stride=(1, 2), padding=(1, 1)),
     Conv2dCase("c8-k20-7x7", 1, 8, 4, 19, 20, 7, 7, padding=(3, 2)),
     Conv2dCase("c1-k16-5x3", 2, 1, 6, 37, 16, 5, 3, (2, 1), (4, 3), (2, 3)),
     Conv2dCase("c30-k3-5x5", 1, 30, 4, 37, 3, 5, 5, padding=(2, 2)),
