@@ -27,6 +27,15 @@ class Clock:
         return call
 
 
+def test_shortlist_leaves_out_what_is_slower():
+    clock = Clock()
+    candidates = {"a": clock.work("a", 1e-3), "b": clock.work("b", 1.1e-3), "c": clock.work("c", 2)}
+    kept, dropped = timer.shortlist(candidates, 1.15, clock=clock)
+    assert kept == ["a", "b"] and dropped == pytest.approx({"c": 2})
+    assert "".join(clock.log) == "abc" + "abccba"  # warmed up, then there and back
+    assert timer.shortlist({}, 1.15) == ([], {})
+
+
 def test_medians_and_ratio():
     clock = Clock()
     candidates = {"ours": clock.work("ours", 1e-3), "native": clock.work("native", 3e-3)}

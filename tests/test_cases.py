@@ -1,5 +1,6 @@
 """The table of shapes: facts that can be known without it."""
 
+from collections import Counter
 from math import prod
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gdfast import models
 from gdfast.bench import cases
 
 EVERY_LAYER = [case for table in cases.LAYERS.values() for case in table]
@@ -68,6 +70,37 @@ def test_resnet_layers_make_the_published_model(model, layers, features, publish
     assert sum(case.count for case in table) == layers
     multiply_adds = sum(case.count * case.with_batch(1).flops for case in table) / 2
     assert multiply_adds + features * 1000 == pytest.approx(published, rel=0.003)
+
+
+@pytest.mark.parametrize(
+    ("table", "step"),
+    [
+        ("simple_cnn", "cnn"),
+        ("resnet20", "resnet20"),
+        ("resnet18", "resnet18"),
+        ("resnet50", "resnet50"),
+        ("yolo", "yolo_lite_backbone"),
+        ("mobilenet", "mobilenet_v2"),
+    ],
+)
+def test_layers_are_those_of_the_model(table, step):
+    case = next(case for case in cases.STEPS if case.model == step)
+    with torch.device("meta"):
+        model = models.create(step, **case.options)
+    found = Counter()
+
+    def count(layer, inputs, output):
+        (input,) = inputs
+        found[tuple(input.shape), tuple(layer.weight.shape), layer.stride, layer.padding] += 1
+        assert layer.dilation == (1, 1) and layer.groups * layer.weight.shape[1] == input.shape[1]
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    model(torch.empty(case.N, case.C, case.H, case.W, device="meta"))
+    expected = {(c.input_shape, c.weight_shape, c.stride, c.padding): c.count
+                for c in cases.LAYERS[table]}  # fmt: skip
+    assert found == expected
 
 
 def test_resnet50_strides_on_the_3x3():

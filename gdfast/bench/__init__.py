@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 _PASSES = ("forward", "grad_input", "grad_weight")
-_SUITES = ("quick", "all", "simple_cnn", "resnet18", "resnet50", "yolo", "sgd", "step")
+_SUITES = (
+    "quick", "all", "simple_cnn", "resnet20", "resnet18", "resnet50", "yolo", "mobilenet",
+    "winograd", "sgd", "step",
+)  # fmt: skip
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -20,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", choices=_SUITES, default="quick",
         help="what to measure (default: quick, a selection that takes under two minutes)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", default="", metavar="TEXT",
+        help="only what has this in its name: --suite step --only resnet18",
     )  # fmt: skip
     parser.add_argument(
         "--passes", nargs="+", choices=_PASSES, default=list(_PASSES), metavar="PASS",
@@ -41,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native training steps through torch.compile too (slow to start)",
     )  # fmt: skip
     parser.add_argument(
+        "--memory", action="store_true",
+        help="peak memory of training steps too, each side in a process of its own",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), metavar="DIR",
         help="folder for the JSON file and the plot (default: runs/bench)",
     )  # fmt: skip
@@ -59,39 +70,52 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         OSError: the folder for the results cannot be made or written to.
         BackendError: the backend asked for by name cannot run something.
+        UserError: `--only` finds nothing.
     """
+    from dataclasses import replace
+
     import torch
 
     from gdfast import backends
-    from gdfast.bench import explain, machine, peak, plot, report, suites
+    from gdfast.bench import explain, machine, memory, peak, plot, report, suites
     from gdfast.bench.result import Result, measure
+    from gdfast.errors import UserError
     from gdfast.extras import MissingExtraError
     from gdfast.files import write_atomic
 
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
+    try:
+        planned = suites.plan(args.suite, args.passes, dtype, args.compile, args.only)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if args.explain:
         with backends.backend(args.backend), _Progress() as progress:
-            planned = suites.plan(args.suite, args.passes, dtype)
             rows, facts = explain.collect(planned, progress.show), machine.describe()
         print(explain.to_json(rows, facts) if args.json else explain.table(rows, facts))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
+    if unfair := machine.unfair():
+        print(unfair, file=sys.stderr)
 
     results: list[Result] = []
     with backends.backend(args.backend), _Progress() as progress:
         progress.show("measuring the machine's peak")
         facts, limits = machine.describe(), peak.measure(dtype)
-        planned = suites.plan(args.suite, args.passes, dtype, args.compile)
         for position, item in enumerate(planned, 1):
             progress.show(f"[{position}/{len(planned)}] {item.label}")
-            results.append(measure(item.build(), args.rounds))
+            result = measure(item.build(), args.rounds)
+            if args.memory and item.step is not None and result.times is not None:
+                layouts = result.best_ours, result.best_native.split()[0]
+                result = replace(result, memory=memory.compare(item.step, dtype, *layouts))
+            results.append(result)
         progress.show("measuring the machine's peak again")
         limits = limits.better(peak.measure(dtype))
 
     settings = {
         "suite": args.suite,
+        "only": args.only,
         "passes": args.passes,
         "rounds": args.rounds,
         "dtype": args.dtype,
@@ -99,7 +123,8 @@ def main(args: argparse.Namespace) -> int:
         "compile": args.compile,
     }
     document = report.to_json(results, facts, limits, settings)
-    stem = f"{machine.slug()}-{args.suite}-{args.dtype}-{facts['threads']}t"
+    parts = [machine.slug(), args.suite, machine.slug_of(args.only), args.dtype]
+    stem = "-".join(filter(None, [*parts, f"{facts['threads']}t", machine.held()]))
     title = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {args.dtype}"
     # Saved before it is printed, so that `| head` loses nothing; printed even if saving fails.
     try:

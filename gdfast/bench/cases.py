@@ -6,8 +6,8 @@ Pure data. It imports nothing but the standard library, so anything may import i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -107,7 +107,11 @@ class SgdCase:
 
 @dataclass(frozen=True)
 class StepCase:
-    """One training step of a whole model on images [N, C, H, W]."""
+    """One training step of a whole model on images [N, C, H, W].
+
+    `options` are those of `gdfast.models.create`. Models of dropout are made without: both sides
+    must compute the same.
+    """
 
     name: str
     model: str  # a name that gdfast.models.create knows
@@ -116,6 +120,7 @@ class StepCase:
     H: int
     W: int
     classes: int
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return self.name
@@ -184,11 +189,18 @@ def _distinct(layers: Iterable[Conv2dCase]) -> tuple[Conv2dCase, ...]:
 
 def _resnet(model: str, depths: tuple[int, ...], bottleneck: bool) -> tuple[Conv2dCase, ...]:
     """Convolutions of a ResNet v1.5 (stride on the 3x3) for 8 images of 224 x 224."""
-    batch = 8
-    layers = [_layer(model, 3, 224, 64, 7, 2, batch)]
-    C, H = 64, 56  # after the stem and its max pool
+    stem = _layer(model, 3, 224, 64, 7, 2, 8)
+    return _distinct([stem, *_residual(model, 64, 56, depths, bottleneck, 8)])
+
+
+def _residual(
+    model: str, C: int, H: int, depths: tuple[int, ...], bottleneck: bool, batch: int
+) -> list[Conv2dCase]:
+    """The stages after the stem, which gives C channels of H x H; each stage doubles the width."""
+    layers = []
+    first = C
     for stage, depth in enumerate(depths):
-        width = 64 << stage
+        width = first << stage
         out = 4 * width if bottleneck else width
         for block in range(depth):
             stride = 2 if block == 0 and stage > 0 else 1
@@ -206,6 +218,36 @@ def _resnet(model: str, depths: tuple[int, ...], bottleneck: bool) -> tuple[Conv
             if stride > 1 or out != C:  # the shortcut needs a projection
                 layers.append(_layer(model, C, H, out, 1, stride, batch))
             C, H = out, H // stride
+    return layers
+
+
+def _cifar_resnet(model: str, depth: int) -> tuple[Conv2dCase, ...]:
+    """Convolutions of a ResNet for CIFAR, for 64 images of 32 x 32."""
+    stem = _layer(model, 3, 32, 16, 3, 1, 64)
+    blocks = (depth - 2) // 6
+    return _distinct([stem, *_residual(model, 16, 32, (blocks,) * 3, False, 64)])
+
+
+def _mobilenet() -> tuple[Conv2dCase, ...]:
+    """Convolutions of MobileNetV2 for 8 images of 224 x 224."""
+    model, batch = "mobilenet", 8
+    layers = [_layer(model, 3, 224, 32, 3, 2, batch)]
+    C, H = 32, 112
+    for expansion, K, blocks, first in (
+        (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):  # fmt: skip
+        for block in range(blocks):
+            stride, width = first if block == 0 else 1, C * expansion
+            if expansion > 1:
+                layers.append(_layer(model, C, H, width, 1, 1, batch))
+            depthwise = _layer(model, width, H, width, 3, stride, batch)
+            name = depthwise.name.replace(f"{width}->{width}", f"depthwise {width}")
+            layers.append(replace(depthwise, name=name, groups=width))
+            H //= stride
+            layers.append(_layer(model, width, H, K, 1, 1, batch))
+            C = K
+    layers.append(_layer(model, C, H, 1280, 1, 1, batch))
     return _distinct(layers)
 
 
@@ -229,13 +271,25 @@ SIMPLE_CNN: tuple[Conv2dCase, ...] = (
 )
 RESNET18 = _resnet("resnet18", (2, 2, 2, 2), bottleneck=False)
 RESNET50 = _resnet("resnet50", (3, 4, 6, 3), bottleneck=True)
+RESNET20 = _cifar_resnet("resnet20", 20)
 YOLO_LITE = _yolo_lite()
+MOBILENET = _mobilenet()
+# 3x3 layers with stride 1 from 16 to 512 channels, where fewer multiplications can win.
+WINOGRAD = tuple(
+    _layer("winograd", channels, size, channels, 3, 1, batch)
+    for channels, size, batch in (
+        (64, 56, 8), (128, 28, 8), (256, 14, 8), (512, 7, 8), (32, 64, 16), (16, 32, 64),
+    )
+)  # fmt: skip
 
 LAYERS: dict[str, tuple[Conv2dCase, ...]] = {
     "simple_cnn": SIMPLE_CNN,
+    "resnet20": RESNET20,
     "resnet18": RESNET18,
     "resnet50": RESNET50,
     "yolo": YOLO_LITE,
+    "mobilenet": MOBILENET,
+    "winograd": WINOGRAD,
 }
 
 
@@ -266,4 +320,16 @@ SGD_CASES: tuple[SgdCase, ...] = (
     SgdCase("25.6 M, ResNet-50's 161", _resnet50_parameters()),
 )
 
-STEPS: tuple[StepCase, ...] = (StepCase("SimpleCNN, batch 64", "cnn", 64, 1, 28, 28, 10),)
+STEPS: tuple[StepCase, ...] = (
+    StepCase("SimpleCNN, batch 64", "cnn", 64, 1, 28, 28, 10),
+    StepCase("ResNet-20, batch 64, 32x32", "resnet20", 64, 3, 32, 32, 10),
+    StepCase("ResNet-18, batch 8, 224x224", "resnet18", 8, 3, 224, 224, 1000),
+    StepCase("ResNet-50, batch 8, 224x224", "resnet50", 8, 3, 224, 224, 1000),
+    StepCase(
+        "YOLO-lite backbone, batch 4, 416x416", "yolo_lite_backbone", 4, 3, 416, 416, 20,
+        {"num_classes": 20},
+    ),
+    StepCase(
+        "MobileNetV2, batch 8, 224x224", "mobilenet_v2", 8, 3, 224, 224, 1000, {"dropout": 0.0}
+    ),
+)  # fmt: skip

@@ -24,6 +24,7 @@ def describe() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "isa": native.cpu.isa() if native.cpu is not None else None,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -37,7 +38,33 @@ def describe() -> dict[str, Any]:
 def slug() -> str:
     """The machine's name as a part of a file name: "amd-epyc-2cpu"."""
     name = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", processor.name().lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()}cpu").strip("-")
+    return slug_of(f"{name} {os.cpu_count()}cpu")
+
+
+def slug_of(text: str) -> str:
+    """Small letters and digits of a text, with single hyphens for all else."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def held() -> str:
+    """The instruction set that our kernels are held to, below what the machine has; "" if none."""
+    if native.cpu is None or native.cpu.isa() == native.cpu.supported_isas()[-1]:
+        return ""
+    return native.cpu.isa()
+
+
+def unfair() -> str:
+    """What is unequal about the instruction sets that the two sides are held to; "" if nothing."""
+    isa, capability = held(), torch.backends.cpu.get_cpu_capability().lower()
+    onednn = (os.environ.get("ONEDNN_MAX_CPU_ISA") or "").lower()
+    if isa == "avx2" and (capability != "avx2" or onednn != "avx2"):
+        return (
+            "Ours was held to avx2 and native was not: "
+            "set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 too."
+        )
+    if not isa and (onednn not in ("", "all", "default") or "ATEN_CPU_CAPABILITY" in os.environ):
+        return "Native was held to an instruction set (see its variables) and ours was not."
+    return ""
 
 
 def commit() -> str | None:

@@ -13,7 +13,7 @@ from gdfast.bench.result import Result, geometric_means
 SCHEMA = 1  # raised when a reader of the JSON would have to change
 
 _HEADER = ("", "pass", "ours", "", "best native", "", "ratio", "spread", "null",
-           "NCHW", "ch_last", "rate", "of peak")  # fmt: skip
+           "NCHW", "ch_last", "rate", "of peak", "memory")  # fmt: skip
 _BUSY = 0.25  # width of a usual null case, from which on single rows say little
 _LEFT = {0, 1, 3, 5}  # columns of words; the others are numbers, aligned to the right
 
@@ -84,6 +84,7 @@ def row(result: Result, peak: Peak) -> tuple[str, ...]:
         f"{same['channels_last']:.2f}" if "channels_last" in same else "",
         rate,
         f"{result.share(peak):.0%}",
+        f"{result.memory[0] / result.memory[1]:.2f}" if result.memory else "",
     )
 
 

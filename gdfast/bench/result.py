@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from statistics import geometric_mean
 from typing import Any
@@ -15,7 +15,11 @@ from gdfast.bench.workload import Check, Workload
 
 @dataclass(frozen=True)
 class Result:
-    """A workload's check and, only where that held, its times."""
+    """A workload's check and, only where that held, its times.
+
+    `dropped` are the variants that were too slow to be timed in full, with the seconds that a first
+    look gave; `memory` the peak bytes of a training step, ours and native's, if it was asked for.
+    """
 
     suite: str
     name: str
@@ -28,6 +32,8 @@ class Result:
     images: int
     check: Check
     times: timer.Comparison | None
+    dropped: dict[str, float] = field(default_factory=dict)
+    memory: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:
@@ -97,6 +103,7 @@ class Result:
                 "errors": _numbers(self.check.errors),
                 "allowed": _numbers(self.check.allowed),
             },
+            "memory": self.memory and dict(zip(("ours", "native"), self.memory, strict=True)),
             "times": None,
         }
         if self.times is not None:
@@ -108,6 +115,7 @@ class Result:
                 "ratio": self.ratio,
                 "spread": self.spread,
                 "same_layout": self.same_layout,
+                "dropped": self.dropped,
                 "null_of": self.times.null_of,
                 "null_spread": self.times.null_spread,
                 "bound": peak.bound(self.flops, self.bytes),
@@ -127,13 +135,19 @@ def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
 def measure(workload: Workload, rounds: int = 15) -> Result:
     """Check a workload and time it; without the times where the check fails."""
     check = workload.check()
-    times = None
+    ours, native = list(workload.ours), list(workload.native)
+    times, dropped = None, {}
     if check.ok:
+        if workload.shortlist:
+            ours, slow_ours = timer.shortlist(workload.ours, workload.shortlist)
+            native, slow_native = timer.shortlist(workload.native, workload.shortlist)
+            dropped = _by_side(slow_ours, slow_native)
         twin = workload.twin
+        baselines = [f"native {name}" for name in native]
         times = timer.compare(
-            workload.calls,
+            {name: workload.calls[name] for name in [*(f"ours {n}" for n in ours), *baselines]},
             rounds,
-            baselines=[f"native {name}" for name in workload.native],
+            baselines=baselines,
             twin=twin and (lambda name: twin(name.removeprefix("native "))),
         )
     return Result(
@@ -141,14 +155,21 @@ def measure(workload: Workload, rounds: int = 15) -> Result:
         workload.name,
         workload.task,
         workload.backend,
-        tuple(workload.ours),
-        tuple(workload.native),
+        tuple(ours),
+        tuple(native),
         workload.flops,
         workload.bytes,
         workload.images,
         check,
         times,
+        dropped,
     )
+
+
+def _by_side(ours: Mapping[str, float], native: Mapping[str, float]) -> dict[str, float]:
+    return {f"ours {name}": value for name, value in ours.items()} | {
+        f"native {name}": value for name, value in native.items()
+    }
 
 
 def geometric_means(results: list[Result]) -> dict[str, float]:

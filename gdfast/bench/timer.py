@@ -100,6 +100,28 @@ def compare(
     return Comparison({name: seconds[name] for name in calls}, null_of, seconds[null])
 
 
+def shortlist(
+    candidates: Mapping[str, Callable[[], Any]],
+    within: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[str], dict[str, float]]:
+    """The candidates worth timing in full, and the others with their seconds per call.
+
+    Each is warmed up and called twice, there and back; worth it is what takes at most `within`
+    times as long as the best of them, by the quicker of its two calls.
+    """
+    for call in candidates.values():
+        call()
+    seconds = dict.fromkeys(candidates, float("inf"))
+    names = list(candidates)
+    for name in names + names[::-1]:
+        seconds[name] = min(seconds[name], _time(candidates[name], 1, clock))
+    limit = within * min(seconds.values(), default=0.0)
+    kept = [name for name, taken in seconds.items() if taken <= limit]
+    return kept, {name: taken for name, taken in seconds.items() if name not in kept}
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Value below which `share` (0 to 1) of the values lie, interpolated linearly."""
     ordered = sorted(values)

@@ -38,7 +38,8 @@ class Workload:
 
     `twin` makes one of native's variants anew, on memory of its own, where variants do not share
     theirs. `flops` and `bytes` are the least that the work takes, `images` what a training step
-    sees. `backend` names what ours runs on.
+    sees. `backend` names what ours runs on. A variant that a first look shows to take more than
+    `shortlist` times as long as the best of its side is not timed further; 0 times all.
     """
 
     suite: str
@@ -52,6 +53,7 @@ class Workload:
     twin: Callable[[str], Callable[[], Any]] | None = None
     images: int = 0
     backend: str = ""
+    shortlist: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.suite}: {self.name}, {self.task}"
