@@ -30,6 +30,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.attr("why_no_cuda") = GDFAST_WHY_NO_CUDA;
 
+  bind_batch_norm(m);
   bind_conv2d(m);
   bind_sgd(m);
 }

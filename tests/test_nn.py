@@ -140,7 +140,8 @@ def test_ways_to_import() -> None:
     names: dict[str, Any] = {}
     exec("from gdfast.nn import *", names)
     assert names["Conv2d"] is nn.Conv2d
-    assert names["BatchNorm2d"] is torch.nn.BatchNorm2d
+    assert names["BatchNorm2d"] is nn.BatchNorm2d
+    assert names["BatchNorm1d"] is torch.nn.BatchNorm1d
     exec("from gdfast.nn.functional import *", names)
     assert names["conv2d"] is ops.conv2d
     assert names["max_pool2d"] is F.max_pool2d

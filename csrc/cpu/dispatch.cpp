@@ -6,8 +6,9 @@
 namespace gdfast::cpu {
 namespace {
 
-#define GDFAST_TABLE(isa) \
-  {#isa, isa::conv2d, isa::conv2d_grad_input, isa::conv2d_grad_weight, isa::sgd}
+#define GDFAST_TABLE(isa)                                                       \
+  {#isa,     isa::conv2d,     isa::conv2d_grad_input,  isa::conv2d_grad_weight, \
+   isa::sgd, isa::batch_norm, isa::batch_norm_backward}
 
 constexpr KernelTable kTables[] = {
     GDFAST_TABLE(baseline),

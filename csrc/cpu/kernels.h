@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../batch_norm_problem.h"
 #include "../conv2d_problem.h"
 #include "../sgd_math.h"
 
@@ -22,6 +23,14 @@ namespace gdfast::cpu {
                           const void* input, void* grad_weight, void* grad_bias, int threads); \
   /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */             \
   void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);       \
+  /* Batch normalisation, residual and activation; see batch_norm_problem.h. In training the   \
+     statistics are those of the input, or follow from sums where not null, and move the       \
+     running ones by momentum; in evaluation they are the running ones. */                     \
+  void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,  \
+                  double momentum, const BatchNormSums* sums, int threads);                    \
+  /* Its gradients. */                                                                         \
+  void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,       \
+                           bool training, PreActivation from, int threads);                    \
   }
 
 GDFAST_DECLARE_KERNELS(baseline)
@@ -35,6 +44,8 @@ struct KernelTable {
   decltype(&baseline::conv2d_grad_input) conv2d_grad_input;
   decltype(&baseline::conv2d_grad_weight) conv2d_grad_weight;
   decltype(&baseline::sgd) sgd;
+  decltype(&baseline::batch_norm) batch_norm;
+  decltype(&baseline::batch_norm_backward) batch_norm_backward;
 };
 
 // The table in force: the best that this processor runs, or the one that select_isa() asked for.

@@ -11,6 +11,7 @@ from gdfast.backends.precision import is_strict, precision
 from gdfast.backends.registry import (
     Availability,
     Backend,
+    BatchNormQuery,
     Conv2dQuery,
     Query,
     available,
@@ -28,6 +29,7 @@ from gdfast.backends.tuning import autotune
 __all__ = [
     "Availability",
     "Backend",
+    "BatchNormQuery",
     "Conv2dQuery",
     "Query",
     "autotune",

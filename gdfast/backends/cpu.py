@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cpu_algorithms, sgd
+from gdfast.backends import batch_norm, cpu_algorithms, sgd
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, Conv2dQuery, Query
 
@@ -128,6 +128,8 @@ def missing() -> str:
 BACKEND = Backend(
     name="cpu",
     operations={
+        "batch_norm_act": batch_norm.cpu,
+        "batch_norm_act_backward": batch_norm.cpu_backward,
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gdfast.backends import sgd
+from gdfast.backends import batch_norm, sgd
 from gdfast.backends.registry import REFERENCE, Backend, Conv2dQuery
 from gdfast.geometry import Padding, dense_strides, is_channels_last
 
@@ -92,6 +92,8 @@ def conv2d_grad_weight(
 BACKEND = Backend(
     name=REFERENCE,
     operations={
+        "batch_norm_act": batch_norm.reference,
+        "batch_norm_act_backward": batch_norm.reference_backward,
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,

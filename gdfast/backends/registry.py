@@ -49,6 +49,26 @@ class Conv2dQuery(Query):
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchNormQuery(Query):
+    """The query of a batch normalisation with activation, or of its gradients.
+
+    `size` is [N, C, H, W] and `strides` those of all tensors of that size, dense; `pre_activation`
+    tells where the backward pass finds the activation's argument: "input" computes it again,
+    "residual" too, "output" reads what tells as much.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    channels_last: bool
+    param_dtype: torch.dtype
+    training: bool
+    eps: float
+    activation: str
+    negative_slope: float
+    pre_activation: str
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way of running the operations.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 from gdfast.mirror import mirror_submodules as _mirror_submodules
 from gdfast.nn import functional as functional  # type: ignore[no-redef]
 from gdfast.nn.conv import Conv2d as Conv2d
+from gdfast.nn.norm import BatchNorm2d as BatchNorm2d
+from gdfast.nn.norm import BatchNormAct2d as BatchNormAct2d
+from gdfast.nn.norm import ConvNormAct as ConvNormAct
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +32,6 @@ def __dir__() -> list[str]:
     return sorted({*dir(torch.nn), *globals()})
 
 
-# Ours go by the names of torch's.
+# Ours go by the names of torch's. What torch has not is here too, but no star imports it.
 __all__ = [name for name in dir(torch.nn) if not name.startswith("_")]
-_mirror_submodules(__name__, "torch.nn", own=("conv", "functional"))
+_mirror_submodules(__name__, "torch.nn", own=("conv", "functional", "norm"))

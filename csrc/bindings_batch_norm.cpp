@@ -1,0 +1,134 @@
+// Binds the batch normalisation kernels: problems are checked once, when they are made.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace gdfast {
+namespace {
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw py::value_error("BatchNormProblem: " + what);
+}
+
+DType dtype_named(const char* argument, const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float64") return DType::kFloat64;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw py::value_error(std::string("BatchNormProblem: ") + argument +
+                        ": expected float32, float64, bfloat16 or float16, got " + name);
+}
+
+Activation activation_named(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  if (name == "silu") return Activation::kSilu;
+  throw py::value_error(
+      "BatchNormProblem: activation: expected none, relu, relu6, leaky_relu or silu, got " + name);
+}
+
+PreActivation pre_activation_named(const std::string& name, Activation activation) {
+  const bool relu = activation == Activation::kRelu || activation == Activation::kRelu6;
+  const bool leaky = activation == Activation::kLeakyRelu;
+  if (name == "input") return PreActivation::kInput;
+  if (name == "residual" && !relu) return PreActivation::kResidual;
+  if (name == "output" && (relu || leaky)) return PreActivation::kOutput;
+  throw py::value_error(
+      "batch_norm_backward: pre_activation: expected input, residual (not for relu and relu6) or "
+      "output (for these and leaky_relu), got " +
+      name);
+}
+
+BatchNormProblem make_problem(int64_t N, int64_t C, int64_t S, bool channels_last,
+                              const std::string& dtype, const std::string& param_dtype,
+                              const std::string& activation, double negative_slope, double eps) {
+  require(N > 0 && C > 0 && S > 0, "N, C, S: expected all > 0");
+  return {N,
+          C,
+          S,
+          channels_last,
+          dtype_named("dtype", dtype),
+          dtype_named("param_dtype", param_dtype),
+          activation_named(activation),
+          negative_slope,
+          eps};
+}
+
+void check_threads(const char* op, int threads) {
+  if (threads >= 1) return;
+  throw py::value_error(std::string(op) + ": threads: expected >= 1, got " +
+                        std::to_string(threads));
+}
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+void bind_batch_norm(py::module_& m) {
+  py::class_<BatchNormProblem>(m, "BatchNormProblem",
+                               "Sizes, memory order, dtypes and activation of one batch "
+                               "normalisation.")
+      .def(py::init(&make_problem), py::arg("N"), py::arg("C"), py::arg("S"),
+           py::arg("channels_last"), py::arg("dtype"), py::arg("param_dtype"),
+           py::arg("activation"), py::arg("negative_slope"), py::arg("eps"));
+
+  m.def(
+      "batch_norm",
+      [](const BatchNormProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
+         uintptr_t running_mean, uintptr_t running_var, uintptr_t residual, uintptr_t output,
+         uintptr_t mean, uintptr_t invstd, bool training, double momentum, int threads,
+         uintptr_t shift, uintptr_t sum, uintptr_t sum_of_squares) {
+        check_threads("batch_norm", threads);
+        const BatchNormForward to{pointer(input),    pointer(weight),       pointer(bias),
+                                  pointer(residual), pointer(running_mean), pointer(running_var),
+                                  pointer(output),   pointer(mean),         pointer(invstd)};
+        const BatchNormSums sums{pointer<double>(shift), pointer<double>(sum),
+                                 pointer<double>(sum_of_squares)};
+        py::gil_scoped_release release;
+        cpu::kernels().batch_norm(problem, to, training, momentum, sum == 0 ? nullptr : &sums,
+                                  threads);
+      },
+      py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+      py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("output"),
+      py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("momentum"),
+      py::arg("threads"), py::arg("shift") = 0, py::arg("sum") = 0, py::arg("sum_of_squares") = 0,
+      "Writes output, mean and invstd and, in training, the running statistics. Arguments are "
+      "addresses, 0 for none; the sums, float64 [C], take the place of a pass over the input.");
+  m.def(
+      "batch_norm_backward",
+      [](const BatchNormProblem& problem, uintptr_t grad_output, uintptr_t input,
+         uintptr_t residual_or_output, uintptr_t weight, uintptr_t bias, uintptr_t mean,
+         uintptr_t invstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias,
+         uintptr_t grad_residual, bool training, const std::string& pre_activation, int threads) {
+        check_threads("batch_norm_backward", threads);
+        const PreActivation from = pre_activation_named(pre_activation, problem.activation);
+        if (grad_residual != 0 && from == PreActivation::kInput) {
+          throw py::value_error(
+              "batch_norm_backward: grad_residual: expected none where pre_activation is input");
+        }
+        const BatchNormBackward to{
+            pointer(grad_output), pointer(input),        pointer(residual_or_output),
+            pointer(weight),      pointer(bias),         pointer(mean),
+            pointer(invstd),      pointer(grad_input),   pointer(grad_weight),
+            pointer(grad_bias),   pointer(grad_residual)};
+        py::gil_scoped_release release;
+        cpu::kernels().batch_norm_backward(problem, to, training, from, threads);
+      },
+      py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("residual_or_output"),
+      py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("grad_input"),
+      py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"), py::arg("training"),
+      py::arg("pre_activation"), py::arg("threads"),
+      "Writes those gradients whose address is not 0.");
+}
+
+}  // namespace gdfast

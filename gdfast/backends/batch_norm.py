@@ -1,0 +1,240 @@
+"""Batch normalisation with residual and activation on each backend.
+
+Forward kernels take (input, weight, bias, running_mean, running_var, residual, momentum) and return
+(output, mean, invstd): the statistics that the input was normalised with, in the type that sums are
+taken in. In training they move the running statistics where there are any.
+
+Backward kernels take (grad_output, input, weight, bias, other, mean, invstd, wanted): `other` is what
+`pre_activation` names, `wanted` four booleans. They return the gradients of input, weight, bias and
+residual, None where not wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from gdfast import native
+from gdfast.backends.registry import BatchNormQuery
+from gdfast.backends.sgd import DTYPES
+
+Wanted = tuple[bool, bool, bool, bool]
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu")
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over tensors of a dtype are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(value: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Native PyTorch's activation of that name."""
+    if activation == "relu":
+        return F.relu(value)
+    if activation == "relu6":
+        return F.relu6(value)
+    if activation == "leaky_relu":
+        return F.leaky_relu(value, negative_slope)
+    if activation == "silu":
+        return F.silu(value)
+    return value
+
+
+def _problem(query: BatchNormQuery) -> Any:
+    assert native.cpu is not None
+    N, C, H, W = query.size
+    return native.cpu.BatchNormProblem(
+        N, C, H * W, query.channels_last, DTYPES[query.dtype], DTYPES[query.param_dtype],
+        query.activation, query.negative_slope, query.eps,
+    )  # fmt: skip
+
+
+def _laid_out(tensor: Tensor, query: BatchNormQuery) -> Tensor:
+    """The tensor itself, or its copy, in the memory order that kernels walk through."""
+    if tensor.stride() == query.strides:
+        return tensor
+    format = torch.channels_last if query.channels_last else torch.contiguous_format
+    return tensor.contiguous(memory_format=format)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _packed(param: Tensor | None) -> Tensor | None:
+    """The tensor itself, or its copy in one stretch of memory."""
+    return None if param is None else param.contiguous()
+
+
+def _written(running: Tensor | None, packed: Tensor | None) -> None:
+    """Lets a running statistic have what a kernel wrote, and autograd know."""
+    if running is None or packed is None:
+        return
+    if running is packed:
+        increment_version(running)
+    else:
+        running.copy_(packed)
+
+
+def cpu(query: BatchNormQuery) -> Forward:
+    """The CPU kernel for one shape; input has the strides of the query."""
+    assert native.cpu is not None
+    run, problem = native.cpu.batch_norm, _problem(query)
+    size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
+    stats_dtype, training = sum_dtype(dtype), query.training
+
+    def kernel(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, residual: Tensor | None, momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output = torch.empty_strided(size, strides, dtype=dtype)
+        mean = torch.empty(channels, dtype=stats_dtype)
+        invstd = torch.empty(channels, dtype=stats_dtype)
+        if residual is not None:
+            residual = _laid_out(residual, query)
+        weight, bias = _packed(weight), _packed(bias)
+        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
+        run(
+            problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
+            _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
+            invstd.data_ptr(), training, momentum, torch.get_num_threads(),
+        )  # fmt: skip
+        if training:
+            _written(running_mean, packed_mean)
+            _written(running_var, packed_var)
+        return output, mean, invstd
+
+    return kernel
+
+
+def cpu_backward(query: BatchNormQuery) -> Backward:
+    """The CPU kernel for the gradients; input has the strides of the query."""
+    assert native.cpu is not None
+    run, problem = native.cpu.batch_norm_backward, _problem(query)
+    size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
+    training, pre_activation = query.training, query.pre_activation
+    hands_on = query.activation == "none"
+
+    def kernel(
+        grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+        other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        want_input, want_weight, want_bias, want_residual = wanted
+        grad = _laid_out(grad_output, query)
+        param_dtype = query.param_dtype
+        grad_input = torch.empty_strided(size, strides, dtype=dtype) if want_input else None
+        grad_weight = torch.empty(channels, dtype=param_dtype) if want_weight else None
+        grad_bias = torch.empty(channels, dtype=param_dtype) if want_bias else None
+        grad_residual = None
+        if want_residual and not hands_on:
+            grad_residual = torch.empty_strided(size, strides, dtype=dtype)
+        if other is not None:
+            other = _laid_out(other, query)
+        weight, bias = _packed(weight), _packed(bias)
+        run(
+            problem, grad.data_ptr(), input.data_ptr(), _address(other), _address(weight),
+            _address(bias), mean.data_ptr(), invstd.data_ptr(), _address(grad_input),
+            _address(grad_weight), _address(grad_bias), _address(grad_residual), training,
+            pre_activation, torch.get_num_threads(),
+        )  # fmt: skip
+        if want_residual and hands_on:
+            grad_residual = grad_output
+        return grad_input, grad_weight, grad_bias, grad_residual
+
+    return kernel
+
+
+def reference(query: BatchNormQuery) -> Forward:
+    """Native PyTorch's operators, one after another."""
+    training, eps, dtype = query.training, query.eps, sum_dtype(query.dtype)
+
+    def kernel(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, residual: Tensor | None, momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output, mean, invstd = torch.ops.aten.native_batch_norm.default(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        if residual is not None:
+            output = output + residual
+        output = _laid_out(activate(output, query.activation, query.negative_slope), query)
+        if not training:
+            assert running_mean is not None and running_var is not None
+            mean, invstd = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()
+        return output, mean.to(dtype), invstd.to(dtype)
+
+    return kernel
+
+
+def reference_backward(query: BatchNormQuery) -> Backward:
+    """The gradients as a formula of native operators, differentiable any number of times."""
+
+    def kernel(*inputs: Any) -> tuple[Tensor | None, ...]:
+        return gradients(query, *inputs)
+
+    return kernel
+
+
+def gradients(
+    query: BatchNormQuery, grad_output: Tensor, input: Tensor, weight: Tensor | None,
+    bias: Tensor | None, other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of input, weight, bias and residual by native operators.
+
+    In training the statistics count as functions of the input, whatever `mean` and `invstd` are.
+    """
+
+    def by_channel(value: Tensor) -> Tensor:
+        return value.to(dtype).view(1, -1, 1, 1)
+
+    dtype, over = sum_dtype(query.dtype), (0, 2, 3)
+    x = input.to(dtype)
+    if query.training:
+        m = x.mean(over, keepdim=True)
+        s = ((x - m).square().mean(over, keepdim=True) + query.eps).rsqrt()
+    else:
+        m, s = by_channel(mean), by_channel(invstd)
+    normalised = (x - m) * s
+    grad = grad_output.to(dtype)
+    if query.activation != "none":
+        if query.pre_activation == "output":
+            assert other is not None
+            z = other.to(dtype)
+        else:
+            z = normalised if weight is None else normalised * by_channel(weight)
+            z = z if bias is None else z + by_channel(bias)
+            z = z if other is None else z + other.to(dtype)
+        grad = _activation_gradient(grad, z, query.activation, query.negative_slope)
+    grad_input = grad_weight = grad_bias = None
+    want_input, want_weight, want_bias, want_residual = wanted
+    if want_input:
+        grad_input = grad
+        if query.training:
+            products = (grad * normalised).mean(over, keepdim=True)
+            grad_input = grad - grad.mean(over, keepdim=True) - normalised * products
+        grad_input = grad_input * (s if weight is None else s * by_channel(weight))
+        grad_input = grad_input.to(query.dtype)
+    if want_weight:
+        grad_weight = (grad * normalised).sum(over).to(query.param_dtype)
+    if want_bias:
+        grad_bias = grad.sum(over).to(query.param_dtype)
+    return grad_input, grad_weight, grad_bias, grad.to(query.dtype) if want_residual else None
+
+
+def _activation_gradient(grad: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
+    if activation == "relu":
+        return torch.where(z <= 0, 0, grad)
+    if activation == "relu6":
+        return torch.where((z <= 0) | (z >= 6), 0, grad)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, grad, grad * slope)
+    sigmoid = z.sigmoid()
+    return grad * (sigmoid * (1 + z * (1 - sigmoid)))

@@ -1,0 +1,170 @@
+"""Batch normalisation layers on our kernels, with the activation and the residual in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.modules.module as _module
+from torch import Tensor
+
+from gdfast.errors import mismatch
+from gdfast.nn.conv import Conv2d
+from gdfast.ops.batch_norm import batch_norm_act
+
+_ACTIVATIONS: dict[str, Callable[[float], torch.nn.Module]] = {
+    "none": lambda _: torch.nn.Identity(),
+    "relu": lambda _: torch.nn.ReLU(),
+    "relu6": lambda _: torch.nn.ReLU6(),
+    "leaky_relu": lambda slope: torch.nn.LeakyReLU(slope),
+    "silu": lambda _: torch.nn.SiLU(),
+}
+
+
+def _check_activation(owner: str, activation: str) -> None:
+    if activation not in _ACTIVATIONS:
+        expected = f"one of {', '.join(_ACTIVATIONS)}"
+        raise ValueError(mismatch(owner, "activation", expected, repr(activation)))
+
+
+def _is_traced(module: torch.nn.Module, input: Any) -> bool:
+    """Whether torch.fx traces a model that has this layer within."""
+    return isinstance(input, torch.fx.Proxy) and getattr(input.tracer, "root", None) is not module
+
+
+def _traced(module: torch.nn.Module, input: Any, *more: Any) -> Any:
+    """A call of the layer itself, as torch.fx records it for native's: its mode stays free."""
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input, *more), {})
+
+
+def _normalise(
+    norm: torch.nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: str,
+    negative_slope: float,
+) -> Tensor:  # fmt: skip
+    """What a BatchNorm2d does in its mode, with what follows it."""
+    if isinstance(input, Tensor):
+        norm._check_input_dim(input)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the average of all batches so far
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, var = norm.running_mean, norm.running_var
+    training = norm.training or (mean is None and var is None)
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    return batch_norm_act(
+        input, norm.weight, norm.bias, mean, var, residual, training=training, momentum=momentum,
+        eps=norm.eps, activation=activation, negative_slope=negative_slope,
+    )  # fmt: skip
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` that runs on our kernels: same arguments, parameters and state.
+
+    input [N, C, H, W]; dtypes, layout of the result and errors are those of
+    `gdfast.ops.batch_norm_act`. `gdfast.backend` and GDFAST_BACKEND choose what it runs on.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_traced(self, input):
+            return _traced(self, input)
+        return _normalise(self, input, None, "none", 0.0)
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """`activation(BatchNorm2d(input) + residual)` in one pass each way.
+
+    Arguments, parameters and state_dict are those of `torch.nn.BatchNorm2d`; `activation` is
+    "none", "relu", "relu6", "leaky_relu" (with `negative_slope`) or "silu". input and the optional
+    residual are [N, C, H, W]. Raises ValueError for another activation.
+    """
+
+    def __init__(
+        self, num_features: int, *args: Any, activation: str = "relu",
+        negative_slope: float = 0.01, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        _check_activation("BatchNormAct2d", activation)
+        super().__init__(num_features, *args, **kwargs)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if _is_traced(self, input):
+            return _traced(self, input, residual)
+        return _normalise(self, input, residual, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" * (self.activation == "leaky_relu")
+        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+
+
+class ConvNormAct(torch.nn.Module):
+    """Convolution, batch normalisation and activation: `act(norm(conv(input)) + residual)`.
+
+    The first arguments are those of `torch.nn.Conv2d`; padding None keeps the size of the image
+    for odd kernels and stride 1: dilation * (kernel_size - 1) // 2. `eps` and `momentum` are the
+    norm's, `activation` as in `BatchNormAct2d`. `conv`, `norm` and `act` are modules with the
+    state_dict keys conv.weight, norm.weight and so on; norm and act run in one pass unless one of
+    them was replaced or carries hooks. input [N, C, H, W], residual as the output, or None.
+
+    Raises ValueError for another activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str | None = None,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_activation("ConvNormAct", activation)
+        super().__init__()
+        if padding is None:
+            kernel, steps = (
+                (value, value) if isinstance(value, int) else value
+                for value in (kernel_size, dilation)
+            )
+            padding = (steps[0] * (kernel[0] - 1) // 2, steps[1] * (kernel[1] - 1) // 2)
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.norm = BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
+        self.act = _ACTIVATIONS[activation](negative_slope)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if _is_traced(self, input):
+            return _traced(self, input, residual)
+        output = self.conv(input)
+        norm, act = self.norm, self.act
+        name = _NAMES.get(type(act))
+        if name is not None and type(norm) is BatchNorm2d and not _has_hooks(norm, act):
+            slope = act.negative_slope if isinstance(act, torch.nn.LeakyReLU) else 0.0
+            return _normalise(norm, output, residual, name, slope)
+        output = norm(output)
+        return act(output if residual is None else output + residual)
+
+
+_NAMES = {type(make(0.0)): name for name, make in _ACTIVATIONS.items()}
+
+
+def _has_hooks(*modules: torch.nn.Module) -> bool:
+    return _module._has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
