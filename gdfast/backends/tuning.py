@@ -45,10 +45,11 @@ NATIVE = "native"
 # A modest core: what it needs less time for than this is not worth choosing.
 _FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
 _MOST_SIZES = 16  # of the images of one layer that are timed in one process
-# How much faster native must be before it is preferred, beyond noise, and how much an algorithm
-# that is less exact.
-_NATIVE_HANDICAP, _ERROR_HANDICAP = 1.03, 1.05
+# How much faster native must be before it is preferred, for the noise of medians, and how much an
+# algorithm that is less exact.
+_NATIVE_HANDICAP, _ERROR_HANDICAP = 1.01, 1.05
 _SECONDS_BETWEEN_SAVES = 2.0
+_EPOCH = 1 << 20  # more than there are threads
 
 
 class Use(NamedTuple):
@@ -121,7 +122,7 @@ def forget() -> None:
         for known in (_made, _unsaved, _forced, _sizes):
             known.clear()
         _file_was_read = False
-        _epoch += 1
+        _epoch += _EPOCH
         if file := choices_file.path():
             choices_file.remove(file)
 
@@ -141,9 +142,11 @@ def recorded(choices: dict[str, Choice]) -> Iterator[list[Use]]:
         _set_session(before)
 
 
-def situation() -> tuple[int, bool, int]:
-    """What a choice depends on beside its query."""
-    return torch.get_num_threads(), is_strict(), _epoch
+def situation() -> int:
+    """A number for what a choice depends on beside its query: threads, precision, mode, session."""
+    # One number rather than a tuple, since this is part of every call's overhead.
+    number = _epoch + torch.get_num_threads()
+    return -number if is_strict() else number
 
 
 def bind(op: str, query: Query, requested: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
@@ -273,14 +276,14 @@ def _set_mode(mode: str) -> None:
     with _lock:
         if mode != _mode:
             _mode = mode
-            _epoch += 1
+            _epoch += _EPOCH
 
 
 def _set_session(session: _Session | None) -> None:
     global _session, _epoch
     with _lock:
         _session = session
-        _epoch += 1
+        _epoch += _EPOCH
 
 
 def choose_from_environment() -> None:

@@ -67,7 +67,7 @@ def conv2d(
         input.shape, input.stride(), input.dtype, input.device,
         weight.shape, weight.stride(), weight.dtype, weight.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
-        *stride, *padding, *dilation, groups, backend, *tuning.situation(),
+        *stride, *padding, *dilation, groups, backend, tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -87,7 +87,7 @@ def conv2d_grad_input(
         "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
         weight.shape, weight.stride(), weight.dtype, weight.device,
         *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
-        *tuning.situation(),
+        tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -109,7 +109,7 @@ def conv2d_grad_weight(
         "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
         input.shape, input.stride(), input.dtype, input.device,
         *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
-        *tuning.situation(),
+        tuning.situation(),
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
