@@ -499,7 +499,7 @@ class TestTold:
         self, stopwatch: Stopwatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with gdfast.autotune("off"):
-            text = self.explain(capsys, "--suite", "step")
+            text = self.explain(capsys, "--suite", "step", "--only", "simplecnn")
         assert "autotune: off" in text and text.count("cost model") >= 4
         assert stopwatch.timed == []
 

@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from None
     if args.explain:
         with backends.backend(args.backend), _Progress() as progress:
-            rows, facts = explain.collect(planned, progress.show), machine.describe()
+            rows, facts = explain.collect(planned, dtype, progress.show), machine.describe()
         print(explain.to_json(rows, facts) if args.json else explain.table(rows, facts))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)

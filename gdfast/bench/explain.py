@@ -6,9 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
+from gdfast import optim
 from gdfast.backends import tuning
 from gdfast.backends.tuning import Use
+from gdfast.bench import suites
+from gdfast.bench.step import Training
 from gdfast.bench.suites import Planned
+from gdfast.bench.workload import LAYOUTS
 from gdfast.geometry import Conv2dGeometry, is_channels_last
 
 SCHEMA = 1  # raised when a reader of the JSON would have to change
@@ -33,18 +39,30 @@ class Row(NamedTuple):
         return "cost model" if len(self.use.candidates) > 1 else "the only one"
 
 
-def collect(planned: Sequence[Planned], show: Callable[[str], None]) -> list[Row]:
+def collect(
+    planned: Sequence[Planned], dtype: torch.dtype, show: Callable[[str], None]
+) -> list[Row]:
     """Runs our side of each workload once, in each layout, and tells how its convolutions ran."""
     rows: dict[tuple[Any, ...], Row] = {}
     for position, item in enumerate(planned, 1):
         show(f"[{position}/{len(planned)}] {item.label}")
-        workload = item.build()
+        suite, calls = _ours(item, dtype)
         with tuning.recorded({}) as uses:
-            for call in workload.ours.values():
+            for call in calls:
                 call()
         for use in uses:
-            rows.setdefault((workload.suite, use.op, use.query), Row(workload.suite, use))
+            rows.setdefault((suite, use.op, use.query), Row(suite, use))
     return list(rows.values())
+
+
+def _ours(item: Planned, dtype: torch.dtype) -> tuple[str, list[Callable[[], Any]]]:
+    if item.step is None:
+        workload = item.build()
+        return workload.suite, list(workload.ours.values())
+    # Native's side of a whole step would be timed for nothing.
+    model, _ = suites.both_models(item.step)
+    calls = [Training(item.step, model, optim.SGD, layout, dtype) for layout in LAYOUTS]
+    return str(item.step), list(calls)
 
 
 def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
