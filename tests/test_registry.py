@@ -177,7 +177,8 @@ def test_backward_keeps_the_backend_of_its_forward() -> None:
     # Also where the switch has another position by then.
     calls: list[str] = []
     reference = backends.registry._backends["reference"].operations
-    operations = {name: counting(calls, name, reference[name]) for name in list(reference)[:3]}
+    passes = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+    operations = {name: counting(calls, name, reference[name]) for name in passes}
     backends.register(Backend("mine", operations))
     input = torch.randn(2, 3, 6, 5, requires_grad=True)
     weight = torch.randn(4, 3, 3, 2, requires_grad=True)
@@ -185,7 +186,7 @@ def test_backward_keeps_the_backend_of_its_forward() -> None:
         output = ops.conv2d(input, weight)
     with gdfast.backend("native"):
         output.sum().backward()
-    assert calls == ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"]
+    assert calls == [*passes]
 
 
 def test_queries_see_geometry_and_strides() -> None:
