@@ -4,7 +4,7 @@
 // A grid of 4x4 outputs sees 6x6 image values. Image and weights are transformed, multiplied as 36
 // independent products of matrices (tiles x channels by channels x outputs), and transformed back:
 //
-//   image   [channels / lanes][36][tiles][lanes]   one vector for each product, tile and lane group
+//   image   [tiles][channels / lanes][36][lanes]   one vector for each tile, lane group and product
 //   weights [part][36][channels of the part][width]
 //   sums    [36][tiles][width]                      of one panel of output channels
 //
@@ -68,13 +68,14 @@ class WinogradTiles {
     part_channels_ = min_of(channels_, kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
     shared_weights_ = channels_ * conv.produced <= 160 * 160;
-    const int64_t most = shared_weights_ ? max_of(24, 4096 / channels_ * 6) : 132;
+    // Image and sums of a block take 440 KB each at 64 channels.
+    const int64_t most = shared_weights_ ? max_of(48, 3072 / channels_) : 132;
     round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
     int64_t blocks = ceil_div(round_tiles_, most);
     if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
     block_tiles_ = padded_tiles(tiles_);
-    image_tiles_ = padded_tiles(round_up(round_tiles_, kTileRows));
+    image_tiles_ = round_up(round_tiles_, kTileRows);
   }
 
   void run() {
@@ -99,13 +100,17 @@ class WinogradTiles {
   // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
   int64_t zeros_size() const { return max_of(channels_, kTileRows); }
 
+  // The image of one tile: an odd number of lines, so that the same product of neighbouring tiles
+  // spreads over the sets of the cache.
+  int64_t tile_size() const { return channels_ * kProducts + kWidth; }
+
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
-    image_ = carver.take<T>(shared_weights_ ? 0 : channels_ * kProducts * image_tiles_);
+    image_ = carver.take<T>(shared_weights_ ? 0 : image_tiles_ * tile_size());
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(shared_weights_ ? channels_ * kProducts * block_tiles_ : 0);
+    scratch_.image = carver.take<T>(shared_weights_ ? tiles_ * tile_size() : 0);
     scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
@@ -137,10 +142,10 @@ class WinogradTiles {
       parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
         const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
-        transform_tiles(source, first, end, scratch, scratch.image, block_tiles_);
+        transform_tiles(source, first, end, scratch, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, block_tiles_, end - first, part,
+            multiply(scratch.image, end - first, part,
                      weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
           }
           write_tiles(panel, first, end, scratch, dest);
@@ -159,7 +164,7 @@ class WinogradTiles {
     parallel_for(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
       const int64_t tile = first + index * kStep;
       transform_tiles(source, tile, min_of(tile + kStep, end), scratch_of(thread),
-                      image_ + (tile - first) * kWidth, image_tiles_);
+                      image_ + (tile - first) * tile_size());
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
     parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
@@ -168,7 +173,7 @@ class WinogradTiles {
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
         transform_weights(weight, panel, part, scratch.packed, scratch.weights);
-        multiply(image_ + (tile - first) * kWidth, image_tiles_, tile_end - tile, part,
+        multiply(image_ + (tile - first) * tile_size(), tile_end - tile, part,
                  scratch.weights, scratch.sums);
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
@@ -212,46 +217,47 @@ class WinogradTiles {
 
   // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
   // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
-  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch, T* to,
-                       int64_t tile_step) const {
+  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
+                       T* to) const {
     const ImageReader reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                              conv_.source_width, low_h_, low_w_);
     reader.read(first, end, zeros_, scratch.stage,
                 [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  transform_image_tile(
-                      from, offset,
-                      to + (c * kProducts / kWidth * tile_step + tile - first) * kWidth,
-                      tile_step * kWidth);
+                  transform_image_tile(from, offset,
+                                       to + (tile - first) * tile_size() + c * kProducts, kWidth);
                 });
   }
 
   // The 36 products: sums (+)= image x weights over the channels of one part.
-  void multiply(const T* image, int64_t tile_step, int64_t tiles, int64_t part, const T* weights,
-                T* sums) const {
+  void multiply(const T* image, int64_t tiles, int64_t part, const T* weights, T* sums) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
     TileArgs<T> args;
     args.row_step = 1;
-    args.segment_step = kProducts * tile_step * kWidth;
+    args.segment_step = kProducts * kWidth;
     args.panel_step = width;
     args.segments = channels / kWidth;
     args.length = kWidth;
     args.start = zeros_;
     args.how = part == 0 ? Start::kRows : Start::kAccumulate;
-    const T* rows[kTileRows];
+    const T* rows[2][kTileRows];
     T* out[kTileRows];
-    args.rows = rows;
     args.out = out;
+    const auto point = [&](int product, int64_t tile, const T** to) {
+      const T* from = image + part * part_channels_ * kProducts + product * kWidth;
+      for (int i = 0; i < kTileRows; ++i) to[i] = from + (tile + i) * tile_size();
+    };
+    int turn = 0;
+    point(0, 0, rows[turn]);
     for (int product = 0; product < kProducts; ++product) {
       args.panel = weights + product * weights_step();
-      const T* from =
-          image + ((part * part_channels_ / kWidth * kProducts + product) * tile_step) * kWidth;
       T* to = sums + product * block_tiles_ * width;
-      for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
-        for (int i = 0; i < kTileRows; ++i) {
-          rows[i] = from + (tile + i) * kWidth;
-          out[i] = to + (tile + i) * width;
-        }
+      for (int64_t tile = 0; tile < tiles; tile += kTileRows, turn ^= 1) {
+        const bool more = tile + kTileRows < tiles;
+        point(more ? product : product + 1, more ? tile + kTileRows : 0, rows[turn ^ 1]);
+        for (int i = 0; i < kTileRows; ++i) out[i] = to + (tile + i) * width;
+        args.rows = rows[turn];
+        args.rows_ahead = rows[turn ^ 1];
         multiply_tile<T>(panels_.vectors, args);
       }
     }

@@ -6,16 +6,26 @@
 #ifndef _WIN32
 #include <pthread.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace gdfast::cpu {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = 2 << 20;
 
 char* allocate(size_t bytes) {
-  const size_t rounded = (bytes / kAlignment + 1) * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, rounded);
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+  const size_t rounded = (bytes / alignment + 1) * alignment;
+  void* memory = std::aligned_alloc(alignment, rounded);
   if (memory == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+  // Kernels walk large scratch in strides of kilobytes, which ordinary pages would make a TLB miss
+  // each. Only advice: it may fail where huge pages are switched off.
+  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
   return static_cast<char*>(memory);
 }
 
