@@ -32,5 +32,6 @@ PYBIND11_MODULE(_cpu, m) {
 
   bind_batch_norm(m);
   bind_conv2d(m);
+  bind_memory(m);
   bind_sgd(m);
 }

@@ -7,6 +7,7 @@ namespace gdfast {
 
 void bind_batch_norm(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
+void bind_memory(pybind11::module_& m);
 void bind_sgd(pybind11::module_& m);
 
 }  // namespace gdfast

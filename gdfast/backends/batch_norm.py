@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
+from gdfast.backends import memory
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
 
@@ -95,7 +96,7 @@ def cpu(query: BatchNormQuery) -> Forward:
         input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
         running_var: Tensor | None, residual: Tensor | None, momentum: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        output = torch.empty_strided(size, strides, dtype=dtype)
+        output = memory.empty_strided(size, strides, dtype)
         mean = torch.empty(channels, dtype=stats_dtype)
         invstd = torch.empty(channels, dtype=stats_dtype)
         if residual is not None:
@@ -130,12 +131,12 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
         want_input, want_weight, want_bias, want_residual = wanted
         grad = _laid_out(grad_output, query)
         param_dtype = query.param_dtype
-        grad_input = torch.empty_strided(size, strides, dtype=dtype) if want_input else None
+        grad_input = memory.empty_strided(size, strides, dtype) if want_input else None
         grad_weight = torch.empty(channels, dtype=param_dtype) if want_weight else None
         grad_bias = torch.empty(channels, dtype=param_dtype) if want_bias else None
         grad_residual = None
         if want_residual and not hands_on:
-            grad_residual = torch.empty_strided(size, strides, dtype=dtype)
+            grad_residual = memory.empty_strided(size, strides, dtype)
         if other is not None:
             other = _laid_out(other, query)
         weight, bias = _packed(weight), _packed(bias)

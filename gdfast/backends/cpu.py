@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import batch_norm, cpu_algorithms, sgd
+from gdfast.backends import batch_norm, cpu_algorithms, memory, sgd
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, Conv2dQuery, Query
 
@@ -66,10 +66,10 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     assert native.cpu is not None
     problem, run = _problem(query, by or algorithm("conv2d", query)), native.cpu.conv2d
     size, strides = query.geometry.output_size, query.strides[2]
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        output = memory.empty_strided(size, strides, dtype)
         if bias is not None:
             bias = bias.contiguous()
         run(
@@ -86,10 +86,10 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
     problem = _problem(query, by or algorithm("conv2d_grad_input", query))
     run = native.cpu.conv2d_grad_input
     size, strides = query.geometry.input_size, query.strides[0]
-    dtype, device = query.dtype, query.device
+    dtype = query.dtype
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
-        grad_input = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        grad_input = memory.empty_strided(size, strides, dtype)
         run(
             problem, grad_output.data_ptr(), weight.data_ptr(),
             grad_input.data_ptr(), torch.get_num_threads(),
@@ -109,7 +109,7 @@ def conv2d_grad_weight(
     dtype, device = query.dtype, query.device
 
     def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        grad_weight = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        grad_weight = memory.empty_strided(size, strides, dtype)
         grad_bias = torch.empty(size[0], dtype=dtype, device=device) if bias else None
         run(
             problem, grad_output.data_ptr(), input.data_ptr(),
