@@ -74,7 +74,7 @@ class WinogradTiles {
     int64_t blocks = ceil_div(round_tiles_, most);
     if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
-    block_tiles_ = padded_tiles(tiles_);
+    block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
     image_tiles_ = round_up(round_tiles_, kTileRows);
   }
 
@@ -145,7 +145,7 @@ class WinogradTiles {
         transform_tiles(source, first, end, scratch, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, end - first, part,
+            multiply(scratch.image, first, end - first, part,
                      weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
           }
           write_tiles(panel, first, end, scratch, dest);
@@ -173,7 +173,7 @@ class WinogradTiles {
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
         transform_weights(weight, panel, part, scratch.packed, scratch.weights);
-        multiply(image_ + (tile - first) * tile_size(), tile_end - tile, part,
+        multiply(image_ + (tile - first) * tile_size(), tile, tile_end - tile, part,
                  scratch.weights, scratch.sums);
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
@@ -228,8 +228,10 @@ class WinogradTiles {
                 });
   }
 
-  // The 36 products: sums (+)= image x weights over the channels of one part.
-  void multiply(const T* image, int64_t tiles, int64_t part, const T* weights, T* sums) const {
+  // The 36 products of tiles [first, first + tiles), each of those that need it: sums (+)= image x
+  // weights over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, const T* weights,
+                T* sums) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
     TileArgs<T> args;
@@ -243,22 +245,28 @@ class WinogradTiles {
     const T* rows[2][kTileRows];
     T* out[kTileRows];
     args.out = out;
-    const auto point = [&](int product, int64_t tile, const T** to) {
+    const auto point = [&](int product, int64_t tile, int64_t end, const T** to) {
       const T* from = image + part * part_channels_ * kProducts + product * kWidth;
-      for (int i = 0; i < kTileRows; ++i) to[i] = from + (tile + i) * tile_size();
+      for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_size();
     };
-    int turn = 0;
-    point(0, 0, rows[turn]);
     for (int product = 0; product < kProducts; ++product) {
       args.panel = weights + product * weights_step();
       T* to = sums + product * block_tiles_ * width;
-      for (int64_t tile = 0; tile < tiles; tile += kTileRows, turn ^= 1) {
-        const bool more = tile + kTileRows < tiles;
-        point(more ? product : product + 1, more ? tile + kTileRows : 0, rows[turn ^ 1]);
-        for (int i = 0; i < kTileRows; ++i) out[i] = to + (tile + i) * width;
-        args.rows = rows[turn];
-        args.rows_ahead = rows[turn ^ 1];
-        multiply_tile<T>(panels_.vectors, args);
+      for (const TileRange& range : grid_.needing(product).part) {
+        const TileRange own = range.within(first, first + tiles);
+        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
+          const int64_t end = own.end - first;
+          const bool more = tile + kTileRows < end;
+          point(product, tile, end, rows[0]);
+          point(more ? product : product + 1, more ? tile + kTileRows : 0, tiles, rows[1]);
+          for (int i = 0; i < kTileRows; ++i) {
+            // Rows past the end are computed like the last one, and stored where nobody looks.
+            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
+          }
+          args.rows = rows[0];
+          args.rows_ahead = rows[1];
+          multiply_tile<T>(panels_.vectors, args);
+        }
       }
     }
   }
@@ -274,14 +282,12 @@ class WinogradTiles {
         conv_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
     for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
       const TileGrid::At at = grid_.at(tile);
-      const int64_t rows = min_of(kTileOut, conv_.height - at.h);
-      const int64_t columns = min_of(kTileOut, conv_.width - at.w);
       T* to = dest + at.n * conv_.dest.n + at.h * conv_.dest.h + at.w * conv_.dest.w;
       for (int64_t o = 0; o < in_place; o += kWidth) {
         Vec<T> out[kTileOut * kTileOut];
         transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
-        for (int64_t i = 0; i < rows; ++i) {
-          for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t i = 0; i < at.rows; ++i) {
+          for (int64_t j = 0; j < at.columns; ++j) {
             store<T>(to + i * conv_.dest.h + j * conv_.dest.w + o, out[i * kTileOut + j]);
           }
         }
@@ -289,28 +295,30 @@ class WinogradTiles {
     }
     for (int64_t o = in_place; o < outputs; o += kWidth) {
       for (int64_t tile = first; tile < end;) {
-        const TileGrid::At at = grid_.at(tile);
+        const TileGrid::At begin = grid_.at(tile);
         const int64_t run = grid_.run_from(tile, end);
+        int64_t columns = 0;
         for (int64_t x = 0; x < run; ++x, ++tile) {
+          const TileGrid::At at = grid_.at(tile);
           Vec<T> out[kTileOut * kTileOut];
           transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
-          for (int i = 0; i < kTileOut; ++i) {
-            for (int j = 0; j < kTileOut; ++j) {
-              store<T>(scratch.stage + (i * kRunOut + x * kTileOut + j) * kWidth,
+          for (int64_t i = 0; i < at.rows; ++i) {
+            for (int64_t j = 0; j < at.columns; ++j) {
+              store<T>(scratch.stage + (i * kRunOut + at.w - begin.w + j) * kWidth,
                        out[i * kTileOut + j]);
             }
           }
+          columns = at.w - begin.w + at.columns;
         }
-        unstage(scratch.stage, min_of(kWidth, outputs - o), at, run, dest + o * conv_.dest.c);
+        unstage(scratch.stage, min_of(kWidth, outputs - o), begin, columns,
+                dest + o * conv_.dest.c);
       }
     }
   }
 
   // Writes staged outputs [i][x][lane] of a run of tiles.
-  void unstage(const T* stage, int64_t channels, TileGrid::At at, int64_t run, T* dest) const {
-    const int64_t rows = min_of(kTileOut, conv_.height - at.h);
-    const int64_t columns = min_of(run * kTileOut, conv_.width - at.w);
-    for (int64_t i = 0; i < rows; ++i, stage += kRunOut * kWidth) {
+  void unstage(const T* stage, int64_t channels, TileGrid::At at, int64_t columns, T* dest) const {
+    for (int64_t i = 0; i < at.rows; ++i, stage += kRunOut * kWidth) {
       T* to = dest + at.n * conv_.dest.n + (at.h + i) * conv_.dest.h + at.w * conv_.dest.w;
       if (conv_.dest.w == 1) {
         transpose_widened(stage, kWidth, channels, columns, columns, to, conv_.dest.c);

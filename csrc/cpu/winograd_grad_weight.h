@@ -140,7 +140,7 @@ class WinogradGradWeight {
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           transform_grads(group, panel, first, last, scratch.stage, scratch.grads,
                           bias_sums + panel * panels_.width);
-          multiply(scratch.image, scratch.grads, last - first, 0, channels_, first > begin,
+          multiply(scratch.image, scratch.grads, first, last - first, 0, channels_, first > begin,
                    sums + panel * sums_size());
         }
       }
@@ -177,7 +177,7 @@ class WinogradGradWeight {
     parallel_for(panels_.count * tasks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / tasks, c = index % tasks * kTaskChannels;
-      multiply(image_, grads_ + panel * grads_size(), tiles, c,
+      multiply(image_, grads_ + panel * grads_size(), begin, tiles, c,
                min_of(kTaskChannels, channels_ - c), false, scratch.sums);
       T* lines = rounds_ > 1 ? totals_ + (panel * rows_ + c) * 9 * panels_.width : scratch.lines;
       transform_back(c, scratch.sums, 1, 0, round > 0, lines);
@@ -240,9 +240,10 @@ class WinogradGradWeight {
     }
   }
 
-  // sums[product][row] (+)= image of channel c + row times grads, over `tiles` tiles.
-  void multiply(const T* image, const T* grads, int64_t tiles, int64_t c, int64_t channels,
-                bool accumulate, T* sums) const {
+  // sums[product][row] (+)= image of channel c + row times grads, over those of tiles [first, first
+  // + tiles) that need the product; image and grads begin with tile `first`.
+  void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, int64_t c,
+                int64_t channels, bool accumulate, T* sums) const {
     const int64_t width = panels_.width;
     TileArgs<T> args;
     args.row_step = kWidth;
@@ -254,10 +255,12 @@ class WinogradGradWeight {
     args.rows = rows;
     args.out = out;
     for (int product = 0; product < kProducts; ++product) {
-      for (int64_t tile = 0; tile < tiles; tile += kStepTiles) {
+      bool started = accumulate;
+      const auto run = [&](int64_t tile, int64_t count) {
         args.panel = grads + (product * tile_step_ + tile) * width;
-        args.length = min_of(kStepTiles, tiles - tile);
-        args.how = accumulate || tile > 0 ? Start::kAccumulate : Start::kRows;
+        args.length = count;
+        args.how = started ? Start::kAccumulate : Start::kRows;
+        started = true;
         for (int64_t row = 0; row < channels; row += kTileRows) {
           for (int i = 0; i < kTileRows; ++i) {
             const int64_t channel = c + min_of(row + i, channels - 1);
@@ -268,7 +271,14 @@ class WinogradGradWeight {
           }
           multiply_tile<T>(panels_.vectors, args);
         }
+      };
+      for (const TileRange& range : grid_.needing(product).part) {
+        const TileRange own = range.within(first, first + tiles);
+        for (int64_t tile = own.begin; tile < own.end; tile += kStepTiles) {
+          run(tile - first, min_of(kStepTiles, own.end - tile));
+        }
       }
+      if (!started) run(0, 0);  // none needs it: the sums are zeros
     }
   }
 

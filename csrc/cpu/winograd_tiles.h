@@ -9,29 +9,91 @@
 namespace gdfast::cpu {
 namespace {
 
-// Tiles of 4x4 outputs over a grid of pixels, counted along lines of tiles.
+// A line of pixels cut into `count` tiles: `whole` of 4, then tiles of at most 3. Of a tile with at
+// most 3 outputs the product at infinity, the last one, is never needed: it goes into the fourth
+// output alone. 14 pixels are 4 + 4 + 3 + 3, not 4 + 4 + 4 + 2, which drops more of them.
+struct TileLine {
+  int64_t size, count, whole;
+
+  explicit TileLine(int64_t size)
+      : size(size), count(ceil_div(size, kTileOut)), whole(max_of(0, size - 3 * count)) {}
+
+  int64_t begin(int64_t tile) const { return tile * kTileOut - max_of(0, tile - whole); }
+  int64_t length(int64_t tile) const {
+    return tile < whole ? kTileOut : min_of(kTileOut - 1, size - begin(tile));
+  }
+};
+
+// A range of tiles.
+struct TileRange {
+  int64_t begin, end;
+
+  TileRange within(int64_t first, int64_t last) const {
+    return {max_of(begin, first), min_of(end, last)};
+  }
+  bool empty() const { return begin >= end; }
+};
+
+// The tiles of a grid of pixels, all images of a batch. They are counted by their kind, so that the
+// tiles that need a product follow each other: 4x4 outputs, 4x3, 3x3, 3x4 (rows x columns); within
+// a kind image by image and line by line.
 struct TileGrid {
-  int64_t across, down, count;
+  TileLine down, across;
+  int64_t count;
 
   TileGrid(int64_t batch, int64_t height, int64_t width)
-      : across(ceil_div(width, kTileOut)),
-        down(ceil_div(height, kTileOut)),
-        count(batch * across * down) {}
+      : down(height), across(width), count(batch * down.count * across.count) {
+    const int64_t high = down.whole, wide = across.whole;
+    const int64_t low = down.count - high, narrow = across.count - wide;
+    kinds_[0] = {0, high, 0, wide, 0};
+    kinds_[1] = {0, high, wide, narrow, batch * high * wide};
+    kinds_[2] = {high, low, wide, narrow, kinds_[1].first + batch * high * narrow};
+    kinds_[3] = {high, low, 0, wide, kinds_[2].first + batch * low * narrow};
+  }
 
-  // Where a tile lies: its image, and the pixel of the grid that it begins at.
+  // Where a tile lies: its image, the pixel of the grid that it begins at, and how many it has.
   struct At {
-    int64_t n, h, w;
+    int64_t n, h, w, rows, columns;
   };
   At at(int64_t tile) const {
-    const int64_t line = tile / across;
-    return {line / down, line % down * kTileOut, tile % across * kTileOut};
+    const Kind& kind = kind_of(tile);
+    const int64_t index = tile - kind.first, line = index / kind.columns;
+    const int64_t i = kind.row + line % kind.rows, j = kind.column + index % kind.columns;
+    return {line / kind.rows, down.begin(i), across.begin(j), down.length(i), across.length(j)};
   }
 
   // Tiles from `tile` on that follow each other along a line, at most kRun.
   static constexpr int64_t kRun = 8;
   int64_t run_from(int64_t tile, int64_t end) const {
-    return min_of(kRun, min_of(end - tile, across - tile % across));
+    const Kind& kind = kind_of(tile);
+    const int64_t in_line = kind.columns - (tile - kind.first) % kind.columns;
+    return min_of(kRun, min_of(end - tile, in_line));
   }
+
+  // The tiles that need a product, as two ranges of which each may be empty.
+  struct Ranges {
+    TileRange part[2];
+  };
+  Ranges needing(int product) const {
+    const bool fourth_row = product / kTileIn == kTileIn - 1;
+    const bool fourth_column = product % kTileIn == kTileIn - 1;
+    if (fourth_column)
+      return {{{0, kinds_[1].first}, {fourth_row ? count : kinds_[3].first, count}}};
+    return {{{0, fourth_row ? kinds_[2].first : count}, {count, count}}};
+  }
+
+ private:
+  struct Kind {
+    int64_t row, rows, column, columns;  // of every image: lines [row, row + rows) of tiles
+    int64_t first;                       // tile
+  };
+  const Kind& kind_of(int64_t tile) const {
+    int kind = 3;
+    while (tile < kinds_[kind].first) --kind;
+    return kinds_[kind];
+  }
+
+  Kind kinds_[4];
 };
 
 // Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
@@ -79,10 +141,10 @@ class TileReader {
       const T* image = data_ + at.n * strides_.n;
       for (int i = 0; i < kSize; ++i) {
         const int64_t h = at.h + low_h_ + i;
-        const bool row_inside = h >= 0 && h < height_;
+        const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
         for (int j = 0; j < kSize; ++j) {
           const int64_t w = at.w + low_w_ + j;
-          const bool inside = row_inside && w >= 0 && w < width_;
+          const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
           from[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
         }
       }
@@ -90,12 +152,16 @@ class TileReader {
     }
     for (int64_t c = in_place; c < channels_; c += kWidth) {
       for (int64_t tile = first; tile < end;) {
+        const TileGrid::At begin = grid_.at(tile);
         const int64_t run = grid_.run_from(tile, end);
-        fill(c, grid_.at(tile), run, stage);
+        fill(c, begin, grid_.at(tile + run - 1).w - begin.w + kSize, stage);
         for (int64_t x = 0; x < run; ++x, ++tile) {
+          const TileGrid::At at = grid_.at(tile);
           for (int i = 0; i < kSize; ++i) {
             for (int j = 0; j < kSize; ++j) {
-              from[i * kSize + j] = stage + (i * kColumns + x * kTileOut + j) * kWidth;
+              const bool own = own_row(at, i) && own_column(at, j);
+              from[i * kSize + j] =
+                  own ? stage + (i * kColumns + at.w - begin.w + j) * kWidth : zeros;
             }
           }
           use(from, 0, c, tile);
@@ -105,10 +171,16 @@ class TileReader {
   }
 
  private:
-  // stage[i][x][lane]: what a run of tiles sees of channels [c, c + lanes).
-  void fill(int64_t c, TileGrid::At at, int64_t run, T* stage) const {
+  // Images overlap; of 4x4 pixels each belongs to one tile, and is zero for the others.
+  static bool own_row(const TileGrid::At& at, int i) { return kSize != kTileOut || i < at.rows; }
+  static bool own_column(const TileGrid::At& at, int j) {
+    return kSize != kTileOut || j < at.columns;
+  }
+
+  // stage[i][x][lane]: what a run of tiles sees of channels [c, c + lanes), `columns` pixels of it.
+  void fill(int64_t c, TileGrid::At at, int64_t columns, T* stage) const {
     const int64_t channels = min_of(kWidth, channels_ - c);
-    const int64_t w0 = at.w + low_w_, columns = run * kTileOut + kSize - kTileOut;
+    const int64_t w0 = at.w + low_w_;
     const int64_t begin = min_of(columns, max_of(0, -w0));
     const int64_t end = max_of(begin, min_of(columns, width_ - w0));
     for (int i = 0; i < kSize; ++i, stage += kColumns * kWidth) {
