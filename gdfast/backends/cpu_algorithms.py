@@ -92,9 +92,16 @@ def choose(op: str, geometry: Conv2dGeometry, isa: str) -> str:
         calls = ceil(tiles / 6)
         products = 6 * calls * inputs * lanes
     winograd = (
-        36 * products * outputs / _PRODUCT_EFFICIENCY
+        36 * products * _needed(height) * _needed(width) * outputs / _PRODUCT_EFFICIENCY
         + 36 * calls * ceil(outputs / 4) * _CALL
         + tiles * (inputs * _IMAGE_TILE + outputs * _OUTPUT_TILE)
         + reduced * outputs * _WEIGHT
     )
     return WINOGRAD if winograd < _MARGIN * direct else DIRECT
+
+
+def _needed(pixels: int) -> float:
+    """Share of the products along one axis that its tiles need: 6 with 4 outputs, else 5."""
+    tiles = ceil(pixels / 4)
+    whole = max(0, pixels - 3 * tiles)
+    return (6 * whole + 5 * (tiles - whole)) / (6 * tiles)
