@@ -133,12 +133,16 @@ def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = Fal
 
 
 def both_models(case: cases.StepCase) -> tuple[Module, Module]:
-    """A model on our layers, and the same one on PyTorch's, with equal weights."""
+    """The model of a step on our layers, and the same one on PyTorch's, with equal weights."""
     torch.manual_seed(0)
-    ours = models.create(case.model, **case.options)
-    plain = copy.deepcopy(ours)
+    return on_both_sides(models.create(case.model, **case.options))
+
+
+def on_both_sides(model: Module) -> tuple[Module, Module]:
+    """A model of ours, and a copy of it on PyTorch's layers alone."""
+    plain = copy.deepcopy(model)
     restore_(plain)
-    return ours, plain
+    return model, plain
 
 
 def _backend(dtype: torch.dtype, *operations: str) -> str:

@@ -1,0 +1,84 @@
+"""The scripts of benchmarks/, on the smallest of cases. No time matters here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gdfast.bench import peak
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def _script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: None) -> ModuleType:
+    module = _script("scaling")
+    monkeypatch.setattr(module, "BATCHES", (2,))
+    monkeypatch.setattr(module, "SIZES", (16,))
+    monkeypatch.setattr(module, "_SIZE", 24)
+    monkeypatch.setattr(peak, "measure", lambda: peak.Peak(100e9, 10e9))
+    words = ["scaling.py", "--model", "resnet20", "--threads", "1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path)])
+    return module
+
+
+def test_scaling_measures_each_point_once(
+    scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    assert scaling.main() == 0
+    (path,) = tmp_path.glob("*-scaling-resnet20.json")
+    points = json.loads(path.read_text())["points"]
+    assert [(p["sweep"], p["N"], p["size"]) for p in points] == [("batch", 2, 24), ("size", 8, 16)]
+    for point in points:
+        assert point["ratio"] == pytest.approx(point["native"] / point["ours"])
+        assert point["floor"] == pytest.approx(point["flops"] / 100e9)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(scaling, "measure", None)  # nothing is left to measure
+    assert scaling.main() == 0
+    assert capsys.readouterr().out == first
+
+
+def test_scaling_tells_no_times_of_a_wrong_gradient(
+    scaling: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = scaling.suites.both_models
+
+    def wrong(case):
+        ours, plain = both(case)
+        with torch.no_grad():
+            ours.fc.weight.mul_(2)
+        return ours, plain
+
+    monkeypatch.setattr(scaling.suites, "both_models", wrong)
+    with pytest.raises(SystemExit, match="gradients differ by"):
+        scaling.main()
+
+
+def test_convergence_compares_three_trainings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    pytest.importorskip("sklearn", reason='needs scikit-learn: pip install "gdfast[train]"')
+    convergence = _script("convergence")
+    words = ["--seeds", "1", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["convergence.py", *words])
+    convergence.main()
+    (path,) = tmp_path.glob("*-convergence*.json")
+    runs = json.loads(path.read_text())["runs"]
+    assert set(runs) == {"native NCHW", "native ch_last", "ours"}
+    losses = [values["loss"] for (values,) in runs.values()]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    assert "native's range" in capsys.readouterr().out
