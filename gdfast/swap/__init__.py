@@ -26,7 +26,12 @@ from gdfast.swap.verify import Recording, record
 FilterFn = Callable[[torch.nn.Module, str], bool]
 
 _CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Conv2d: nn.Conv2d}
-_NATIVE = {ours: native for native, ours in _CLASSES.items()}
+# What restore_ undoes: what a model of ours may be written with, too.
+_NATIVE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    **{ours: native for native, ours in _CLASSES.items()},
+    nn.BatchNorm2d: torch.nn.BatchNorm2d,
+    nn.MaxPool2d: torch.nn.MaxPool2d,
+}
 _OPERATIONS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
 
 
