@@ -4,9 +4,9 @@ Forward kernels take (input, weight, bias, running_mean, running_var, residual, 
 (output, mean, invstd): the statistics that the input was normalised with, in the type that sums are
 taken in. In training they move the running statistics where there are any.
 
-Backward kernels take (grad_output, input, weight, bias, other, mean, invstd, wanted): `other` is what
-`pre_activation` names, `wanted` four booleans. They return the gradients of input, weight, bias and
-residual, None where not wanted.
+Backward kernels take (grad_output, input, weight, bias, other, mean, invstd, wanted): `other` is
+what `pre_activation` names, `wanted` four booleans. They return the gradients of input, weight,
+bias and residual, None where not wanted.
 """
 
 from __future__ import annotations
