@@ -12,6 +12,7 @@
 // afterwards in a fixed order: the result depends on their number, which shape and threads decide,
 // and never on timing.
 #include "depthwise_grad_weight.h"
+#include "few_grad_weight.h"
 #include "kernels.h"
 #include "pack.h"
 #include "tile.h"
@@ -361,6 +362,15 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
       if constexpr (kSame<T, float>) {
         if (p.algorithm == Algorithm::kWinograd && p.N > 0 && winograd_grad_weight_fits<T>(p)) {
           WinogradGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
+          return;
+        }
+      }
+      if (p.N > 0 && p.C / p.groups <= 8) {
+        Workspace tap_memory(p.R * p.S * sizeof(Tap));
+        const TapConv conv = forward_tap_conv(p, reinterpret_cast<Tap*>(tap_memory.data()));
+        FewGradWeight<T> few(p, conv, grad_output, input, grad_weight, grad_bias, threads);
+        if (few.fits()) {
+          few.run();
           return;
         }
       }

@@ -7,6 +7,7 @@
 // neighbouring pixels, broadcast from the copy, x a panel of output channels.
 #pragma once
 
+#include "source_lines.h"
 #include "tap_conv_pixels.h"
 
 namespace gdfast::cpu {
@@ -42,6 +43,14 @@ void multiply_few(const FewTileArgs<A>& args) {
   Vec<A> sum[kPixels][kVectors] = {};
   const A* panel = args.panel;
   const int64_t step = args.pixel_step, panel_step = args.panel_step;
+  // Where the next tile will be stored.
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      __builtin_prefetch(args.out + (kPixels + i) * args.out_step + v * kWidth, 1);
+    }
+  }
   for (int64_t x = 0; x < args.depth; ++x, panel += panel_step) {
     Vec<A> line[kVectors];
 #pragma GCC unroll 4
@@ -117,36 +126,14 @@ class FewChannels {
         bias_(bias),
         dest_(dest),
         threads_(threads),
-        depth_(conv.reduced * conv.tap_count) {
-    int64_t vectors = ceil_div(conv.produced, kLanes<A>);
-    int64_t most = kMaxVectors;
-    while (most > 2 && depth_ * most * kVectorBytes > kFewPanelBytes) most /= 2;
-    panels_ = ceil_div(vectors, most);
-    vectors_ = static_cast<int>(ceil_div(vectors, panels_));
-    panels_ = ceil_div(vectors, vectors_);
-    width_ = vectors_ * kLanes<A>;
-    tile_pixels_ = few_pixels(vectors_);
-
-    low_h_ = conv.taps[0].dh;
-    low_w_ = conv.taps[0].dw;
-    int64_t high_h = low_h_, high_w = low_w_;
-    for (int64_t t = 1; t < conv.tap_count; ++t) {
-      low_h_ = min_of(low_h_, conv.taps[t].dh);
-      low_w_ = min_of(low_w_, conv.taps[t].dw);
-      high_h = max_of(high_h, conv.taps[t].dh);
-      high_w = max_of(high_w, conv.taps[t].dw);
-    }
-    span_ = high_h - low_h_ + 1;
-    // The rest of a line may be computed by a tile that is larger.
-    columns_ = (conv.width + tile_pixels_ - 1) * conv.step_w + high_w - low_w_ + 1;
-    channels_last_ = conv.source.c == 1;
-    line_size_ = columns_ * conv.reduced;
-
-    const int64_t line_bytes = line_size_ * static_cast<int64_t>(sizeof(A));
-    lines_ = max_of(4, (kLinesBytes / line_bytes - span_) / conv.step_h + 1);
-    const int64_t others = conv.batch * conv.groups;
-    lines_ = min_of(lines_, ceil_div(conv.height, ceil_div(8 * threads, others)));
-    lines_ = ceil_div(conv.height, ceil_div(conv.height, lines_));
+        depth_(conv.reduced * conv.tap_count),
+        panels_(panels_of(conv)),
+        vectors_(static_cast<int>(ceil_div(ceil_div(conv.produced, kLanes<A>), panels_))),
+        width_(vectors_ * kLanes<A>),
+        tile_pixels_(few_pixels(vectors_)),
+        // The rest of a line may be computed by a tile that is larger.
+        source_lines_(conv, tile_pixels_, conv.source.c == 1) {
+    lines_ = source_lines_.lines_of(kLinesBytes, conv.batch * conv.groups, threads);
     parts_ = ceil_div(depth_, kFewDepth);
     part_depth_ = ceil_div(depth_, parts_);
   }
@@ -160,8 +147,7 @@ class FewChannels {
     for (int64_t t = 0; t < conv_.tap_count; ++t) {
       const Tap& tap = conv_.taps[t];
       for (int64_t c = 0; c < conv_.reduced; ++c) {
-        offsets_[t * conv_.reduced + c] =
-            (tap.dh - low_h_) * line_size_ + (tap.dw - low_w_) * column_step() + c * channel_step();
+        offsets_[t * conv_.reduced + c] = source_lines_.offset_of(tap, c);
       }
     }
     parallel_for(conv_.groups * panels_, depth_ * width_ > 4096 ? threads_ : 1,
@@ -178,9 +164,16 @@ class FewChannels {
   static constexpr int64_t kFewDepth = 192;
   static constexpr int64_t kLinesBytes = 1 << 16;
 
-  int64_t column_step() const { return channels_last_ ? conv_.reduced : 1; }
-  int64_t channel_step() const { return channels_last_ ? 1 : columns_; }
-  int64_t image_size() const { return ((lines_ - 1) * conv_.step_h + span_) * line_size_; }
+  // Panels of equal width, none wider than L1 has room for.
+  static int64_t panels_of(const TapConv& conv) {
+    const int64_t vectors = ceil_div(conv.produced, kLanes<A>);
+    const int64_t depth = conv.reduced * conv.tap_count;
+    int64_t most = kMaxVectors;
+    while (most > 2 && depth * most * kVectorBytes > kFewPanelBytes) most /= 2;
+    return ceil_div(vectors, ceil_div(vectors, ceil_div(vectors, most)));
+  }
+
+  int64_t image_size() const { return source_lines_.size(lines_); }
 
   int64_t carve(Carver carver) {
     offsets_ = carver.template take<int64_t>(depth_);
@@ -210,9 +203,9 @@ class FewChannels {
   void task(int64_t n, int64_t group, int64_t line0, int thread) {
     const int64_t lines = min_of(lines_, conv_.height - line0);
     A* image = of_thread(image_, thread);
-    copy_image(n, group, line0, lines, image);
+    source_lines_.copy(source_, n, group, line0, lines, image);
     FewTileArgs<A> args;
-    args.pixel_step = conv_.step_w * column_step();
+    args.pixel_step = source_lines_.pixel_step();
     args.panel_step = width_;
     for (int64_t line = 0; line < lines; ++line) {
       T* to = dest_ + n * conv_.dest.n + group * conv_.dest_group + (line0 + line) * conv_.dest.h;
@@ -220,7 +213,7 @@ class FewChannels {
         const int64_t number = group * panels_ + panel, k = panel * width_;
         const int64_t valid = min_of(width_, conv_.produced - k);
         for (int64_t j = 0; j < conv_.width; j += tile_pixels_) {
-          args.image = image + line * conv_.step_h * line_size_ + j * args.pixel_step;
+          args.image = image + line * source_lines_.line_step() + j * args.pixel_step;
           args.pixels = static_cast<int>(min_of(tile_pixels_, conv_.width - j));
           T* out = to + j * conv_.dest.w + k;
           args.out = of_thread(sums_, thread);
@@ -249,44 +242,6 @@ class FewChannels {
     }
   }
 
-  // Copies the source lines that dest lines [line0, line0 + lines) see; zeros beyond the image.
-  void copy_image(int64_t n, int64_t group, int64_t line0, int64_t lines, A* to) const {
-    const int64_t top = line0 * conv_.step_h + low_h_;
-    const int64_t end = top + (lines - 1) * conv_.step_h + span_;
-    const int64_t begin = min_of(max_of(-low_w_, 0), columns_);
-    const int64_t stop = max_of(begin, min_of(columns_, conv_.source_width - low_w_));
-    const T* image = source_ + n * conv_.source.n + group * conv_.source_group;
-    for (int64_t h = top; h < end; ++h, to += line_size_) {
-      if (h < 0 || h >= conv_.source_height || begin == stop) {
-        std::memset(to, 0, line_size_ * sizeof(A));
-        continue;
-      }
-      const T* from = image + h * conv_.source.h + (low_w_ + begin) * conv_.source.w;
-      if (!channels_last_) {
-        for (int64_t c = 0; c < conv_.reduced; ++c) {
-          copy_line(from + c * conv_.source.c, conv_.source.w, begin, stop, columns_,
-                    to + c * columns_);
-        }
-      } else if (conv_.source.w == conv_.reduced) {
-        copy_line(from, 1, begin * conv_.reduced, stop * conv_.reduced, line_size_, to);
-      } else {
-        std::memset(to, 0, begin * conv_.reduced * sizeof(A));
-        for (int64_t x = begin; x < stop; ++x, from += conv_.source.w) {
-          copy_widened(from, 1, conv_.reduced, to + x * conv_.reduced);
-        }
-        std::memset(to + stop * conv_.reduced, 0, (columns_ - stop) * conv_.reduced * sizeof(A));
-      }
-    }
-  }
-
-  // to[x] = from[(x - begin) * step] for x in [begin, stop), zeros elsewhere below size.
-  static void copy_line(const T* from, int64_t step, int64_t begin, int64_t stop, int64_t size,
-                        A* to) {
-    std::memset(to, 0, begin * sizeof(A));
-    copy_widened(from, step, stop - begin, to + begin);
-    std::memset(to + stop, 0, (size - stop) * sizeof(A));
-  }
-
   const TapConv& conv_;
   const T* source_;
   const T* weight_;
@@ -294,11 +249,11 @@ class FewChannels {
   T* dest_;
   int threads_;
   int64_t depth_;  // terms of a sum
+  int64_t panels_;
   int vectors_;
-  int64_t width_, panels_, tile_pixels_;
-  int64_t low_h_, low_w_, span_;  // source lines from step_h * i + low_h_ on are seen
-  int64_t columns_, line_size_, lines_;
-  bool channels_last_;
+  int64_t width_, tile_pixels_;
+  SourceLines<T> source_lines_;
+  int64_t lines_;  // of a task
   int64_t parts_, part_depth_;
   int64_t* offsets_;
   A* weights_;
