@@ -167,6 +167,12 @@ class FewGradWeight {
     lines_ = max_of(1, min_of(p.P, pixels / p.Q));
     lines_ = ceil_div(p.P, ceil_div(p.P, lines_));
     chunks_of_image_ = ceil_div(p.P, lines_);
+    chunks_of_copy_ = 1;
+    while (chunks_of_copy_ < chunks_of_image_ &&
+           image_lines_.size((chunks_of_copy_ + 1) * lines_) * static_cast<int64_t>(sizeof(A)) <=
+               kCopyBytes) {
+      ++chunks_of_copy_;
+    }
     const int64_t owners = p.groups * panels_;
     shares_ = min_of(p.N * chunks_of_image_, ceil_div(4 * threads, owners) * threads);
   }
@@ -189,8 +195,10 @@ class FewGradWeight {
 
  private:
   static constexpr int64_t kMostBytes = 1 << 18;
+  // A copy serves several chunks, which see some lines of it twice.
+  static constexpr int64_t kCopyBytes = 1 << 16;
 
-  int64_t image_size() const { return image_lines_.size(lines_) + kRun; }
+  int64_t image_size() const { return image_lines_.size(chunks_of_copy_ * lines_) + kRun; }
   int64_t image_bytes() const { return image_size() * static_cast<int64_t>(sizeof(A)); }
   // With room for what the last tile computes in vain.
   int64_t padded_runs() const { return runs_ + tile_runs_; }
@@ -240,12 +248,18 @@ class FewGradWeight {
     args.line_step = image_lines_.line_step();
     args.pixel_step = image_lines_.pixel_step();
     args.pixels = p_.Q;
-    args.image = image;
+    int64_t copied = 0;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t n = chunk / chunks_of_image_, line = chunk % chunks_of_image_ * lines_;
       args.lines = min_of(lines_, p_.P - line);
       args.first = chunk == begin;
-      image_lines_.copy(input_, n, group, line, args.lines, image);
+      if (chunk == begin || chunk % chunks_of_image_ % chunks_of_copy_ == 0) {
+        copied = line;
+        const int64_t to_come = chunks_of_copy_ - chunk % chunks_of_image_ % chunks_of_copy_;
+        const int64_t lines = min_of(min_of(end - chunk, to_come) * lines_, p_.P - line);
+        image_lines_.copy(input_, n, group, line, lines, image);
+      }
+      args.image = image + (line - copied) * args.line_step;
       point_panel(n, line, group * conv_.produced + k, min_of(width_, conv_.produced - k),
                   of_thread(panel_, thread), args);
       int tile = 0;
@@ -332,7 +346,7 @@ class FewGradWeight {
   int64_t runs_;                                // of all stretches
   int tile_runs_;
   bool panel_in_place_;
-  int64_t lines_, chunks_of_image_, shares_;
+  int64_t lines_, chunks_of_image_, chunks_of_copy_, shares_;
   A* sums_;
   A* bias_sums_;
   A* rows_;
