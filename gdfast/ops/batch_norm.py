@@ -94,6 +94,8 @@ def _native(
 def _why_native(input: Any, weight: Any, residual: Any) -> str:
     if not isinstance(input, Tensor):
         return f"no other backend takes a {type(input).__name__}"
+    if torch._C._get_tracing_state() is not None:
+        return "a traced model should run without gdfast"
     if input.dtype not in _DTYPES:
         return f"no other backend takes {input.dtype}"
     if input.layout is not torch.strided:
@@ -108,8 +110,6 @@ def _why_native(input: Any, weight: Any, residual: Any) -> str:
         return "torch.func transforms need operators that they know"
     if forward_ad._current_level >= 0:
         return "forward-mode AD needs operators that it knows"
-    if torch._C._get_tracing_state() is not None:
-        return "a traced model should run without gdfast"
     return ""
 
 
