@@ -122,6 +122,12 @@ def test_sizes(size: tuple[int, ...], layout: str, isa: str, nan_filled_memory: 
                 assert strides(ours[name]) == strides(natives[name])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_so_large_that_they_pass_the_caches_by(layout: str, isa: str) -> None:
+    # 16 MB; in NCHW they are written so where planes are whole cache lines.
+    check(randoms((4, 64, 128, 128), layout=layout), True, training=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_dtypes(activation: str, dtype: torch.dtype, isa: str) -> None:

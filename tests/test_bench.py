@@ -20,6 +20,7 @@ from gdfast.bench import (
     layers,
     machine,
     memory,
+    norm,
     peak,
     plot,
     report,
@@ -212,12 +213,14 @@ def test_every_suite_is_planned_from_the_table():
         assert labels == [f"{case} {task}" for case in table for task in layers.PASSES]
     everything = suites.plan("all", ["forward"], torch.float32)
     layer_count = sum(map(len, cases.LAYERS.values()))
-    assert len(everything) == layer_count + len(cases.SGD_CASES) + len(cases.STEPS)
+    norm_count = len(norm.PASSES) * len(cases.NORM_CASES)
+    assert len(everything) == layer_count + norm_count + len(cases.SGD_CASES) + len(cases.STEPS)
 
 
 def test_quick_suite_names_layers_that_exist():
     for model, names in suites._QUICK_LAYERS.items():
         assert set(names) <= {case.name for case in cases.LAYERS[model]}
+    assert set(suites._QUICK_NORM) <= {case.size for case in cases.NORM_CASES}
     assert set(suites._QUICK_SGD) <= {case.name for case in cases.SGD_CASES}
     assert set(suites._QUICK_STEPS) <= {case.name for case in cases.STEPS}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gdfast
-from gdfast.bench import cases, layers, sgd, step, suites
+from gdfast.bench import cases, layers, norm, sgd, step, suites
 from gdfast.bench.workload import Check, Workload, allowed_error, relative_error
 
 SMALL = cases.Conv2dCase("small", 2, 4, 7, 6, 5, 3, 2, (2, 1), (1, 0), model="test")
@@ -139,6 +139,15 @@ def test_our_layers_pass_their_check(task, dtype):
     case = cases.SIMPLE_CNN[0].with_batch(2)
     work = suites.layer_workload(case, task, dtype)
     assert isinstance(work, Workload) and work.backend
+    assert work.check().ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("task", norm.PASSES)
+@pytest.mark.parametrize("residual", [False, True])
+def test_our_norm_passes_its_check(residual, task, dtype):
+    work = suites.norm_workload(cases.NormCase((2, 20, 9, 9), residual), task, dtype)
+    assert work.backend
     assert work.check().ok
 
 

@@ -82,18 +82,20 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
       parts.bias[column] = bias;
     }
   };
+  const bool stream = streams<T>(p, to.output, layout.pitch());
   const auto apply = [&](const Region& region) {
     with_activation(p.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
       T* const output = static_cast<T*>(to.output);
       if (residual != nullptr) {
         layout.template apply<kActivation, true>(region, input, residual, factors, negative_slope,
-                                                 output);
+                                                 output, stream);
       } else {
         layout.template apply<kActivation, false>(region, input, residual, factors, negative_slope,
-                                                  output);
+                                                  output, stream);
       }
     });
+    if (stream) stream_fence();
   };
 
   if (!sums_here) {

@@ -98,6 +98,26 @@ GDFAST_INLINE void store_group(const G& group, T* to, const V& value) {
   }
 }
 
+// Results of at least so many bytes are written past the caches: the next layer would find little
+// of them there, and the input of the second pass is left in peace.
+constexpr int64_t kStreamBytes = 16 * 1024 * 1024;
+
+// Whether to do so, which takes `pitch` elements at a time that begin at whole cache lines.
+template <typename T>
+inline bool streams(const BatchNormProblem& p, const void* to, int64_t pitch) {
+  constexpr int64_t kSize = sizeof(T);
+  return kSize >= 4 && p.N * p.C * p.S * kSize >= kStreamBytes && pitch * kSize % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
+template <typename G, typename T, typename V>
+GDFAST_INLINE void store_result(const G& group, T* to, const V& value, bool stream) {
+  if constexpr (G::kWhole && sizeof(T) >= 4) {
+    if (stream) return store_streaming<T>(to, value);
+  }
+  store_group(group, to, value);
+}
+
 // Pointers of the backward passes. grad_residual may be null.
 template <typename T>
 struct Gradients {

@@ -8,8 +8,9 @@
 //
 // Bytes decide where g comes from. Alone, the activation's argument is computed again from the
 // input, which both passes read anyway. With a residual, something more must be read: the output,
-// since it is next to the gradient of the layer after this one, that has just read it. The first
-// pass then writes g, which is grad_residual, and the second one reads that instead of both.
+// since it is next to the gradient of the layer after this one, that has just read it. Where the
+// second pass cannot find all of this in the cache, the first one writes g, which is grad_residual,
+// and the second one reads that instead of both.
 #include "batch_norm.h"
 #include "batch_norm_planes.h"
 #include "batch_norm_rows.h"
@@ -47,7 +48,7 @@ void with_pre_activation(Activation activation, PreActivation from, F&& f) {
 template <typename T, template <typename> typename Layout>
 auto choose_reduce(Activation activation, PreActivation from) {
   using A = typename Accumulator<T>::type;
-  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A, A*,
+  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A, bool, A*,
                             const Sums&) const = nullptr;
   with_pre_activation(activation, from, [&](auto tag, auto source) {
     chosen = &Layout<T>::template reduce<decltype(tag)::value, decltype(source)::value>;
@@ -58,7 +59,7 @@ auto choose_reduce(Activation activation, PreActivation from) {
 template <typename T, template <typename> typename Layout>
 auto choose_grad_input(Activation activation, PreActivation from, bool training) {
   using A = typename Accumulator<T>::type;
-  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A) const =
+  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A, bool) const =
       nullptr;
   with_pre_activation(activation, from, [&](auto tag, auto source) {
     constexpr Activation kActivation = decltype(tag)::value;
@@ -106,26 +107,34 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
   }
   const Factors<A> factors{parts.mean, parts.scale, parts.bias, parts.slope, parts.offset};
   const A negative_slope = static_cast<A>(p.negative_slope);
-  const Gradients<T> first_pass{static_cast<const T*>(to.grad_output),
-                                static_cast<const T*>(to.input),
-                                static_cast<const T*>(to.residual_or_output),
-                                static_cast<T*>(to.grad_residual), static_cast<T*>(to.grad_input)};
+  Gradients<T> first_pass{static_cast<const T*>(to.grad_output), static_cast<const T*>(to.input),
+                          static_cast<const T*>(to.residual_or_output),
+                          static_cast<T*>(to.grad_residual), static_cast<T*>(to.grad_input)};
   Gradients<T> second_pass = first_pass;
-  // What the first pass wrote for the residual is the gradient before the activation.
-  const bool written = to.grad_residual != nullptr;
-  if (written) second_pass.grad_output = first_pass.grad_residual;
+  // Whichever pass finds more in the cache writes the residual's gradient: the second one where
+  // it reads there what the first one has read, else the first one, and the second reads that.
+  const bool written = to.grad_residual != nullptr && (!cut.by_channel || to.grad_input == nullptr);
+  if (written) {
+    second_pass.grad_output = first_pass.grad_residual;
+    second_pass.grad_residual = nullptr;
+  } else {
+    first_pass.grad_residual = nullptr;
+  }
   // In evaluation the first pass serves the parameters and the residual alone.
   const bool reduces = training || written || to.grad_weight != nullptr || to.grad_bias != nullptr;
   const auto reduce = choose_reduce<T, Layout>(p.activation, from);
   const auto grad_input =
       choose_grad_input<T, Layout>(written ? Activation::kNone : p.activation, from, training);
 
+  const bool stream = streams<T>(p, to.grad_input, layout.pitch()) &&
+                      streams<T>(p, to.grad_residual, layout.pitch());
   run_passes(
       layout, cut, parts.totals, threads,
       [&](const Region& region, const Sums& sums, int thread) {
         if (!reduces) return;
-        (layout.*reduce)(region, first_pass, factors, negative_slope,
+        (layout.*reduce)(region, first_pass, factors, negative_slope, stream,
                          parts.scratch + thread * layout.scratch(), sums);
+        if (stream) stream_fence();
       },
       [&](int64_t c, int64_t c_end, const Sums& sums) {
         const double count = static_cast<double>(p.N * p.S);
@@ -147,7 +156,8 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
       },
       [&](const Region& region) {
         if (to.grad_input == nullptr) return;
-        (layout.*grad_input)(region, second_pass, factors, negative_slope);
+        (layout.*grad_input)(region, second_pass, factors, negative_slope, stream);
+        if (stream) stream_fence();
       });
 }
 

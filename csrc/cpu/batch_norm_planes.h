@@ -5,6 +5,7 @@
 #pragma once
 
 #include "batch_norm.h"
+#include "pack.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -20,6 +21,8 @@ class Planes {
   int64_t columns() const { return channels_; }
   // Index of some value of a channel.
   int64_t sample_of(int64_t channel) const { return channel * pixels_; }
+  // How many elements lie side by side between two places where vectors begin anew.
+  int64_t pitch() const { return pixels_; }
   int64_t scratch() const { return 0; }
 
   Cut cut(int64_t streams, int threads) const {
@@ -74,18 +77,18 @@ class Planes {
         if (count == 0) {
           // The mean of the chunk, which stays in the first-level cache for the sums about it.
           Vec<A> sum[4] = {};
-          for_groups<A, 4>(at, at + length, [&](auto group, int64_t i) {
+          for_lanes<4>(at, at + length, [&](auto group, int64_t i) {
             using G = decltype(group);
 #pragma GCC unroll 4
             for (int v = 0; v < G::kVectors; ++v) {
-              sum[v] += load_group(group, input + i + v * kWidth);
+              sum[v] += valid(group, load_group(group, input + i + v * kWidth));
             }
           });
           const double all = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
           shift = finite<A>(broadcast(static_cast<A>(all / static_cast<double>(length))));
         }
         Vec<A> firsts[4] = {}, seconds[4] = {};
-        for_groups<A, 4>(at, at + length, [&](auto group, int64_t i) {
+        for_lanes<4>(at, at + length, [&](auto group, int64_t i) {
           using G = decltype(group);
 #pragma GCC unroll 4
           for (int v = 0; v < G::kVectors; ++v) {
@@ -106,16 +109,16 @@ class Planes {
 
   template <Activation kActivation, bool kResidual>
   void apply(const Region& g, const T* input, const T* residual, const Factors<A>& factors,
-             A negative_slope, T* output) const {
+             A negative_slope, T* output, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
     for (int64_t c = g.c; c < g.c_end; ++c) {
       const Vec<A> mean = broadcast(factors.mean[c]), scale = broadcast(factors.scale[c]);
       const Vec<A> bias = broadcast(factors.bias[c]);
       for_chunks(g, c, [&](int64_t at, int64_t length) {
-        for_groups<A, 1>(at, at + length, [&](auto group, int64_t i) {
+        for_lanes<1>(at, at + length, [&](auto group, int64_t i) {
           Vec<A> z = (load_group(group, input + i) - mean) * scale + bias;
           if constexpr (kResidual) z += load_group(group, residual + i);
-          store_group(group, output + i, activate<kActivation, A>(z, leak));
+          store_result(group, output + i, activate<kActivation, A>(z, leak), stream);
         });
       });
     }
@@ -124,7 +127,7 @@ class Planes {
   // Adds to sums: the gradient before the activation, and its products with input - mean.
   template <Activation kActivation, PreActivation kFrom>
   void reduce(const Region& g, const Gradients<T>& to, const Factors<A>& factors, A negative_slope,
-              A*, const Sums& sums) const {
+              bool stream, A*, const Sums& sums) const {
     const Vec<A> leak = broadcast(negative_slope);
     for (int64_t c = g.c; c < g.c_end; ++c) {
       const Vec<A> mean = broadcast(factors.mean[c]), scale = broadcast(factors.scale[c]);
@@ -139,7 +142,7 @@ class Planes {
       };
       for_chunks(g, c, [&](int64_t at, int64_t length) {
         Vec<A> firsts[4] = {}, seconds[4] = {};
-        for_groups<A, 4>(at, at + length, [&](auto group, int64_t i) {
+        for_lanes<4>(at, at + length, [&](auto group, int64_t i) {
           using G = decltype(group);
 #pragma GCC unroll 4
           for (int v = 0; v < G::kVectors; ++v) {
@@ -152,7 +155,9 @@ class Planes {
             const Vec<A> grad = grad_before<kActivation, kFrom, A>(
                 load_group(group, to.grad_output + here), centred, other, scale, bias, leak);
             if constexpr (kFrom != PreActivation::kInput) {
-              if (to.grad_residual != nullptr) store_group(group, to.grad_residual + here, grad);
+              if (to.grad_residual != nullptr) {
+                store_result(group, to.grad_residual + here, grad, stream);
+              }
             }
             firsts[v] += valid(group, grad);
             seconds[v] += valid(group, Vec<A>(grad * centred));
@@ -170,22 +175,27 @@ class Planes {
   // Writes grad_input, in evaluation without the share of the statistics.
   template <Activation kActivation, PreActivation kFrom, bool kTraining>
   void grad_input(const Region& g, const Gradients<T>& to, const Factors<A>& factors,
-                  A negative_slope) const {
+                  A negative_slope, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
     for (int64_t c = g.c; c < g.c_end; ++c) {
       const Vec<A> mean = broadcast(factors.mean[c]), scale = broadcast(factors.scale[c]);
       const Vec<A> bias = broadcast(factors.bias[c]), slope = broadcast(factors.slope[c]);
       const Vec<A> offset = broadcast(factors.offset[c]);
       for_chunks(g, c, [&](int64_t at, int64_t length) {
-        for_groups<A, 1>(at, at + length, [&](auto group, int64_t i) {
+        for_lanes<1>(at, at + length, [&](auto group, int64_t i) {
           const Vec<A> centred = load_group(group, to.input + i) - mean;
           Vec<A> other{};
           if constexpr (kFrom != PreActivation::kInput) other = load_group(group, to.other + i);
           const Vec<A> grad = grad_before<kActivation, kFrom, A>(
               load_group(group, to.grad_output + i), centred, other, scale, bias, leak);
+          if constexpr (kFrom != PreActivation::kInput) {
+            if (to.grad_residual != nullptr) {
+              store_result(group, to.grad_residual + i, grad, stream);
+            }
+          }
           Vec<A> result = grad * scale;
           if constexpr (kTraining) result += centred * slope + offset;
-          store_group(group, to.grad_input + i, result);
+          store_result(group, to.grad_input + i, result, stream);
         });
       });
     }
@@ -215,16 +225,38 @@ class Planes {
   // Four vectors side by side of 16 values a lane at most, or of 64 without AVX-512.
   static constexpr int64_t kChunk = 2 * kSumLength;
 
-  // Zeros for the lanes that a group does not have.
+  // A vector that overlaps the one before: only its last `lanes` lanes are new.
+  struct Overlap {
+    static constexpr int kVectors = 1;
+    static constexpr bool kWhole = true;
+    int64_t lanes;
+  };
+
+  // for_groups, but that what is left over ends in an overlapping vector where there was one.
+  template <int kMost, typename Visit>
+  GDFAST_INLINE static void for_lanes(int64_t begin, int64_t end, const Visit& visit) {
+    const int64_t rest = (end - begin) % kWidth;
+    if (rest == 0 || end - begin < kWidth) return for_groups<A, kMost>(begin, end, visit);
+    for_groups<A, kMost>(begin, end - rest, visit);
+    visit(Overlap{rest}, end - kWidth);
+  }
+
+  // Zeros for the lanes that do not count.
   template <typename G>
   GDFAST_INLINE static Vec<A> valid(const G& group, Vec<A> value) {
-    if constexpr (!G::kWhole) {
-      A lanes[kWidth];
-      store<A>(lanes, value);
-      for (int64_t lane = group.lanes; lane < kWidth; ++lane) lanes[lane] = 0;
-      value = load(lanes);
+    if constexpr (kSame<G, Overlap>) {
+      return lane_numbers() < static_cast<A>(kWidth - group.lanes) ? Vec<A>{} : value;
+    } else if constexpr (!G::kWhole) {
+      return lane_numbers() < static_cast<A>(group.lanes) ? value : Vec<A>{};
+    } else {
+      return value;
     }
-    return value;
+  }
+
+  GDFAST_INLINE static Vec<A> lane_numbers() {
+    Vec<A> numbers{};
+    for (int64_t lane = 0; lane < kWidth; ++lane) numbers[lane] = static_cast<A>(lane);
+    return numbers;
   }
 
   // The sum of all lanes, in pairs.

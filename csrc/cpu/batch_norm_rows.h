@@ -32,6 +32,8 @@ class Rows {
   // Index of some value of a channel.
   int64_t sample_of(int64_t channel) const { return channel; }
 
+  // How many elements lie side by side between two places where vectors begin anew.
+  int64_t pitch() const { return columns_; }
   // Scratch elements that a thread needs.
   int64_t scratch() const { return 3 * columns_; }
 
@@ -82,7 +84,7 @@ class Rows {
 
   template <Activation kActivation, bool kResidual>
   void apply(const Region& g, const T* input, const T* residual, const Factors<A>& factors,
-             A negative_slope, T* output) const {
+             A negative_slope, T* output, bool stream) const {
     const Vec<A> slope = broadcast(negative_slope);
     for_tables(g, [&](const Region& table) {
       for_bands(table, table.i, table.i_end, true, [&](int64_t row, int64_t row_end) {
@@ -99,7 +101,7 @@ class Rows {
               const int64_t here = at + v * kWidth;
               Vec<A> z = (load_group(group, input + here) - mean[v]) * scale[v] + bias[v];
               if (kResidual) z += load_group(group, residual + here);
-              store_group(group, output + here, activate<kActivation, A>(z, slope));
+              store_result(group, output + here, activate<kActivation, A>(z, slope), stream);
             }
           }
         });
@@ -110,7 +112,7 @@ class Rows {
   // Adds to sums: the gradient before the activation, and its products with input - mean.
   template <Activation kActivation, PreActivation kFrom>
   void reduce(const Region& g, const Gradients<T>& at, const Factors<A>& factors, A negative_slope,
-              A* scratch, const Sums& sums) const {
+              bool stream, A* scratch, const Sums& sums) const {
     A* const first = scratch;
     A* const second = scratch + columns_;
     for_tables(g, [&](const Region& table) {
@@ -119,7 +121,7 @@ class Rows {
         for_bands(table, begin, end, false, [&](int64_t row, int64_t row_end) {
           for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
             reduce_of<kActivation, kFrom>(group, at, row, row_end, row == begin, c, factors,
-                                          negative_slope, first, second);
+                                          negative_slope, stream, first, second);
           });
         });
         for (int64_t c = table.c; c < table.c_end; ++c) {
@@ -133,7 +135,7 @@ class Rows {
   // Writes grad_input, in evaluation without the share of the statistics.
   template <Activation kActivation, PreActivation kFrom, bool kTraining>
   void grad_input(const Region& g, const Gradients<T>& at, const Factors<A>& factors,
-                  A negative_slope) const {
+                  A negative_slope, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
     for_tables(g, [&](const Region& table) {
       for_bands(table, table.i, table.i_end, true, [&](int64_t row, int64_t row_end) {
@@ -155,9 +157,14 @@ class Rows {
               const Vec<A> grad =
                   grad_before<kActivation, kFrom, A>(load_group(group, at.grad_output + here),
                                                      centred, other, scale[v], bias[v], leak);
+              if constexpr (kFrom != PreActivation::kInput) {
+                if (at.grad_residual != nullptr) {
+                  store_result(group, at.grad_residual + here, grad, stream);
+                }
+              }
               Vec<A> result = grad * scale[v];
               if constexpr (kTraining) result += centred * slope[v] + offset[v];
-              store_group(group, at.grad_input + here, result);
+              store_result(group, at.grad_input + here, result, stream);
             }
           }
         });
@@ -240,7 +247,7 @@ class Rows {
   template <Activation kActivation, PreActivation kFrom, typename G>
   GDFAST_INLINE void reduce_of(const G& group, const Gradients<T>& at, int64_t row, int64_t row_end,
                                bool begins, int64_t c, const Factors<A>& factors, A negative_slope,
-                               A* firsts, A* seconds) const {
+                               bool stream, A* firsts, A* seconds) const {
     constexpr int kVectors = G::kVectors;
     const Vec<A> leak = broadcast(negative_slope);
     Vec<A> mean[kVectors], scale[kVectors], bias[kVectors], first[kVectors], second[kVectors];
@@ -262,7 +269,9 @@ class Rows {
         const Vec<A> grad = grad_before<kActivation, kFrom, A>(
             load_group(group, at.grad_output + here), centred, other, scale[v], bias[v], leak);
         if constexpr (kFrom != PreActivation::kInput) {
-          if (at.grad_residual != nullptr) store_group(group, at.grad_residual + here, grad);
+          if (at.grad_residual != nullptr) {
+            store_result(group, at.grad_residual + here, grad, stream);
+          }
         }
         first[v] += grad;
         second[v] += grad * centred;

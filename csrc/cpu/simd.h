@@ -46,6 +46,27 @@ GDFAST_INLINE void store(T* to, Vec<T> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// Past the caches, to memory aligned to a vector: nothing is read before it is overwritten, and
+// what the caches hold stays there. stream_fence() makes the stores visible to other threads.
+template <typename T>
+GDFAST_INLINE void store_streaming(T* to, Vec<T> value) {
+#if defined(__AVX512F__)
+  asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vec<T>*>(to)) : "v"(value));
+#elif defined(__AVX2__)
+  asm volatile("vmovntps %1, %0" : "=m"(*reinterpret_cast<Vec<T>*>(to)) : "x"(value));
+#elif defined(__x86_64__)
+  asm volatile("movntps %1, %0" : "=m"(*reinterpret_cast<Vec<T>*>(to)) : "x"(value));
+#else
+  store<T>(to, value);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__x86_64__)
+  asm volatile("sfence" ::: "memory");
+#endif
+}
+
 template <typename T>
 GDFAST_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // x - 0 is x for every x, -0 and NaN too; x + 0 would lose -0

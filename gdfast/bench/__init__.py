@@ -13,7 +13,7 @@ from pathlib import Path
 _PASSES = ("forward", "grad_input", "grad_weight")
 _SUITES = (
     "quick", "all", "simple_cnn", "resnet20", "resnet18", "resnet50", "yolo", "mobilenet",
-    "winograd", "sgd", "step",
+    "winograd", "norm", "sgd", "step",
 )  # fmt: skip
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 

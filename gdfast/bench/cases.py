@@ -106,6 +106,22 @@ class SgdCase:
 
 
 @dataclass(frozen=True)
+class NormCase:
+    """One batch normalisation of images [N, C, H, W] with ReLU, or with a residual before that."""
+
+    size: tuple[int, int, int, int]
+    residual: bool = False
+
+    @property
+    def name(self) -> str:
+        N, C, H, _ = self.size
+        return f"{N} x {C} @{H}" + " + residual" * self.residual
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class StepCase:
     """One training step of a whole model on images [N, C, H, W].
 
@@ -319,6 +335,19 @@ SGD_CASES: tuple[SgdCase, ...] = (
     SgdCase("25.6 M, 1 tensor", (sum(_resnet50_parameters()),)),
     SgdCase("25.6 M, ResNet-50's 161", _resnet50_parameters()),
 )
+
+NORM_CASES: tuple[NormCase, ...] = tuple(
+    NormCase((N, C, H, H), residual)
+    for N, C, H, residuals in (
+        # ResNet-18 and ResNet-50
+        (8, 64, 112, (False,)), (8, 64, 56, (False, True)), (8, 256, 56, (False, True)),
+        (8, 128, 28, (False, True)), (8, 512, 28, (False, True)), (8, 256, 14, (False, True)),
+        (8, 512, 7, (False, True)), (8, 2048, 7, (False, True)),
+        # ResNet-20, YOLO-lite
+        (64, 16, 32, (False, True)), (4, 16, 208, (False,)), (4, 64, 52, (False,)),
+    )
+    for residual in residuals
+)  # fmt: skip
 
 STEPS: tuple[StepCase, ...] = (
     StepCase("SimpleCNN, batch 64", "cnn", 64, 1, 28, 28, 10),

@@ -12,10 +12,10 @@ from torch.nn import Module
 
 from gdfast import backends, models, ops, optim, restore_
 from gdfast.backends import cpu_algorithms, registry, tuning
-from gdfast.bench import cases, layers, sgd, step
+from gdfast.bench import cases, layers, norm, sgd, step
 from gdfast.bench.workload import Workload
 
-SUITES = ("quick", "all", *cases.LAYERS, "sgd", "step")
+SUITES = ("quick", "all", *cases.LAYERS, "norm", "sgd", "step")
 
 # What a first look should hold: the layers that networks are made of, in under two minutes.
 _QUICK_LAYERS = {
@@ -33,6 +33,7 @@ _QUICK_LAYERS = {
     ),
 }
 _QUICK_STEPS = ("SimpleCNN, batch 64", "ResNet-20, batch 64, 32x32")
+_QUICK_NORM = ((8, 64, 56, 56), (8, 512, 28, 28))
 _QUICK_SGD = ("10 k, 1 tensor", "1 M, 1 tensor", "1 M, 161 tensors", "25.6 M, ResNet-50's 161")
 
 # Error of Winograd's algorithm over native's in one layer with 64 channels or more. So many times
@@ -91,6 +92,12 @@ def _plan(
                 continue
             for task in passes:
                 yield Planned(f"{layer} {task}", partial(layer_workload, layer, task, dtype))
+    if suite in ("quick", "all", "norm"):
+        for normalised in cases.NORM_CASES:
+            if suite != "quick" or normalised.size in _QUICK_NORM:
+                for task in norm.PASSES:
+                    build = partial(norm_workload, normalised, task, dtype)
+                    yield Planned(f"norm {normalised} {task}", build)
     if suite in ("quick", "all", "sgd"):
         for update in cases.SGD_CASES:
             if suite != "quick" or update.name in _QUICK_SGD:
@@ -110,6 +117,14 @@ def layer_workload(case: cases.Conv2dCase, task: str, dtype: torch.dtype) -> Wor
     if not backend:
         backend = _backend(dtype, "conv2d" if task == "forward" else f"conv2d_{task}")
     return build(backend=backend, stated_error=stated_error)
+
+
+def norm_workload(case: cases.NormCase, task: str, dtype: torch.dtype) -> Workload:
+    """One pass of batch normalisation with what follows it, by `gdfast.ops.batch_norm_act`."""
+    op = "batch_norm_act" if task == "forward" else "batch_norm_act_backward"
+    return norm.workload(
+        case, task, dtype, normalise=ops.batch_norm_act, backend=_backend(dtype, op)
+    )
 
 
 def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
