@@ -7,9 +7,11 @@ hooks, DDP and EMA copies stay valid, and nothing in PyTorch is patched.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from gdfast import nn
 from gdfast.backends import Query, preview
 from gdfast.errors import mismatch
-from gdfast.swap.report import Replaced, Report, Skipped
-from gdfast.swap.verify import Recording, record
+from gdfast.swap.fuse import Fusion, fuse_neighbours, unfuse, unfused
+from gdfast.swap.report import Replaced, Report, Skipped, qualified
+from gdfast.swap.verify import record, worst
 
 FilterFn = Callable[[torch.nn.Module, str], bool]
 
@@ -33,6 +36,8 @@ _NATIVE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.MaxPool2d: torch.nn.MaxPool2d,
 }
 _OPERATIONS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+_OF_OUTPUTS = ("output", "grad_input")
+_OF_LAYERS = ("grad_weight", "grad_bias", "running_mean", "running_var")
 
 
 def swap_(
@@ -54,36 +59,79 @@ def swap_(
     were; a model that fails on the batch is left native. The model's own hooks run as in training.
     Reentrant checkpointing (`use_reentrant=True`) cannot be verified: torch raises RuntimeError.
 
-    Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function, and
-    ValueError for fuse=True.
+    `fuse=True` gives new forwards to the modules in whose forwards layers follow each other that
+    one of our operations computes: BatchNorm2d with a residual and an activation, in `Sequential`s
+    and in forwards written out. They are attributes of the instances, read parameters and modes at
+    the call, and run the class's forward where a hook was added or something replaced. A
+    BatchNorm2d that has no such neighbours runs on our operation too, where `filter_fn` is true for
+    it. The report lists what was fused, and the forwards that could not be, with the reason.
+
+    Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function.
     """
+    return _swap(model, filter_fn, fuse, verify)[0]
+
+
+def _swap(
+    model: torch.nn.Module, filter_fn: FilterFn | None, fuse: bool, verify: Any
+) -> tuple[Report, Fusion]:
     _check_model("swap_", model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(mismatch("swap_", "filter_fn", "a function or None", repr(filter_fn)))
-    if fuse:
-        fix = "This version fuses no layers"
-        raise ValueError(mismatch("swap_", "fuse", "False", fuse, fix))
     layers, skipped = _candidates(model, filter_fn)
     before = None if verify is None else record(model, layers, verify)
     _set_classes(layers, _CLASSES)
-    errors: dict[str, dict[str, float]] = {}
-    if before is not None:
-        errors = _verify(model, layers, verify, before)
+    fusion, errors = Fusion(), {}
+    try:
+        if before is not None:
+            errors = record(model, layers, verify).errors(before)
+        if fuse:
+            fusion = fuse_neighbours(model, filter_fn)
+            if verify is not None:
+                _verify_fused(model, layers, fusion, verify)
+    except BaseException:
+        unfuse(fusion.modules)
+        _set_classes(layers, _NATIVE)
+        raise
     replaced = [
         Replaced(
-            name, _qualified(_NATIVE[type(layer)]), _qualified(type(layer)), _backend(layer),
+            name, qualified(_NATIVE[type(layer)]), qualified(type(layer)), _backend(layer),
             errors.get(name, {}),
         )
         for name, layer in layers.items()
     ]  # fmt: skip
-    report = Report(replaced, skipped)
-    if not replaced:
+    report = Report(replaced, [*skipped, *fusion.skipped], fusion.fused)
+    if not replaced and not fusion.fused:
         reasons = "; ".join(f"{row.name or 'the model'}: {row.reason}" for row in skipped)
         warnings.warn(
             f"swap_: no layer was replaced ({reasons or 'the model has no convolution'})",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return report
+    return report, fusion
+
+
+def _verify_fused(
+    model: torch.nn.Module, layers: dict[str, torch.nn.Module], fusion: Fusion, batch: Any
+) -> None:
+    watched = {name for name in fusion.outputs if name is not None}
+    modules = {
+        name: model.get_submodule(name) for name in {*watched, *itertools.chain(*fusion.layers)}
+    }
+    ours = record(model, modules, batch, watched)
+    _set_classes(layers, _NATIVE)
+    try:
+        with unfused(fusion):
+            native = record(model, modules, batch)
+    finally:
+        _set_classes(layers, _CLASSES)
+    errors = ours.errors(native)
+    for i, (row, output, names) in enumerate(
+        zip(fusion.fused, fusion.outputs, fusion.layers, strict=True)
+    ):
+        found = [(k, v) for name in names for k, v in errors[name].items() if k in _OF_LAYERS]
+        if output is not None:
+            found += [(k, v) for k, v in errors[output].items() if k in _OF_OUTPUTS]
+        kinds = {kind: worst(v for k, v in found if k == kind) for kind, _ in found}
+        fusion.fused[i] = replace(row, errors=kinds)
 
 
 def swap(
@@ -96,16 +144,17 @@ def swap(
     """A deep copy of the model with our layers; arguments and errors are those of `swap_`."""
     _check_model("swap", model)
     model = copy.deepcopy(model)
-    swap_(model, filter_fn, fuse=fuse, verify=verify)
+    _swap(model, filter_fn, fuse, verify)
     return model
 
 
 def restore_(model: torch.nn.Module) -> None:
-    """Gives every layer of ours the class of `torch.nn` again, in place.
+    """Gives every layer of ours its class of `torch.nn` and its own forward again, in place.
 
     Raises TypeError where the model is no `torch.nn.Module`.
     """
     _check_model("restore_", model)
+    unfuse(model.modules())
     _set_classes({n: m for n, m in model.named_modules() if type(m) in _NATIVE}, _NATIVE)
 
 
@@ -123,10 +172,11 @@ def swapped(
     """
     _check_model("swapped", model)
     layers = {name: module for name, module in model.named_modules() if type(module) in _CLASSES}
-    report = swap_(model, filter_fn, fuse=fuse, verify=verify)
+    report, fusion = _swap(model, filter_fn, fuse, verify)
     try:
         yield report
     finally:
+        unfuse(fusion.modules)
         _set_classes({n: m for n, m in layers.items() if type(m) in _NATIVE}, _NATIVE)
 
 
@@ -146,7 +196,7 @@ def _candidates(
         if not reason and filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn is false for it"
         if reason:
-            skipped.append(Skipped(name, _qualified(type(module)), reason))
+            skipped.append(Skipped(name, qualified(type(module)), reason))
         else:
             layers[name] = module
     return layers, skipped
@@ -183,16 +233,6 @@ def _set_classes(
         layer.__class__ = classes[type(layer)]
 
 
-def _verify(
-    model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: Any, before: Recording
-) -> dict[str, dict[str, float]]:
-    try:
-        return record(model, layers, batch).errors(before)
-    except BaseException:
-        _set_classes(layers, _NATIVE)
-        raise
-
-
 def _backend(layer: torch.nn.Module) -> str:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
@@ -202,10 +242,3 @@ def _backend(layer: torch.nn.Module) -> str:
     if len(set(names.values())) == 1:
         return names["conv2d"]
     return ", ".join(f"{op}: {name}" for op, name in names.items())
-
-
-def _qualified(cls: type) -> str:
-    for package in (torch.nn, nn):
-        if vars(package).get(cls.__name__) is cls:
-            return f"{package.__name__}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,20 +30,20 @@ class Recording:
         """The errors of `Replaced.errors`, of the call that has the largest; NaN is the largest."""
         return {
             name: {
-                kind: max(
-                    (
-                        _relative_error(*pair, _size(kind, native.layers[name], call))
-                        for call, pair in enumerate(
-                            zip(values, native.layers[name][kind], strict=True)
-                        )
-                    ),
-                    key=lambda error: (math.isnan(error), error),
+                kind: worst(
+                    _relative_error(*pair, _size(kind, native.layers[name], call))
+                    for call, pair in enumerate(zip(values, native.layers[name][kind], strict=True))
                 )
                 for kind, values in kinds.items()
                 if kind != GRAD_OUTPUT
             }
             for name, kinds in self.layers.items()
         }
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; NaN is the largest."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def _size(kind: str, native: Values, call: int) -> Tensor:
@@ -58,21 +58,29 @@ def _relative_error(ours: Tensor, native: Tensor, size: Tensor) -> float:
     return (difference / size if size > 0 else difference).item()
 
 
-def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: Any) -> Recording:
+def record(
+    model: torch.nn.Module,
+    layers: dict[str, torch.nn.Module],
+    batch: Any,
+    watched: Collection[str] | None = None,
+) -> Recording:
     """Runs `batch` through `model` and records what the layers give, forward and backward.
 
-    The gradients are those of a fixed random weighting of all that the model puts out. Raises
-    ValueError where nothing that it puts out has a gradient.
+    Of layers that are not `watched` (None: all are), only the gradients of parameters and the
+    buffers are recorded: they get no hooks. The gradients are those of a fixed random weighting of
+    all that the model puts out. Raises ValueError where nothing that it puts out has a gradient.
     """
     seen: dict[str, Values] = {name: {} for name in layers}
     sources: list[tuple[str, str, Any]] = []  # layer, kind, what to take the gradient in
 
     def hook_for(name: str) -> Any:
         def hook(
-            layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+            layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
+            if not isinstance(output, Tensor):
+                return
             seen[name].setdefault("output", []).append(output.detach().clone())
-            input = args[0] if args else kwargs["input"]
+            input = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), output)
             for kind, tensor in (("grad_input", input), (GRAD_OUTPUT, output)):
                 if tensor.requires_grad:
                     # The edge stays what it is when a layer behind works in place on the tensor.
@@ -88,12 +96,16 @@ def record(model: torch.nn.Module, layers: dict[str, torch.nn.Module], batch: An
         handles = [
             layer.register_forward_hook(hook_for(name), with_kwargs=True)
             for name, layer in layers.items()
+            if watched is None or name in watched
         ]
         try:
             output = _call(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
+        for name, layer in layers.items():
+            for kind, buffer in layer.named_buffers(recurse=False):
+                seen[name][kind] = [buffer.clone()]
         if sources:
             # autograd.grad leaves every .grad alone.
             gradients = torch.autograd.grad(

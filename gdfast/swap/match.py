@@ -1,0 +1,252 @@
+"""Finds neighbours in a graph that one of our operations computes, and puts it in their place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from gdfast import nn
+from gdfast.swap import layers
+
+NORMS = (torch.nn.BatchNorm2d, nn.BatchNorm2d)
+CONVOLUTION = nn.Conv2d
+
+_ACTIVATION_MODULES: dict[type, str] = {
+    torch.nn.ReLU: "relu",
+    torch.nn.ReLU6: "relu6",
+    torch.nn.LeakyReLU: "leaky_relu",
+    torch.nn.SiLU: "silu",
+}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    torch._C._nn.leaky_relu_: "leaky_relu",
+    F.silu: "silu",
+}
+# Modules that leave what they are given as it was and give a new tensor.
+_PURE = (torch.nn.Conv2d, CONVOLUTION, torch.nn.Linear, *NORMS)
+
+Modules = dict[str, torch.nn.Module]
+
+
+class Path(str):
+    """An argument that is the module of that path."""
+
+
+@dataclass
+class Group:
+    """Nodes that one operation computes; it goes to the place of the node `at`.
+
+    `bypassed` are the paths of the modules that are not called any more.
+    """
+
+    nodes: list[Node]
+    at: Node
+    op: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    bypassed: list[str]
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of what was fused, as they stand in the forward."""
+        return [_label(node) for node in self.nodes]
+
+
+class Matcher:
+    """The groups of one graph; `allowed(path)` says whether a module may be fused."""
+
+    def __init__(self, graph: Graph, modules: Modules, allowed: Callable[[str], bool]) -> None:
+        self._graph = graph
+        self._modules = modules
+        self._allowed = allowed
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._taken: set[Node] = set()
+
+    def groups(self) -> list[Group]:
+        """What can be fused, in the order of the graph."""
+        found = []
+        for node in self._graph.nodes:
+            group = None if node in self._taken else self._from_norm(node)
+            if group is not None:
+                self._taken.update(group.nodes)
+                found.append(group)
+        return sorted(found, key=lambda group: self._order[group.at])
+
+    def _from_norm(self, norm: Node) -> Group | None:
+        if not self._is_module(norm, NORMS) or self._calls(norm) > 1:
+            return None
+        input = _only_input(norm)
+        user = self._only_user(norm)
+        if input is None or user is None:
+            return None
+        nodes, at, residual = [norm], norm, None
+        added = self._added(norm, user)
+        if added is not None and self._may_wait(norm, input, user):
+            residual = added
+            nodes.append(user)
+            at, user = user, self._only_user(user)
+        name, slope, bypassed = "none", None, [str(norm.target)]
+        activation = self._activation(user)
+        if user is not None and activation is not None:
+            name, slope, paths = activation
+            nodes.append(user)
+            bypassed += paths
+        if len(nodes) == 1:
+            return None
+        op = "batch_norm_act" + _braces(residual is not None and "residual", name)
+        in_place = residual is not None and _is_in_place(at)
+        args = (Path(norm.target), input, residual, name, slope, in_place)
+        return Group(nodes, at, op, layers.norm_act, args, bypassed)
+
+    # What a node is.
+
+    def _is_module(self, node: Node, types: tuple[type, ...]) -> bool:
+        return (
+            node.op == "call_module"
+            and type(self._modules[str(node.target)]) in types
+            and self._allowed(str(node.target))
+        )
+
+    def _calls(self, node: Node) -> int:
+        module = self._modules[str(node.target)]
+        return sum(
+            other.op == "call_module" and self._modules[str(other.target)] is module
+            for other in self._graph.nodes
+        )
+
+    def _only_user(self, node: Node | None) -> Node | None:
+        if node is None or len(node.users) != 1:
+            return None
+        (user,) = node.users
+        return None if user in self._taken else user
+
+    def _activation(self, node: Node | None) -> tuple[str, Any, list[str]] | None:
+        """Name, slope (or the module that has it) and modules of an activation."""
+        if node is None:
+            return None
+        if node.op == "call_module":
+            name = _ACTIVATION_MODULES.get(type(self._modules[str(node.target)]))
+            if name is None or _only_input(node) is None:
+                return None
+            path = Path(node.target)
+            return name, (path if name == "leaky_relu" else None), [path]
+        if node.op == "call_method" and node.target in ("relu", "relu_"):
+            return ("relu", None, []) if len(node.args) == 1 else None
+        name = _ACTIVATION_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        if name is None or not isinstance(node.args[0] if node.args else None, Node):
+            return None
+        slope = None
+        if name == "leaky_relu":
+            slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else 0.01)
+            if isinstance(slope, bool) or not isinstance(slope, (int, float)):
+                return None
+        return name, slope, []
+
+    def _added(self, norm: Node, add: Node) -> Node | None:
+        """What `add` adds to the result of `norm`."""
+        plus = add.op == "call_function" and add.target in (operator.add, operator.iadd, torch.add)
+        plus |= add.op == "call_method" and add.target in ("add", "add_")
+        if not plus or len(add.args) != 2 or not set(add.kwargs) <= {"alpha"}:
+            return None
+        alpha = add.kwargs.get("alpha", 1)
+        if type(alpha) is not int or alpha != 1:
+            return None
+        first, second = add.args
+        if first is norm and isinstance(second, Node) and second is not norm:
+            return second
+        # In place the first is written to, which is our own result only where it is the norm's.
+        if second is norm and isinstance(first, Node) and not _is_in_place(add):
+            return first
+        return None
+
+    def _may_wait(self, norm: Node, input: Node, until: Node) -> bool:
+        """Whether `norm` gives the same if it runs only at `until`."""
+        if len(input.users) == 1 and self._is_fresh(input):
+            return True  # nobody else has it
+        between = list(self._graph.nodes)[self._order[norm] + 1 : self._order[until]]
+        return not any(self._may_mutate(node) for node in between)
+
+    def _is_fresh(self, node: Node) -> bool:
+        return node.op == "call_module" and type(self._modules[str(node.target)]) in (
+            torch.nn.Conv2d, nn.Conv2d, torch.nn.Linear,
+        )  # fmt: skip
+
+    def _may_mutate(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return type(self._modules[str(node.target)]) not in _PURE
+        return _is_in_place(node)
+
+
+def drop_identities(graph: Graph, modules: Modules) -> list[str]:
+    """Takes the modules out that give what they are given; their paths."""
+    paths = []
+    for node in list(graph.nodes):
+        if node.op == "call_module" and type(modules[str(node.target)]) is torch.nn.Identity:
+            input = _only_input(node)
+            if input is not None:
+                paths.append(str(node.target))
+                node.replace_all_uses_with(input)
+                graph.erase_node(node)
+    return paths
+
+
+def rewrite(graph: Graph, groups: list[Group]) -> None:
+    """Puts each group's operation into the graph in place of its nodes."""
+    new: dict[Node, Node] = {}
+    for group in groups:
+        with graph.inserting_before(group.at):
+            args = [
+                graph.create_node("get_attr", arg) if isinstance(arg, Path)
+                else new.get(arg, arg) if isinstance(arg, Node) else arg
+                for arg in group.args
+            ]  # fmt: skip
+            fused = graph.call_function(group.function, tuple(args))
+        new[group.nodes[-1]] = fused
+        group.nodes[-1].replace_all_uses_with(fused)
+        for node in reversed(group.nodes):
+            graph.erase_node(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return (
+        name.endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv",
+        "imod", "ipow", "imatmul", "iand", "ior")
+        or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+    )  # fmt: skip
+
+
+def _only_input(node: Node) -> Node | None:
+    values = [*node.args, *node.kwargs.values()]
+    return values[0] if len(values) == 1 and isinstance(values[0], Node) else None
+
+
+def _braces(*words: Any) -> str:
+    words = tuple(word for word in words if word and word != "none")
+    return f"({', '.join(words)})" if words else ""
+
+
+def _label(node: Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "call_method":
+        return f".{node.target}()"
+    if node.target in (operator.add, operator.iadd):
+        return "+" if node.target is operator.add else "+="
+    name = torch.fx.node._get_qualified_name(node.target)  # type: ignore[arg-type]
+    return name.replace("torch.nn.functional", "F")
