@@ -61,17 +61,6 @@ BatchNormProblem make_problem(int64_t N, int64_t C, int64_t S, bool channels_las
           eps};
 }
 
-void check_threads(const char* op, int threads) {
-  if (threads >= 1) return;
-  throw py::value_error(std::string(op) + ": threads: expected >= 1, got " +
-                        std::to_string(threads));
-}
-
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 }  // namespace
 
 void bind_batch_norm(py::module_& m) {

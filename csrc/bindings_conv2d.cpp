@@ -17,15 +17,6 @@ namespace {
 using Pair = std::array<int64_t, 2>;
 using Four = std::array<int64_t, 4>;
 
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw py::value_error(
-      "Conv2dProblem: dtype: expected float32, float64, bfloat16 or float16, got " + name);
-}
-
 Algorithm algorithm_named(const std::string& name) {
   if (name == "direct") return Algorithm::kDirect;
   if (name == "winograd") return Algorithm::kWinograd;
@@ -65,21 +56,11 @@ Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stri
           dilation[0],
           dilation[1],
           groups,
-          dtype_named(dtype),
+          dtype_named("Conv2dProblem", dtype),
           {input[0], input[1], input[2], input[3]},
           {weight[0], weight[1], weight[2], weight[3]},
           {output[0], output[1], output[2], output[3]},
           algorithm_named(algorithm)};
-}
-
-void check_threads(int threads) {
-  if (threads >= 1) return;
-  throw py::value_error("conv2d: threads: expected >= 1, got " + std::to_string(threads));
-}
-
-template <typename T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 }  // namespace
@@ -95,7 +76,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d",
       [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
          uintptr_t output, int threads) {
-        check_threads(threads);
+        check_threads("conv2d", threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d(problem, pointer(input), pointer(weight), pointer(bias),
                               pointer(output), threads);
@@ -106,7 +87,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_input",
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
          uintptr_t grad_input, int threads) {
-        check_threads(threads);
+        check_threads("conv2d", threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d_grad_input(problem, pointer(grad_output), pointer(weight),
                                          pointer(grad_input), threads);
@@ -117,7 +98,7 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_weight",
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t input,
          uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
-        check_threads(threads);
+        check_threads("conv2d", threads);
         py::gil_scoped_release release;
         cpu::kernels().conv2d_grad_weight(problem, pointer(grad_output), pointer(input),
                                           pointer(grad_weight), pointer(grad_bias), threads);

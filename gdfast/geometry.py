@@ -209,6 +209,101 @@ class Conv2dGeometry:
         return 2 * prod(self.output_size) * prod(self.weight_size[1:])
 
 
+@dataclass(frozen=True)
+class MaxPool2dGeometry:
+    """The sizes of one max pooling: input [N, C, H, W], windows R x S, output [N, C, P, Q].
+
+    Only `of` makes one, so that a geometry is always a legal one.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    ceil_mode: bool
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        input_size: Sequence[int],
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    ) -> MaxPool2dGeometry:
+        """Checks a batched pooling. Raises RuntimeError and ValueError where native does."""
+        if len(input_size) != 4:
+            raise RuntimeError(
+                mismatch(op, "input", "[N, C, H, W] or [C, H, W]", f"size {list(input_size)}")
+            )
+        for name, values, least in (
+            ("kernel_size", kernel, 1),
+            ("stride", stride, 1),
+            ("padding", padding, 0),
+            ("dilation", dilation, 1),
+        ):
+            if any(type(value) is int and not -_MOST <= value <= _MOST for value in values):
+                raise ValueError(mismatch(op, name, "numbers of at most 64 bits", tuple(values)))
+            if any(value < least for value in values):
+                raise RuntimeError(mismatch(op, name, f"at least {least}", tuple(values)))
+        N, C, H, W = input_size
+        if C < 1 or H < 1 or W < 1:
+            raise RuntimeError(
+                mismatch(op, "input", "at least one channel, row and column", list(input_size))
+            )
+        if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+            expected = f"at most half of kernel_size {tuple(kernel)}"
+            raise RuntimeError(mismatch(op, "padding", expected, tuple(padding)))
+        P, Q = (
+            _pooled_size(*axis, ceil_mode)
+            for axis in zip((H, W), kernel, stride, padding, dilation, strict=True)
+        )
+        if P < 1 or Q < 1:
+            extent = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+            raise RuntimeError(
+                mismatch(
+                    op,
+                    "input",
+                    f"a padded image of at least {extent[0]} x {extent[1]}, the window's extent",
+                    f"{H + 2 * padding[0]} x {W + 2 * padding[1]}",
+                    "Use a smaller window or dilation, or more padding",
+                )
+            )
+        return cls(
+            N, C, H, W, kernel[0], kernel[1], P, Q, (stride[0], stride[1]),
+            (padding[0], padding[1]), (dilation[0], dilation[1]), ceil_mode,
+        )  # fmt: skip
+
+    @property
+    def input_size(self) -> Size4:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def output_size(self) -> Size4:
+        return self.N, self.C, self.P, self.Q
+
+
+def _pooled_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Windows along one axis; in ceil mode one more may hang over the end, if it begins inside."""
+    pooled = output_size(
+        size + (stride - 1 if ceil_mode else 0), kernel, stride, 2 * padding, dilation
+    )
+    if ceil_mode and (pooled - 1) * stride >= size + padding:
+        pooled -= 1
+    return pooled
+
+
 def is_channels_last(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether native PyTorch takes a 4-D tensor with these strides for channels_last.
 

@@ -19,7 +19,7 @@ import torch
 
 from gdfast import native
 from gdfast.backends import precision, registry
-from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
+from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, max_pool2d_dispatch
 
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []
 
@@ -94,6 +94,7 @@ def fresh_registry() -> Iterator[None]:
         registry._warned.clear()
         batch_norm_dispatch.forget_kernels()
         conv2d_dispatch.forget_kernels()
+        max_pool2d_dispatch.forget_kernels()
 
     before, switch = dict(registry._backends), registry._switch
     forget()

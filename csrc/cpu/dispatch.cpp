@@ -6,9 +6,18 @@
 namespace gdfast::cpu {
 namespace {
 
-#define GDFAST_TABLE(isa)                                                       \
-  {#isa,     isa::conv2d,     isa::conv2d_grad_input,  isa::conv2d_grad_weight, \
-   isa::sgd, isa::batch_norm, isa::batch_norm_backward}
+#define GDFAST_TABLE(isa)                   \
+  {#isa,                                    \
+   isa::conv2d,                             \
+   isa::conv2d_grad_input,                  \
+   isa::conv2d_grad_weight,                 \
+   isa::max_pool2d,                         \
+   isa::max_pool2d_grad,                    \
+   isa::conv2d_relu_max_pool2d,             \
+   isa::conv2d_relu_max_pool2d_grad_weight, \
+   isa::sgd,                                \
+   isa::batch_norm,                         \
+   isa::batch_norm_backward}
 
 constexpr KernelTable kTables[] = {
     GDFAST_TABLE(baseline),

@@ -6,31 +6,49 @@
 
 #include "../batch_norm_problem.h"
 #include "../conv2d_problem.h"
+#include "../max_pool2d_problem.h"
 #include "../sgd_math.h"
 
 namespace gdfast::cpu {
 
-#define GDFAST_DECLARE_KERNELS(isa)                                                            \
-  namespace isa {                                                                              \
-  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                           \
-  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,             \
-              const void* bias, void* output, int threads);                                    \
-  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */             \
-  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                \
-                         const void* weight, void* grad_input, int threads);                   \
-  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */        \
-  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,               \
-                          const void* input, void* grad_weight, void* grad_bias, int threads); \
-  /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */             \
-  void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);       \
-  /* Batch normalisation, residual and activation; see batch_norm_problem.h. In training the   \
-     statistics are those of the input, or follow from sums where not null, and move the       \
-     running ones by momentum; in evaluation they are the running ones. */                     \
-  void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,  \
-                  double momentum, const BatchNormSums* sums, int threads);                    \
-  /* Its gradients. */                                                                         \
-  void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,       \
-                           bool training, PreActivation from, int threads);                    \
+#define GDFAST_DECLARE_KERNELS(isa)                                                                \
+  namespace isa {                                                                                  \
+  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                               \
+  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,                 \
+              const void* bias, void* output, int threads);                                        \
+  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */                 \
+  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                    \
+                         const void* weight, void* grad_input, int threads);                       \
+  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */            \
+  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,                   \
+                          const void* input, void* grad_weight, void* grad_bias, int threads);     \
+  /* output = max_pool2d(input), and where in its window each value was. */                        \
+  void max_pool2d(const MaxPool2dProblem& problem, const void* input, void* output, void* argmax,  \
+                  int threads);                                                                    \
+  /* grad_input = the transpose of taking the values at argmax, applied to grad_output. */         \
+  void max_pool2d_grad(const MaxPool2dProblem& problem, const void* grad_output,                   \
+                       const void* argmax, void* grad_input, int threads);                         \
+  /* output = max_pool2d(relu(conv2d(input, weight) + bias)) and its argmax, [N, K, P, Q] of       \
+     `pool`, whose input is the output of `conv`: for windows of at most 255 places that do not    \
+     overlap and lie within that output. conv.output strides are not read. */                      \
+  void conv2d_relu_max_pool2d(const Conv2dProblem& conv, const MaxPool2dProblem& pool,             \
+                              const void* input, const void* weight, const void* bias,             \
+                              void* output, uint8_t* argmax, int threads);                         \
+  /* Its gradients in weight and bias; grad_bias [K] may be null. */                               \
+  void conv2d_relu_max_pool2d_grad_weight(const Conv2dProblem& conv, const MaxPool2dProblem& pool, \
+                                          const void* grad_output, const uint8_t* argmax,          \
+                                          const void* input, void* grad_weight, void* grad_bias,   \
+                                          int threads);                                            \
+  /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */                 \
+  void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);           \
+  /* Batch normalisation, residual and activation; see batch_norm_problem.h. In training the       \
+     statistics are those of the input, or follow from sums where not null, and move the           \
+     running ones by momentum; in evaluation they are the running ones. */                         \
+  void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,      \
+                  double momentum, const BatchNormSums* sums, int threads);                        \
+  /* Its gradients. */                                                                             \
+  void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,           \
+                           bool training, PreActivation from, int threads);                        \
   }
 
 GDFAST_DECLARE_KERNELS(baseline)
@@ -43,6 +61,10 @@ struct KernelTable {
   decltype(&baseline::conv2d) conv2d;
   decltype(&baseline::conv2d_grad_input) conv2d_grad_input;
   decltype(&baseline::conv2d_grad_weight) conv2d_grad_weight;
+  decltype(&baseline::max_pool2d) max_pool2d;
+  decltype(&baseline::max_pool2d_grad) max_pool2d_grad;
+  decltype(&baseline::conv2d_relu_max_pool2d) conv2d_relu_max_pool2d;
+  decltype(&baseline::conv2d_relu_max_pool2d_grad_weight) conv2d_relu_max_pool2d_grad_weight;
   decltype(&baseline::sgd) sgd;
   decltype(&baseline::batch_norm) batch_norm;
   decltype(&baseline::batch_norm_backward) batch_norm_backward;

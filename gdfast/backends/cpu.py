@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import batch_norm, cpu_algorithms, memory, sgd
+from gdfast.backends import batch_norm, cpu_algorithms, fused_pool, max_pool2d, memory, sgd
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, Conv2dQuery, Query
 
@@ -133,6 +133,10 @@ BACKEND = Backend(
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
+        "conv2d_relu_max_pool2d": fused_pool.cpu,
+        "conv2d_relu_max_pool2d_grad_weight": fused_pool.cpu_grad_weight,
+        "max_pool2d": max_pool2d.cpu,
+        "max_pool2d_grad": max_pool2d.cpu_grad,
         "sgd_": sgd.cpu,
     },
     missing=missing,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gdfast.backends import batch_norm, sgd
+from gdfast.backends import batch_norm, max_pool2d, sgd
 from gdfast.backends.registry import REFERENCE, Backend, Conv2dQuery
 from gdfast.geometry import Padding, dense_strides, is_channels_last
 
@@ -97,6 +97,8 @@ BACKEND = Backend(
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
+        "max_pool2d": max_pool2d.reference,
+        "max_pool2d_grad": max_pool2d.reference_grad,
         "sgd_": sgd.reference,
     },
 )

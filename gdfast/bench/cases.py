@@ -86,6 +86,61 @@ class Conv2dCase:
 
 
 @dataclass(frozen=True)
+class PoolCase:
+    """One max pooling of [N, C, H, W]; windows, steps and padding are (height, width) pairs."""
+
+    name: str
+    N: int
+    C: int
+    H: int
+    W: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments after the input."""
+        return {
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "ceil_mode": self.ceil_mode,
+        }
+
+
+@dataclass(frozen=True)
+class FusedPoolCase:
+    """A convolution, ReLU and max pooling; `fused` says whether one kernel does all."""
+
+    name: str
+    conv: Conv2dCase
+    pool_size: tuple[int, int] = (2, 2)
+    pool_stride: tuple[int, int] = (2, 2)
+    pool_padding: tuple[int, int] = (0, 0)
+    fused: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments after input, weight and bias."""
+        return {
+            **self.conv.geometry,
+            "pool_size": self.pool_size,
+            "pool_stride": self.pool_stride,
+            "pool_padding": self.pool_padding,
+        }
+
+
+@dataclass(frozen=True)
 class SgdCase:
     """One update of parameters of these sizes (elements of each tensor)."""
 
@@ -189,6 +244,46 @@ ODD: tuple[Conv2dCase, ...] = (
     Conv2dCase("depthwise-stride-2", 2, 33, 9, 10, 33, 5, 3, (2, 1), (2, 0), (1, 2), groups=33),
     Conv2dCase("depthwise-multiplier-2", 2, 9, 7, 8, 18, 3, 2, (1, 2), (1, 1), groups=9),
 )
+
+
+ODD_POOLS: tuple[PoolCase, ...] = (
+    PoolCase("2x2", 2, 3, 8, 9, (2, 2), (2, 2)),
+    PoolCase("resnet-stem", 2, 17, 11, 13, (3, 3), (2, 2), (1, 1)),
+    PoolCase("wide-image", 1, 2, 10, 300, (3, 3), (2, 2), (1, 1)),
+    PoolCase("tall-image", 1, 2, 300, 9, (2, 3), (2, 2), (1, 1)),
+    PoolCase("many-channels", 2, 130, 6, 7, (3, 3), (2, 2), (1, 1)),
+    PoolCase("asymmetric", 1, 20, 7, 6, (3, 2), (2, 1), (1, 0), (2, 1), True),
+    PoolCase("stride-over-kernel", 2, 5, 13, 16, (2, 3), (3, 5), (1, 1)),
+    PoolCase("ceil-mode", 2, 33, 8, 9, (2, 2), (3, 3), (0, 1), ceil_mode=True),
+    PoolCase("stride-1", 2, 3, 6, 5, (2, 3), (1, 1), (0, 1)),
+    PoolCase("dilation-over-image", 1, 2, 9, 3, (5, 2), (2, 1), (2, 1), (1, 3)),
+    PoolCase("window-of-272", 1, 3, 20, 20, (17, 16), (1, 2), (8, 7)),
+    PoolCase("batch-0", 0, 3, 5, 5, (2, 2), (2, 2)),
+    PoolCase("pixel", 1, 3, 1, 1, (1, 1), (1, 1)),
+    PoolCase("global", 3, 16, 7, 5, (7, 5), (7, 5)),
+)
+
+FUSED_POOLS: tuple[FusedPoolCase, ...] = (
+    FusedPoolCase("simple-cnn", Conv2dCase("", 3, 1, 28, 28, 32, 3, 3)),
+    FusedPoolCase("small", Conv2dCase("", 2, 1, 6, 7, 3, 2, 3)),
+    FusedPoolCase(
+        "small-asymmetric",
+        Conv2dCase("", 1, 2, 9, 8, 2, 3, 2, (2, 1), (1, 1), (1, 2)),
+        (1, 3), (2, 3),
+    ),
+    FusedPoolCase("small-overlapping", Conv2dCase("", 1, 2, 6, 6, 2, 3, 3), (3, 2), (2, 1),
+                  (1, 0), fused=False),
+    FusedPoolCase("asymmetric", Conv2dCase("", 2, 3, 15, 19, 5, 3, 2, (2, 1), (1, 2), (1, 2))),
+    FusedPoolCase("gaps", Conv2dCase("", 2, 4, 20, 23, 7, 3, 3, padding=(1, 1), dilation=(2, 1)),
+                  (3, 2), (3, 4)),
+    FusedPoolCase("5x5-bands", Conv2dCase("", 2, 1, 150, 200, 6, 5, 5, padding=(2, 2))),
+    FusedPoolCase("wide", Conv2dCase("", 1, 1, 6, 400, 3, 3, 3, padding=(1, 1))),
+    FusedPoolCase("batch-0", Conv2dCase("", 0, 1, 8, 8, 2, 3, 3)),
+    FusedPoolCase("8-channels", Conv2dCase("", 2, 8, 12, 12, 5, 3, 3, padding=(1, 1)), fused=False),
+    FusedPoolCase("groups", Conv2dCase("", 2, 4, 12, 11, 6, 3, 3, groups=2), fused=False),
+    FusedPoolCase("resnet-stem", Conv2dCase("", 2, 3, 16, 17, 5, 7, 7, (2, 2), (3, 3)), (3, 3),
+                  (2, 2), (1, 1), fused=False),
+)  # fmt: skip
 
 
 def _layer(model: str, C: int, H: int, K: int, R: int, stride: int, batch: int) -> Conv2dCase:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gdfast import nn
 from gdfast.models import register
@@ -25,6 +24,5 @@ class SimpleCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, 10] of images [N, 1, 28, 28]."""
-        x = torch.relu(self.conv1(x))
-        x = F.max_pool2d(x, 2)
+        x = nn.conv_relu_max_pool(self.conv1, x, 2)  # max_pool2d(relu(conv1(x)), 2), in one kernel
         return self.fc(torch.flatten(x, 1))

@@ -19,6 +19,8 @@ from gdfast.nn.conv import Conv2d as Conv2d
 from gdfast.nn.norm import BatchNorm2d as BatchNorm2d
 from gdfast.nn.norm import BatchNormAct2d as BatchNormAct2d
 from gdfast.nn.norm import ConvNormAct as ConvNormAct
+from gdfast.nn.pool import MaxPool2d as MaxPool2d
+from gdfast.nn.pool import conv_relu_max_pool as conv_relu_max_pool
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +36,4 @@ def __dir__() -> list[str]:
 
 # Ours go by the names of torch's. What torch has not is here too, but no star imports it.
 __all__ = [name for name in dir(torch.nn) if not name.startswith("_")]
-_mirror_submodules(__name__, "torch.nn", own=("conv", "functional", "norm"))
+_mirror_submodules(__name__, "torch.nn", own=("conv", "functional", "norm", "pool"))

@@ -2,6 +2,19 @@
 
 from gdfast.ops.batch_norm import batch_norm_act
 from gdfast.ops.conv2d import Conv2dFunction, conv2d
+from gdfast.ops.conv2d_relu_max_pool2d import ConvReluMaxPool2dFunction, conv2d_relu_max_pool2d
+from gdfast.ops.max_pool2d import MaxPool2dFunction, max_pool2d
 from gdfast.ops.sgd import SgdFunction, sgd, sgd_
 
-__all__ = ["Conv2dFunction", "SgdFunction", "batch_norm_act", "conv2d", "sgd", "sgd_"]
+__all__ = [
+    "Conv2dFunction",
+    "ConvReluMaxPool2dFunction",
+    "MaxPool2dFunction",
+    "SgdFunction",
+    "batch_norm_act",
+    "conv2d",
+    "conv2d_relu_max_pool2d",
+    "max_pool2d",
+    "sgd",
+    "sgd_",
+]

@@ -21,7 +21,7 @@ from gdfast.errors import mismatch
 from gdfast.geometry import is_channels_last
 from gdfast.ops import batch_norm_dispatch
 from gdfast.ops.batch_norm_dispatch import OP, pre_activation
-from gdfast.ops.conv2d import _DTYPES, _are_ordinary, _batched_gradients
+from gdfast.ops.conv2d import _DTYPES, _are_ordinary, batched_gradients
 from gdfast.ops.conv2d_dispatch import library
 
 
@@ -139,7 +139,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
     settings = ctx.settings
     if torch.compiler.is_compiling():
         results = _backward_op(*arguments, *settings)
-    elif torch.is_grad_enabled() or _batched_gradients():
+    elif torch.is_grad_enabled() or batched_gradients():
         # Differentiable again, and made of operators that vmap knows.
         query = batch_norm_dispatch.backward_query(*arguments[1:4], *settings[:-1])
         results = gradients(query, *arguments)

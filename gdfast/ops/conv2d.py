@@ -59,13 +59,13 @@ def conv2d(
             backend=backend,
         )  # fmt: skip
     backend = chosen(backend)
-    if backend == "reference" or not _are_tensors(input, weight, bias):
+    if backend == "reference" or not are_tensors(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if reason := _why_native(input, weight, bias):
+    if reason := why_native(input, weight):
         fall_back("conv2d", backend, reason)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if torch._C._is_any_autocast_enabled():
-        input, weight, bias = _autocast(input, weight, bias)
+        input, weight, bias = autocast(input, weight, bias)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         sides = named_padding(padding, weight.shape[2:], stride, dilation)
@@ -74,11 +74,12 @@ def conv2d(
         sides = rows, columns, rows, columns
     arguments = stride, sides, dilation, integer("groups", groups), backend
     if input.dim() == 3:
-        return _conv2d(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
-    return _conv2d(input, weight, bias, *arguments)
+        return conv(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
+    return conv(input, weight, bias, *arguments)
 
 
-def _are_tensors(input: Any, weight: Any, bias: Any) -> bool:
+def are_tensors(input: Any, weight: Any, bias: Any) -> bool:
+    """Whether all are tensors; native says what else they should have been."""
     return (
         isinstance(input, Tensor)
         and isinstance(weight, Tensor)
@@ -86,7 +87,8 @@ def _are_tensors(input: Any, weight: Any, bias: Any) -> bool:
     )
 
 
-def _why_native(input: Any, weight: Any, bias: Any) -> str:
+def why_native(input: Any, weight: Any) -> str:
+    """Why no backend but native PyTorch's own operators takes a call, or ""."""
     if input.dtype not in _DTYPES:
         return f"no other backend takes {input.dtype}"
     if input.layout is not torch.strided or weight.layout is not torch.strided:
@@ -100,8 +102,8 @@ def _why_native(input: Any, weight: Any, bias: Any) -> str:
     return ""
 
 
-def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    # What the dispatcher does to aten.conv2d: everything but float64 goes to the lower precision.
+def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """What autocast makes of the arguments of aten.conv2d: all but float64 is lowered."""
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return input, weight, bias
@@ -136,11 +138,11 @@ def _backward_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
     if need_input:
-        grad_input = _conv2d_grad_input(
+        grad_input = conv_grad_input(
             grad_output, weight, ctx.input_size, ctx.input_channels_last, *ctx.arguments
         )
     if need_weight:
-        grad_weight, grad_bias = _conv2d_grad_weight(
+        grad_weight, grad_bias = conv_grad_weight(
             grad_output, input, ctx.weight_size, ctx.weight_channels_last, need_bias,
             *ctx.arguments,
         )  # fmt: skip
@@ -159,9 +161,9 @@ def _backward_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, weight = ctx.saved_tensors
     grad_grad_output = grad_weight = None
     if ctx.needs_input_grad[0]:
-        grad_grad_output = _conv2d(grad, weight, None, *ctx.arguments)
+        grad_grad_output = conv(grad, weight, None, *ctx.arguments)
     if ctx.needs_input_grad[1]:
-        grad_weight, _ = _conv2d_grad_weight(
+        grad_weight, _ = conv_grad_weight(
             grad_output, grad, weight.shape, ctx.weight_channels_last, False, *ctx.arguments
         )
     return grad_grad_output, grad_weight, None, None, None, None, None, None, None
@@ -181,11 +183,11 @@ def _backward_grad_weight(
     grad_grad_output = grad_input = None
     if ctx.needs_input_grad[0]:
         if grad is not None:
-            grad_grad_output = _conv2d(input, grad, grad_bias, *ctx.arguments)
+            grad_grad_output = conv(input, grad, grad_bias, *ctx.arguments)
         elif grad_bias is not None:
             grad_grad_output = grad_bias.view(1, -1, 1, 1).expand_as(grad_output)
     if ctx.needs_input_grad[1] and grad is not None:
-        grad_input = _conv2d_grad_input(
+        grad_input = conv_grad_input(
             grad_output, grad, input.shape, ctx.input_channels_last, *ctx.arguments
         )
     return grad_grad_output, grad_input, *[None] * 8
@@ -242,9 +244,19 @@ def _run(name: str, inputs: tuple[Any, ...]) -> Any:
     op, kernel = _OPERATIONS[name]
     if torch.compiler.is_compiling():
         return op(*inputs)
-    # Where the dispatcher would only find our kernel again, the way through it is saved: a third of
-    # a call's overhead.
-    if torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(inputs[:3]):
+    return run_operation(op, kernel, inputs, inputs[:3])
+
+
+def run_operation(
+    op: Callable[..., Any], kernel: Callable[..., Any], inputs: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+) -> Any:  # fmt: skip
+    """Runs an operation without recording a gradient formula; `tensors` are those of its inputs.
+
+    Where the dispatcher would only find our kernel again, the way through it is saved: a third of a
+    call's overhead.
+    """
+    if torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(tensors):
         return kernel(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
@@ -257,7 +269,7 @@ def _are_ordinary(values: tuple[Any, ...]) -> bool:
     return True
 
 
-def _batched_gradients() -> bool:
+def batched_gradients() -> bool:
     """Whether `torch.autograd.grad(..., is_grads_batched=True)` or torch.func calls."""
     return _is_included(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
 
@@ -274,7 +286,7 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*inputs)
-        if _batched_gradients():
+        if batched_gradients():
             # vmap knows native's operators, not ours.
             return kernel(*inputs[:-1], "reference")
         if torch.is_grad_enabled():
@@ -284,9 +296,9 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
     return call
 
 
-_conv2d = _differentiable(Conv2dFunction, "conv2d")
-_conv2d_grad_input = _differentiable(_GradInputFunction, "conv2d_grad_input")
-_conv2d_grad_weight = _differentiable(_GradWeightFunction, "conv2d_grad_weight")
+conv = _differentiable(Conv2dFunction, "conv2d")
+conv_grad_input = _differentiable(_GradInputFunction, "conv2d_grad_input")
+conv_grad_weight = _differentiable(_GradWeightFunction, "conv2d_grad_weight")
 
 for _name, _save, _backward in (
     ("conv2d", _save_conv2d, _backward_conv2d),

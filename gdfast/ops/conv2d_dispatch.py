@@ -124,10 +124,8 @@ def _conv2d_query(
     input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> Conv2dQuery:
     geometry = Conv2dGeometry.of("conv2d", input.shape, weight.shape, *arguments)
-    _check_alike("conv2d", "input", input, weight=weight, bias=bias)
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != geometry.K):
-        expected = f"size [{geometry.K}], one for each output channel"
-        raise RuntimeError(mismatch("conv2d", "bias", expected, f"size {list(bias.shape)}"))
+    check_alike("conv2d", "input", input, weight=weight, bias=bias)
+    check_bias("conv2d", bias, geometry)
     channels_last = conv2d_is_channels_last(
         input.shape, input.stride(), weight.shape, weight.stride()
     )
@@ -142,7 +140,7 @@ def _grad_input_query(
     op = "conv2d_grad_input"
     geometry = Conv2dGeometry.of(op, input_size, weight.shape, *arguments)
     _check_grad_output(op, grad_output, geometry)
-    _check_alike(op, "grad_output", grad_output, weight=weight)
+    check_alike(op, "grad_output", grad_output, weight=weight)
     input_strides = dense_strides(geometry.input_size, channels_last)
     return _query(grad_output, geometry, input_strides, weight.stride(), grad_output.stride())
 
@@ -154,7 +152,7 @@ def _grad_weight_query(
     op = "conv2d_grad_weight"
     geometry = Conv2dGeometry.of(op, input.shape, weight_size, *arguments)
     _check_grad_output(op, grad_output, geometry)
-    _check_alike(op, "grad_output", grad_output, input=input)
+    check_alike(op, "grad_output", grad_output, input=input)
     weight_strides = dense_strides(geometry.weight_size, channels_last)
     return _query(grad_output, geometry, input.stride(), weight_strides, grad_output.stride())
 
@@ -174,7 +172,15 @@ def _check_grad_output(op: str, grad_output: Tensor, geometry: Conv2dGeometry) -
         raise RuntimeError(mismatch(op, "grad_output", expected, got))
 
 
-def _check_alike(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+def check_bias(op: str, bias: Tensor | None, geometry: Conv2dGeometry) -> None:
+    """Raises RuntimeError where a bias does not fit the output channels."""
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != geometry.K):
+        expected = f"size [{geometry.K}], one for each output channel"
+        raise RuntimeError(mismatch(op, "bias", expected, f"size {list(bias.shape)}"))
+
+
+def check_alike(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Raises RuntimeError where others differ from the first tensor in dtype or device."""
     for name, other in others.items():
         if other is not None and other.dtype != tensor.dtype:
             expected = f"{tensor.dtype} like {first}: their types should be the same"

@@ -1,0 +1,202 @@
+// grad_weight and grad_bias of max_pool2d(relu(conv2d(input, weight) + bias)), from the gradient of
+// the pooled output alone: that of the convolution's output, nearly all zeros, is never written.
+//
+// Vectors run over pooled outputs, as in the forward kernel. Every block of images has sums of its
+// own, which are added up in order: which thread made them does not matter.
+#include "kernels.h"
+#include "window_lanes.h"
+
+namespace gdfast::cpu::GDFAST_ISA {
+namespace {
+
+// Enough blocks for any number of threads, few enough that adding them up costs nothing.
+constexpr int64_t kBlocks = 16;
+// Taps at once: each vector of gradients that is read serves as many.
+constexpr int kTaps = 8;
+
+template <typename T>
+class FusedGrad {
+  using A = typename Accumulator<T>::type;
+
+ public:
+  FusedGrad(const Conv2dProblem& conv, const MaxPool2dProblem& pool, const T* grad_output,
+            const uint8_t* argmax, const T* input, T* grad_weight, T* grad_bias, int threads)
+      : conv_(conv),
+        pool_(pool),
+        grad_output_(grad_output),
+        argmax_(argmax),
+        input_(input),
+        grad_weight_(grad_weight),
+        grad_bias_(grad_bias),
+        threads_(threads),
+        lanes_(conv, pool),
+        taps_(conv.C * conv.R * conv.S),
+        places_(pool.R * pool.S) {}
+
+  void run() {
+    const int64_t bands = conv_.N * lanes_.bands(), blocks = min_of(bands, kBlocks);
+    Carver counter;
+    carve_shared(counter, blocks);
+    const int64_t shared = counter.used();
+    carve(counter);
+    const int64_t each = counter.used() - shared;
+    Workspace workspace(shared + each * threads_);
+    Carver carver(workspace.data());
+    carve_shared(carver, blocks);
+    find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
+    parallel_for(blocks, threads_, [&](int64_t block, int thread) {
+      Carver own(workspace.data() + shared + each * thread);
+      const Scratch scratch = carve(own);
+      A* sums = sums_ + block * sums_size();
+      std::memset(sums, 0, sums_size() * sizeof(A));
+      for (int64_t band = block * bands / blocks; band < (block + 1) * bands / blocks; ++band) {
+        const int64_t n = band / lanes_.bands(), begin = band % lanes_.bands() * lanes_.band();
+        const int64_t end = min_of(pool_.P, begin + lanes_.band());
+        lanes_.fill(input_ + n * conv_.input.n, begin, end, scratch.lanes);
+        for (int64_t k = 0; k < conv_.K; ++k) {
+          sort_gradients(n, k, begin, end, scratch);
+          add_products((end - begin) * pool_.Q, scratch, sums + k * (taps_ + 1) * kLanes<A>);
+        }
+      }
+    });
+    for (int64_t k = 0; k < conv_.K; ++k) write_out(k, blocks);
+  }
+
+ private:
+  struct Scratch {
+    typename WindowLanes<T>::Scratch lanes;
+    A* grads;  // [places + 1][length] the gradient at each place of the windows, and their sum
+    A* line;   // one band of grad_output
+  };
+
+  int64_t sums_size() const { return conv_.K * (taps_ + 1) * kLanes<A>; }
+
+  void carve_shared(Carver& carver, int64_t blocks) {
+    tap_offsets_ = carver.template take<int64_t>(taps_);
+    place_offsets_ = carver.template take<int64_t>(places_);
+    sums_ = carver.template take<A>(blocks * sums_size());
+  }
+
+  Scratch carve(Carver& carver) const {
+    Scratch scratch;
+    scratch.lanes = lanes_.carve(carver);
+    scratch.grads = carver.template take<A>((places_ + 1) * lanes_.length());
+    scratch.line = carver.template take<A>(lanes_.length());
+    return scratch;
+  }
+
+  // Gives each gradient to the place that argmax names, and zero to the others.
+  void sort_gradients(int64_t n, int64_t k, int64_t begin, int64_t end,
+                      const Scratch& scratch) const {
+    const int64_t count = (end - begin) * pool_.Q;
+    const T* plane =
+        grad_output_ + n * pool_.output.n + k * pool_.output.c + begin * pool_.output.h;
+    for (int64_t p = 0; p < end - begin; ++p) {
+      copy_widened(plane + p * pool_.output.h, pool_.output.w, pool_.Q, scratch.line + p * pool_.Q);
+    }
+    const uint8_t* places = argmax_ + (n * conv_.K + k) * pool_.P * pool_.Q + begin * pool_.Q;
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      Places<A> place;
+      if (i + kLanes<A> <= count) {
+        place = load_places<A>(places + i);
+      } else {
+        uint8_t few[kLanes<A>];
+        for (int64_t x = 0; x < kLanes<A>; ++x) few[x] = i + x < count ? places[i + x] : 255;
+        place = load_places<A>(few);
+      }
+      const Vec<A> grad = load(scratch.line + i);
+      Vec<A> sum{};
+      for (int64_t j = 0; j < places_; ++j) {
+        const Vec<A> taken = place == same_places<A>(j) ? grad : Vec<A>{};
+        store<A>(scratch.grads + j * lanes_.length() + i, taken);
+        sum += taken;
+      }
+      store<A>(scratch.grads + places_ * lanes_.length() + i, sum);
+    }
+  }
+
+  // Adds the products of one channel's gradients with what each tap saw: [bias, taps][kLanes].
+  void add_products(int64_t count, const Scratch& scratch, A* sums) const {
+    Vec<A> bias = load(sums);
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
+      bias += load(scratch.grads + places_ * lanes_.length() + i);
+    }
+    store<A>(sums, bias);
+    int64_t t = 0;
+    for (; t + kTaps <= taps_; t += kTaps) add_taps<kTaps>(count, scratch, t, sums);
+    for (; t < taps_; ++t) add_taps<1>(count, scratch, t, sums);
+  }
+
+  template <int kCount>
+  void add_taps(int64_t count, const Scratch& scratch, int64_t first, A* sums) const {
+    Vec<A> sum[kCount];
+    A* to = sums + (first + 1) * kLanes<A>;
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) sum[t] = load(to + t * kLanes<A>);
+    for (int64_t j = 0; j < places_; ++j) {
+      const A* at[kCount];
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) {
+        at[t] = scratch.lanes.stretches + tap_offsets_[first + t] + place_offsets_[j];
+      }
+      const A* grads = scratch.grads + j * lanes_.length();
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        const Vec<A> grad = load(grads + i);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t) sum[t] += grad * load(at[t] + i);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) store<A>(to + t * kLanes<A>, sum[t]);
+  }
+
+  void write_out(int64_t k, int64_t blocks) const {
+    for (int64_t t = 0; t <= taps_; ++t) {
+      Vec<A> sum{};
+      for (int64_t block = 0; block < blocks; ++block) {
+        sum += load(sums_ + block * sums_size() + (k * (taps_ + 1) + t) * kLanes<A>);
+      }
+      A total = 0;
+      for (int lane = 0; lane < kLanes<A>; ++lane) total += sum[lane];
+      if (t == 0) {
+        if (grad_bias_ != nullptr) grad_bias_[k] = narrow<T>(total);
+        continue;
+      }
+      const int64_t s = (t - 1) % conv_.S, r = (t - 1) / conv_.S % conv_.R;
+      const int64_t c = (t - 1) / conv_.S / conv_.R;
+      grad_weight_[k * conv_.weight.n + c * conv_.weight.c + r * conv_.weight.h +
+                   s * conv_.weight.w] = narrow<T>(total);
+    }
+  }
+
+  const Conv2dProblem& conv_;
+  const MaxPool2dProblem& pool_;
+  const T* grad_output_;
+  const uint8_t* argmax_;
+  const T* input_;
+  T* grad_weight_;
+  T* grad_bias_;
+  int threads_;
+  WindowLanes<T> lanes_;
+  int64_t taps_, places_;
+  int64_t* tap_offsets_;
+  int64_t* place_offsets_;
+  A* sums_;  // [blocks][K][bias, taps][kLanes]
+};
+
+}  // namespace
+
+void conv2d_relu_max_pool2d_grad_weight(const Conv2dProblem& conv, const MaxPool2dProblem& pool,
+                                        const void* grad_output, const uint8_t* argmax,
+                                        const void* input, void* grad_weight, void* grad_bias,
+                                        int threads) {
+  with_dtype(conv.dtype, [&](auto element) {
+    using T = decltype(element);
+    FusedGrad<T>(conv, pool, static_cast<const T*>(grad_output), argmax,
+                 static_cast<const T*>(input), static_cast<T*>(grad_weight),
+                 static_cast<T*>(grad_bias), threads)
+        .run();
+  });
+}
+
+}  // namespace gdfast::cpu::GDFAST_ISA

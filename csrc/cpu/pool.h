@@ -1,0 +1,172 @@
+// What the pooling kernels share: vectors of places within a window, and lines of an image copied
+// so that the values which neighbouring windows see through one tap lie side by side.
+#pragma once
+
+#include "../max_pool2d_problem.h"
+#include "pack.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// An integer as wide as A, so that a vector of places has as many lanes as one of values.
+template <typename A>
+using PlaceOf = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+template <typename A>
+using Places = Vec<PlaceOf<A>>;
+
+constexpr int kNowhere = -1;
+
+template <typename A>
+GDFAST_INLINE Places<A> same_places(int64_t place) {
+  return Places<A>{} + static_cast<PlaceOf<A>>(place);
+}
+
+template <typename A, typename I>
+GDFAST_INLINE Places<A> load_places(const I* from) {
+  typedef I Narrow __attribute__((vector_size(kLanes<A> * sizeof(I))));
+  Narrow narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return __builtin_convertvector(narrow, Places<A>);
+}
+
+template <typename A, typename I>
+GDFAST_INLINE void store_places(I* to, Places<A> places) {
+  typedef I Narrow __attribute__((vector_size(kLanes<A> * sizeof(I))));
+  const Narrow narrow = __builtin_convertvector(places, Narrow);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+template <typename A, typename T>
+GDFAST_INLINE Vec<A> load_widened(const T* from) {
+  if constexpr (kSame<T, A>) {
+    return load(from);
+  } else {
+    A lanes[kLanes<A>];
+    copy_widened(from, 1, kLanes<A>, lanes);
+    return load(lanes);
+  }
+}
+
+template <typename A, typename T>
+GDFAST_INLINE void store_narrowed(T* to, Vec<A> value) {
+  if constexpr (kSame<T, A>) {
+    store<A>(to, value);
+  } else {
+    A lanes[kLanes<A>];
+    store<A>(lanes, value);
+    copy_narrowed(lanes, kLanes<A>, to, 1);
+  }
+}
+
+// What T makes of the sums: a convolution's output in a half type has equal values where float32
+// still tells them apart.
+template <typename T, typename A>
+GDFAST_INLINE Vec<A> rounded(Vec<A> value) {
+  if constexpr (kSame<T, A>) {
+    return value;
+  } else {
+    A lanes[kLanes<A>];
+    store<A>(lanes, value);
+    for (int i = 0; i < kLanes<A>; ++i) lanes[i] = widen(narrow<T>(lanes[i]));
+    return load(lanes);
+  }
+}
+
+// The largest values so far, and where they were.
+template <typename A>
+struct Best {
+  Vec<A> value;
+  Places<A> place;
+
+  GDFAST_INLINE void offer(Vec<A> candidate, Places<A> candidate_place) {
+    const Places<A> better = (candidate > value) | (candidate != candidate);
+    value = better ? candidate : value;
+    place = better ? candidate_place : place;
+  }
+
+  // max(0, value), which passes no gradient on where it is 0. NaN stays.
+  GDFAST_INLINE void clamp() {
+    const Places<A> clamped = value <= Vec<A>{};
+    value = clamped ? Vec<A>{} : value;
+    place = clamped ? same_places<A>(kNowhere) : place;
+  }
+};
+
+// Taps [first, end) of an axis that see a pixel from one window: start + tap * dilation lies in the
+// image.
+struct TapRange {
+  int64_t first, end;
+
+  TapRange(int64_t start, int64_t dilation, int64_t taps, int64_t size) {
+    first = start >= 0 ? 0 : min_of(taps, ceil_div(-start, dilation));
+    end = start >= size ? 0 : min_of(taps, (size - 1 - start) / dilation + 1);
+    end = max_of(first, end);
+  }
+};
+
+// a / b rounded towards minus infinity, for b > 0.
+inline int64_t floor_quotient(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+// parts[k][x] = line[x * step + k] for every phase k below step; part k begins at k * part_step,
+// and holds the `count` values that the line has for it.
+template <typename A>
+void split_phases(const A* line, int64_t size, int64_t step, A* parts, int64_t part_step) {
+  int64_t x = 0;
+#if !defined(__clang__)
+  if (step == 2) {
+    Places<A> even, odd;
+    for (int i = 0; i < kLanes<A>; ++i) {
+      even[i] = 2 * i;
+      odd[i] = 2 * i + 1;
+    }
+    for (; 2 * (x + kLanes<A>) <= size; x += kLanes<A>) {
+      const Vec<A> low = load(line + 2 * x), high = load(line + 2 * x + kLanes<A>);
+      store<A>(parts + x, __builtin_shuffle(low, high, even));
+      store<A>(parts + part_step + x, __builtin_shuffle(low, high, odd));
+    }
+  }
+#endif
+  for (int64_t phase = 0; phase < step; ++phase) {
+    for (int64_t i = x; i * step + phase < size; ++i) {
+      parts[phase * part_step + i] = line[i * step + phase];
+    }
+  }
+}
+
+// The reverse: line[x * step + k] = parts[k][x].
+template <typename A>
+void join_phases(const A* parts, int64_t part_step, int64_t step, A* line, int64_t size) {
+  int64_t x = 0;
+#if !defined(__clang__)
+  if (step == 2) {
+    Places<A> low, high;
+    for (int i = 0; i < kLanes<A>; ++i) {
+      low[i] = i / 2 + i % 2 * kLanes<A>;
+      high[i] = low[i] + kLanes<A> / 2;
+    }
+    for (; 2 * (x + kLanes<A>) <= size; x += kLanes<A>) {
+      const Vec<A> even = load(parts + x), odd = load(parts + part_step + x);
+      store<A>(line + 2 * x, __builtin_shuffle(even, odd, low));
+      store<A>(line + 2 * x + kLanes<A>, __builtin_shuffle(even, odd, high));
+    }
+  }
+#endif
+  for (int64_t phase = 0; phase < step; ++phase) {
+    for (int64_t i = x; i * step + phase < size; ++i) {
+      line[i * step + phase] = parts[phase * part_step + i];
+    }
+  }
+}
+
+// Calls f with a value of argmax's element type.
+template <typename F>
+inline void with_place_type(const MaxPool2dProblem& problem, F&& f) {
+  if (problem.is_narrow()) {
+    f(uint8_t{});
+  } else {
+    f(int32_t{});
+  }
+}
+
+}  // namespace
+}  // namespace gdfast::cpu

@@ -1,0 +1,148 @@
+"""Max pooling on the CPU kernels and on native PyTorch's operators.
+
+argmax says where in its window each value was: r * S + s in uint8, or in int32 for windows of more
+than 255 places, with all bits set where no value was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends.registry import Query
+from gdfast.geometry import MaxPool2dGeometry
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxPool2dQuery(Query):
+    """The query of a max pooling or of its gradient.
+
+    `strides` are the element strides of input, output and argmax, or of the gradients that take
+    their places; `relu` sets values below 0 to 0 and lets no gradient through there.
+    """
+
+    geometry: MaxPool2dGeometry
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    relu: bool
+
+
+def place_dtype(geometry: MaxPool2dGeometry) -> torch.dtype:
+    """The dtype of argmax."""
+    return torch.uint8 if geometry.R * geometry.S <= 255 else torch.int32
+
+
+def nowhere(argmax: Tensor) -> int:
+    """What argmax holds where no value was taken."""
+    return 255 if argmax.dtype == torch.uint8 else -1
+
+
+def problem(query: MaxPool2dQuery) -> Any:
+    """The compiled kernels' description of a query."""
+    assert native.cpu is not None
+    g = query.geometry
+    # A step over nothing may be larger than memory: kernels get 1 in its place.
+    stride, dilation = (
+        tuple(1 if n == 1 else step for step, n in zip(steps, counts, strict=True))
+        for steps, counts in ((g.stride, (g.P, g.Q)), (g.dilation, (g.R, g.S)))
+    )
+    return native.cpu.MaxPool2dProblem(
+        (g.N, g.C, g.H, g.W, g.R, g.S, g.P, g.Q), stride, g.padding, dilation,
+        DTYPES[query.dtype], *query.strides, query.relu,
+    )  # fmt: skip
+
+
+def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    assert native.cpu is not None
+    made, run = problem(query), native.cpu.max_pool2d
+    size, (_, strides, place_strides) = query.geometry.output_size, query.strides
+    dtype, places = query.dtype, place_dtype(query.geometry)
+
+    def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
+        output = torch.empty_strided(size, strides, dtype=dtype)
+        argmax = torch.empty_strided(size, place_strides, dtype=places)
+        run(made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(), torch.get_num_threads())
+        return output, argmax
+
+    return kernel
+
+
+def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+    assert native.cpu is not None
+    made, run = problem(query), native.cpu.max_pool2d_grad
+    size, strides, dtype = query.geometry.input_size, query.strides[0], query.dtype
+
+    def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
+        grad_input = torch.empty_strided(size, strides, dtype=dtype)
+        run(
+            made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_input
+
+    return kernel
+
+
+def indices(argmax: Tensor, geometry: MaxPool2dGeometry) -> tuple[Tensor, Tensor]:
+    """Native's indices for argmax, into the flat image, and where there are any (else 0)."""
+    g, device = geometry, argmax.device
+    taken = argmax != nowhere(argmax)
+    place = argmax.long()
+    h = torch.arange(g.P, device=device).view(-1, 1) * g.stride[0] - g.padding[0]
+    w = torch.arange(g.Q, device=device) * g.stride[1] - g.padding[1]
+    h = h + place.div(g.S, rounding_mode="floor") * g.dilation[0]
+    w = w + place.remainder(g.S) * g.dilation[1]
+    return torch.where(taken, h * g.W + w, 0), taken
+
+
+def reference(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    g, (_, strides, place_strides) = query.geometry, query.strides
+
+    def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
+        value, index = torch.ops.aten.max_pool2d_with_indices.default(
+            input, [g.R, g.S], g.stride, g.padding, g.dilation, g.ceil_mode
+        )
+        h = torch.arange(g.P, device=input.device).view(-1, 1) * g.stride[0] - g.padding[0]
+        w = torch.arange(g.Q, device=input.device) * g.stride[1] - g.padding[1]
+        r = (index.div(g.W, rounding_mode="floor") - h).div(g.dilation[0], rounding_mode="floor")
+        s = (index.remainder(g.W) - w).div(g.dilation[1], rounding_mode="floor")
+        argmax = (r * g.S + s).to(place_dtype(g))
+        if query.relu:
+            argmax = argmax.masked_fill(value <= 0, nowhere(argmax))
+            value = value.clamp_min(0)
+        return laid_out(value, strides), laid_out(argmax, place_strides)
+
+    return kernel
+
+
+def reference_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+    g, strides = query.geometry, query.strides[0]
+
+    def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
+        index, taken = indices(argmax, g)
+        grads = torch.where(taken, grad_output, 0).reshape(g.N, g.C, g.P * g.Q)
+        zeros = torch.zeros((g.N, g.C, g.H * g.W), dtype=grads.dtype, device=grads.device)
+        summed = zeros.scatter_add(2, index.reshape(grads.shape), grads)
+        return laid_out(summed.view(g.input_size), strides)
+
+    return kernel
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor in the layout that fake kernels promise."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(
+        tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
+    ).copy_(tensor)
