@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import max_pool2d
+from gdfast.backends import max_pool2d, memory
 from gdfast.backends.max_pool2d import DTYPES, MaxPool2dQuery
 from gdfast.backends.registry import Query
 from gdfast.geometry import Conv2dGeometry, MaxPool2dGeometry, dense_strides
@@ -67,10 +67,11 @@ def cpu(
     assert native.cpu is not None
     (conv, pool), run = _problems(query), native.cpu.conv2d_relu_max_pool2d
     size, strides, dtype = query.pool.output_size, query.strides[2], query.dtype
+    place_strides = dense_strides(size, False)
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = torch.empty_strided(size, strides, dtype=dtype)
-        argmax = torch.empty(size, dtype=torch.uint8)
+        output = memory.empty_strided(size, strides, dtype)
+        argmax = memory.empty_strided(size, place_strides, torch.uint8)
         if bias is not None:
             bias = bias.contiguous()
         run(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
+from gdfast.backends import memory
 from gdfast.backends.registry import Query
 from gdfast.geometry import MaxPool2dGeometry
 
@@ -70,8 +71,11 @@ def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     dtype, places = query.dtype, place_dtype(query.geometry)
 
     def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
-        output = torch.empty_strided(size, strides, dtype=dtype)
-        argmax = torch.empty_strided(size, place_strides, dtype=places)
+        output = memory.empty_strided(size, strides, dtype)
+        if places == torch.uint8:
+            argmax = memory.empty_strided(size, place_strides, places)
+        else:
+            argmax = torch.empty_strided(size, place_strides, dtype=places)
         run(made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(), torch.get_num_threads())
         return output, argmax
 
@@ -84,7 +88,7 @@ def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     size, strides, dtype = query.geometry.input_size, query.strides[0], query.dtype
 
     def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
-        grad_input = torch.empty_strided(size, strides, dtype=dtype)
+        grad_input = memory.empty_strided(size, strides, dtype)
         run(
             made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
             torch.get_num_threads(),
