@@ -24,6 +24,18 @@ class Article(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
+class PoolFirst(nn.Module):
+    """As PyTorch's first MNIST example had it: pooling before the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
+        return F.relu(F.max_pool2d(self.conv2(x), kernel_size=3, stride=1, ceil_mode=True))
+
+
 class Basic(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -153,11 +165,19 @@ def blocks() -> nn.Module:
     return nn.Sequential(Basic(3, 4), Basic(4, 4), Basic(4, 6, 2), nn.MaxPool2d(2, ceil_mode=True))
 
 
-NORM = "batch_norm_act"
+NORM, POOL, TRIPLE = "batch_norm_act", "max_pool2d", "conv2d_relu_max_pool2d"
 Row = tuple[str, list[str], str]
 
 # What makes the model, and what the report should say of it.
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
+    "article": (Article, [("", ["conv1", "torch.relu", "F.max_pool2d"], TRIPLE)]),
+    "pool first": (
+        PoolFirst,
+        [
+            ("", ["conv1", "F.max_pool2d", "F.relu"], TRIPLE),
+            ("", ["conv2", "F.max_pool2d", "F.relu"], TRIPLE),
+        ],
+    ),
     "basic blocks": (
         blocks,
         [
@@ -169,6 +189,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
             ("2", ["bn1", "relu"], f"{NORM}(relu)"),
             ("2", ["bn2", "+=", "relu"], f"{NORM}(residual, relu)"),
             ("2.downsample", ["1"], NORM),
+            ("", ["3"], POOL),
         ],
     ),
     "bottleneck": (
@@ -205,6 +226,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
         sequential,
         [
             ("", ["1", "2"], f"{NORM}(relu)"),
+            ("3", ["0", "1", "2"], TRIPLE),
             ("", ["4.1.0", "5"], f"{NORM}(silu)"),
             ("", ["6"], NORM),
         ],

@@ -53,7 +53,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
         return call
 
-    monkeypatch.setattr(ops, "batch_norm_act", spy("batch_norm_act"))
+    for name in ("batch_norm_act", "max_pool2d", "conv2d_relu_max_pool2d"):
+        monkeypatch.setattr(ops, name, spy(name))
     return seen
 
 
@@ -362,6 +363,7 @@ def test_layers_that_are_left_alone() -> None:
     model = nn.Sequential(
         MyNorm(3), nn.ReLU(), nn.LazyBatchNorm2d(), nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU(),
         nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(3), dim=None), nn.BatchNorm2d(3),
+        nn.MaxPool2d(2, return_indices=True),
     )  # fmt: skip
     model[4].forward = lambda x: x
     with pytest.warns(UserWarning, match="no layer was replaced"):
@@ -373,6 +375,7 @@ def test_layers_that_are_left_alone() -> None:
         "4": "its forward was replaced on the instance",
         "6": "parametrized",
         "7": "filter_fn is false for it",
+        "8": "it returns indices",
     }
 
 
@@ -445,7 +448,7 @@ def test_hooks_on_what_is_called_as_before(calls: Calls) -> None:
     ours[0].conv1.register_forward_hook(lambda *_: fired.append("conv"))
     ours(images())
     assert fired == ["conv", "block"]
-    assert len(calls) == 8
+    assert len(calls) == 9
 
 
 # What may be done with a model after the swap.
@@ -495,7 +498,7 @@ def test_swapped_undoes_and_leaves_what_was_fused_before() -> None:
     model = blocks()
     gdfast.swap_(model[0], fuse=True)
     with gdfast.swapped(model, fuse=True) as report:
-        assert len(report.fused) == 5
+        assert len(report.fused) == 6
         assert reasons(report)["0"].endswith("it is fused already")
         assert "forward" in vars(model[1])
     assert "forward" in vars(model[0]) and "forward" not in vars(model[1])
@@ -645,7 +648,7 @@ class TestVerify:
         assert not any(module._forward_hooks for module in model.modules())
         for row in report.fused:
             assert row.op.startswith("batch_norm") == ("running_var" in row.errors)
-            assert "output" in row.errors or row.name.startswith("0.conv")
+            assert "output" in row.errors or row.name.startswith("0.conv") or row.op == "max_pool2d"
             assert all(0 <= error < 1e-4 for error in row.errors.values()), row
         assert any(row.errors for row in report.fused)
 

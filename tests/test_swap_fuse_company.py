@@ -187,7 +187,7 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     try:
         native = fill(blocks())
         parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(native))
-        assert len(gdfast.swap_(parallel, fuse=True).fused) == 8
+        assert len(gdfast.swap_(parallel, fuse=True).fused) == 9
         batch = images(torch.float32)
         for model in (parallel, native):
             model(batch).square().mean().backward()

@@ -60,11 +60,12 @@ def swap_(
     Reentrant checkpointing (`use_reentrant=True`) cannot be verified: torch raises RuntimeError.
 
     `fuse=True` gives new forwards to the modules in whose forwards layers follow each other that
-    one of our operations computes: BatchNorm2d with a residual and an activation, in `Sequential`s
-    and in forwards written out. They are attributes of the instances, read parameters and modes at
-    the call, and run the class's forward where a hook was added or something replaced. A
-    BatchNorm2d that has no such neighbours runs on our operation too, where `filter_fn` is true for
-    it. The report lists what was fused, and the forwards that could not be, with the reason.
+    one of our operations computes: BatchNorm2d with a residual and an activation, convolution with
+    ReLU and max pooling, in `Sequential`s and in forwards written out. They are attributes
+    of the instances, read parameters and modes at the call, and run the class's forward where a
+    hook was added or something replaced. BatchNorm2d and MaxPool2d that have no such neighbours run
+    on our operations too, where `filter_fn` is true for them. The report lists what was fused, and
+    the forwards that could not be, with the reason.
 
     Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function.
     """

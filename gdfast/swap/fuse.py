@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdfast.swap import layers
-from gdfast.swap.match import NORMS, Group, Matcher, drop_identities, rewrite
+from gdfast.swap.match import NORMS, POOLS, Group, Matcher, drop_identities, rewrite
 from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked
 from gdfast.swap.report import Fused, Skipped, qualified
 from gdfast.swap.trace import STACK, Trace, Untraceable, trace
@@ -22,6 +22,7 @@ Modules = dict[str, torch.nn.Module]
 # What single layers become, if nothing beside them is fused with them.
 _LAYERS: dict[type[torch.nn.Module], tuple[str, Callable[..., Any]]] = {
     torch.nn.BatchNorm2d: ("batch_norm_act", layers.norm_act),
+    torch.nn.MaxPool2d: ("max_pool2d", layers.pool),
 }
 
 
@@ -43,14 +44,14 @@ def fuse_neighbours(
 ) -> Fusion:
     """Gives new forwards to the modules that have neighbours to fuse, and to single layers.
 
-    `allowed(module, name)` says of a norm whether it may be fused.
+    `allowed(module, name)` says of a norm or pooling layer whether it may be fused.
     """
     fusion = Fusion()
     names = {module: name for name, module in model.named_modules()}
     usable: set[torch.nn.Module] = set()
     for module, name in names.items():
         reason = _why_layer_skipped(module)
-        if reason is None and type(module) in NORMS:
+        if reason is None and type(module) in (*NORMS, *POOLS):
             if allowed is None or allowed(module, name):
                 usable.add(module)
             else:
@@ -147,7 +148,7 @@ def _fuse_parent(
 def _match(traced: Trace, modules: Modules, usable: set[torch.nn.Module]) -> list[Group]:
     def allowed(path: str) -> bool:
         module = modules[path]
-        return module in usable or type(module) not in NORMS
+        return module in usable or type(module) not in (*NORMS, *POOLS)
 
     return Matcher(traced.graph, modules, allowed).groups()
 
@@ -184,24 +185,27 @@ def _is_parent(module: torch.nn.Module) -> bool:
 def _holds_layers(module: torch.nn.Module) -> bool:
     """Whether there are layers in it that could have been fused."""
     return any(
-        isinstance(child, (torch.nn.Conv2d, torch.nn.BatchNorm2d))
+        isinstance(child, (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.MaxPool2d))
         or (_is_container(child) and _holds_layers(child))
         for child in module.children()
     )
 
 
 def _why_layer_skipped(module: torch.nn.Module) -> str | None:
-    """Why a norm is left alone; None for others and for those that are not."""
-    if not isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LazyBatchNorm2d)):
+    """Why a norm or pooling layer is left alone; None for others and for those that are not."""
+    if not isinstance(module, (torch.nn.BatchNorm2d, torch.nn.LazyBatchNorm2d, torch.nn.MaxPool2d)):
         return None
     if isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     if is_parametrized(module):
         return "parametrized: its class is its own"
-    if type(module) in NORMS:
+    if type(module) in (*NORMS, *POOLS):
         if "forward" in vars(module) and not carries_fused(module):
             return "its forward was replaced on the instance"
+        if isinstance(module, torch.nn.MaxPool2d) and module.return_indices:
+            return "it returns indices"
         return None
     if type(module).__module__.startswith("gdfast.nn."):
         return None
-    return "subclass of torch.nn.BatchNorm2d: it may compute something else"
+    base = torch.nn.BatchNorm2d if isinstance(module, torch.nn.BatchNorm2d) else torch.nn.MaxPool2d
+    return f"subclass of {qualified(base)}: it may compute something else"

@@ -77,6 +77,44 @@ def _tensors(norm: Any) -> tuple[Any, ...]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
+def conv_relu_pool(conv: Any, input: Tensor, *pool: Any) -> Tensor:
+    """max_pool(relu(conv(input))) for a `gdfast.nn.Conv2d`; `pool` as in `max_pool`."""
+    size, stride, padding, dilation, ceil_mode = _pool_arguments(pool)
+    if dilation not in (1, (1, 1), [1, 1]) or ceil_mode:
+        return ops.max_pool2d(F.relu(conv(input)), size, stride, padding, dilation, ceil_mode)
+    input, sides = _padded(conv, input)
+    return ops.conv2d_relu_max_pool2d(
+        input, conv.weight, conv.bias, conv.stride, sides, conv.dilation, conv.groups,
+        pool_size=size, pool_stride=stride, pool_padding=padding,
+    )  # fmt: skip
+
+
+def max_pool(input: Tensor, *pool: Any) -> Tensor:
+    """Max pooling; `pool` is a `torch.nn.MaxPool2d`, or kernel_size, stride, padding, dilation and
+    ceil_mode.
+    """
+    return ops.max_pool2d(input, *_pool_arguments(pool))
+
+
+def pool(module: Any, input: Tensor) -> Tensor:
+    """Max pooling as a `torch.nn.MaxPool2d` says."""
+    return ops.max_pool2d(input, *_pool_arguments((module,)))
+
+
+def _pool_arguments(pool: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(pool) > 1:
+        return pool
+    (module,) = pool
+    return module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+
+
+def _padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
+    if conv.padding_mode == "zeros":
+        return input, conv.padding
+    padded = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    return padded, (0, 0)
+
+
 def _activate(input: Tensor, activation: str, slope: float) -> Tensor:
     if activation == "none":
         return input

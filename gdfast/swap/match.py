@@ -15,6 +15,7 @@ from gdfast import nn
 from gdfast.swap import layers
 
 NORMS = (torch.nn.BatchNorm2d, nn.BatchNorm2d)
+POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d)
 CONVOLUTION = nn.Conv2d
 
 _ACTIVATION_MODULES: dict[type, str] = {
@@ -33,8 +34,10 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch._C._nn.leaky_relu_: "leaky_relu",
     F.silu: "silu",
 }
+_POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
+_POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 # Modules that leave what they are given as it was and give a new tensor.
-_PURE = (torch.nn.Conv2d, CONVOLUTION, torch.nn.Linear, *NORMS)
+_PURE = (torch.nn.Conv2d, CONVOLUTION, torch.nn.Linear, *NORMS, *POOLS)
 
 Modules = dict[str, torch.nn.Module]
 
@@ -76,11 +79,12 @@ class Matcher:
     def groups(self) -> list[Group]:
         """What can be fused, in the order of the graph."""
         found = []
-        for node in self._graph.nodes:
-            group = None if node in self._taken else self._from_norm(node)
-            if group is not None:
-                self._taken.update(group.nodes)
-                found.append(group)
+        for find in (self._from_norm, self._from_convolution, self._pool_function):
+            for node in self._graph.nodes:
+                group = None if node in self._taken else find(node)
+                if group is not None:
+                    self._taken.update(group.nodes)
+                    found.append(group)
         return sorted(found, key=lambda group: self._order[group.at])
 
     def _from_norm(self, norm: Node) -> Group | None:
@@ -108,6 +112,38 @@ class Matcher:
         in_place = residual is not None and _is_in_place(at)
         args = (Path(norm.target), input, residual, name, slope, in_place)
         return Group(nodes, at, op, layers.norm_act, args, bypassed)
+
+    def _from_convolution(self, convolution: Node) -> Group | None:
+        if not self._is_module(convolution, (CONVOLUTION,)):
+            return None
+        input = _only_input(convolution)
+        first = self._only_user(convolution)
+        if input is None or first is None:
+            return None
+        second = self._only_user(first)
+        path = Path(convolution.target)
+        # Max pooling and ReLU commute, gradients too: where the largest is not above 0 both are 0.
+        for act, pool in ((first, second), (second, first)):
+            activation, pooling = self._activation(act), self._pooling(pool)
+            if (
+                activation is not None and activation[0] == "relu"
+                and pooling is not None and pool is not None and second is not None
+                and pool.all_input_nodes == [act if pool is second else convolution]
+            ):  # fmt: skip
+                arguments, paths = pooling
+                args = (path, input, *arguments)
+                return Group(
+                    [convolution, first, second], convolution, "conv2d_relu_max_pool2d",
+                    layers.conv_relu_pool, args, [path, *activation[2], *paths],
+                )  # fmt: skip
+        return None
+
+    def _pool_function(self, node: Node) -> Group | None:
+        pooling = self._pooling(node)
+        if pooling is None or node.op != "call_function":
+            return None
+        args = (node.args[0], *pooling[0])
+        return Group([node], node, "max_pool2d", layers.max_pool, args, [])
 
     # What a node is.
 
@@ -152,6 +188,23 @@ class Matcher:
             if isinstance(slope, bool) or not isinstance(slope, (int, float)):
                 return None
         return name, slope, []
+
+    def _pooling(self, node: Node | None) -> tuple[tuple[Any, ...], list[str]] | None:
+        """Arguments (or the module that has them) and modules of a max pooling."""
+        if node is None:
+            return None
+        if self._is_module(node, POOLS) and _only_input(node) is not None:
+            return (Path(node.target),), [str(node.target)]
+        if node.op != "call_function" or node.target not in _POOL_FUNCTIONS or not node.args:
+            return None
+        values = dict(zip(_POOL_ARGUMENTS, node.args[1:], strict=False)) | dict(node.kwargs)
+        if values.pop("return_indices", False) or not values.keys() <= set(_POOL_ARGUMENTS):
+            return None
+        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+        values = defaults | values
+        if "kernel_size" not in values or not isinstance(node.args[0], Node):
+            return None
+        return tuple(values[name] for name in _POOL_ARGUMENTS[:5]), []
 
     def _added(self, norm: Node, add: Node) -> Node | None:
         """What `add` adds to the result of `norm`."""
