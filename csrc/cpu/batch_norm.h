@@ -37,8 +37,9 @@ constexpr int64_t kCacheBytes = 640 * 1024;
 // Below so many bytes a second thread costs more than it saves.
 constexpr int64_t kBytesPerRegion = 64 * 1024;
 
-// Float sums run over so many values at most before they go into double totals.
-constexpr int64_t kSumLength = 1024;
+// Each lane of a vector adds up so many values at most before they go into double totals: the
+// error of a sum is the same for narrow vectors and wide ones.
+constexpr int64_t kSumLength = 64;
 
 // The two sums of each column that a pass takes; see statistics() and reduce() of the layouts.
 struct Sums {

@@ -101,7 +101,7 @@ class Planes {
         first += (firsts[0] + firsts[1]) + (firsts[2] + firsts[3]);
         second += (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]);
         count += length;
-        if (count >= kSumLength) flush();
+        if (count >= kSumLength * kWidth) flush();
       });
       if (count > 0) flush();
     }
@@ -166,7 +166,7 @@ class Planes {
         first += (firsts[0] + firsts[1]) + (firsts[2] + firsts[3]);
         second += (seconds[0] + seconds[1]) + (seconds[2] + seconds[3]);
         count += length;
-        if (count >= kSumLength) flush();
+        if (count >= kSumLength * kWidth) flush();
       });
       if (count > 0) flush();
     }
@@ -222,8 +222,8 @@ class Planes {
     }
   }
 
-  // Four vectors side by side of 16 values a lane at most, or of 64 without AVX-512.
-  static constexpr int64_t kChunk = 2 * kSumLength;
+  // Of two sums' length, since four vectors side by side add it up.
+  static constexpr int64_t kChunk = 2 * kSumLength * kWidth;
 
   // A vector that overlaps the one before: only its last `lanes` lanes are new.
   struct Overlap {

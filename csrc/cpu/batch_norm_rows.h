@@ -64,8 +64,8 @@ class Rows {
     A* const first = scratch + columns_;
     A* const second = scratch + 2 * columns_;
     for_tables(g, [&](const Region& table) {
-      for (int64_t begin = table.i; begin < table.i_end; begin += kSumRows) {
-        const int64_t end = min_of(begin + kSumRows, table.i_end);
+      for (int64_t begin = table.i; begin < table.i_end; begin += kSumLength) {
+        const int64_t end = min_of(begin + kSumLength, table.i_end);
         for_bands(table, begin, end, false, [&](int64_t row, int64_t row_end) {
           for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
             statistics_of(group, input, row, row_end, row == begin, c, shift, first, second);
@@ -116,8 +116,8 @@ class Rows {
     A* const first = scratch;
     A* const second = scratch + columns_;
     for_tables(g, [&](const Region& table) {
-      for (int64_t begin = table.i; begin < table.i_end; begin += kSumRows) {
-        const int64_t end = min_of(begin + kSumRows, table.i_end);
+      for (int64_t begin = table.i; begin < table.i_end; begin += kSumLength) {
+        const int64_t end = min_of(begin + kSumLength, table.i_end);
         for_bands(table, begin, end, false, [&](int64_t row, int64_t row_end) {
           for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
             reduce_of<kActivation, kFrom>(group, at, row, row_end, row == begin, c, factors,
@@ -176,7 +176,6 @@ class Rows {
   static constexpr int64_t kMostColumns = 4096;
   static constexpr int64_t kLeastSlice = 4 * kWidth;
   static constexpr int64_t kRegionsPerThread = 4;
-  static constexpr int64_t kSumRows = 64;
   static constexpr int64_t kBandBytes = 16 * 1024;
 
   template <typename G>
@@ -198,7 +197,7 @@ class Rows {
   GDFAST_INLINE void for_bands(const Region& table, int64_t begin, int64_t end, bool backwards,
                                const Band& band) const {
     const int64_t row_bytes = (table.c_end - table.c) * static_cast<int64_t>(sizeof(T));
-    const int64_t height = max_of(1, min_of(kSumRows, kBandBytes / row_bytes));
+    const int64_t height = max_of(1, min_of(kSumLength, kBandBytes / row_bytes));
     const int64_t count = ceil_div(end - begin, height);
     for (int64_t b = 0; b < count; ++b) {
       const int64_t row = begin + (backwards ? count - 1 - b : b) * height;
