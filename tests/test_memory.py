@@ -132,6 +132,7 @@ def test_a_forked_child_has_a_pool_of_its_own() -> None:
 import os
 from gdfast.backends import memory
 import torch
+torch.set_num_threads(1)  # the child has none of the parent's other threads
 first = memory.empty_strided((1 << 20,), (1,), torch.float32).fill_(1)
 child = os.fork()
 if child == 0:

@@ -25,6 +25,7 @@ from gdfast import backends, bench, doctor, ops
 from gdfast.backends import choices_file, cpu_algorithms, tuning, tuning_timer
 from gdfast.backends.choices import Choice
 from gdfast.errors import FallbackWarning
+from gdfast.models import SimpleCNN
 from gdfast.train import Recipe, Settings, checkpoint, resume, train
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu", "threads")
@@ -386,6 +387,16 @@ def trained(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 class TestTraining:
+    @pytest.fixture(autouse=True)
+    def unfused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A model whose convolution has a choice: the kernel that it shares with a pool has none."""
+
+        def forward(model: SimpleCNN, x: torch.Tensor) -> torch.Tensor:
+            x = F.max_pool2d(torch.relu(model.conv1(x)), 2)
+            return model.fc(torch.flatten(x, 1))
+
+        monkeypatch.setattr(SimpleCNN, "forward", forward)
+
     def losses(self, folder: Path) -> list[float]:
         steps = checkpoint.load(folder / checkpoint.NAME)["state"]["steps"]
         return list(steps["loss"].tolist())
@@ -499,7 +510,7 @@ class TestTold:
         self, stopwatch: Stopwatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with gdfast.autotune("off"):
-            text = self.explain(capsys, "--suite", "step", "--only", "simplecnn")
+            text = self.explain(capsys, "--suite", "step", "--only", "resnet20")
         assert "autotune: off" in text and text.count("cost model") >= 4
         assert stopwatch.timed == []
 

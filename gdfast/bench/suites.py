@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.nn import Module
 
-from gdfast import backends, models, ops, optim, restore_
+from gdfast import backends, models, ops, optim, restore_, swap_
 from gdfast.backends import cpu_algorithms, registry, tuning
 from gdfast.bench import cases, layers, norm, sgd, step
 from gdfast.bench.workload import Workload
@@ -154,9 +154,10 @@ def both_models(case: cases.StepCase) -> tuple[Module, Module]:
 
 
 def on_both_sides(model: Module) -> tuple[Module, Module]:
-    """A model of ours, and a copy of it on PyTorch's layers alone."""
+    """A model of ours with its neighbours fused, and a copy of it on PyTorch's layers alone."""
     plain = copy.deepcopy(model)
     restore_(plain)
+    swap_(model, fuse=True)
     return model, plain
 
 
