@@ -130,6 +130,7 @@ def draws_for(size: tuple[int, ...], layout: str) -> list[dict[str, Tensor]]:
     return [randoms(size, layout=layout) for _ in range(max(1, 64 // size[1]))]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes(size: tuple[int, ...], layout: str, isa: str, nan_filled_memory: None) -> None:
@@ -141,12 +142,14 @@ def test_sizes(size: tuple[int, ...], layout: str, isa: str, nan_filled_memory: 
                 assert strides(ours[name]) == strides(natives[name])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_so_large_that_they_pass_the_caches_by(layout: str, isa: str) -> None:
     # 16 MB; in NCHW they are written so where planes are whole cache lines.
     check(randoms((4, 64, 128, 128), layout=layout), True, training=True)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_dtypes(activation: str, dtype: torch.dtype, isa: str) -> None:
@@ -257,6 +260,7 @@ def test_only_what_is_needed_is_computed() -> None:
                 torch.testing.assert_close(results[0][name], results[1][name])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_odd_strides(layout: str) -> None:
     wide = torch.randn(4, 6, 9, 14).to(memory_format=LAYOUTS[layout])
@@ -290,6 +294,7 @@ def test_without_parameters_and_running_statistics() -> None:
             )
 
 
+@pytest.mark.kernels
 def test_statistics_from_elsewhere(isa: str) -> None:
     values = randoms((3, 20, 6, 9))
     input = values["input"]

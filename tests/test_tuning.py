@@ -389,7 +389,7 @@ def trained(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dic
 class TestTraining:
     @pytest.fixture(autouse=True)
     def unfused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A model whose convolution has a choice: the kernel that it shares with a pool has none."""
+        """A convolution by itself has a choice; the kernel that it shares with a pool has none."""
 
         def forward(model: SimpleCNN, x: torch.Tensor) -> torch.Tensor:
             x = F.max_pool2d(torch.relu(model.conv1(x)), 2)
