@@ -149,7 +149,6 @@ def test_results_so_large_that_they_pass_the_caches_by(layout: str, isa: str) ->
     check(randoms((4, 64, 128, 128), layout=layout), True, training=True)
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_dtypes(activation: str, dtype: torch.dtype, isa: str) -> None:
