@@ -46,9 +46,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         operation = getattr(ops, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append(
-                (name, kwargs.get("activation"), name == "batch_norm_act" and len(args) > 5)
-            )
+            has_residual = name == "batch_norm_act" and args[5] is not None
+            seen.append((name, kwargs.get("activation"), has_residual))
             return operation(*args, **kwargs)
 
         return call

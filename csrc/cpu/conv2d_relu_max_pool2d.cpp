@@ -32,18 +32,13 @@ class FusedPool {
         blocks_(ceil_div(conv.K, kChannels)) {}
 
   void run() {
-    Carver counter;
-    carve_shared(counter);
-    const int64_t shared = counter.used();
-    carve(counter);
-    const int64_t each = counter.used() - shared;
-    Workspace workspace(shared + each * threads_);
-    Carver carver(workspace.data());
-    carve_shared(carver);
+    const ThreadScratch memory(
+        threads_, [&](Carver& carver) { carve_shared(carver); },
+        [&](Carver& carver) { carve(carver); });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     pack_weights();
     parallel_for(conv_.N * lanes_.bands(), threads_, [&](int64_t task, int thread) {
-      Carver own(workspace.data() + shared + each * thread);
+      Carver own = memory.of(thread);
       const Scratch scratch = carve(own);
       const int64_t n = task / lanes_.bands(), begin = task % lanes_.bands() * lanes_.band();
       const int64_t end = min_of(pool_.P, begin + lanes_.band());

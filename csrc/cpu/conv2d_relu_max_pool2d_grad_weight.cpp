@@ -35,17 +35,12 @@ class FusedGrad {
 
   void run() {
     const int64_t bands = conv_.N * lanes_.bands(), blocks = min_of(bands, kBlocks);
-    Carver counter;
-    carve_shared(counter, blocks);
-    const int64_t shared = counter.used();
-    carve(counter);
-    const int64_t each = counter.used() - shared;
-    Workspace workspace(shared + each * threads_);
-    Carver carver(workspace.data());
-    carve_shared(carver, blocks);
+    const ThreadScratch memory(
+        threads_, [&](Carver& carver) { carve_shared(carver, blocks); },
+        [&](Carver& carver) { carve(carver); });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     parallel_for(blocks, threads_, [&](int64_t block, int thread) {
-      Carver own(workspace.data() + shared + each * thread);
+      Carver own = memory.of(thread);
       const Scratch scratch = carve(own);
       A* sums = sums_ + block * sums_size();
       std::memset(sums, 0, sums_size() * sizeof(A));

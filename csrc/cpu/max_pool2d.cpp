@@ -38,14 +38,9 @@ class Planes {
   }
 
   void run() {
-    Carver counter;
-    carve_shared(counter);
-    const int64_t shared = counter.used();
-    carve(counter);
-    const int64_t each = counter.used() - shared;
-    Workspace workspace(shared + each * threads_);
-    Carver carver(workspace.data());
-    carve_shared(carver);
+    const ThreadScratch memory(
+        threads_, [&](Carver& carver) { carve_shared(carver); },
+        [&](Carver& carver) { carve(carver); });
     for (int64_t s = 0; s < p_.S; ++s) {
       const int64_t w = s * p_.dilation_w - p_.pad_w, shift = floor_quotient(w, p_.stride_w);
       offsets_[s] = (w - shift * p_.stride_w) * columns_ + left_ + shift;
@@ -57,7 +52,7 @@ class Planes {
     const int64_t bands = ceil_div(p_.P, band_), tasks = p_.N * p_.C * bands;
     const int64_t at_once = max_of(1, kTaskValues / (p_.stride_h * band_ * p_.W));
     parallel_for(ceil_div(tasks, at_once), threads_, [&](int64_t task, int thread) {
-      Carver own(workspace.data() + shared + each * thread);
+      Carver own = memory.of(thread);
       const Scratch scratch = carve(own);
       const int64_t end = min_of(tasks, (task + 1) * at_once);
       for (int64_t index = task * at_once; index < end; ++index) {

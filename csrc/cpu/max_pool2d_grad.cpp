@@ -52,14 +52,9 @@ class Planes {
   }
 
   void run() {
-    Carver counter;
-    carve_shared(counter);
-    const int64_t shared = counter.used();
-    carve(counter);
-    const int64_t each = counter.used() - shared;
-    Workspace workspace(shared + each * threads_);
-    Carver carver(workspace.data());
-    carve_shared(carver);
+    const ThreadScratch memory(
+        threads_, [&](Carver& carver) { carve_shared(carver); },
+        [&](Carver& carver) { carve(carver); });
     int64_t count = 0;
     for (int64_t phase = 0; phase < p_.stride_w; ++phase) {
       first_tap_[phase] = count;
@@ -73,7 +68,7 @@ class Planes {
     const int64_t bands = ceil_div(p_.H, band_), tasks = p_.N * p_.C * bands;
     const int64_t at_once = max_of(1, kTaskValues / (band_ * p_.W));
     parallel_for(ceil_div(tasks, at_once), threads_, [&](int64_t task, int thread) {
-      Carver own(workspace.data() + shared + each * thread);
+      Carver own = memory.of(thread);
       const Scratch scratch = carve(own);
       const int64_t end = min_of(tasks, (task + 1) * at_once);
       for (int64_t index = task * at_once; index < end; ++index) {
@@ -199,30 +194,23 @@ template <typename T, typename I>
 void run_channel_lines(const MaxPool2dProblem& p, const T* grad_output, const I* argmax,
                        T* grad_input, int threads) {
   constexpr int64_t kVector = kLanes<typename Accumulator<T>::type>;
-  Carver counter;
-  const auto carve_columns = [&](Carver& carver) {
-    return carver.template take<Window>(p.W * p.S);
-  };
-  const auto carve_counts = [&](Carver& carver) { return carver.template take<int64_t>(p.W); };
-  const auto carve_rows = [&](Carver& carver) {
-    return carver.template take<Window>(round_up(p.R, 8));  // whole cache lines
-  };
-  carve_columns(counter);
-  carve_counts(counter);
-  const int64_t shared = counter.used();
-  carve_rows(counter);
-  const int64_t each = counter.used() - shared;
-  Workspace workspace(shared + each * threads);
-  Carver carver(workspace.data());
-  Window* columns = carve_columns(carver);
-  int64_t* column_counts = carve_counts(carver);
+  Window* columns = nullptr;
+  int64_t* column_counts = nullptr;
+  const auto carve_rows = [&](Carver& carver) { return carver.template take<Window>(p.R); };
+  const ThreadScratch memory(
+      threads,
+      [&](Carver& carver) {
+        columns = carver.template take<Window>(p.W * p.S);
+        column_counts = carver.template take<int64_t>(p.W);
+      },
+      carve_rows);
   for (int64_t w = 0; w < p.W; ++w) {
     column_counts[w] =
         windows_of(w, p.pad_w, p.stride_w, p.dilation_w, p.S, p.Q, columns + w * p.S);
   }
   const int64_t lines = max_of(1, kTaskValues / (p.W * p.C));
   parallel_for(ceil_div(p.N * p.H, lines), threads, [&](int64_t task, int thread) {
-    Carver own(workspace.data() + shared + each * thread);
+    Carver own = memory.of(thread);
     Window* rows = carve_rows(own);
     for (int64_t line = task * lines; line < min_of(p.N * p.H, (task + 1) * lines); ++line) {
       const int64_t n = line / p.H, h = line % p.H;

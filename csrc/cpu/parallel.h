@@ -65,5 +65,33 @@ class Carver {
   int64_t used_ = 0;
 };
 
+// The scratch of one kernel call: a part that all threads share and one for each thread, both laid
+// out by functions that take their pieces from a Carver.
+class ThreadScratch {
+ public:
+  template <typename CarveShared, typename CarveOwn>
+  ThreadScratch(int threads, const CarveShared& carve_shared, const CarveOwn& carve_own)
+      : ThreadScratch(threads, size_of(carve_shared), size_of(carve_own)) {
+    Carver carver(workspace_.data());
+    carve_shared(carver);
+  }
+
+  Carver of(int thread) const { return Carver(workspace_.data() + shared_ + own_ * thread); }
+
+ private:
+  ThreadScratch(int threads, int64_t shared, int64_t own)
+      : shared_(shared), own_(own), workspace_(shared + own * threads) {}
+
+  template <typename Carve>
+  static int64_t size_of(const Carve& carve) {
+    Carver counter;
+    carve(counter);
+    return counter.used();
+  }
+
+  int64_t shared_, own_;
+  Workspace workspace_;
+};
+
 }  // namespace
 }  // namespace gdfast::cpu

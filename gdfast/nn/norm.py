@@ -10,9 +10,9 @@ import torch.fx
 import torch.nn.modules.module as _module
 from torch import Tensor
 
+from gdfast import ops
 from gdfast.errors import mismatch
 from gdfast.nn.conv import Conv2d
-from gdfast.ops.batch_norm import batch_norm_act
 
 _ACTIVATIONS: dict[str, Callable[[float], torch.nn.Module]] = {
     "none": lambda _: torch.nn.Identity(),
@@ -40,26 +40,44 @@ def _traced(module: torch.nn.Module, input: Any, *more: Any) -> Any:
     return input.tracer.create_proxy("call_module", path, (input, *more), {})
 
 
-def _normalise(
-    norm: torch.nn.BatchNorm2d, input: Tensor, residual: Tensor | None, activation: str,
-    negative_slope: float,
-) -> Tensor:  # fmt: skip
-    """What a BatchNorm2d does in its mode, with what follows it."""
-    if isinstance(input, Tensor):
+def normalise(
+    norm: Any, input: Tensor, residual: Tensor | None, activation: str, negative_slope: float
+) -> Tensor:
+    """activation(norm(input) + residual) for a `torch.nn.BatchNorm2d`, its statistics updated.
+
+    input and residual are [N, C, H, W]; activation as in `BatchNormAct2d`. Raises what
+    `gdfast.ops.batch_norm_act` raises.
+    """
+    if isinstance(input, Tensor) and input.dim() != 4:
         norm._check_input_dim(input)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # the average of all batches so far
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = norm.running_mean, norm.running_var
-    training = norm.training or (mean is None and var is None)
-    if norm.training and not norm.track_running_stats:
-        mean = var = None
-    return batch_norm_act(
-        input, norm.weight, norm.bias, mean, var, residual, training=training, momentum=momentum,
-        eps=norm.eps, activation=activation, negative_slope=negative_slope,
+    weight, bias, mean, variance, batches = _tensors(norm)
+    training, momentum = norm.training, norm.momentum
+    if training:
+        if norm.track_running_stats:
+            if batches is not None:
+                batches.add_(1)
+                if momentum is None:  # the average of all batches so far
+                    momentum = 1.0 / float(batches)
+        else:
+            mean = variance = None
+    elif mean is None and variance is None:
+        training = True
+    return ops.batch_norm_act(
+        input, weight, bias, mean, variance, residual, training=training,
+        momentum=0.0 if momentum is None else momentum, eps=norm.eps, activation=activation,
+        negative_slope=negative_slope,
     )  # fmt: skip
+
+
+def _tensors(norm: Any) -> tuple[Any, ...]:
+    # Module.__getattr__ takes a third of a microsecond for each.
+    parameters, buffers = norm._parameters, norm._buffers
+    if "weight" in parameters and "bias" in parameters and "running_mean" in buffers:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+        return weight, bias, mean, variance, buffers.get("num_batches_tracked")
+    # Pruning, for one, makes a plain attribute of the weight.
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
@@ -72,7 +90,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if _is_traced(self, input):
             return _traced(self, input)
-        return _normalise(self, input, None, "none", 0.0)
+        return normalise(self, input, None, "none", 0.0)
 
 
 class BatchNormAct2d(BatchNorm2d):
@@ -95,7 +113,7 @@ class BatchNormAct2d(BatchNorm2d):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if _is_traced(self, input):
             return _traced(self, input, residual)
-        return _normalise(self, input, residual, self.activation, self.negative_slope)
+        return normalise(self, input, residual, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" * (self.activation == "leaky_relu")
@@ -155,7 +173,7 @@ class ConvNormAct(torch.nn.Module):
         name = _NAMES.get(type(act))
         if name is not None and type(norm) is BatchNorm2d and not _has_hooks(norm, act):
             slope = act.negative_slope if isinstance(act, torch.nn.LeakyReLU) else 0.0
-            return _normalise(norm, output, residual, name, slope)
+            return normalise(norm, output, residual, name, slope)
         output = norm(output)
         return act(output if residual is None else output + residual)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfast import ops
+from gdfast.nn.norm import normalise
 
 
 def norm_act(
@@ -25,56 +26,19 @@ def norm_act(
     `slope` is leaky_relu's or the module that has it; `in_place` says that the residual is added
     to the normalized input in place, which decides the dtype where the two have different ones.
     """
-    if input.dim() != 4:
-        norm._check_input_dim(input)
-    weight, bias, mean, variance, batches = _tensors(norm)
-    training, momentum = norm.training, norm.momentum
-    if training:
-        if norm.track_running_stats:
-            if batches is not None:
-                batches.add_(1)
-                if momentum is None:
-                    momentum = 1.0 / float(batches)
-        else:
-            mean = variance = None
-    elif mean is None and variance is None:
-        training = True
-    arguments = (input, weight, bias, mean, variance)
-    settings = {
-        "training": training,
-        "momentum": 0.0 if momentum is None else momentum,
-        "eps": norm.eps,
-    }
     if slope is None:
         slope = 0.01
     elif not isinstance(slope, (int, float)):
         slope = slope.negative_slope
-    if residual is None:
-        return ops.batch_norm_act(
-            *arguments, activation=activation, negative_slope=slope, **settings
-        )
-    if (
+    if residual is None or (
         isinstance(residual, Tensor)
         and residual.dtype == input.dtype
         and residual.shape == input.shape
     ):
-        return ops.batch_norm_act(
-            *arguments, residual, activation=activation, negative_slope=slope, **settings
-        )
-    output = ops.batch_norm_act(*arguments, activation="none", **settings)
+        return normalise(norm, input, residual, activation, slope)
+    output = normalise(norm, input, None, "none", slope)
     output = output.add_(residual) if in_place else output + residual
     return _activate(output, activation, slope)
-
-
-def _tensors(norm: Any) -> tuple[Any, ...]:
-    # Module.__getattr__ takes a third of a microsecond for each.
-    parameters, buffers = norm._parameters, norm._buffers
-    if "weight" in parameters and "bias" in parameters and "running_mean" in buffers:
-        weight, bias = parameters["weight"], parameters["bias"]
-        mean, variance = buffers["running_mean"], buffers["running_var"]
-        return weight, bias, mean, variance, buffers["num_batches_tracked"]
-    # Pruning, for one, makes a plain attribute of the weight.
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def conv_relu_pool(conv: Any, input: Tensor, *pool: Any) -> Tensor:
