@@ -1,0 +1,143 @@
+"""Batches drawn from a source of items, so that any of them can be had again bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gdfast.data.errors import DataError
+
+_SPREAD = 1_000_003  # of seeds, so that those of neighbouring epochs lie apart
+
+
+class Batch(NamedTuple):
+    """`images` [N, C, H, W] as float32 in 0 to 1, and what they show: `targets`."""
+
+    images: Tensor
+    targets: Any
+
+
+class Source(Protocol):
+    """Items to train on or to test with, and how they become a batch."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int, epoch: int, rng: np.random.Generator) -> Any:
+        """Item `index` as `epoch` (from 0) shows it; all that is random in it comes from `rng`.
+
+        Raises:
+            DataError: the item is bad: it is left out.
+        """
+
+    def collate(self, items: Sequence[Any]) -> Batch:
+        """One batch of one or more items."""
+
+
+class Loader:
+    """Batches of a source, shuffled anew for every epoch.
+
+    The order of an epoch depends on `seed` and the epoch's number alone, and an item's random
+    numbers on those and its index: any batch of any epoch can be had again, whatever the number of
+    `workers`, and an interrupted run goes on exactly where it stopped. Of `ranks` processes, each
+    takes every `ranks`-th item of a batch. The last batch may be smaller.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`batch_size` counts the items of all processes; `seed` None keeps them in order."""
+        self.source = source
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.skipped: list[str] = []
+        self._seed = seed
+        self._workers = workers
+        self._rank = rank
+        self._ranks = ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    @property
+    def images(self) -> int:
+        """How many images one epoch shows, in all processes together."""
+        return len(self.source)
+
+    def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number` (from 0), from batch `start` on.
+
+        A bad item is left out, and the message about it added to `skipped`.
+        """
+        chosen = [batch.tolist() for batch in self._order(number).split(self.batch_size)][start:]
+        keys = [
+            [(self._seed or 0, number, index) for index in batch[self._rank :: self._ranks]]
+            for batch in chosen
+        ]
+        loader = DataLoader(
+            _Items(self.source),
+            batch_sampler=keys,
+            num_workers=self._workers,
+            collate_fn=_as_they_are,
+            pin_memory=False,
+            persistent_workers=False,
+            # Its own generator: starting workers draws a number, which must not be the model's.
+            generator=torch.Generator(),
+        )
+        for items in loader:
+            bad = [item.reason for item in items if isinstance(item, _Bad)]
+            self.skipped += bad
+            good = [item for item in items if not isinstance(item, _Bad)]
+            if not good:
+                raise DataError(
+                    f"data: expected one good image in every batch, found none: {bad[:1]}"
+                )
+            yield _to(self.source.collate(good), self.device)
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._seed is None:
+            return torch.arange(len(self.source))
+        seed = (self._seed * _SPREAD + epoch) % (1 << 63)
+        return torch.randperm(len(self.source), generator=torch.Generator().manual_seed(seed))
+
+
+class _Bad(NamedTuple):
+    reason: str
+
+
+class _Items(Dataset[Any]):
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        seed, epoch, index = key
+        try:
+            return self._source.item(index, epoch, np.random.default_rng((seed, epoch, index)))
+        except DataError as error:
+            return _Bad(str(error))
+
+
+def _as_they_are(items: list[Any]) -> list[Any]:
+    return items
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Batch):
+        return Batch(_to(value.images, device), _to(value.targets, device))
+    if isinstance(value, (list, tuple)):
+        return [_to(each, device) for each in value]
+    return value
