@@ -39,12 +39,12 @@ def train(model: torch.nn.Module, make: Any, layout: str, digits: data.ImageData
     optimizer = make(model.parameters(), lr=_LR, momentum=_MOMENTUM)
     # Down to nothing: what is left at the end is where training went, not the last batch's noise.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = data.Batches(digits.train, _BATCH, seed=seed)
+    batches = data.Loader(digits.train, _BATCH, seed=seed)
     whole = (
         batch
         for epoch in range(steps)
         for batch in batches.epoch(epoch)
-        if len(batch.labels) == _BATCH
+        if len(batch.targets) == _BATCH
     )
     losses = []
     for images, labels in islice(whole, steps):
@@ -56,12 +56,12 @@ def train(model: torch.nn.Module, make: Any, layout: str, digits: data.ImageData
         losses.append(loss.item())
     model.eval()
     with torch.no_grad():
-        (test,) = data.Batches(digits.test, len(digits.test)).epoch()
+        (test,) = data.Loader(digits.test, len(digits.test)).epoch()
         logits = model(test.images.to(memory_format=LAYOUTS[layout]))
     return {
         "loss": mean(losses[-_LAST:]),
-        "test_loss": F.cross_entropy(logits, test.labels).item(),
-        "test_accuracy": (logits.argmax(1) == test.labels).float().mean().item(),
+        "test_loss": F.cross_entropy(logits, test.targets).item(),
+        "test_accuracy": (logits.argmax(1) == test.targets).float().mean().item(),
     }
 
 

@@ -17,7 +17,7 @@ from mnist_files import digits, write_pair
 
 import gdfast
 from gdfast.cli import main
-from gdfast.train import RECIPES, checkpoint
+from gdfast.train import TASKS, checkpoint
 from gdfast.train.progress import Progress
 
 
@@ -51,7 +51,7 @@ class TestHelp:
 
     def test_of_train_names_every_recipe(self, capsys: pytest.CaptureFixture[str]) -> None:
         _, text, _ = outcome(capsys, "train", "cnn", "--help")
-        assert all(name in text for name in RECIPES)
+        assert all(name in text for name in TASKS["cnn"].recipes)
 
     def test_imports_no_torch(self) -> None:
         code = (
@@ -73,7 +73,7 @@ class TestHelp:
 MISTAKES: list[tuple[str, str]] = [
     ("", "arguments are required: COMMAND"),
     ("fly", "invalid choice: 'fly'"),
-    ("train", "arguments are required: MODEL"),
+    ("train", "arguments are required: TASK"),
     ("train cnm", "invalid choice: 'cnm'"),
     ("train cnn --epoch 3", "unrecognized arguments: --epoch 3"),
     ("train cnn --epochs many", "invalid int value: 'many'"),
@@ -83,14 +83,14 @@ MISTAKES: list[tuple[str, str]] = [
     ("train cnn --lr 1e999", "lr: expected a finite number above 0, got inf"),
     ("train cnn --lr -1", "lr: expected a finite number above 0, got -1.0"),
     ("train cnn --momentum 1", "momentum: expected a number from 0 to below 1, got 1.0"),
-    ("train cnn --schedule steps", "schedule: expected constant or cosine, got 'steps'"),
+    ("train cnn --schedule steps", "schedule: expected constant or cosine or poly or step, got"),
     ("train cnn --warmup -1", "warmup: expected 0 or more, got -1"),
     ("train cnn --batch-size 0", "batch_size: expected 1 to 2**31 - 1, got 0"),
     ("train cnn --seed -1", "seed: expected 0 to 2**63 - 1, got -1"),
     ("train cnn --recipe secret", "recipe: expected default or article, got 'secret'"),
     ("train cnn --device abacus", "device: expected auto, cpu, or a device that is here"),
     ("train cnn --backend magic", "backend: name: expected one of auto, cpu"),
-    ("train cnn --data cifar", "data: spec: expected digits or mnist:DIR, got 'cifar'"),
+    ("train cnn --data cifar", "data: spec: expected digits, mnist:DIR or folder:DIR, got 'cifar'"),
     *(
         (f"train cnn --{name} ''", f"--{name}: expected a value, got an empty one")
         for name in ("data", "recipe", "device", "backend", "out", "resume")

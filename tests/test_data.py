@@ -208,31 +208,31 @@ def test_a_header_beyond_what_gzip_can_hold_is_refused_unread(tmp_path: Path) ->
 
 @pytest.mark.parametrize("spec", ["", "mnist", "mnist:", "digits:here", "cifar", "Digits"])
 def test_an_unknown_spec_is_refused(spec: str) -> None:
-    with pytest.raises(DataError, match="expected digits or mnist:DIR, got"):
+    with pytest.raises(DataError, match="expected digits, mnist:DIR or folder:DIR, got"):
         data.load(spec)
 
 
-class TestBatches:
-    def loader(self, **options: object) -> data.Batches:
+class TestLoader:
+    def loader(self, **options: object) -> data.Loader:
         part = data.ImageSet(
             torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1), torch.arange(10)
         )
-        return data.Batches(part, 4, **options)  # type: ignore[arg-type]
+        return data.Loader(part, 4, **options)  # type: ignore[arg-type]
 
     def test_values_and_sizes(self) -> None:
         batches = list(self.loader().epoch())
-        assert [len(batch.labels) for batch in batches] == [4, 4, 2] and len(self.loader()) == 3
+        assert [len(batch.targets) for batch in batches] == [4, 4, 2] and len(self.loader()) == 3
         joined = torch.cat([batch.images for batch in batches]).flatten()
         assert torch.equal(joined, torch.arange(10, dtype=torch.float32) / 255)
 
     def test_an_epoch_shows_each_image_once_in_an_order_of_its_own(self) -> None:
         loader = self.loader(seed=5)
-        orders = [torch.cat([b.labels for b in loader.epoch(n)]).tolist() for n in (0, 1, 0)]
+        orders = [torch.cat([b.targets for b in loader.epoch(n)]).tolist() for n in (0, 1, 0)]
         assert all(sorted(order) == [*range(10)] for order in orders)
         assert orders[0] == orders[2] != orders[1]
         torch.manual_seed(99)  # the order is the seed's and nobody else's
-        assert torch.cat([b.labels for b in loader.epoch(1)]).tolist() == orders[1]
-        assert torch.cat([b.labels for b in self.loader(seed=6).epoch()]).tolist() != orders[0]
+        assert torch.cat([b.targets for b in loader.epoch(1)]).tolist() == orders[1]
+        assert torch.cat([b.targets for b in self.loader(seed=6).epoch()]).tolist() != orders[0]
 
     def test_starts_at_any_batch(self) -> None:
         loader = self.loader(seed=5)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from gdfast.train import RECIPES, Recipe, Settings, SettingsError, train
+from gdfast.train import TASKS, Recipe, Settings, SettingsError, train
 
 
 class TestRecipe:
     def test_default_and_article(self) -> None:
-        default, article = RECIPES["default"], RECIPES["article"]
+        recipes = TASKS["cnn"].recipes
+        default, article = recipes["default"], recipes["article"]
         assert (default.lr, default.momentum, default.schedule) == (0.1, 0.9, "cosine")
         assert (article.lr, article.momentum, article.schedule) == (0.01, 0.0, "constant")
         assert {article.learning_rate(step, 500) for step in range(500)} == {0.01}

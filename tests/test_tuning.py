@@ -436,16 +436,6 @@ class TestTraining:
         resume(tmp_path / "parts", stream=io.StringIO())
         assert self.losses(tmp_path / "parts") == whole
 
-    def test_a_checkpoint_without_choices_goes_on(
-        self, trained: dict[str, Any], tmp_path: Path
-    ) -> None:
-        content = {name: value for name, value in trained.items() if name != "choices"}
-        (tmp_path / checkpoint.NAME).write_bytes(checkpoint.to_bytes(content))
-        resume(tmp_path, stream=io.StringIO())
-
-    @pytest.mark.parametrize(
-        "choices", [5, [], {"key": 5}, {"key": {"choice": "direct", "seconds": {"direct": -1.0}}}]
-    )
     def test_choices_that_are_none_are_refused(
         self, choices: Any, trained: dict[str, Any], tmp_path: Path
     ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     targets: Any
 
 
+@runtime_checkable
 class Source(Protocol):
     """Items to train on or to test with, and how they become a batch."""
 
@@ -38,18 +39,29 @@ class Source(Protocol):
         """One batch of one or more items."""
 
 
+@runtime_checkable
+class Table(Protocol):
+    """A source that holds everything in memory and has nothing random: whole batches at once."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Tensor) -> Batch:
+        """The items of these indices [N]."""
+
+
 class Loader:
     """Batches of a source, shuffled anew for every epoch.
 
     The order of an epoch depends on `seed` and the epoch's number alone, and an item's random
     numbers on those and its index: any batch of any epoch can be had again, whatever the number of
-    `workers`, and an interrupted run goes on exactly where it stopped. Of `ranks` processes, each
-    takes every `ranks`-th item of a batch. The last batch may be smaller.
+    `workers`, and an interrupted run goes on exactly where it stopped. The last batch may be
+    smaller. Of `ranks` processes, each takes every `ranks`-th item of each batch; a last batch with
+    less than one item for each of them is left out.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Table,
         batch_size: int,
         *,
         seed: int | None = None,
@@ -69,7 +81,8 @@ class Loader:
         self._ranks = ranks
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        whole, rest = divmod(len(self.source), self.batch_size)
+        return whole + (rest >= self._ranks)
 
     @property
     def images(self) -> int:
@@ -81,34 +94,48 @@ class Loader:
 
         A bad item is left out, and the message about it added to `skipped`.
         """
-        chosen = [batch.tolist() for batch in self._order(number).split(self.batch_size)][start:]
-        keys = [
-            [(self._seed or 0, number, index) for index in batch[self._rank :: self._ranks]]
-            for batch in chosen
+        for (batch,) in self.steps(number, start):
+            yield batch
+
+    def steps(self, number: int = 0, start: int = 0, parts: int = 1) -> Iterator[list[Batch]]:
+        """Like `epoch`, each batch cut into at most `parts` of about one size."""
+        batches = [
+            [part.tolist() for part in batch[self._rank :: self._ranks].chunk(parts)]
+            for batch in self._order(number).split(self.batch_size)[start : len(self)]
         ]
+        read = self._table if isinstance(self.source, Table) else self._items
+        each_part = read(number, [part for batch in batches for part in batch])
+        for batch in batches:
+            yield [next(each_part) for _ in batch]
+
+    def _table(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch]:
+        assert isinstance(self.source, Table)
+        for part in parts:
+            yield _to(self.source.take(torch.tensor(part)), self.device)
+
+    def _items(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch]:
+        assert isinstance(self.source, Source)
         loader = DataLoader(
             _Items(self.source),
-            batch_sampler=keys,
+            batch_sampler=[[(self._seed or 0, epoch, index) for index in part] for part in parts],
             num_workers=self._workers,
             collate_fn=_as_they_are,
-            pin_memory=False,
-            persistent_workers=False,
             # Its own generator: starting workers draws a number, which must not be the model's.
             generator=torch.Generator(),
         )
         for items in loader:
-            bad = [item.reason for item in items if isinstance(item, _Bad)]
-            self.skipped += bad
+            self.skipped += (bad := [item.reason for item in items if isinstance(item, _Bad)])
             good = [item for item in items if not isinstance(item, _Bad)]
             if not good:
                 raise DataError(
-                    f"data: expected one good image in every batch, found none: {bad[:1]}"
+                    f"data: expected a good image in every batch, found one of bad ones: {bad[0]}"
                 )
             yield _to(self.source.collate(good), self.device)
 
     def _order(self, epoch: int) -> Tensor:
         if self._seed is None:
             return torch.arange(len(self.source))
+        # An own generator: the order does not depend on what else draws random numbers.
         seed = (self._seed * _SPREAD + epoch) % (1 << 63)
         return torch.randperm(len(self.source), generator=torch.Generator().manual_seed(seed))
 

@@ -1,12 +1,23 @@
-"""Training: recipes, the loop that all of them share, and runs that can be resumed."""
+"""Training: tasks, recipes, the loop that all of them share, and runs that can be resumed."""
 
-from gdfast.train.classify import Result, resume, train
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gdfast.train.errors import DivergedError, InterruptedRun, RunError, SettingsError
-from gdfast.train.recipe import RECIPES, SCHEDULES, Recipe, Settings
+from gdfast.train.recipe import SCHEDULES, Recipe, Settings
+from gdfast.train.tasks import TASKS
+
+if TYPE_CHECKING:
+    from gdfast.train.run import Result, find_learning_rate, resume, train
+
+# Imported when first asked for, so that the command line can show tasks before torch is loaded.
+_OF_RUN = ("Result", "find_learning_rate", "resume", "train")
 
 __all__ = [
-    "RECIPES",
     "SCHEDULES",
+    "TASKS",
     "DivergedError",
     "InterruptedRun",
     "Recipe",
@@ -14,6 +25,13 @@ __all__ = [
     "RunError",
     "Settings",
     "SettingsError",
+    "find_learning_rate",
     "resume",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_RUN:
+        return getattr(importlib.import_module("gdfast.train.run"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import zipfile
@@ -13,7 +14,9 @@ import torch
 from gdfast.train.errors import RunError
 
 NAME = "checkpoint.pt"
-_FORMAT = "gdfast checkpoint 1"
+_KIND = "gdfast checkpoint"
+_FORMAT = f"{_KIND} 2"
+_CHECKSUM = "archive/sha256"
 
 
 def to_bytes(content: dict[str, Any]) -> bytes:
@@ -21,6 +24,8 @@ def to_bytes(content: dict[str, Any]) -> bytes:
     # In memory: torch's own writer reports a full disk as a RuntimeError about positions.
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, **content}, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr(_CHECKSUM, _checksum(archive))
     return buffer.getvalue()
 
 
@@ -31,7 +36,7 @@ def load(path: Path) -> dict[str, Any]:
         RunError: no such file, or not a whole checkpoint of this package.
     """
     try:
-        _refuse_bomb(path)
+        _verify(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"train: {path}: expected a checkpoint, found no such file") from None
@@ -49,13 +54,32 @@ def load(path: Path) -> dict[str, Any]:
         raise RunError(
             f"train: {path}: expected a checkpoint, found a damaged or foreign file ({reason[:80]})"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+    if not isinstance(content, dict) or not str(content.get("format")).startswith(_KIND):
         raise RunError(f"train: {path}: expected a checkpoint of gdfast train, found another file")
+    if content["format"] != _FORMAT:
+        raise RunError(
+            f"train: {path}: expected {_FORMAT}, found {content['format']}: another version of "
+            "gdfast wrote it; its weights.safetensors can be used still"
+        )
     return content
 
 
-def _refuse_bomb(path: Path) -> None:
-    # torch stores its records uncompressed; one that would unpack to more is not torch's.
+def _verify(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
+        # torch stores its records uncompressed; one that would unpack to more is not torch's.
         if any(record.file_size > record.compress_size for record in archive.infolist()):
             raise ValueError("compressed records")
+        if _CHECKSUM in archive.namelist() and archive.read(_CHECKSUM) != _checksum(archive):
+            raise ValueError("its checksum is another")
+
+
+def _checksum(archive: zipfile.ZipFile) -> bytes:
+    """SHA-256 over the names and the contents of a file's records."""
+    digest = hashlib.sha256()
+    for name in sorted(archive.namelist()):
+        if name != _CHECKSUM:
+            digest.update(f"{name} {archive.getinfo(name).file_size} ".encode())
+            with archive.open(name) as record:
+                while piece := record.read(1 << 20):
+                    digest.update(piece)
+    return digest.hexdigest().encode()

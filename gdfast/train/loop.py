@@ -1,19 +1,25 @@
-"""The training loop that all recipes share: zero_grad, forward, loss, backward, step."""
+"""The training loop that all tasks share: zero_grad, forward, loss, backward, step."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn, optim
+import torch
+from torch import nn, optim
 
-from gdfast.data import Batches
+from gdfast.data.loader import Batch, Loader
+from gdfast.train.distributed import Group
+from gdfast.train.ema import EMA
 from gdfast.train.errors import DivergedError, InterruptedRun
 from gdfast.train.progress import Progress
 from gdfast.train.recipe import Recipe
 from gdfast.train.signals import StopRequest
 from gdfast.train.state import State
+from gdfast.train.task import Task
 
 _SECONDS_BETWEEN_SAVES = 60.0
 
@@ -21,41 +27,46 @@ _SECONDS_BETWEEN_SAVES = 60.0
 class Trainer:
     """Gradient descent of `model` on `batches`, from `state` to the last epoch.
 
-    `measure(outputs, labels)` gives what to record of a step beside its loss (each a mean over
-    the batch's images), `evaluate()` what to record after an epoch. `save()` is called at
-    every point from where the training can go on bit by bit: before the first step, after each
-    epoch, every minute, and when the user asks to stop.
+    `evaluate()` gives what to record after an epoch. `save()` is called at every point from where
+    the training can go on bit by bit: before the first step, after each epoch, every minute, and
+    when the user asks to stop; `save_best()` after an epoch with the best score yet.
     """
 
     def __init__(
         self,
         *,
+        task: Task,
         model: nn.Module,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
         optimizer: optim.Optimizer,
-        batches: Batches,
+        batches: Loader,
         recipe: Recipe,
         epochs: int,
-        measure: Callable[[Tensor, Tensor], dict[str, float]],
+        ema: EMA | None,
         evaluate: Callable[[], dict[str, float]],
         save: Callable[[], None],
+        save_best: Callable[[], None],
         progress: Progress,
         state: State,
+        group: Group,
     ) -> None:
+        self.task = task
         self.model = model
-        self.loss_fn = loss_fn
         self.optimizer = optimizer
         self.batches = batches
         self.recipe = recipe
         self.epochs = epochs
-        self.measure = measure
+        self.ema = ema
         self.evaluate = evaluate
         self.save = save
+        self.save_best = save_best
         self.progress = progress
         self.state = state
+        self.group = group
+        self.device_type = batches.device.type
+        self.autocast = bool(recipe.amp)
 
     def fit(self) -> None:
-        """Train until the last epoch is done.
+        """Train until the last epoch is done, or the score has not risen for too long.
 
         Raises:
             DivergedError: the loss is not finite any more; the last checkpoint is from before.
@@ -65,7 +76,7 @@ class Trainer:
         self._clock = time.perf_counter()
         with StopRequest() as stop:
             self._save()
-            while state.epoch < self.epochs:
+            while state.epoch < self.epochs and not self._patience_is_over():
                 self._train_epoch(stop)
                 self._finish_epoch()
                 if stop.signal is not None and state.epoch < self.epochs:
@@ -75,35 +86,61 @@ class Trainer:
         state = self.state
         started = saved = time.perf_counter()
         self.model.train()
-        for images, labels in self.batches.epoch(state.epoch, start=state.batch):
-            lr = self._set_learning_rate()
-
-            self.optimizer.zero_grad()
-            outputs = self.model(images)
-            loss = self.loss_fn(outputs, labels)
-            loss.backward()
-            self.optimizer.step()
-
-            self._record(lr, loss.item(), len(labels), self.measure(outputs.detach(), labels))
+        for parts in self.batches.steps(state.epoch, state.batch, self.recipe.accumulate):
+            # One exchange for both: processes must stop at the same step.
+            images, signals = self.group.sum(_images(parts), stop.signal or 0)
+            self._record(self._set_learning_rate(), images, self.step(parts, images))
             state.batch += 1
             now = time.perf_counter()
             state.training_seconds += now - started
             started = now
-            if stop.signal is None:  # otherwise the terminal may be gone
-                self.progress.step(state)
-            if stop.signal is not None:
+            if signals:
                 self._save()
-                self._interrupt(stop.signal)
+                self._interrupt(stop.signal or int(signals))
+            self.progress.step(state)
             if now - saved > _SECONDS_BETWEEN_SAVES:
                 self._save()
                 started = saved = time.perf_counter()
+
+    def step(self, parts: list[Batch], images: float) -> dict[str, float]:
+        """One step of gradient descent over `images` images, of which `parts` are this process's.
+
+        Returns the loss and its terms, means over all the images.
+        """
+        self.optimizer.zero_grad()
+        sums: dict[str, Any] = {}
+        for number, part in enumerate(parts, 1):
+            # Gradients of several processes meet once, in the backward of the last part.
+            with self._alone() if number < len(parts) else contextlib.nullcontext():
+                with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+                    losses = self.task.loss(self.task.forward(self.model, part), part)
+                # A mean over all images: each part counts by its size. As gradients are averaged
+                # over processes, each process gives `ranks` times its share.
+                share = _images([part]) / images
+                loss = losses["loss"]
+                (loss if share == 1 else loss * (share * self.group.ranks)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() * share
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(getattr(self.model, "module", self.model))
+        values = self.group.sum(*torch.stack([*sums.values()]).tolist())
+        return dict(zip(sums, values, strict=True))
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """While entered, gradients are summed up in this process alone."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
 
     def _finish_epoch(self) -> None:
         state = self.state
         row = {"epoch": state.epoch + 1, "step": self._step(), "lr": state.steps["lr"][-1]}
         for name, value in state.epoch_means().items():
             row[f"train_{name}"] = value
-        row.update(self.evaluate())
+        row.update(self.group.from_leader(self.evaluate() if self.group.leads else {}))
         for name, value in row.items():
             if not math.isfinite(value):
                 raise DivergedError(
@@ -114,8 +151,18 @@ class Trainer:
         state.epochs.append(row)
         state.epoch += 1
         state.batch = 0
+        if state.best_epoch(self.task.score) == state.epoch:
+            self.save_best()
         self._save()
         self.progress.epoch(state)
+
+    def _patience_is_over(self) -> bool:
+        state, patience = self.state, self.recipe.patience
+        return bool(
+            patience
+            and state.epochs
+            and state.epoch - state.best_epoch(self.task.score) >= patience
+        )
 
     def _set_learning_rate(self) -> float:
         lr = self.recipe.learning_rate(self._step(), self.epochs * len(self.batches))
@@ -123,15 +170,15 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _record(self, lr: float, loss: float, images: int, measures: dict[str, float]) -> None:
+    def _record(self, lr: float, images: float, losses: dict[str, float]) -> None:
         state = self.state
-        if not math.isfinite(loss):
+        if not math.isfinite(losses["loss"]):
             raise DivergedError(
-                f"train: loss: expected a finite number, got {loss} at epoch {state.epoch + 1}, "
-                f"batch {state.batch + 1} of {len(self.batches)}: try a lower lr than "
-                f"{self.recipe.lr}"
+                f"train: loss: expected a finite number, got {losses['loss']} at epoch "
+                f"{state.epoch + 1}, batch {state.batch + 1} of {len(self.batches)}: try a lower "
+                f"lr than {self.recipe.lr}"
             )
-        for name, value in {"lr": lr, "images": images, "loss": loss, **measures}.items():
+        for name, value in {"lr": lr, "images": images, **losses}.items():
             state.steps.setdefault(name, []).append(float(value))
 
     def _step(self) -> int:
@@ -149,3 +196,7 @@ class Trainer:
             f"stopped in epoch {state.epoch + 1}, after batch {state.batch} of {len(self.batches)}",
             signal,
         )
+
+
+def _images(parts: list[Batch]) -> int:
+    return sum(len(part.images) for part in parts)

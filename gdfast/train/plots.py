@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gdfast.data.images import Labelled
 from gdfast.extras import require
 from gdfast.metrics import Classification
-from gdfast.train.state import State
+from gdfast.train.state import LOOP_COLUMNS, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,33 +22,70 @@ _TRAIN, _TEST = "tab:blue", "tab:orange"
 _SHOWN_MISTAKES = 24
 
 
-def curves(state: State, title: str) -> Figure:
-    """Loss of every step and epoch, and accuracy of every epoch, training beside test."""
+def curves(state: State, score: str, title: str) -> Figure:
+    """Loss of every step and epoch, and measures of every epoch, training beside test."""
     figure = _figure(11, 4.2)
-    loss, accuracy = figure.subplots(1, 2)
+    loss, measures = figure.subplots(1, 2)
     rows = state.epochs
     steps_per_epoch = len(state.steps["loss"]) / len(rows)
     at_step = (np.arange(len(state.steps["loss"])) + 1) / steps_per_epoch
     epochs = [row["epoch"] for row in rows]
+    style: dict[str, Any] = {"marker": "o" if len(rows) <= 40 else None, "markersize": 4}
 
     loss.plot(at_step, state.steps["loss"], color=_TRAIN, alpha=0.25, linewidth=0.8)
-    marker = "o" if len(rows) <= 40 else None
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
-        for split, colour in (("train", _TRAIN), ("test", _TEST)):
-            values = [row[f"{split}_{name}"] for row in rows]
-            axes.plot(epochs, values, color=colour, marker=marker, markersize=4, label=split)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    for split, colour in (("train", _TRAIN), ("test", _TEST)):
+        if f"{split}_loss" in rows[0]:
+            values = [row[f"{split}_loss"] for row in rows]
+            loss.plot(epochs, values, color=colour, label=split, **style)
     loss.plot([], [], color=_TRAIN, alpha=0.25, label="train, each step")
-    loss.set_ylabel("cross entropy (log scale)")
+    loss.set_ylabel("loss (log scale)")
     loss.set_yscale("log")
     loss.set_title("Loss")
     loss.legend()
-    accuracy.set_ylabel("share read correctly")
-    accuracy.set_title(f"Accuracy (test, at the end: {rows[-1]['test_accuracy']:.4f})")
-    accuracy.legend(loc="lower right")
+    if (train := score.replace("test_", "train_")) != score and train in rows[0]:
+        shown = {"train": (train, _TRAIN), "test": (score, _TEST)}
+    else:
+        others = [name for name in rows[0] if _is_share(name, rows) and name != score]
+        shown = {score: (score, _TEST)}
+        shown |= {name: (name, f"C{4 + place}") for place, name in enumerate(others[:5])}
+    for label, (name, colour) in shown.items():
+        values = [row[name] for row in rows]
+        measures.plot(epochs, values, color=colour, label=label, **style)
+    name = score.removeprefix("test_").replace("_", " ")
+    measures.set_ylabel(name)
+    measures.set_title(f"{name.capitalize()} (test, at the end: {rows[-1][score]:.4f})")
+    measures.legend(loc="lower right")
+    for axes in (loss, measures):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
+    return figure
+
+
+def _is_share(name: str, rows: Sequence[dict[str, float]]) -> bool:
+    if name in LOOP_COLUMNS or name.startswith("train_") or "loss" in name:
+        return False
+    return all(0 <= row[name] <= 1 for row in rows)
+
+
+def learning_rates(
+    rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float], chosen: float
+) -> Figure:
+    """Losses of steps at rising learning rates, and the rate to choose."""
+    figure = _figure(8, 4.2)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=_TRAIN, alpha=0.25, linewidth=0.8, label="each step")
+    axes.plot(rates, smooth, color=_TRAIN, label="smoothed")
+    axes.axvline(chosen, color=_TEST, label=f"to choose: {chosen:.2g}")
+    axes.set_xscale("log")
+    low, high = min(smooth), max(smooth[0], min(smooth) * 2)
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low))
+    axes.set_xlabel("learning rate (log scale)")
+    axes.set_ylabel("loss")
+    axes.set_title("The loss as the learning rate rises, one step each")
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 
@@ -68,7 +106,9 @@ def kernels(before: Tensor, after: Tensor, title: str) -> Figure:
     return figure
 
 
-def mistakes(images: Tensor, result: Classification, classes: Sequence[str], title: str) -> Figure:
+def mistakes(
+    images: Labelled, result: Classification, classes: Sequence[str], title: str
+) -> Figure:
     """The misread images with the highest loss: what each was taken for, and what it is."""
     wrong = result.mistakes().tolist()
     worst = wrong[:_SHOWN_MISTAKES]
@@ -77,8 +117,8 @@ def mistakes(images: Tensor, result: Classification, classes: Sequence[str], tit
     figure = _figure(11, 0.5 + 1.9 * rows)
     figure.suptitle(f"{title}: {len(wrong):,} of {len(images):,} test images misread, worst first")
     for place, index in zip(figure.subplots(rows, columns).flat, worst, strict=False):
-        shown = images[index].permute(1, 2, 0).expand(-1, -1, 3)
-        place.imshow(shown.numpy())
+        pixels = images.image(index)
+        place.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
         taken, true = (classes[int(each[index])] for each in (result.predicted, result.labels))
         place.set_title(
             f"taken for {taken} ({result.confidence[index]:.0%}), is {true}\ntest image {index}",
@@ -86,6 +126,28 @@ def mistakes(images: Tensor, result: Classification, classes: Sequence[str], tit
         )
     for place in figure.axes:
         place.axis("off")
+    return figure
+
+
+def confusion(result: Classification, classes: Sequence[str], title: str) -> Figure:
+    """How many images of each class (rows) were taken for each class (columns)."""
+    counts = result.confusion(len(classes)).numpy()
+    side = min(4 + 0.35 * len(classes), 14)
+    figure = _figure(side + 1, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 30:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if len(classes) > 10 else 0)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(counts[row, column])), ha="center", va="center",
+                      color=colour, fontsize=8)  # fmt: skip
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("is")
+    figure.colorbar(image, label="share of the class", shrink=0.8)
+    axes.set_title(title)
     return figure
 
 

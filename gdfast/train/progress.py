@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import TextIO
 
-from gdfast.train.state import State
+from gdfast.train.state import LOOP_COLUMNS, State
 
 _REFRESH_SECONDS = 0.2
 _LINE_SECONDS = 10.0
@@ -39,21 +39,33 @@ class Progress:
         if self._first_step is None:
             self._first_step = done - 1
         now = time.perf_counter()
-        if now - self._shown < (_REFRESH_SECONDS if self._live else _LINE_SECONDS):
+        if not self._is_due(now):
             return
-        self._shown = now
         means = state.epoch_means()
-        text = (
+        self._tell(
             f"epoch {state.epoch + 1}/{self._epochs}  batch {state.batch}/{self._batches}  "
             f"{_values(means)}  "
-            f"{state.images_per_second():,.0f} images/s  {self._left(done, now)} left"
+            f"{state.images_per_second():,.0f} images/s  {self._left(done, now)} left",
+            now,
         )
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._shown >= (_REFRESH_SECONDS if self._live else _LINE_SECONDS)
+
+    def _tell(self, text: str, now: float) -> None:
+        if not self._is_due(now):
+            return
+        self._shown = now
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write(f"\r{text[:width]:<{width}}")
             self._stream.flush()
         else:
             self.say(text)
+
+    def sweep(self, step: int, steps: int, lr: float, loss: float) -> None:
+        """Tell of a step of a search, if the last word was long enough ago."""
+        self._tell(f"step {step}/{steps}  lr {lr:.2g}  loss {loss:.4f}", time.perf_counter())
 
     def epoch(self, state: State) -> None:
         """Tell of the epoch that has just ended."""
@@ -63,7 +75,7 @@ class Progress:
         left = self._left(state.epoch * self._batches, now)
         self.say(
             f"epoch {state.epoch:>{len(str(self._epochs))}}/{self._epochs}  "
-            f"train {_values(row, 'train_')}  test {_values(row, 'test_')}  "
+            f"train {_values(_named(row, 'train_'))}  test {_values(_measured(row))}  "
             f"{state.images_per_second():,.0f} images/s  {left} left"
         )
 
@@ -79,12 +91,23 @@ class Progress:
             self._stream.flush()
 
 
-def _values(row: dict[str, float], prefix: str = "") -> str:
-    return " ".join(
-        f"{name.removeprefix(prefix)} {value:.4f}"
+def _values(row: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in row.items())
+
+
+def _named(row: dict[str, float], prefix: str) -> dict[str, float]:
+    return {
+        name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)
+    }
+
+
+def _measured(row: dict[str, float]) -> dict[str, float]:
+    """What an evaluation gave: all that the loop did not."""
+    return {
+        name.removeprefix("test_"): value
         for name, value in row.items()
-        if name.startswith(prefix)
-    )
+        if not name.startswith("train_") and name not in LOOP_COLUMNS
+    }
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# What the loop itself records of an epoch, beside means of its steps and what was measured.
+LOOP_COLUMNS = ("epoch", "step", "lr", "images_per_second")
+
 
 @dataclass
 class State:
@@ -39,6 +42,11 @@ class State:
         """How many images a second of training takes in, all steps so far."""
         return sum(self.steps["images"]) / self.training_seconds
 
+    def best_epoch(self, score: str) -> int:
+        """The number, from 1, of the epoch with the highest `score`, the first of them; 0: none."""
+        scores = [row[score] for row in self.epochs]
+        return scores.index(max(scores)) + 1 if scores else 0
+
     def check(
         self, epochs: int, batches: int, step_columns: set[str], epoch_columns: set[str]
     ) -> None:
@@ -46,7 +54,7 @@ class State:
 
         Raises:
             ValueError: it cannot, or what it has measured is not one number for every step done and
-                each of `step_columns`, and for every epoch done and each of `epoch_columns`.
+                each of `step_columns`, and for every epoch done, `epoch_columns` among them.
         """
         whole = isinstance(self.epoch, int) and isinstance(self.batch, int)
         if not whole or not 0 <= self.epoch <= epochs or not 0 <= self.batch <= batches:
@@ -60,8 +68,10 @@ class State:
             raise ValueError(f"not {done} steps in every column")
         if len(self.epochs) != self.epoch:
             raise ValueError(f"{len(self.epochs)} rows for {self.epoch} epochs")
-        if any(row.keys() != epoch_columns for row in self.epochs):
+        if any(not row.keys() >= epoch_columns for row in self.epochs):
             raise ValueError("epochs without every column")
+        if any(row.keys() != self.epochs[0].keys() for row in self.epochs):
+            raise ValueError("epochs with different columns")
         timings = [self.seconds, self.training_seconds]
         tables = [*self.steps.values(), *(row.values() for row in self.epochs), timings]
         values = [value for column in tables for value in column]

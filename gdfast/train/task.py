@@ -4,61 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from gdfast.data.loader import Batch, Loader
+from gdfast.data.loader import Batch, Source, Table
 from gdfast.train.folder import RunFolder
-from gdfast.train.recipe import Recipe, Settings
-
-
-@dataclass(frozen=True)
-class Option:
-    """A setting that only one task has: its default (whose type it keeps), and what it means.
-
-    `choices` are the values that it may have, all of its type if empty; `minimum` its least.
-    """
-
-    default: Any
-    help: str
-    choices: tuple[Any, ...] = ()
-    minimum: float | None = None
+from gdfast.train.recipe import Settings
 
 
 class Data(Protocol):
-    """What `gdfast.data.load` gives: a training and a test part, each a source or an image set."""
+    """What a task trains and tests on."""
 
-    name: str
-    classes: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """The same for two runs that saw the same data, and only then."""
 
 
 class Task(ABC):
     """One kind of training: its data, its model, its loss, its measures and its pictures.
 
     Built anew for every run and for every continuation, right after the seeds are set: the model's
-    weights are drawn in the constructor. `settings.options` holds a value for each of `options`.
+    weights are drawn in the constructor. `settings` have nothing open but for the number of epochs.
     """
 
-    name: ClassVar[str]
-    """What `gdfast train` calls it; also the start of its run folders' names."""
-    summary: ClassVar[str]
-    """One line for the command line's help."""
-    data: ClassVar[str]
-    """The data that it trains on when none is named."""
-    recipes: ClassVar[Mapping[str, Recipe]]
-    """By name; "default" is there."""
-    options: ClassVar[Mapping[str, Option]] = {}
     score: ClassVar[str]
     """The column of `evaluate` by which the best epoch is chosen, the higher the better."""
     terms: ClassVar[tuple[str, ...]] = ()
     """What `loss` gives beside "loss": parts of it, or measures of the batch."""
 
     model: nn.Module
-    batches: Loader
+    source: Source | Table
+    """What it trains on."""
 
     @classmethod
     @abstractmethod
@@ -67,6 +46,15 @@ class Task(ABC):
 
     @abstractmethod
     def __init__(self, settings: Settings, data: Any) -> None: ...
+
+    @property
+    @abstractmethod
+    def epochs(self) -> int:
+        """How many epochs a training needs whose recipe does not say."""
+
+    @abstractmethod
+    def sizes(self) -> tuple[int, int]:
+        """How many images it trains on and how many it tests with."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's outputs for a batch in training; a margin loss needs the targets too."""
@@ -85,9 +73,16 @@ class Task(ABC):
 
     @abstractmethod
     def write_results(self, model: nn.Module, folder: RunFolder) -> dict[str, Any]:
-        """Draw the pictures of the last evaluation into `folder`; returns what else
-        `metrics.json` should hold."""
+        """Draw the pictures of the last evaluation into `folder`.
 
-    def metadata(self) -> dict[str, str]:
-        """What `gdfast predict` needs beside the weights: plain strings, JSON where structured."""
+        Returns what else `metrics.json` should hold.
+        """
+
+    def exported(self, model: nn.Module) -> nn.Module:
+        """The part of the model that predicts: what is saved as weights."""
+        return model
+
+    def metadata(self) -> Mapping[str, str]:
+        """What building the model again takes, and predicting with it: "model" is its name for
+        `models.create`, the rest plain strings, JSON where structured."""
         return {}

@@ -1,0 +1,461 @@
+"""Training runs, from data to a folder of results: begun, interrupted, and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import nn, optim
+
+import gdfast
+from gdfast import backends, native
+from gdfast.backends import choices, tuning
+from gdfast.backends.choices import Choice
+from gdfast.backends.registry import AUTO, REFERENCE
+from gdfast.data import DataError
+from gdfast.data.loader import Loader
+from gdfast.errors import UserError
+from gdfast.extras import require
+from gdfast.train import checkpoint, distributed, find_lr, optimizer, plots, rng
+from gdfast.train.board import Board
+from gdfast.train.ema import EMA
+from gdfast.train.errors import InterruptedRun, RunError, SettingsError
+from gdfast.train.folder import RunFolder
+from gdfast.train.lessons import lessons
+from gdfast.train.loop import Trainer
+from gdfast.train.progress import Progress
+from gdfast.train.recipe import Settings
+from gdfast.train.state import LOOP_COLUMNS, State
+from gdfast.train.task import Data, Task
+from gdfast.train.tasks import TASKS, settle
+
+BEST = "best.safetensors"
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gives: its folder, its model, and what `metrics.json` holds."""
+
+    folder: Path
+    model: nn.Module
+    metrics: dict[str, Any]
+
+
+def train(
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    download: bool = False,
+    tensorboard: bool = False,
+    stream: TextIO | None = None,
+) -> Result:
+    """Train a model and leave everything in the run folder `out` (else a numbered one).
+
+    Progress goes to `stream`, standard output if None. Data is read before the folder is made.
+    Under torchrun each process takes its share of every batch, and the first writes the folder.
+
+    Raises:
+        DataError, SettingsError, RunError: bad data, settings or folder.
+        MissingExtraError: a package that training needs is not installed.
+        DivergedError: the loss is not finite any more.
+        InterruptedRun: the user stopped it; `resume` goes on.
+    """
+    settings = _settle(settings)
+    _require_extras(tensorboard)
+    data = _load(settings, download)
+    with _joined(settings) as group:
+        rng.seed_all(settings.seed)
+        run = _Run(settings, data, group, stream)
+        run.board = Board(tensorboard)
+        run.start(out)
+        return run.finish()
+
+
+def resume(
+    run: str | Path,
+    *,
+    data_spec: str | None = None,
+    tensorboard: bool = False,
+    stream: TextIO | None = None,
+) -> Result:
+    """Go on with an interrupted run; its outcome is bit for bit that of one never interrupted.
+
+    `run` is the run's folder or its checkpoint. `data_spec` says where the data lies now, if it has
+    moved; it must be the same data. Raises what `train` raises.
+    """
+    _require_extras(tensorboard)
+    path = Path(run)
+    if path.is_dir():
+        path = path / checkpoint.NAME
+    content = checkpoint.load(path)
+    with _misfits(path), contextlib.ExitStack() as stack:
+        settings = Settings.from_dict(content["settings"])
+        _settle(settings)  # the device and the backend may be gone
+        spec = settings.data if data_spec is None else data_spec
+        data = TASKS[settings.task].load().load(replace(settings, data=spec))
+        if data.fingerprint() != content["data_fingerprint"]:
+            raise DataError(
+                f"data: {spec}: expected the data that the run in {path.parent} began with, "
+                "found other images or labels"
+            )
+        resumed = _Run(settings, data, stack.enter_context(_joined(settings)), stream)
+        resumed.board = Board(tensorboard)
+        resumed.restore(path.parent, content)
+        # What goes wrong from here on is not the checkpoint's doing.
+        stack_of_run = stack.pop_all()
+    with stack_of_run:
+        return resumed.finish()
+
+
+def find_learning_rate(
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    download: bool = False,
+    stream: TextIO | None = None,
+) -> float:
+    """Try rising learning rates on a model that is then thrown away; returns the one to use.
+
+    The losses and a plot of them are left in the run folder `out` (else a numbered one). Raises
+    what `train` raises.
+    """
+    settings = _settle(settings)
+    _require_extras()
+    data = _load(settings, download)
+    with _joined(settings) as group:
+        rng.seed_all(settings.seed)
+        run = _Run(settings, data, group, stream)
+        run.folder = RunFolder.create(settings.task, out)
+        with backends.backend(settings.backend), tuning.recorded(run.choices):
+            return find_lr.sweep(run.trainer(), run.folder, run.progress)
+
+
+class _Run:
+    """One run: what `train` and `resume` build and take to its end."""
+
+    folder: RunFolder
+    board: Board
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Data,
+        group: distributed.Group,
+        stream: TextIO | None,
+    ) -> None:
+        if settings.backend == REFERENCE:
+            # Plain PyTorch in every part, so that comparing with it means something.
+            make_optimizer: Callable[..., optim.Optimizer] = torch.optim.SGD
+        else:
+            make_optimizer = gdfast.optim.SGD
+        self.fingerprint = data.fingerprint()
+        self.group = group
+        self.device = torch.device(settings.device)
+        self.task: Task = TASKS[settings.task].load()(settings, data)
+        self.data_name = data.name
+        self.settings = settings = settle(settings, self.task.epochs)
+        recipe = settings.descent
+        assert recipe.epochs is not None
+        self.epochs: int = recipe.epochs
+        self.model = self.task.model
+        if settings.backend == REFERENCE:
+            gdfast.restore_(self.model)
+        self.model.to(self.device)
+        self.optimizer = optimizer.create(make_optimizer, self.model, recipe)
+        self.ema = EMA(self.model, recipe.ema) if recipe.ema else None
+        self.batches = Loader(
+            self.task.source,
+            recipe.batch_size,
+            seed=settings.seed,
+            workers=settings.workers,
+            device=self.device,
+            rank=group.rank,
+            ranks=group.ranks,
+        )
+        if not len(self.batches):
+            raise DataError(
+                f"data: {settings.data}: expected an image to train on for each of "
+                f"{group.ranks} processes, found {self.batches.images}"
+            )
+        stream = (stream or sys.stdout) if group.leads else io.StringIO()
+        self.progress = Progress(stream, self.epochs, len(self.batches))
+        self.state = State()
+        self.choices: dict[str, Choice] = {}
+        self.kernels_before = plots.first_convolution(self.model)
+
+    def start(self, out: str | Path | None) -> None:
+        """Begin in a new folder, the leader's."""
+        path = None
+        if self.group.leads:
+            self.folder = RunFolder.create(self.settings.task, out)
+            self.folder.write_yaml("args.yaml", self.settings.to_dict())
+            path = str(self.folder.path)
+        self.folder = RunFolder(Path(self.group.from_leader(path)))
+        self._describe()
+
+    def restore(self, folder: Path, content: dict[str, Any]) -> None:
+        """Put everything back to where a checkpoint stood."""
+        self.folder = RunFolder.reopen(folder)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(content["ema"])
+        self.state = State.from_dict(content["state"])
+        self.choices = choices.from_plain(content["choices"])
+        steps = {"lr", "images", "loss", *self.task.terms}
+        self.state.check(
+            self.epochs, len(self.batches), steps, {*LOOP_COLUMNS, "train_loss", self.task.score}
+        )
+        expected, self.kernels_before = self.kernels_before, content["kernels_before"]
+        if getattr(self.kernels_before, "shape", None) != getattr(expected, "shape", None):
+            raise ValueError("kernels_before is not like the first layer's kernels")
+        rng.restore(content["rng"])
+        self._describe()
+        self.progress.say(
+            f"going on in epoch {self.state.epoch + 1}, after batch {self.state.batch}"
+            if self.state.epoch < self.epochs
+            else "all epochs are done: writing the results again"
+        )
+        for name, now in self._conditions().items():
+            if (then := content["conditions"][name]) != now:
+                self.progress.say(
+                    f"note: begun with {name} {then}, going on with {now}: "
+                    "sums may be rounded differently"
+                )
+
+    def trainer(self) -> Trainer:
+        """The loop, ready to begin or to go on."""
+        return Trainer(
+            task=self.task,
+            model=self.group.wrap(self.model, self.device),
+            optimizer=self.optimizer,
+            batches=self.batches,
+            recipe=self.settings.descent,
+            epochs=self.epochs,
+            ema=self.ema,
+            evaluate=self._evaluate,
+            save=self._save,
+            save_best=self._save_best,
+            progress=self.progress,
+            state=self.state,
+            group=self.group,
+        )
+
+    def finish(self) -> Result:
+        """Train to the end and write the results."""
+        try:
+            with backends.backend(self.settings.backend), tuning.recorded(self.choices):
+                self.trainer().fit()
+                # Of the weights as they are now: a continued run has measured none of them yet.
+                if self.group.leads:
+                    self._evaluate()
+        except InterruptedRun as stop:
+            stop.folder = self.folder.path
+            raise
+        finally:
+            self.progress.clear()
+            self.board.close()
+        metrics = self.group.from_leader(self._write_results() if self.group.leads else None)
+        return Result(self.folder.path, self._measured_model(), metrics)
+
+    def _measured_model(self) -> nn.Module:
+        return self.model if self.ema is None else self.ema.model
+
+    def _evaluate(self) -> dict[str, float]:
+        model = self._measured_model().eval()
+        with torch.inference_mode():
+            return self.task.evaluate(model)
+
+    def _save(self) -> None:
+        if not self.group.leads:
+            return
+        state = self.state
+        if state.steps:
+            names = list(state.steps)
+            rows = [[n, *row] for n, row in enumerate(zip(*state.steps.values(), strict=True), 1)]
+            self.folder.write_csv("steps.csv", ["step", *names], rows)
+        if state.epochs:
+            rows = [list(row.values()) for row in state.epochs]
+            self.folder.write_csv("results.csv", list(state.epochs[0]), rows)
+        content = {
+            "settings": self.settings.to_dict(),
+            "data_fingerprint": self.fingerprint,
+            "conditions": self._conditions(),
+            "choices": choices.to_plain(self.choices),
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "state": state.to_dict(),
+            "kernels_before": self.kernels_before,
+            "rng": rng.capture(),
+        }
+        self.folder.write(checkpoint.NAME, checkpoint.to_bytes(content))
+        self.board.show(self.folder.path, state)
+
+    def _save_best(self) -> None:
+        if self.group.leads:
+            self._write_weights(BEST)
+
+    def _write_weights(self, name: str) -> None:
+        weights = self.task.exported(self._measured_model()).state_dict()
+        metadata = {"gdfast": gdfast.__version__, "task": self.settings.task}
+        self.folder.write_weights(name, weights, {**metadata, **self.task.metadata()})
+
+    def _write_results(self) -> dict[str, Any]:
+        state, settings, folder, task = self.state, self.settings, self.folder, self.task
+        last = state.epochs[-1]
+        train_images, test_images = task.sizes()
+        metrics = {
+            **{name: value for name, value in last.items() if name not in LOOP_COLUMNS},
+            f"best_{task.score}": max(row[task.score] for row in state.epochs),
+            "best_epoch": state.best_epoch(task.score),
+            "seconds": state.seconds,
+            "seconds_per_step": state.training_seconds / len(state.steps["loss"]),
+            "images_per_second": state.images_per_second(),
+            "epochs_done": state.epoch,
+            "steps": len(state.steps["loss"]),
+            "train_images": train_images,
+            "test_images": test_images,
+            "skipped_images": len(self.batches.skipped),
+            "parameters": _parameters(self.model),
+            **self._conditions(),
+            **settings.to_dict(),
+            **task.write_results(self._measured_model(), folder),
+        }
+        title = f"{settings.task} on {self.data_name}, seed {settings.seed}"
+        folder.write_figure("curves.png", plots.curves(state, task.score, title))
+        if self.kernels_before is not None:
+            after = plots.first_convolution(self.model)
+            assert after is not None
+            name = f"{title}: {len(after)} kernels of the first layer"
+            folder.write_figure("kernels.png", plots.kernels(self.kernels_before, after, name))
+        self._write_weights(WEIGHTS)
+        folder.write_json("metrics.json", metrics)
+        score = task.score.replace("_", " ")
+        self.progress.say(
+            f"{score} {last[task.score]:.4f} on {test_images:,} images, {state.seconds:.1f} s, "
+            f"{state.images_per_second():,.0f} images/s; everything is in {folder.path}"
+        )
+        for lesson in lessons(state, settings.descent.lr):
+            self.progress.say(f"- {lesson}")
+        return metrics
+
+    def _conditions(self) -> dict[str, Any]:
+        """What else decides the last bits of a result."""
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": self.group.ranks,
+            "instruction_set": native.cpu.isa() if native.cpu else None,
+            "precision": "strict" if backends.is_strict() else "fast",
+            "torch": str(torch.__version__),
+            "gdfast": gdfast.__version__,
+        }
+
+    def _describe(self) -> None:
+        settings, recipe = self.settings, self.settings.descent
+        backend = settings.backend
+        if backend == AUTO:
+            query = backends.Query(self.device, torch.float32)
+            backend = f"auto ({backends.preview('conv2d', query)})"
+        say = self.progress.say
+        train_images, test_images = self.task.sizes()
+        say(
+            f"{settings.task}: {_parameters(self.model):,} parameters; {settings.data}: "
+            f"{train_images:,} images to train on, {test_images:,} to test"
+        )
+        say(
+            f"lr {recipe.lr:g} {recipe.schedule}, warm-up {recipe.warmup}, "
+            f"momentum {recipe.momentum:g}, batch {recipe.batch_size}, epochs {recipe.epochs}, "
+            f"seed {settings.seed}; backend {backend}, {self.device}, "
+            f"threads {torch.get_num_threads()}; {self.folder.path}"
+        )
+        if self.group.ranks > 1:
+            say(f"{self.group.ranks} processes share every batch")
+            norms = any(isinstance(each, nn.BatchNorm2d) for each in self.model.modules())
+            if norms and self.device.type == "cpu":
+                say("note: on the CPU batch normalisation takes each process's images alone")
+
+
+def _load(settings: Settings, download: bool) -> Data:
+    return TASKS[settings.task].load().load(settings, download=download)
+
+
+@contextlib.contextmanager
+def _joined(settings: Settings) -> Iterator[distributed.Group]:
+    with distributed.group(torch.device(settings.device)) as group:
+        yield group
+
+
+def _settle(settings: Settings) -> Settings:
+    """Settings with nothing left open but the epochs: they mean the same in every continuation."""
+    settings = settle(settings)
+    try:
+        backend = backends.chosen(settings.backend)
+    except ValueError as error:
+        raise SettingsError(f"train: {error}") from None
+    for each in backends.available():
+        if each.name == backend and not each.ok:
+            raise SettingsError(f"train: backend: {backend!r} cannot be used here: {each.reason}")
+    kind, colon, where = settings.data.partition(":")
+    paths = ",".join(str(Path(each).expanduser().resolve()) for each in where.split(","))
+    return replace(
+        settings,
+        data=f"{kind}:{paths}" if colon and where else settings.data,
+        device=str(_device(settings.device)),
+        backend=backend,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = distributed.local_device(torch.device(name))
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"train: device: expected auto, cpu, or a device that is here, got {name!r}: {reason}"
+        ) from None
+    return device
+
+
+@contextlib.contextmanager
+def _misfits(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a checkpoint's content into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        text = str(error) or type(error).__name__
+        reason = f"no {text}" if isinstance(error, KeyError) else text.splitlines()[0]
+        raise RunError(
+            f"train: {path}: expected a whole checkpoint, found one that does not fit: {reason}"
+        ) from error
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _require_extras(tensorboard: bool = False) -> None:
+    # Before the first step, not after the last.
+    for module in ("matplotlib", "safetensors", "yaml"):
+        require(module, "train", "gdfast train")
+    if tensorboard:
+        require("tensorboard", "tensorboard", "gdfast train --tensorboard")

@@ -1,0 +1,147 @@
+"""The tasks that `gdfast train` knows: what each is for, its recipes, and its own options.
+
+Nothing here needs torch, so that the command line can answer before it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from gdfast.train.errors import SettingsError
+from gdfast.train.recipe import Recipe, Settings
+
+if TYPE_CHECKING:
+    from gdfast.train.task import Task
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting that only one task has: its default (whose type it keeps), and what it means.
+
+    `choices` are the values that it may have, all of its type if empty; `minimum` its least.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[Any, ...] = ()
+    minimum: float | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises:
+        SettingsError: a value that the option cannot have.
+        """
+        kind = type(self.default)
+        if isinstance(value, bool) is not (kind is bool) or not isinstance(
+            value, (int, float) if kind is float else kind
+        ):
+            expected = {int: "a whole number", float: "a number", bool: "yes or no"}.get(
+                kind, "text"
+            )
+        elif self.choices and value not in self.choices:
+            expected = " or ".join(map(str, self.choices))
+        elif self.minimum is not None and not value >= self.minimum:
+            expected = f"{self.minimum} or more"
+        else:
+            return
+        raise SettingsError(f"train: {name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What can be said of a task without building it.
+
+    `summary` is one line for the command line's help, `data` what it trains on when nothing is
+    named, `data_help` the kinds of data that it takes. `recipes` has "default". `kind` is the
+    class, as module:name.
+    """
+
+    summary: str
+    data: str
+    data_help: str
+    recipes: Mapping[str, Recipe]
+    kind: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def load(self) -> type[Task]:
+        """The class that does the task."""
+        module, _, name = self.kind.partition(":")
+        task: type[Task] = getattr(importlib.import_module(module), name)
+        return task
+
+
+_CLASSIFY_DATA = (
+    "digits (1,797 images that come with scikit-learn), mnist:DIR (a folder of idx files, gzip or "
+    "not) or folder:DIR (a folder of images for each class)"
+)
+
+TASKS: dict[str, TaskInfo] = {
+    "cnn": TaskInfo(
+        summary="a small convolutional network that reads handwritten digits",
+        data="digits",
+        data_help=_CLASSIFY_DATA,
+        recipes={
+            "default": Recipe(),
+            "article": Recipe(lr=0.01, momentum=0.0, schedule="constant", warmup=0),
+        },
+        kind="gdfast.train.classify:SimpleCNN",
+    ),
+    "resnet": TaskInfo(
+        summary="a residual network that names what an image shows",
+        data="digits",
+        data_help=_CLASSIFY_DATA,
+        recipes={
+            "default": Recipe(
+                lr=0.1, weight_decay=5e-4, nesterov=True, label_smoothing=0.05, batch_size=64
+            )
+        },
+        kind="gdfast.train.classify:ResNet",
+        options={
+            "model": Option(
+                "resnet20",
+                "20, 32 and 56 are for small images, the others for photographs",
+                choices=(
+                    "resnet20", "resnet32", "resnet56",
+                    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+                ),
+            ),
+            "size": Option(
+                0, "height and width that images are brought to (0: as they are, or 224)", minimum=0
+            ),
+            "augment": Option(
+                "auto",
+                "random changes of the training images: names joined by commas, of affine, flip, "
+                "crop, jitter, erase and mixup; none; or auto, which goes by the data",
+            ),
+            "weights": Option("", "begin with the weights in this file (safetensors or .pt)"),
+        },
+    ),
+}  # fmt: skip
+
+
+def settle(settings: Settings, epochs: int | None = None) -> Settings:
+    """Settings with nothing left open but, without `epochs`, the number of epochs.
+
+    Raises:
+        SettingsError: an unknown task or option, or a value that an option cannot have.
+    """
+    if settings.task not in TASKS:
+        known = ", ".join(TASKS)
+        raise SettingsError(f"train: task: expected one of {known}, got {settings.task!r}")
+    info = TASKS[settings.task]
+    for name, value in settings.options.items():
+        if name not in info.options:
+            known = ", ".join(info.options) or "none"
+            raise SettingsError(
+                f"train: options: expected one that {settings.task} has ({known}), got {name!r}"
+            )
+        info.options[name].check(name, value)
+    recipe = settings.recipe or info.recipes["default"]
+    return replace(
+        settings,
+        data=settings.data or info.data,
+        recipe=replace(recipe, epochs=recipe.epochs or epochs),
+        options={name: option.default for name, option in info.options.items()} | settings.options,
+    )
