@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -94,10 +95,11 @@ class Trainer:
             now = time.perf_counter()
             state.training_seconds += now - started
             started = now
-            if signals:
+            if stop.signal is None:  # otherwise the terminal may be gone
+                self.progress.step(state)
+            if signals or (stop.signal is not None and self.group.ranks == 1):
                 self._save()
-                self._interrupt(stop.signal or int(signals))
-            self.progress.step(state)
+                self._interrupt(stop.signal or signal.SIGTERM)
             if now - saved > _SECONDS_BETWEEN_SAVES:
                 self._save()
                 started = saved = time.perf_counter()
@@ -190,11 +192,11 @@ class Trainer:
         self._clock = now
         self.save()
 
-    def _interrupt(self, signal: int) -> None:
+    def _interrupt(self, number: int) -> None:
         state = self.state
         raise InterruptedRun(
             f"stopped in epoch {state.epoch + 1}, after batch {state.batch} of {len(self.batches)}",
-            signal,
+            number,
         )
 
 

@@ -97,6 +97,8 @@ def resume(
     content = checkpoint.load(path)
     with _misfits(path), contextlib.ExitStack() as stack:
         settings = Settings.from_dict(content["settings"])
+        if settings.descent.epochs is None:
+            raise ValueError("no number of epochs")
         _settle(settings)  # the device and the backend may be gone
         spec = settings.data if data_spec is None else data_spec
         data = TASKS[settings.task].load().load(replace(settings, data=spec))
