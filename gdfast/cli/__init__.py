@@ -1,4 +1,4 @@
-"""The command line: `gdfast train`, `gdfast bench`, `gdfast doctor`.
+"""The command line: `gdfast train`, `val`, `predict`, `export`, `data`, `bench`, `doctor`.
 
 A command's module is imported only when that command is asked for, and torch only when it runs, so
 that help and mistakes in the options are answered at once.
@@ -19,6 +19,10 @@ from gdfast.errors import UserError
 
 _COMMANDS = {
     "train": ("gdfast.cli.train", "train a model and leave its results in a folder"),
+    "val": ("gdfast.cli.val", "measure a trained model on the test part of its data"),
+    "predict": ("gdfast.cli.predict", "ask a trained model what images show"),
+    "export": ("gdfast.cli.export", "write a trained model as ONNX"),
+    "data": ("gdfast.cli.data", "look at data, or for what is wrong with it"),
     "bench": ("gdfast.bench", "measure our kernels beside native PyTorch's"),
     "doctor": ("gdfast.doctor", "tell what this installation can do, and test it"),
 }
@@ -45,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parse(arguments)
         _show_warnings_in_one_line()
         _check_backend(args)
-        status: int = args.run(args)
+        status: int = args.main(args)
         sys.stdout.flush()
         return status
     except (UserError, OSError) as error:
@@ -74,7 +78,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name == wanted:
             module = importlib.import_module(module_name)
             module.add_arguments(command)
-            command.set_defaults(run=module.main)
+            command.set_defaults(main=module.main)
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".pgm", ".ppm", ".webp", ".tif", ".
 # 100 million pixels are 300 MB as RGB: no photograph of a data set is larger, and a file of a few
 # kilobytes can claim far more.
 MAX_PIXELS = 100_000_000
-_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+}
 
 
 def read(path: Path, mode: str = "RGB") -> np.ndarray:
@@ -37,6 +45,17 @@ def read(path: Path, mode: str = "RGB") -> np.ndarray:
                 f"({_reason(error)})"
             ) from None
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def kind(path: Path) -> str:
+    """The format of an image file, by its content: "JPEG", "PNG", ...; raises DataError."""
+    with _opened(path) as image:
+        return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def suffixes(path: Path) -> tuple[str, ...]:
+    """The endings that a file's name may have for what is in it; raises DataError."""
+    return _FORMATS[kind(path)]
 
 
 def size(path: Path) -> tuple[int, int]:
@@ -65,7 +84,7 @@ def _opened(path: Path) -> Any:
             raise DataError(f"data: {path}: expected an image, found an empty file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own, looser bound
-            image = pillow.open(path, formats=_FORMATS)
+            image = pillow.open(path, formats=tuple(_FORMATS))
     except DataError:
         raise
     except Exception as error:

@@ -10,10 +10,19 @@ from gdfast.train.recipe import SCHEDULES, Recipe, Settings
 from gdfast.train.tasks import TASKS
 
 if TYPE_CHECKING:
+    from gdfast.train.onnx_file import export
     from gdfast.train.run import Result, find_learning_rate, resume, train
+    from gdfast.train.validation import validate
 
 # Imported when first asked for, so that the command line can show tasks before torch is loaded.
-_OF_RUN = ("Result", "find_learning_rate", "resume", "train")
+_LATER = {
+    "Result": "run",
+    "export": "onnx_file",
+    "find_learning_rate": "run",
+    "resume": "run",
+    "train": "run",
+    "validate": "validation",
+}
 
 __all__ = [
     "SCHEDULES",
@@ -25,13 +34,15 @@ __all__ = [
     "RunError",
     "Settings",
     "SettingsError",
+    "export",
     "find_learning_rate",
     "resume",
     "train",
+    "validate",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OF_RUN:
-        return getattr(importlib.import_module("gdfast.train.run"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"gdfast.train.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,11 +19,13 @@ from gdfast.data.images import ImageSet
 from gdfast.data.loader import Batch, Loader, Source, Table
 from gdfast.metrics import Classification, classification
 from gdfast.train import plots, weights
+from gdfast.train.errors import RunError, SettingsError
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
 from gdfast.train.task import Task
 
 _EVALUATION_BATCH = 100
+_SHOWN = 5
 _SMALL, _LARGE = 32, 224
 _CIFAR = ("resnet20", "resnet32", "resnet56")
 
@@ -102,6 +105,17 @@ class Classify(Task):
         folder.write_figure("mistakes.png", picture)
         return {"classes": list(self.data.classes)}
 
+    @classmethod
+    def predictor(
+        cls, model: nn.Module, metadata: Mapping[str, str], **options: Any
+    ) -> ClassPredictor:
+        """Names what images show."""
+        if options:
+            raise SettingsError(
+                f"predict: {min(options)}: expected no such option for a classifier, got one"
+            )
+        return ClassPredictor(model, metadata)
+
     def metadata(self) -> Mapping[str, str]:
         """The model's name and options, the names of the classes, and the shape of its images."""
         return {
@@ -161,3 +175,38 @@ class ResNet(Classify):
         return Classified(
             self.data.train, self.shape, changes, mixup=mixup, classes=len(self.data.classes)
         )
+
+
+class ClassPredictor:
+    """A trained classifier, asked for one image at a time."""
+
+    def __init__(self, model: nn.Module, metadata: Mapping[str, str]) -> None:
+        """Raises:
+        RunError: metadata without classes or a shape.
+        """
+        try:
+            self.classes: list[str] = [str(name) for name in json.loads(metadata["classes"])]
+            channels, height, width, normalised = json.loads(metadata["shape"])
+            self.shape = Shape(channels, (height, width), normalised)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"predict: expected weights with classes and a shape, found: {error}"
+            ) from None
+        self.model = model
+
+    def __call__(self, image: np.ndarray) -> dict[str, Any]:
+        """The likeliest class, and the probabilities of the five likeliest."""
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            logits = self.model(self.shape.to_tensor([self.shape.fit(image)]).to(device))[0]
+        chances = torch.softmax(logits.double().cpu(), 0)
+        top = chances.topk(min(_SHOWN, len(self.classes)))
+        shares = {
+            self.classes[index]: chance
+            for chance, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        }
+        return {"class": next(iter(shares)), "probabilities": shares}
+
+    def draw(self, image: np.ndarray, answer: dict[str, Any]) -> bytes:
+        """The image beside bars of the probabilities."""
+        return plots.png(plots.named(image, answer["probabilities"]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,6 +150,45 @@ def confusion(result: Classification, classes: Sequence[str], title: str) -> Fig
     figure.colorbar(image, label="share of the class", shrink=0.8)
     axes.set_title(title)
     return figure
+
+
+def named(image: np.ndarray, shares: Mapping[str, float]) -> Figure:
+    """An image, bytes [H, W, C], beside bars of the probability of each class."""
+    figure = _figure(8, 3.6)
+    picture, bars = figure.subplots(1, 2)
+    picture.imshow(np.broadcast_to(image, (*image.shape[:2], 3)))
+    picture.axis("off")
+    names = list(shares)[::-1]
+    drawn = bars.barh(names, [shares[name] for name in names], color=_TRAIN)
+    bars.bar_label(drawn, [f"{shares[name]:.1%}" for name in names], padding=3)
+    bars.set_xlim(0, 1.18)
+    bars.set_xlabel("probability")
+    bars.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def grid(rows: Mapping[str, Sequence[np.ndarray]], title: str) -> Figure:
+    """Images, bytes [H, W, C], in rows with a name each."""
+    columns = max(map(len, rows.values()))
+    figure = _figure(1.4 * columns + 1.4, 1.5 * len(rows) + 0.6)
+    places = figure.subplots(len(rows), columns, squeeze=False)
+    for place in places.flat:
+        place.set_xticks([])
+        place.set_yticks([])
+        place.set_frame_on(False)
+    for line, (name, images) in zip(places, rows.items(), strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for place, image in zip(line, images, strict=False):
+            place.imshow(np.broadcast_to(image, (*image.shape[:2], 3)))
+    figure.suptitle(title)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
 
 
 def first_convolution(model: torch.nn.Module) -> Tensor | None:

@@ -29,14 +29,12 @@ from gdfast.train.errors import InterruptedRun, RunError, SettingsError
 from gdfast.train.folder import RunFolder
 from gdfast.train.lessons import lessons
 from gdfast.train.loop import Trainer
+from gdfast.train.predict import BEST, WEIGHTS
 from gdfast.train.progress import Progress
 from gdfast.train.recipe import Settings
 from gdfast.train.state import LOOP_COLUMNS, State
 from gdfast.train.task import Data, Task
 from gdfast.train.tasks import TASKS, settle
-
-BEST = "best.safetensors"
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def train(
         DivergedError: the loss is not finite any more.
         InterruptedRun: the user stopped it; `resume` goes on.
     """
-    settings = _settle(settings)
+    settings = settle_here(settings)
     _require_extras(tensorboard)
     data = _load(settings, download)
     with _joined(settings) as group:
@@ -99,7 +97,7 @@ def resume(
         settings = Settings.from_dict(content["settings"])
         if settings.descent.epochs is None:
             raise ValueError("no number of epochs")
-        _settle(settings)  # the device and the backend may be gone
+        settle_here(settings)  # the device and the backend may be gone
         spec = settings.data if data_spec is None else data_spec
         data = TASKS[settings.task].load().load(replace(settings, data=spec))
         if data.fingerprint() != content["data_fingerprint"]:
@@ -128,7 +126,7 @@ def find_learning_rate(
     The losses and a plot of them are left in the run folder `out` (else a numbered one). Raises
     what `train` raises.
     """
-    settings = _settle(settings)
+    settings = settle_here(settings)
     _require_extras()
     data = _load(settings, download)
     with _joined(settings) as group:
@@ -395,7 +393,7 @@ def _joined(settings: Settings) -> Iterator[distributed.Group]:
         yield group
 
 
-def _settle(settings: Settings) -> Settings:
+def settle_here(settings: Settings) -> Settings:
     """Settings with nothing left open but the epochs: they mean the same in every continuation."""
     settings = settle(settings)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gdfast.data.loader import Batch, Source, Table
 from gdfast.train.folder import RunFolder
+from gdfast.train.predict import Predictor
 from gdfast.train.recipe import Settings
 
 
@@ -82,7 +83,17 @@ class Task(ABC):
         """The part of the model that predicts: what is saved as weights."""
         return model
 
+    @classmethod
+    @abstractmethod
+    def predictor(cls, model: nn.Module, metadata: Mapping[str, str], **options: Any) -> Predictor:
+        """What answers for new images with the `exported` part of a trained model.
+
+        `metadata` is what the method of that name gave. Raises RunError for one that is damaged,
+        SettingsError for options that the task does not have.
+        """
+
+    @abstractmethod
     def metadata(self) -> Mapping[str, str]:
         """What building the model again takes, and predicting with it: "model" is its name for
-        `models.create`, the rest plain strings, JSON where structured."""
-        return {}
+        `models.create`, "options" its options and "shape" the channels, height and width of its
+        images, in JSON; the rest is the task's own, plain strings."""

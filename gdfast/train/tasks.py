@@ -94,7 +94,7 @@ TASKS: dict[str, TaskInfo] = {
         data_help=_CLASSIFY_DATA,
         recipes={
             "default": Recipe(
-                lr=0.1, weight_decay=5e-4, nesterov=True, label_smoothing=0.05, batch_size=64
+                lr=0.1, epochs=30, weight_decay=5e-4, nesterov=True, label_smoothing=0.05
             )
         },
         kind="gdfast.train.classify:ResNet",

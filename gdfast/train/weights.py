@@ -56,14 +56,16 @@ def load_matching(model: nn.Module, path: str | Path, *, skip: Sequence[str] = (
     load(model, tensors, path)
 
 
-def load(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Load weights into a model, every one of them.
+def load(
+    model: nn.Module, tensors: dict[str, Tensor], path: str | Path, *, assign: bool = False
+) -> None:
+    """Load weights into a model, every one of them; `assign` makes them the model's own tensors.
 
     Raises:
         RunError: weights that are missing, unknown, or of another shape.
     """
     try:
-        model.load_state_dict(tensors, strict=True)
+        model.load_state_dict(tensors, strict=True, assign=assign)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:] or lines)[:200]

@@ -1,0 +1,89 @@
+"""Going through data item by item, for what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gdfast.data import decode, digits, folder, mnist
+from gdfast.data.errors import DataError
+from gdfast.data.images import ImageData
+from gdfast.data.problems import Problems
+
+# For each kind of data: reads it, notes the problems, and gives the image files and a summary.
+Reader = Callable[[str, Problems], tuple[list[Path], str]]
+
+
+def check(spec: str, progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[
+    Problems, str
+]:  # fmt: skip
+    """Everything that is wrong with the data that `spec` names, and a summary of what is there.
+
+    Each image file is decoded; `progress(done, total)` is told of each.
+
+    Raises:
+        DataError: data of no known kind, or none at all.
+    """
+    kind, _, where = spec.partition(":")
+    if kind not in READERS:
+        known = ", ".join(READERS)
+        raise DataError(f"data: spec: expected one that begins with {known}, got {spec!r}")
+    problems = Problems()
+    paths, summary = READERS[kind](where, problems)
+    seen: dict[tuple[int, bytes], Path] = {}
+    for number, path in enumerate(paths, 1):
+        try:
+            pixels = decode.read(path)
+            if path.suffix.lower() not in decode.suffixes(path):
+                problems.add(
+                    path, f"its content is {decode.kind(path)}, which its name denies", item=False
+                )
+            key = (pixels.size, np.ascontiguousarray(pixels[::4, ::4]).tobytes())
+            if (first := seen.setdefault(key, path)) != path:
+                problems.add(path, f"the same picture as {first}", item=False)
+        except DataError as error:
+            problems.add(path, str(error).removeprefix(f"data: {path}: "))
+        progress(number, len(paths))
+    return problems, summary
+
+
+def _digits(where: str, problems: Problems) -> tuple[list[Path], str]:
+    return [], _summary(digits.load())
+
+
+def _mnist(where: str, problems: Problems) -> tuple[list[Path], str]:
+    data = mnist.load(where)
+    _count_classes(data, Path(where), problems)
+    return [], _summary(data)
+
+
+def _folder(where: str, problems: Problems) -> tuple[list[Path], str]:
+    data, _ = folder.read(Path(where).expanduser(), problems)
+    paths = [
+        path
+        for part in (data.train, data.test)
+        if isinstance(part, folder.FileSet)
+        for path in part.paths
+    ]
+    return paths, _summary(data)
+
+
+def _summary(data: ImageData) -> str:
+    return (
+        f"{len(data.train):,} images to train on, {len(data.test):,} to test, "
+        f"{len(data.classes)} classes: {', '.join(data.classes[:20])}"
+        f"{', ...' if len(data.classes) > 20 else ''}"
+    )
+
+
+def _count_classes(data: ImageData, path: Path, problems: Problems) -> None:
+    for part, labels in (("train", data.train.labels), ("test", data.test.labels)):
+        counts = np.bincount(labels.numpy(), minlength=len(data.classes))
+        for name, count in zip(data.classes, counts, strict=True):
+            if not count:
+                problems.add(path, f"no image of class {name} in {part}", item=False)
+
+
+READERS: dict[str, Reader] = {"digits": _digits, "mnist": _mnist, "folder": _folder}
