@@ -31,7 +31,14 @@ def check(spec: str, progress: Callable[[int, int], None] = lambda done, total: 
         known = ", ".join(READERS)
         raise DataError(f"data: spec: expected one that begins with {known}, got {spec!r}")
     problems = Problems()
-    paths, summary = READERS[kind](where, problems)
+    try:
+        paths, summary = READERS[kind](where, problems)
+    except DataError as error:
+        if not len(problems):
+            raise
+        # Too little is left to use: the reasons have been noted already.
+        problems.add(Path(where), str(error), item=False)
+        return problems, "no data to use"
     seen: dict[tuple[int, bytes], Path] = {}
     for number, path in enumerate(paths, 1):
         try:
