@@ -18,7 +18,7 @@ ROWS = (
     ("nn", "optim"),
     ("swap",),
     ("losses", "models"),
-    ("data", "metrics"),
+    ("data", "metrics", "face"),
     ("train",),
     ("bench", "doctor"),
     ("explain",),

@@ -47,12 +47,14 @@ def create(name: str, **options: Any) -> Module:
 
 # Models register themselves when imported, so these come after register.
 from gdfast.models.cnn import SimpleCNN  # noqa: E402
+from gdfast.models.face import FaceResNet  # noqa: E402
 from gdfast.models.mobilenet import MobileNetV2  # noqa: E402
 from gdfast.models.resnet import CifarResNet, ResNet  # noqa: E402
 from gdfast.models.yolo_lite import YoloLiteBackbone  # noqa: E402
 
 __all__ = [
     "CifarResNet",
+    "FaceResNet",
     "MobileNetV2",
     "ResNet",
     "SimpleCNN",

@@ -102,13 +102,13 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = _stage(block, 64, 64, depths[0], stride=1)
-        self.layer2 = _stage(block, 64 * block.expansion, 128, depths[1], stride=2)
-        self.layer3 = _stage(block, 128 * block.expansion, 256, depths[2], stride=2)
-        self.layer4 = _stage(block, 256 * block.expansion, 512, depths[3], stride=2)
+        self.layer1 = stage(block, 64, 64, depths[0], stride=1)
+        self.layer2 = stage(block, 64 * block.expansion, 128, depths[1], stride=2)
+        self.layer3 = stage(block, 128 * block.expansion, 256, depths[2], stride=2)
+        self.layer4 = stage(block, 256 * block.expansion, 512, depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        _initialise(self, zero_init_residual)
+        initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, in_channels, H, W]."""
@@ -141,12 +141,12 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = _stage(BasicBlock, 16, 16, blocks, stride=1)
-        self.layer2 = _stage(BasicBlock, 16, 32, blocks, stride=2)
-        self.layer3 = _stage(BasicBlock, 32, 64, blocks, stride=2)
+        self.layer1 = stage(BasicBlock, 16, 16, blocks, stride=1)
+        self.layer2 = stage(BasicBlock, 16, 32, blocks, stride=2)
+        self.layer3 = stage(BasicBlock, 32, 64, blocks, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
-        _initialise(self, zero_init_residual)
+        initialise(self, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, in_channels, H, W]."""
@@ -157,7 +157,7 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def _stage(block: Block, inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
+def stage(block: Block, inputs: int, width: int, depth: int, stride: int) -> nn.Sequential:
     """So many blocks in a row; the first has the stride, and a projection if the shape changes."""
     outputs = width * block.expansion
     downsample = None
@@ -169,7 +169,7 @@ def _stage(block: Block, inputs: int, width: int, depth: int, stride: int) -> nn
     return nn.Sequential(first, *(block(outputs, width) for _ in range(depth - 1)))
 
 
-def _initialise(model: nn.Module, zero_init_residual: bool) -> None:
+def initialise(model: nn.Module, zero_init_residual: bool = False) -> None:
     """He's normal initialisation of the convolutions by their outputs, as torchvision does."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -1,0 +1,319 @@
+"""Telling faces apart with a trained network: compare two, enrol a gallery, find who it is.
+
+    recogniser = face.load("runs/face-1")
+    face.compare(recogniser, "a.jpg", "b.jpg")            # similarity, -1 to 1
+    gallery = face.Gallery.enrol(recogniser, "people")    # a folder per person
+    gallery.save("people.safetensors")
+    face.identify(recogniser, "who.jpg", gallery)         # [("ann", 0.81), ("bob", 0.33), ...]
+
+Photographs are used as they are: crop them to the face beforehand, as those of the training were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gdfast import models
+from gdfast.data import decode
+from gdfast.data.errors import DataError
+from gdfast.data.faces import fit, person_folders
+from gdfast.data.problems import DEFAULT_SHARE, Problems
+from gdfast.extras import require
+from gdfast.files import write_atomic
+from gdfast.metrics.verification import person_means
+
+UNKNOWN = "unknown"
+_BATCH = 100
+_FORMAT = "gdfast face gallery 1"
+_MOST_BYTES = 1 << 30  # of a gallery's file, or of weights: far more than either needs
+_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
+
+Image = str | os.PathLike[str] | np.ndarray
+"""A file, or bytes [H, W], [H, W, 1] or [H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A network and what it expects: images of `height` x `width`, in `colour` or grey.
+
+    Pairs at least as alike as `threshold` are taken for one person; `network` is the fingerprint
+    of its weights: galleries are of one network.
+    """
+
+    net: nn.Module
+    height: int
+    width: int
+    colour: bool
+    threshold: float
+    network: str
+
+    def embed(self, images: Sequence[Image]) -> np.ndarray:
+        """Embeddings [N, features] of length 1.
+
+        Raises:
+            DataError: an image that cannot be read. ValueError: an array that is no image.
+        """
+        read = [self.read(image) for image in images]
+        shape = (0, int(getattr(self.net, "features", 0)))
+        return embed(self.net, np.stack(read)) if read else np.zeros(shape, np.float32)
+
+    def read(self, image: Image) -> np.ndarray:
+        """An image as the network sees it, bytes [height, width, C]."""
+        if not isinstance(image, np.ndarray):
+            pixels = decode.read(Path(image), "RGB" if self.colour else "L")
+        else:
+            pixels = image[:, :, None] if image.ndim == 2 else image
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+                raise ValueError(
+                    "face: image: expected bytes [H, W], [H, W, 1] or [H, W, 3], got "
+                    f"{image.dtype} {list(image.shape)}"
+                )
+            if self.colour and pixels.shape[2] == 1:
+                pixels = pixels.repeat(3, axis=2)
+            elif not self.colour and pixels.shape[2] == 3:
+                pixels = (pixels @ _GREY).round().astype(np.uint8)[:, :, None]
+        return fit(pixels, self.height, self.width)
+
+
+def load(path: str | os.PathLike[str]) -> Recogniser:
+    """A recogniser from a run's folder, or from its file of weights.
+
+    Raises:
+        DataError: no such file, or one that does not hold a face network.
+        MissingExtraError: safetensors is not installed.
+    """
+    file = Path(path)
+    file = file / "weights.safetensors" if file.is_dir() else file
+    tensors, metadata = _read_safetensors(file, "weights of a face network")
+    try:
+        options = json.loads(metadata["options"])
+        net = models.create(metadata["model"], **options).eval()
+        net.load_state_dict(tensors)
+        seen = json.loads(metadata["images"])
+        return Recogniser(
+            net,
+            height=int(seen["height"]),
+            width=int(seen["width"]),
+            colour=bool(seen["colour"]),
+            threshold=float(seen["threshold"]),
+            network=fingerprint(tensors),
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"face: {file}: expected weights of a face network, found others: "
+            f"{str(error).splitlines()[0][:120]}"
+        ) from None
+
+
+def compare(recogniser: Recogniser, a: Image, b: Image) -> float:
+    """How alike two faces are: the cosine of their embeddings, -1 to 1.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+    first, second = recogniser.embed([a, b])
+    return float(first @ second)
+
+
+def verify(recogniser: Recogniser, a: Image, b: Image, threshold: float | None = None) -> bool:
+    """Whether two faces are taken for one person; `threshold` None is the recogniser's own."""
+    least = recogniser.threshold if threshold is None else threshold
+    return compare(recogniser, a, b) >= least
+
+
+class Match(NamedTuple):
+    """A person, and how alike the probe is to them: -1 to 1."""
+
+    name: str
+    similarity: float
+
+
+def identify(
+    recogniser: Recogniser,
+    image: Image,
+    gallery: Gallery,
+    *,
+    most: int = 5,
+    threshold: float | None = None,
+) -> list[Match]:
+    """The people of a gallery whom a face is most like, the best first, `most` at the most.
+
+    If not even the best is as alike as `threshold` (None: the recogniser's own), the list begins
+    with "unknown" at that threshold.
+
+    Raises:
+        DataError: an image that cannot be read, or a gallery of another network.
+    """
+    gallery.check(recogniser)
+    least = recogniser.threshold if threshold is None else threshold
+    found = gallery.nearest(recogniser.embed([image])[0])[:most]
+    return found if found[0].similarity >= least else [Match(UNKNOWN, least), *found]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """People whom a network is to recognise: `names` [K] and `embeddings` [K, features] of length
+    1, the mean of each person's photographs. `network` is the fingerprint of the network.
+    `examples` [K] are the file names of a photograph of each."""
+
+    names: tuple[str, ...]
+    embeddings: np.ndarray
+    network: str
+    examples: tuple[str, ...] = ()
+
+    @classmethod
+    def enrol(
+        cls,
+        recogniser: Recogniser,
+        folder: str | os.PathLike[str],
+        *,
+        max_bad: float = DEFAULT_SHARE,
+        problems: Problems | None = None,
+    ) -> Gallery:
+        """Enrol people from a folder that holds one folder of photographs for each.
+
+        One photograph of a person is enough. `problems` collects what was left out.
+
+        Raises:
+            DataError: no such folder, no people, or more than `max_bad` (0 to 1) bad images.
+        """
+        folder = Path(folder).expanduser()
+        problems = Problems() if problems is None else problems
+        people = person_folders(folder, str(folder), problems)
+        owners: list[str] = []
+        images: list[np.ndarray] = []
+        examples: dict[str, str] = {}
+        for name, files in people.items():
+            for path in files:
+                try:
+                    images.append(recogniser.read(path))
+                except DataError as error:
+                    problems.add(path, str(error).removeprefix(f"data: {path}: "))
+                    continue
+                owners.append(name)
+                examples.setdefault(name, str(path))
+        problems.refuse_beyond(max_bad, sum(map(len, people.values())), f"faces:{folder}")
+        if not images:
+            raise DataError(f"face: {folder}: expected photographs of people, found none")
+        embeddings, enrolled = person_means(recogniser.embed(images), np.array(owners))
+        names = tuple(str(name) for name in enrolled)
+        return cls(names, embeddings, recogniser.network, tuple(examples[name] for name in names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, recogniser: Recogniser) -> None:
+        """Raises:
+        DataError: the gallery was enrolled with another network: its embeddings mean nothing here.
+        """
+        if self.network != recogniser.network:
+            raise DataError(
+                f"face: gallery: expected one enrolled with this network ({recogniser.network}), "
+                f"found one of another ({self.network}): enrol the people again"
+            )
+
+    def nearest(self, embedding: np.ndarray) -> list[Match]:
+        """All people by how alike they are to an embedding [features] of length 1."""
+        similarities = self.embeddings @ embedding
+        order = np.argsort(-similarities, kind="stable")
+        return [Match(self.names[index], float(similarities[index])) for index in order]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the gallery as a safetensors file, whole or not at all.
+
+        Raises:
+            OSError: the folder is missing or read-only, the disk is full, ...
+            MissingExtraError: safetensors is not installed.
+        """
+        save = require("safetensors.torch", "train", "saving a gallery").save
+        metadata = {
+            "format": _FORMAT,
+            "network": self.network,
+            "names": json.dumps(self.names),
+            "examples": json.dumps(self.examples),
+        }
+        tensors = {"embeddings": torch.from_numpy(np.ascontiguousarray(self.embeddings))}
+        write_atomic(path, save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Gallery:
+        """Read a gallery that `save` wrote.
+
+        Raises:
+            DataError: no such file, or another, damaged or overlarge one.
+            MissingExtraError: safetensors is not installed.
+        """
+        file = Path(path)
+        tensors, metadata = _read_safetensors(file, "a gallery of faces")
+        try:
+            if metadata["format"] != _FORMAT:
+                raise ValueError(f"format {metadata['format']!r}")
+            names = tuple(str(name) for name in json.loads(metadata["names"]))
+            examples = tuple(str(name) for name in json.loads(metadata["examples"]))
+            embeddings = tensors["embeddings"].float().numpy()
+            if embeddings.ndim != 2 or len(embeddings) != len(names) or not names:
+                raise ValueError(f"{len(names)} names, embeddings {list(embeddings.shape)}")
+            if not np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3):
+                raise ValueError("embeddings that are not of length 1")
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"face: {file}: expected a gallery of faces, found {str(error)[:120]}"
+            ) from None
+        return cls(names, embeddings, metadata["network"], examples)
+
+
+def embed(net: nn.Module, images: np.ndarray, *, flip: bool = True) -> np.ndarray:
+    """Embeddings [N, features] of length 1, float32, of photographs [N, H, W, C] in bytes.
+
+    With `flip`, each is the mean of a photograph's and its mirror image's. The network, which
+    should be in eval mode, runs where its weights are.
+    """
+    device = next(net.parameters()).device
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(images), _BATCH):
+            part = torch.from_numpy(np.ascontiguousarray(images[start : start + _BATCH]))
+            batch = part.to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
+            embeddings = net(batch)
+            if flip:
+                embeddings = embeddings + net(batch.flip(3))
+            found.append(F.normalize(embeddings).cpu())
+    return torch.cat(found).numpy()
+
+
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """Twelve digits that tell networks apart by their weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(f"{name}{list(weights[name].shape)}".encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _read_safetensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    opened = require("safetensors", "train", "reading weights").safe_open
+    if not path.is_file():
+        found = "something else" if path.exists() else "no such file"
+        raise DataError(f"face: {path}: expected {what}, found {found}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise DataError(f"face: {path}: expected {what}, found a file of more than 1 GiB")
+    try:
+        with opened(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own error, which is none of Python's
+        raise DataError(
+            f"face: {path}: expected {what}, found another or a damaged file: "
+            f"{str(error).splitlines()[0][:120]}"
+        ) from None
