@@ -89,7 +89,7 @@ class Face(Task):
             "in_channels": 3 if options["colour"] else 1,
             "dropout": options["dropout"],
         }
-        net = models.create(MODEL, **self._network)
+        net = models.FaceResNet(**self._network)
         people = int(self.split.train.people.max()) + 1
         self.model = FaceClassifier(net, _head(net.features, people, options))
         self.source = FaceViews(

@@ -118,6 +118,48 @@ TASKS: dict[str, TaskInfo] = {
             "weights": Option("", "begin with the weights in this file (safetensors or .pt)"),
         },
     ),
+    "face": TaskInfo(
+        summary="an embedding of faces: alike for one person, unlike for two",
+        data="identities",
+        data_help=(
+            "identities (synthetic people, drawn), faces:DIR (a folder for each person) or lfw:DIR "
+            "(Labeled Faces in the Wild, with pairs.txt)"
+        ),
+        recipes={
+            "default": Recipe(lr=0.1, weight_decay=5e-4, nesterov=True, batch_size=32),
+        },
+        kind="gdfast.train.face:Face",
+        options={
+            "protocol": Option(
+                "identify",
+                "identify: half of everyone's photographs train, the rest is recognised; verify: "
+                "the people of one fold are never seen in training, and told apart",
+                choices=("identify", "verify"),
+            ),
+            "fold": Option(1, "whom verify leaves unseen, from 1", minimum=1),
+            "folds": Option(4, "into how many folds verify parts the people", minimum=2),
+            "head": Option(
+                "arcface",
+                "what the embedding is trained under",
+                choices=("arcface", "cosine", "softmax"),
+            ),
+            "scale": Option(30.0, "factor of the head's cosines", minimum=1),
+            "margin": Option(0.3, "of arcface, in radians", minimum=0),
+            "margin_warmup": Option(0, "batches until the margin is whole", minimum=0),
+            "depth": Option(1, "residual blocks in each of four stages", minimum=1),
+            "channels": Option(32, "channels of the first stage", minimum=1),
+            "dropout": Option(0.0, "before the embedding's linear layer", minimum=0),
+            "height": Option(112, "height that images are brought to", minimum=16),
+            "width": Option(92, "width that images are brought to", minimum=16),
+            "colour": Option(False, "see colours, not only grey"),
+            "views": Option(
+                10, "how often an epoch shows a photograph, each time altered", minimum=1
+            ),
+            "changes": Option(
+                1.0, "how strongly photographs are altered; 0: not at all", minimum=0
+            ),
+        },
+    ),
 }  # fmt: skip
 
 
