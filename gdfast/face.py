@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,6 @@ UNKNOWN = "unknown"
 _BATCH = 100
 _FORMAT = "gdfast face gallery 1"
 _MOST_BYTES = 1 << 30  # of a gallery's file, or of weights: far more than either needs
-_GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 
 Image = str | os.PathLike[str] | np.ndarray
 """A file, or bytes [H, W], [H, W, 1] or [H, W, 3]."""
@@ -57,6 +56,20 @@ class Recogniser:
     colour: bool
     threshold: float
     network: str
+
+    @classmethod
+    def of(cls, net: nn.Module, metadata: Mapping[str, str]) -> Recogniser:
+        """A network in eval mode with the metadata of its weights: "shape" and "threshold".
+
+        Raises:
+            KeyError, TypeError, ValueError: metadata of another kind of network.
+        """
+        channels, height, width = (int(size) for size in json.loads(metadata["shape"]))
+        threshold = float(metadata["threshold"])
+        if channels not in (1, 3) or min(height, width) < 1 or not -1 <= threshold <= 1:
+            raise ValueError(f"shape {[channels, height, width]}, threshold {threshold}")
+        network = fingerprint(net.state_dict())
+        return cls(net, height, width, channels == 3, threshold, network)
 
     def embed(self, images: Sequence[Image]) -> np.ndarray:
         """Embeddings [N, features] of length 1.
@@ -82,33 +95,30 @@ class Recogniser:
             if self.colour and pixels.shape[2] == 1:
                 pixels = pixels.repeat(3, axis=2)
             elif not self.colour and pixels.shape[2] == 3:
-                pixels = (pixels @ _GREY).round().astype(np.uint8)[:, :, None]
+                # As reading a file does it.
+                pillow = require("PIL.Image", "train", "images in grey")
+                pixels = np.asarray(pillow.fromarray(pixels).convert("L"))[:, :, None]
         return fit(pixels, self.height, self.width)
 
 
 def load(path: str | os.PathLike[str]) -> Recogniser:
-    """A recogniser from a run's folder, or from its file of weights.
+    """A recogniser from a run's folder (its best epoch), or from a file of weights.
 
     Raises:
         DataError: no such file, or one that does not hold a face network.
         MissingExtraError: safetensors is not installed.
     """
     file = Path(path)
-    file = file / "weights.safetensors" if file.is_dir() else file
+    if file.is_dir():
+        best = file / "best.safetensors"
+        file = best if best.is_file() else file / "weights.safetensors"
     tensors, metadata = _read_safetensors(file, "weights of a face network")
     try:
-        options = json.loads(metadata["options"])
-        net = models.create(metadata["model"], **options).eval()
-        net.load_state_dict(tensors)
-        seen = json.loads(metadata["images"])
-        return Recogniser(
-            net,
-            height=int(seen["height"]),
-            width=int(seen["width"]),
-            colour=bool(seen["colour"]),
-            threshold=float(seen["threshold"]),
-            network=fingerprint(tensors),
-        )
+        # Without memory, until the weights are seen to be there in the sizes that were asked for.
+        with torch.device("meta"):
+            net = models.create(metadata["model"], **json.loads(metadata["options"]))
+        net.load_state_dict(tensors, assign=True)
+        return Recogniser.of(net.eval(), metadata)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"face: {file}: expected weights of a face network, found others: "
@@ -285,14 +295,14 @@ def embed(net: nn.Module, images: np.ndarray, *, flip: bool = True) -> np.ndarra
         for start in range(0, len(images), _BATCH):
             part = torch.from_numpy(np.ascontiguousarray(images[start : start + _BATCH]))
             batch = part.to(device).permute(0, 3, 1, 2).contiguous().float().div_(255)
-            embeddings = net(batch)
+            embeddings = net(batch).float()
             if flip:
-                embeddings = embeddings + net(batch.flip(3))
+                embeddings = embeddings + net(batch.flip(3)).float()
             found.append(F.normalize(embeddings).cpu())
     return torch.cat(found).numpy()
 
 
-def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     """Twelve digits that tell networks apart by their weights."""
     digest = hashlib.sha256()
     for name in sorted(weights):

@@ -22,10 +22,8 @@ OPTIONS = {"depth": 1, "width": 4, "in_channels": 1}
 def write_weights(path: Path, seed: int = 0, **changed: str) -> Path:
     torch.manual_seed(seed)
     net = models.create("face_resnet", **OPTIONS)
-    images = {"height": 56, "width": 46, "colour": False, "threshold": 0.9}
-    metadata = {
-        "model": "face_resnet", "options": json.dumps(OPTIONS), "images": json.dumps(images)
-    }  # fmt: skip
+    metadata = {"model": "face_resnet", "options": json.dumps(OPTIONS)}
+    metadata |= {"shape": "[1, 56, 46]", "threshold": "0.9"}
     write_atomic(path, save(net.state_dict(), {**metadata, **changed}))
     return path
 
@@ -44,7 +42,7 @@ def test_a_recogniser_embeds_files_and_arrays_alike(
     assert found.shape == (3, 512)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
     arrays = [photos[0], photos[1][:, :, 0], photos[2].repeat(3, axis=2)]
-    np.testing.assert_allclose(recogniser.embed(arrays), found, atol=2e-2)
+    np.testing.assert_allclose(recogniser.embed(arrays), found, atol=1e-6)
     np.testing.assert_array_equal(recogniser.embed(arrays[:2]), recogniser.embed(files[:2]))
     assert recogniser.embed([]).shape == (0, 512)
 
@@ -150,7 +148,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="found another or a damaged file"):
         face.load(tmp_path / "cut")
     for changed in ({"model": "none"}, {"options": "{"}, {"options": '{"width": 8}'},
-                    {"images": "[]"}):  # fmt: skip
+                    {"shape": "[]"}, {"shape": "[2, 5, 5]"}, {"threshold": "nan"}):  # fmt: skip
         write_weights(tmp_path / "changed", **changed)
         with pytest.raises(DataError, match="expected weights of a face network"):
             face.load(tmp_path / "changed")

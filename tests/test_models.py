@@ -14,6 +14,7 @@ from gdfast import models, nn
 # Options and image sizes with which each kind trains quickly.
 TRAINED = {
     "cnn": ({}, (2, 1, 28, 28)),
+    "face_resnet": ({"features": 4, "width": 8}, (5, 1, 40, 36)),
     "mobilenet_v2": ({"num_classes": 4, "dropout": 0.0}, (2, 3, 64, 64)),
     "resnet18": ({"num_classes": 4}, (2, 3, 64, 64)),
     "resnet20": ({"num_classes": 4, "in_channels": 1}, (2, 1, 16, 16)),
@@ -41,6 +42,7 @@ PARAMETERS = {
     "resnet56": 855_770,
     "mobilenet_v2": 3_504_872,
     "yolo_lite_backbone": 2_358_096,
+    "face_resnet": 2_799_712,
 }
 
 Shapes = dict[str, tuple[int, ...]]
@@ -129,8 +131,8 @@ def test_a_model_trains_on_our_layers(name: str) -> None:
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions and all(type(m) is nn.Conv2d for m in convolutions)
     logits = model(torch.randn(shape))
-    assert logits.shape == (2, 10 if name == "cnn" else 4)
-    logits.square().sum().backward()
+    assert logits.shape == (shape[0], 10 if name == "cnn" else 4)
+    logits.pow(3).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -141,7 +143,7 @@ def test_a_restored_model_is_plain_pytorch_and_computes_the_same(name: str) -> N
     plain = copy.deepcopy(ours)
     gdfast.restore_(plain)
     containers = {
-        "gdfast.models." + module for module in ("cnn", "mobilenet", "resnet", "yolo_lite")
+        "gdfast.models." + module for module in ("cnn", "face", "mobilenet", "resnet", "yolo_lite")
     }
     for module in plain.modules():
         where = type(module).__module__
@@ -225,6 +227,19 @@ def test_the_backbone_s_maps_have_its_channels_and_strides(size: tuple[int, int]
     maps = backbone(torch.empty(2, 1, *size, device="meta"))
     for channels, stride, map in zip(backbone.channels, backbone.strides, maps, strict=True):
         assert map.shape == (2, channels, *(-(-side // stride) for side in size))
+
+
+@pytest.mark.parametrize("size", [(112, 92), (64, 64), (33, 20)])
+def test_face_embeddings_have_length_one_whatever_the_light(size: tuple[int, int]) -> None:
+    model = models.create("face_resnet", width=4, in_channels=3).eval()
+    images = torch.rand(3, 3, *size) / 2
+    embeddings = model(images)
+    assert embeddings.shape == (3, 512)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(model(0.5 * images + 0.4), embeddings, atol=1e-2, rtol=0)
+    assert model(torch.zeros(1, 3, *size)).isfinite().all()
+    half = model.bfloat16()(images.bfloat16()).float()
+    torch.testing.assert_close(half.norm(dim=1), torch.ones(3), atol=1e-2, rtol=0)
 
 
 def test_options_that_no_model_has_are_refused() -> None:

@@ -215,12 +215,15 @@ def test_checkpointed_blocks() -> None:
 
 
 # Activations and norms that are not followed by anything, in what gdfast.models has.
-LEFT = {"resnet18": 3, "resnet50": 4, "resnet20": 2, "mobilenet_v2": 7, "yolo_lite_backbone": 0}
+LEFT = {
+    "resnet18": 3, "resnet50": 4, "resnet20": 2, "mobilenet_v2": 7, "yolo_lite_backbone": 0,
+    "face_resnet": 3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEFT)
 def test_our_models_are_fused_to_the_last_norm(name: str, monkeypatch: Any) -> None:
-    model = models.create(name)
+    model = models.create(name, in_channels=3)
     report = gdfast.swap_(model, fuse=True)
     assert report.skipped == [row for row in report.skipped if row.reason == "it is ours already"]
     alone = [row for row in report.fused if row.op == "batch_norm_act"]

@@ -63,4 +63,4 @@ class FaceResNet(nn.Module):
         x = self.layer3(x)
         x = self.layer4(x)
         x = self.norm(self.fc(self.dropout(self.pool(x).flatten(1))))
-        return F.normalize(x.float())
+        return F.normalize(x)

@@ -20,6 +20,7 @@ from gdfast.data.loader import Batch
 from gdfast.losses import ArcFaceHead, SoftmaxHead
 from gdfast.metrics import verification
 from gdfast.train import plots_face
+from gdfast.train.face_predict import FacePredictor
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
 from gdfast.train.task import Task
@@ -183,14 +184,23 @@ class Face(Task):
         return min(self._roc.threshold_at(), 1.0)
 
     def metadata(self) -> dict[str, str]:
-        """The network's options, and which images it takes, with the threshold at FAR 1e-2."""
+        """The network, the shape of its images, and the threshold at a FAR of 1e-2."""
         options = self._settings.options
-        images = {name: options[name] for name in ("height", "width", "colour")}
+        shape = [self._network["in_channels"], options["height"], options["width"]]
         return {
             "model": MODEL,
             "options": json.dumps(self._network),
-            "images": json.dumps({**images, "threshold": self._threshold()}),
+            "shape": json.dumps(shape),
+            "threshold": repr(self._threshold()),
         }
+
+    @classmethod
+    def predictor(
+        cls, model: nn.Module, metadata: Mapping[str, str], **options: Any
+    ) -> FacePredictor:
+        """Says who is shown: `gallery` is a folder of people or a file of them, `threshold` the
+        least similarity."""
+        return FacePredictor(model, metadata, **options)
 
 
 def _head(features: int, people: int, options: Mapping[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +112,33 @@ def mistaken(
         words = f"{names[true]} taken for {names[taken]}, {found.similarity[index]:.3f}"
         _show(place, np.concatenate(three, axis=1), f"{words}\n{probes.names[index]}")
     for place in figure.axes:
+        place.axis("off")
+    return figure
+
+
+def named(
+    image: np.ndarray,
+    nearest: Sequence[tuple[str, float]],
+    faces: Sequence[np.ndarray | None],
+    threshold: float,
+    title: str,
+) -> Figure:
+    """A face beside those of the people nearest to it: names with similarities, and a photograph
+    of each where there is one."""
+    columns = 1 + len(nearest)
+    figure = new_figure(2.2 * columns, 3.2)
+    figure.suptitle(title)
+    places = figure.subplots(1, columns)
+    _show(places[0], image, "the face")
+    for place, (name, similarity), shown in zip(places[1:], nearest, faces, strict=True):
+        words = f"{name}\n{similarity:.3f}"
+        if shown is not None:
+            _show(place, shown, words)
+        else:
+            place.set_title(words, fontsize=7)
+        colour = _SAME if similarity >= threshold else "0.6"
+        place.title.set_color(colour)
+    for place in places:
         place.axis("off")
     return figure
 
