@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdfast.data import decode, digits, folder, mnist
+from gdfast.data import decode, digits, faces, folder, identities, lfw, mnist
 from gdfast.data.errors import DataError
 from gdfast.data.images import ImageData
 from gdfast.data.problems import Problems
@@ -77,6 +77,34 @@ def _folder(where: str, problems: Problems) -> tuple[list[Path], str]:
     return paths, _summary(data)
 
 
+def _identities(where: str, problems: Problems) -> tuple[list[Path], str]:
+    data = identities.load()
+    return [], f"{len(data.photos):,} drawings of {len(data.classes):,} synthetic people"
+
+
+def _faces(where: str, problems: Problems) -> tuple[list[Path], str]:
+    folder = Path(where).expanduser()
+    people = faces.person_folders(folder, f"faces:{where}", problems)
+    for name, files in people.items():
+        if len(files) == 1:
+            problems.add(folder / name, "expected 2 photographs or more, found 1", item=False)
+    return _photographs(people)
+
+
+def _lfw(where: str, problems: Problems) -> tuple[list[Path], str]:
+    folder = Path(where).expanduser()
+    _, people = lfw.find_people(folder, problems)
+    paths, summary = _photographs(people)
+    names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    pairs = lfw.read_pairs(folder / lfw.PAIRS, names, problems, max_bad=1.0)
+    return paths, f"{summary}; {len(pairs.same):,} pairs"
+
+
+def _photographs(people: dict[str, list[Path]]) -> tuple[list[Path], str]:
+    paths = [path for files in people.values() for path in files]
+    return paths, f"{len(paths):,} photographs of {len(people):,} people"
+
+
 def _summary(data: ImageData) -> str:
     return (
         f"{len(data.train):,} images to train on, {len(data.test):,} to test, "
@@ -93,4 +121,11 @@ def _count_classes(data: ImageData, path: Path, problems: Problems) -> None:
                 problems.add(path, f"no image of class {name} in {part}", item=False)
 
 
-READERS: dict[str, Reader] = {"digits": _digits, "mnist": _mnist, "folder": _folder}
+READERS: dict[str, Reader] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "folder": _folder,
+    "identities": _identities,
+    "faces": _faces,
+    "lfw": _lfw,
+}

@@ -38,12 +38,8 @@ def load(
     """
     folder = Path(folder).expanduser()
     spec = f"lfw:{folder}"
-    if not folder.is_dir():
-        raise DataError(f"data: {spec}: expected a folder, found {_what(folder)}")
     problems = Problems()
-    place = next(folder / name for name in _PLACES if (folder / name).is_dir())
-    ignored = Problems()  # pairs.txt and the like beside the people
-    people = faces.person_folders(place, spec, ignored)
+    place, people = find_people(folder, problems)
     read = Reader(height, width, colour=colour, problems=problems, keep=_KEEP, copies=True)
     images, owners, names = [], [], []
     classes: list[str] = []
@@ -62,6 +58,19 @@ def load(
     photos = FaceSet(np.stack(images), np.array(owners), tuple(names))
     pairs = read_pairs(folder / PAIRS, names, problems, max_bad=max_bad)
     return FaceData("lfw", photos, tuple(classes), pairs, problems)
+
+
+def find_people(folder: Path, problems: Problems) -> tuple[Path, dict[str, list[Path]]]:
+    """The folder that holds a folder per person, and each person's image files.
+
+    Raises:
+        DataError: no such folder, or one without folders.
+    """
+    spec = f"lfw:{folder}"
+    if not folder.is_dir():
+        raise DataError(f"data: {spec}: expected a folder, found {_what(folder)}")
+    place = next(folder / name for name in _PLACES if (folder / name).is_dir())
+    return place, faces.person_folders(place, spec, problems)
 
 
 def read_pairs(

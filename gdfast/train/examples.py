@@ -7,14 +7,14 @@ from collections.abc import Callable
 import numpy as np
 
 import gdfast.data
-from gdfast.data import augment
+from gdfast.data import augment, face_data
 from gdfast.data.classified import Classified, Shape
+from gdfast.data.face_views import Changes, change
 from gdfast.data.images import ImageSet
 
 _SIDE = 160
 # Of other tasks' data: gives rows of pictures for a spec, a number of columns and a seed.
 Rows = Callable[[str, int, int], dict[str, list[np.ndarray]]]
-OTHERS: dict[str, Rows] = {}
 
 
 def rows(spec: str, columns: int, seed: int) -> dict[str, list[np.ndarray]]:
@@ -46,3 +46,15 @@ def rows(spec: str, columns: int, seed: int) -> dict[str, list[np.ndarray]]:
         mixed.item(int(index), 0, np.random.default_rng((seed, int(index))))[0] for index in chosen
     ]
     return drawn
+
+
+def _face_rows(spec: str, columns: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Photographs of people, and what training sees of them."""
+    photos = face_data.load(spec, colour=True).photos
+    rng = np.random.default_rng(seed)
+    chosen = photos.images[rng.choice(len(photos), min(columns, len(photos)), replace=False)]
+    views = {f"view {n}": [change(image, Changes(), rng) for image in chosen] for n in range(1, 6)}
+    return {"as it is": list(chosen), **views}
+
+
+OTHERS: dict[str, Rows] = dict.fromkeys(face_data.KINDS, _face_rows)

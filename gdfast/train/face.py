@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdfast import face, models
-from gdfast.data import faces, identities, lfw
-from gdfast.data.errors import DataError
+from gdfast.data import face_data
 from gdfast.data.face_splits import split
 from gdfast.data.face_views import Changes, FaceViews
 from gdfast.data.faces import FaceData
@@ -62,20 +61,12 @@ class Face(Task):
             DataError: an unknown name, or data that is missing or bad.
         """
         options = settings.options
-        size: dict[str, Any] = {
-            "height": options["height"],
-            "width": options["width"],
-            "colour": options["colour"],
-        }
-        kind, colon, where = settings.data.partition(":")
-        if kind == "identities" and not colon:
-            return identities.load(**size)
-        if kind == "faces" and where:
-            return faces.load(where, **size, max_bad=settings.max_bad)
-        if kind == "lfw" and where:
-            return lfw.load(where, **size, max_bad=settings.max_bad)
-        raise DataError(
-            f"data: spec: expected identities, faces:DIR or lfw:DIR, got {settings.data!r}"
+        return face_data.load(
+            settings.data,
+            height=options["height"],
+            width=options["width"],
+            colour=options["colour"],
+            max_bad=settings.max_bad,
         )
 
     def __init__(self, settings: Settings, data: FaceData) -> None:
