@@ -31,7 +31,6 @@ from gdfast.data.faces import fit, person_folders
 from gdfast.data.problems import DEFAULT_SHARE, Problems
 from gdfast.extras import require
 from gdfast.files import write_atomic
-from gdfast.metrics.verification import person_means
 
 UNKNOWN = "unknown"
 _BATCH = 100
@@ -143,10 +142,11 @@ def verify(recogniser: Recogniser, a: Image, b: Image, threshold: float | None =
 
 
 class Match(NamedTuple):
-    """A person, and how alike the probe is to them: -1 to 1."""
+    """A person, how alike the probe is to them (-1 to 1), and their photograph that is so."""
 
     name: str
     similarity: float
+    photo: str = ""
 
 
 def identify(
@@ -173,14 +173,16 @@ def identify(
 
 @dataclass(frozen=True)
 class Gallery:
-    """People whom a network is to recognise: `names` [K] and `embeddings` [K, features] of length
-    1, the mean of each person's photographs. `network` is the fingerprint of the network.
-    `examples` [K] are the file names of a photograph of each."""
+    """Photographs of the people whom a network is to recognise.
+
+    `embeddings` [G, features] are of length 1, `names` [G] say whom each shows, `photos` [G] the
+    file that it was. `network` is the fingerprint of the network.
+    """
 
     names: tuple[str, ...]
+    photos: tuple[str, ...]
     embeddings: np.ndarray
     network: str
-    examples: tuple[str, ...] = ()
 
     @classmethod
     def enrol(
@@ -199,11 +201,12 @@ class Gallery:
             DataError: no such folder, no people, or more than `max_bad` (0 to 1) bad images.
         """
         folder = Path(folder).expanduser()
+        spec = f"faces:{folder}"
         problems = Problems() if problems is None else problems
-        people = person_folders(folder, str(folder), problems)
-        owners: list[str] = []
+        people = person_folders(folder, spec, problems)
+        names: list[str] = []
+        photos: list[str] = []
         images: list[np.ndarray] = []
-        examples: dict[str, str] = {}
         for name, files in people.items():
             for path in files:
                 try:
@@ -211,17 +214,17 @@ class Gallery:
                 except DataError as error:
                     problems.add(path, str(error).removeprefix(f"data: {path}: "))
                     continue
-                owners.append(name)
-                examples.setdefault(name, str(path))
-        problems.refuse_beyond(max_bad, sum(map(len, people.values())), f"faces:{folder}")
+                names.append(name)
+                photos.append(str(path))
+        problems.refuse_beyond(max_bad, sum(map(len, people.values())), spec)
         if not images:
             raise DataError(f"face: {folder}: expected photographs of people, found none")
-        embeddings, enrolled = person_means(recogniser.embed(images), np.array(owners))
-        names = tuple(str(name) for name in enrolled)
-        return cls(names, embeddings, recogniser.network, tuple(examples[name] for name in names))
+        return cls(tuple(names), tuple(photos), recogniser.embed(images), recogniser.network)
 
-    def __len__(self) -> int:
-        return len(self.names)
+    @property
+    def people(self) -> tuple[str, ...]:
+        """The names of those enrolled, each once."""
+        return tuple(dict.fromkeys(self.names))
 
     def check(self, recogniser: Recogniser) -> None:
         """Raises:
@@ -234,10 +237,13 @@ class Gallery:
             )
 
     def nearest(self, embedding: np.ndarray) -> list[Match]:
-        """All people by how alike they are to an embedding [features] of length 1."""
+        """All people, each by the photograph most like an embedding [features] of length 1."""
         similarities = self.embeddings @ embedding
-        order = np.argsort(-similarities, kind="stable")
-        return [Match(self.names[index], float(similarities[index])) for index in order]
+        found: dict[str, Match] = {}
+        for index in np.argsort(-similarities, kind="stable"):
+            name = self.names[index]
+            found.setdefault(name, Match(name, float(similarities[index]), self.photos[index]))
+        return list(found.values())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery as a safetensors file, whole or not at all.
@@ -251,7 +257,7 @@ class Gallery:
             "format": _FORMAT,
             "network": self.network,
             "names": json.dumps(self.names),
-            "examples": json.dumps(self.examples),
+            "photos": json.dumps(self.photos),
         }
         tensors = {"embeddings": torch.from_numpy(np.ascontiguousarray(self.embeddings))}
         write_atomic(path, save(tensors, metadata))
@@ -269,10 +275,12 @@ class Gallery:
         try:
             if metadata["format"] != _FORMAT:
                 raise ValueError(f"format {metadata['format']!r}")
-            names = tuple(str(name) for name in json.loads(metadata["names"]))
-            examples = tuple(str(name) for name in json.loads(metadata["examples"]))
+            names, photos = (
+                tuple(str(each) for each in json.loads(metadata[part]))
+                for part in ("names", "photos")
+            )
             embeddings = tensors["embeddings"].float().numpy()
-            if embeddings.ndim != 2 or len(embeddings) != len(names) or not names:
+            if embeddings.ndim != 2 or not len(embeddings) == len(names) == len(photos) > 0:
                 raise ValueError(f"{len(names)} names, embeddings {list(embeddings.shape)}")
             if not np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3):
                 raise ValueError("embeddings that are not of length 1")
@@ -280,7 +288,7 @@ class Gallery:
             raise DataError(
                 f"face: {file}: expected a gallery of faces, found {str(error)[:120]}"
             ) from None
-        return cls(names, embeddings, metadata["network"], examples)
+        return cls(names, photos, embeddings, metadata["network"])
 
 
 def embed(net: nn.Module, images: np.ndarray, *, flip: bool = True) -> np.ndarray:

@@ -83,11 +83,18 @@ def test_arrays_that_are_no_images_are_refused(
 def test_a_gallery_names_whom_it_knows(tmp_path: Path, recogniser: face.Recogniser) -> None:
     photos = write_people(tmp_path / "people", {"bob": 1, "ann": 3, "cy": 2})
     gallery = face.Gallery.enrol(recogniser, tmp_path / "people")
-    assert gallery.names == ("ann", "bob", "cy")
-    sums = recogniser.embed(photos["ann"]).sum(0)
-    np.testing.assert_allclose(gallery.embeddings[0], sums / np.linalg.norm(sums), atol=1e-5)
-    assert Path(gallery.examples[0]) == tmp_path / "people" / "ann" / "1.png"
+    assert gallery.people == ("ann", "bob", "cy")
+    assert gallery.names == ("ann", "ann", "ann", "bob", "cy", "cy")
+    assert Path(gallery.photos[4]) == tmp_path / "people" / "cy" / "1.png"
+    np.testing.assert_allclose(gallery.embeddings[:3], recogniser.embed(photos["ann"]), atol=1e-6)
 
+    probe = recogniser.embed(photos["cy"])[0]
+    for match in gallery.nearest(probe):
+        best = (recogniser.embed(photos[match.name]) @ probe).argmax()
+        assert match.similarity == pytest.approx(
+            float(recogniser.embed(photos[match.name])[best] @ probe), abs=1e-5
+        )
+        assert Path(match.photo) == tmp_path / "people" / match.name / f"{best + 1}.png"
     found = face.identify(recogniser, photos["bob"][0], gallery)
     assert found[0].name == "bob"
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
@@ -96,7 +103,7 @@ def test_a_gallery_names_whom_it_knows(tmp_path: Path, recogniser: face.Recognis
     )
     assert len(face.identify(recogniser, photos["bob"][0], gallery, most=2)) == 2
     stranger = face.identify(recogniser, photos["bob"][0], gallery, threshold=1.5)
-    assert stranger[0] == (face.UNKNOWN, 1.5) and stranger[1].name == "bob"
+    assert stranger[0] == face.Match(face.UNKNOWN, 1.5) and stranger[1].name == "bob"
 
 
 def test_a_gallery_outlives_its_process(tmp_path: Path, recogniser: face.Recogniser) -> None:
@@ -104,8 +111,8 @@ def test_a_gallery_outlives_its_process(tmp_path: Path, recogniser: face.Recogni
     gallery = face.Gallery.enrol(recogniser, tmp_path / "people")
     gallery.save(tmp_path / "gallery.safetensors")
     again = face.Gallery.load(tmp_path / "gallery.safetensors")
-    assert (again.names, again.examples, again.network) == (
-        gallery.names, gallery.examples, gallery.network
+    assert (again.names, again.photos, again.network) == (
+        gallery.names, gallery.photos, gallery.network
     )  # fmt: skip
     np.testing.assert_array_equal(again.embeddings, gallery.embeddings)
     assert not list(tmp_path.glob(".gdfast-*"))
@@ -169,7 +176,12 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
 def test_files_that_are_no_galleries_are_refused(
     tmp_path: Path, tensors: dict, metadata: dict
 ) -> None:
-    usual = {"format": "gdfast face gallery 1", "names": '["a"]', "examples": "[]", "network": "x"}
+    usual = {
+        "format": "gdfast face gallery 1",
+        "names": '["a"]',
+        "photos": '["a/1.png"]',
+        "network": "x",
+    }
     write_atomic(tmp_path / "gallery", save(tensors, {**usual, **metadata} if tensors else {}))
     with pytest.raises(DataError, match="expected a gallery of faces"):
         face.Gallery.load(tmp_path / "gallery")

@@ -13,8 +13,9 @@ import torch
 from face_files import write_people
 
 from gdfast import face
-from gdfast.data import DataError
-from gdfast.train import Recipe, Settings, resume, train
+from gdfast.data import DataError, decode, identities
+from gdfast.data.check import check
+from gdfast.train import Recipe, RunError, Settings, SettingsError, examples, train
 from gdfast.train.face import Face
 from gdfast.train.tasks import settle
 
@@ -32,60 +33,103 @@ def people(tmp_path: Path) -> Path:
     return tmp_path / "people"
 
 
-@pytest.mark.parametrize(
-    ("options", "train_images"),
-    [
-        ({}, 12),
-        ({"protocol": "verify", "fold": 2, "folds": 3, "head": "cosine"}, 16),
-        ({"head": "softmax", "changes": 0.0}, 12),
-    ],
-)
-def test_a_run_leaves_weights_measures_and_pictures(
-    tmp_path: Path, people: Path, options: dict[str, Any], train_images: int
-) -> None:
+def test_a_run_leaves_weights_measures_and_pictures(tmp_path: Path, people: Path) -> None:
     out = tmp_path / "run"
-    result = train(settings(people, **options), out=out, stream=io.StringIO())
+    chosen = settings(people, protocol="verify", folds=3, head="cosine")
+    metrics = train(chosen, out=out, stream=io.StringIO()).metrics
     names = {path.name for path in out.iterdir()}
     assert names >= {"roc.png", "similarities.png", "pairs.png", "mistakes.png", "curves.png"}
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics == result.metrics and metrics["train_images"] == train_images
-    for name in ("rank1", "auc", "eer", "tar", "train_accuracy"):
-        assert 0 <= metrics[name] <= 1
+    assert (metrics["train_images"], metrics["test_images"], metrics["pairs"]) == (16, 8, 28)
 
-    recogniser = face.load(out)
+    recogniser = face.load(out / "weights.safetensors")
     assert recogniser.threshold == metrics["threshold"]
-    photo = people / "a" / "4.png"
-    gallery = face.Gallery.enrol(recogniser, people)
-    assert face.identify(recogniser, photo, gallery, threshold=-1)[0].name in "abcdef"
     weights = {name.split(".")[0] for name in recogniser.net.state_dict()}
     assert "conv1" in weights and "head" not in weights
 
-
-def test_measures_are_those_of_the_saved_network(tmp_path: Path, people: Path) -> None:
-    chosen = settle(settings(people, protocol="verify", folds=3))
-    result = train(chosen, out=tmp_path / "run", stream=io.StringIO())
-    recogniser = face.load(tmp_path / "run")
+    # The measures again, of the network that was saved, by their definitions.
     files = [people / name / f"{n}.png" for name in "ab" for n in (1, 2, 3, 4)]
     points = recogniser.embed(files).reshape(2, 4, -1)
-    means = points[:, :2].sum(1)
-    means /= np.linalg.norm(means, axis=1, keepdims=True)
-    right = [(means @ probe).argmax() == who for who in (0, 1) for probe in points[who, 2:]]
-    assert result.metrics["rank1"] == pytest.approx(np.mean(right))
+    enrolled = points[:, :2].reshape(4, -1)
+    right = [(enrolled @ probe).argmax() // 2 == who for who in (0, 1) for probe in points[who, 2:]]
+    assert metrics["rank1"] == pytest.approx(np.mean(right))
     similarity = points.reshape(8, -1) @ points.reshape(8, -1).T
     alike = [similarity[a, b] for a in range(8) for b in range(a) if a // 4 == b // 4]
     unlike = [similarity[a, b] for a in range(8) for b in range(a) if a // 4 != b // 4]
     auc = np.mean([a > b for a in alike for b in unlike])
-    assert result.metrics["auc"] == pytest.approx(auc, abs=1e-3)
+    assert metrics["auc"] == pytest.approx(auc, abs=1e-6)
 
 
-def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path, people: Path) -> None:
-    whole = train(settings(people), out=tmp_path / "whole", stream=io.StringIO())
-    again = resume(tmp_path / "whole", stream=io.StringIO())
-    for name in ("rank1", "auc", "eer", "tar", "train_loss"):
-        assert whole.metrics[name] == again.metrics[name]
+@pytest.mark.parametrize("options", [{}, {"head": "softmax", "changes": 0.0, "colour": True}])
+def test_a_step_moves_every_weight(people: Path, options: dict[str, Any]) -> None:
+    chosen = settle(settings(people, **options))
+    task = Face(chosen, Face.load(chosen))
+    rng = np.random.default_rng(0)
+    batch = task.source.collate([task.source.item(n, 0, rng) for n in range(8)])
+    measures = task.loss(task.forward(task.model.train(), batch), batch)
+    assert set(measures) == {"loss", *task.terms}
+    measures["loss"].backward()
+    for name, parameter in task.model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_an_embedding_learns_to_tell_drawn_people_apart() -> None:
+def trained(people: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+    chosen = settle(settings(people))
+    task = Face(chosen, Face.load(chosen))
+    with torch.inference_mode():
+        task.evaluate(task.model.eval())
+    return task.exported(task.model), dict(task.metadata())
+
+
+def test_predicting_names_the_nearest_of_a_gallery(tmp_path: Path, people: Path) -> None:
+    net, metadata = trained(people)
+    predict = Face.predictor(net, metadata, gallery=str(people), threshold=-1.0)
+    image = decode.read(people / "c" / "1.png")
+    answer = predict(image)
+    expected = face.identify(predict.recogniser, image, predict.gallery, threshold=-1.0)
+    assert answer["name"] == expected[0].name
+    assert [each["name"] for each in answer["nearest"]] == [each.name for each in expected[:4]]
+    json.dumps(answer)
+    assert predict.draw(image, answer).startswith(b"\x89PNG")
+
+    predict.gallery.save(tmp_path / "gallery.safetensors")
+    strict = Face.predictor(
+        net, metadata, gallery=str(tmp_path / "gallery.safetensors"), threshold=1.1
+    )
+    unknown = strict(image)
+    assert unknown["name"] == face.UNKNOWN and unknown["nearest"] == answer["nearest"]
+    assert unknown["summary"].startswith("unknown (nearest: ")
+
+
+def test_predicting_needs_a_gallery(people: Path) -> None:
+    net, metadata = trained(people)
+    with pytest.raises(SettingsError, match="expected a folder with a folder for each person"):
+        Face.predictor(net, metadata)
+    with pytest.raises(SettingsError, match="predict: iou: expected gallery or threshold"):
+        Face.predictor(net, metadata, iou=0.5)
+    with pytest.raises(RunError, match="expected weights of a face network"):
+        Face.predictor(net, {}, gallery=str(people))
+    with pytest.raises(DataError, match="found no such file"):
+        Face.predictor(net, metadata, gallery=str(people / "none"))
+
+
+def test_faces_are_checked_and_shown(people: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identities, "PEOPLE", 2)
+    (people / "b" / "2.png").write_bytes(b"")
+    for number in (2, 3, 4):
+        (people / "c" / f"{number}.png").unlink()
+    problems, summary = check(f"faces:{people}")
+    assert summary == "21 photographs of 6 people"
+    told = [str(problem) for problem in problems]
+    assert told == [
+        f"{people}/c: expected 2 photographs or more, found 1",
+        f"{people}/b/2.png: expected an image, found an empty file",
+    ]
+    shown = examples.rows("identities", 3, seed=0)
+    assert [len(row) for row in shown.values()] == [3] * 6
+
+
+def test_an_embedding_learns_to_tell_drawn_people_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identities, "PEOPLE", 10)
     chosen = settle(
         Settings(
             task="face",

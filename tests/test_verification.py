@@ -169,7 +169,7 @@ def test_identify_refuses() -> None:
     points = embeddings(np.array([0, 1]))
     with pytest.raises(ValueError, match="expected one embedding or more"):
         identify(points, points[:0], np.zeros(0, int))
-    with pytest.raises(ValueError, match="expected 'mean' or 'each', got 'best'"):
+    with pytest.raises(ValueError, match="expected 'each' or 'mean', got 'best'"):
         identify(points, points, np.array([0, 1]), by="best")
 
 

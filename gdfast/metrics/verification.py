@@ -136,13 +136,13 @@ class Identified(NamedTuple):
 
 
 def identify(
-    probes: np.ndarray, gallery: np.ndarray, people: np.ndarray, *, by: str = "mean"
+    probes: np.ndarray, gallery: np.ndarray, people: np.ndarray, *, by: str = "each"
 ) -> Identified:
     """The most similar of the people enrolled.
 
     `probes` [N, features] and `gallery` [G, features] are of length 1, `people` [G] says whom the
-    gallery shows. `by` "mean" compares with the mean of each person's embeddings, brought to
-    length 1; "each" with every one of them.
+    gallery shows. `by` "each" compares with every embedding of the gallery, "mean" with the mean of
+    each person's, brought to length 1.
 
     Raises:
         ValueError: an empty gallery, or another `by`.
@@ -152,7 +152,7 @@ def identify(
     if by == "mean":
         gallery, people = person_means(gallery, people)
     elif by != "each":
-        raise ValueError(f"identify: by: expected 'mean' or 'each', got {by!r}")
+        raise ValueError(f"identify: by: expected 'each' or 'mean', got {by!r}")
     cosines = probes @ gallery.T
     best = cosines.argmax(1)
     return Identified(np.asarray(people)[best], cosines[np.arange(len(probes)), best])

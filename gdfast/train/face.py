@@ -45,9 +45,9 @@ class FaceClassifier(nn.Module):
 class Face(Task):
     """Trains `face_resnet` under a head that names the people in the training photographs.
 
-    `evaluate` gives `rank1`, the share of the probes whose person is the most alike of the gallery,
-    and of pairs `auc`, `eer` and `tar` at a false acceptance rate of 1e-2; on data whose pairs have
-    folds, `accuracy` too, as LFW measures it.
+    `evaluate` gives `rank1`, the share of the probes whose most similar photograph of the gallery
+    shows their person, and of pairs `auc`, `eer` and `tar` at a false acceptance rate of 1e-2; on
+    data whose pairs have folds, `accuracy` too, as LFW measures it.
     """
 
     score = "auc"
@@ -97,8 +97,9 @@ class Face(Task):
         return max(1, round(_VIEWS / len(self.source)))
 
     def sizes(self) -> tuple[int, int]:
-        """How many photographs train, and how many are tested."""
-        return len(self.split.train), len(self._tested)
+        """How many photographs train, and how many are in the pairs of the test."""
+        pairs = self.split.pairs
+        return len(self.split.train), len(np.union1d(pairs.first, pairs.second))
 
     def forward(self, model: nn.Module, batch: Batch) -> Tensor:
         """Logits [N, people] of the training's people."""

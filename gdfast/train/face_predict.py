@@ -56,7 +56,6 @@ class FacePredictor:
         else:
             self.gallery = face.Gallery.load(gallery)
             self.gallery.check(self.recogniser)
-        self._examples = dict(zip(self.gallery.names, self.gallery.examples, strict=False))
 
     def __call__(self, image: np.ndarray) -> dict[str, Any]:
         """The name, "unknown" if nobody is as alike as the threshold, and the nearest people."""
@@ -75,13 +74,14 @@ class FacePredictor:
     def draw(self, image: np.ndarray, answer: dict[str, Any]) -> bytes:
         """The image beside a photograph of each of the nearest people."""
         nearest = [(each["name"], each["similarity"]) for each in answer["nearest"]]
-        faces = [self._photograph(name) for name, _ in nearest]
+        faces = [_photograph(each["photo"]) for each in answer["nearest"]]
         title = answer["summary"]
         return plots.png(plots_face.named(image, nearest, faces, answer["threshold"], title))
 
-    def _photograph(self, name: str) -> np.ndarray | None:
-        """A photograph of an enrolled person, None where it has gone since."""
-        try:
-            return decode.read(Path(self._examples[name]))
-        except (DataError, KeyError):
-            return None
+
+def _photograph(path: str) -> np.ndarray | None:
+    """An enrolled photograph, None where it has gone since."""
+    try:
+        return decode.read(Path(path))
+    except DataError:
+        return None
