@@ -279,7 +279,7 @@ def test_tensor_subclasses_see_the_call() -> None:
 
 def test_few_kernels_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     # Images of ever new sizes must not fill the memory.
-    monkeypatch.setattr(conv2d_dispatch, "_KERNELS_LIMIT", 8)
+    monkeypatch.setattr(conv2d_dispatch, "KERNELS_LIMIT", 8)
     weight = torch.randn(1, 1, 3, 3)
     for width in range(3, 60):
         input = torch.randn(1, 1, 3, width)

@@ -436,6 +436,9 @@ class TestTraining:
         resume(tmp_path / "parts", stream=io.StringIO())
         assert self.losses(tmp_path / "parts") == whole
 
+    @pytest.mark.parametrize(
+        "choices", [5, [], {"key": 5}, {"key": {"choice": "direct", "seconds": {"direct": -1.0}}}]
+    )
     def test_choices_that_are_none_are_refused(
         self, choices: Any, trained: dict[str, Any], tmp_path: Path
     ) -> None:

@@ -149,14 +149,17 @@ def situation() -> int:
     return -number if is_strict() else number
 
 
-def bind(op: str, query: Query, requested: str, arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    """The kernel that runs `op` for `query` from now on; `arguments` are those of this call.
+def bind(
+    op: str, query: Query, requested: str, arguments: tuple[Any, ...]
+) -> tuple[Callable[..., Any], str]:
+    """The kernel that runs `op` for `query` from now on, and the name of what was chosen.
 
+    `arguments` are those of this call. The name is an algorithm's, "native", or the backend's.
     Raises what `resolve` raises.
     """
     backend = resolve(op, query, requested)
     if backend is not cpu.BACKEND or not isinstance(query, Conv2dQuery):
-        return backend.operations[op](query)
+        return backend.operations[op](query), backend.name
     names = cpu_algorithms.candidates(op, query, is_strict())
     if requested == AUTO:
         names = (*names, NATIVE)
@@ -168,7 +171,7 @@ def bind(op: str, query: Query, requested: str, arguments: tuple[Any, ...]) -> C
         if _session is not None and len(_session.choices) < MOST:
             _session.choices[key] = choice
             _session.uses.append(Use(op, query, threads, names, choice))
-    return calls[choice.name]
+    return calls[choice.name], choice.name
 
 
 def _kernel(op: str, query: Conv2dQuery, name: str) -> Callable[..., Any]:

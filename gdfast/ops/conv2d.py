@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from gdfast.backends import chosen, fall_back
+from gdfast.backends import chosen, fall_back, tuning
+from gdfast.backends.registry import AUTO
 from gdfast.geometry import (
     conv2d_is_channels_last,
     integer,
@@ -134,7 +135,12 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight = ctx.saved_tensors
+    return _gradients(ctx, grad_output, *ctx.saved_tensors)
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
     if need_input:
@@ -207,7 +213,60 @@ class Conv2dFunction(torch.autograd.Function):
         _save_conv2d(ctx, inputs, None)
         return _run("conv2d", inputs)
 
-    backward = staticmethod(_backward_conv2d)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors  # once: checkpointing allows no second time
+        gradients = _gradients(ctx, grad_output, input, weight)
+        if all(ctx.needs_input_grad[:2]) and ctx.arguments[-1] == AUTO:
+            _learn_whether_native(ctx, grad_output, input, weight)
+        return gradients
+
+
+def _layer_key(input: Tensor, weight: Tensor, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    stride, padding, dilation, groups, _ = arguments
+    return (
+        input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(),
+        *stride, *padding, *dilation, groups, tuning.situation(),
+    )  # fmt: skip
+
+
+def _learn_whether_native(ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
+    if torch.compiler.is_compiling() or not _are_ordinary((grad_output, input, weight)):
+        return
+    dispatch, arguments = conv2d_dispatch, ctx.arguments
+    key = _layer_key(input, weight, arguments)
+    if key in dispatch.all_native:
+        return
+    if len(dispatch.all_native) >= dispatch.KERNELS_LIMIT:
+        dispatch.all_native.clear()
+    top, left, below, right = arguments[1]
+    of_gradients = (
+        dispatch.conv2d_grad_input_key(
+            grad_output, weight, ctx.input_size, ctx.input_channels_last, *arguments
+        ),
+        dispatch.conv2d_grad_weight_key(
+            grad_output, input, ctx.weight_size, ctx.weight_channels_last, False, *arguments
+        ),
+    )
+    dispatch.all_native[key] = (
+        (top, left) == (below, right)
+        and dispatch.runs_native(dispatch.conv2d_key(input, weight, None, *arguments))
+        and all(map(dispatch.runs_native, of_gradients))
+    )
+
+
+def _conv2d_native(inputs: tuple[Any, ...]) -> Tensor | None:
+    """The layer's output by native's own operator, where it was chosen for all of the layer."""
+    input, weight, bias, *arguments = inputs
+    if not (conv2d_dispatch.all_native and bias is None and arguments[-1] == AUTO):
+        return None
+    if not (input.requires_grad and weight.requires_grad and _are_ordinary((input, weight))):
+        return None
+    if not conv2d_dispatch.all_native.get(_layer_key(input, weight, arguments)):
+        return None
+    stride, padding, dilation, groups, _ = arguments
+    with torch._C._DisableAutocast():  # what is to be cast has been
+        return F.conv2d(input, weight, None, stride, padding[:2], dilation, groups)
 
 
 class _GradInputFunction(torch.autograd.Function):
@@ -290,6 +349,8 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
             # vmap knows native's operators, not ours.
             return kernel(*inputs[:-1], "reference")
         if torch.is_grad_enabled():
+            if name == "conv2d" and (output := _conv2d_native(inputs)) is not None:
+                return output
             return function.apply(*inputs)
         return _run(name, inputs)
 

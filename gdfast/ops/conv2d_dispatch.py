@@ -39,21 +39,77 @@ library.define(
 # The kernel for each combination of sizes, strides, dtypes and what else decides which one it is:
 # a call costs one look-up. Bounded, because images may come in ever new sizes.
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
-_KERNELS_LIMIT = 4096
+_native: set[tuple[Any, ...]] = set()  # the keys of those that are native PyTorch's, by choice
+KERNELS_LIMIT = 4096
+# Layers, and whether native PyTorch was chosen for all three passes of theirs. Then one call of its
+# own operator does what takes three through us: after a large kernel, with cold caches, each of
+# these costs 50 to 200 us more.
+all_native: dict[tuple[Any, ...], bool] = {}
 
 
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
-    _kernels.clear()
+    for known in (_kernels, _native, all_native):
+        known.clear()
+
+
+def runs_native(key: tuple[Any, ...]) -> bool:
+    """Whether native PyTorch was chosen for the kernel that is kept by this key."""
+    return key in _native
 
 
 def _bind(
     key: tuple[Any, ...], op: str, query: Conv2dQuery, backend: str, *arguments: Any
 ) -> Callable[..., Any]:
-    if len(_kernels) >= _KERNELS_LIMIT:
-        _kernels.clear()
-    kernel = _kernels[key] = tuning.bind(op, query, backend, arguments)
+    if len(_kernels) >= KERNELS_LIMIT:
+        forget_kernels()
+    kernel, name = tuning.bind(op, query, backend, arguments)
+    _kernels[key] = kernel
+    if name == tuning.NATIVE:
+        _native.add(key)
     return kernel
+
+
+def conv2d_key(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of a forward pass is kept by."""
+    return (
+        input.shape, input.stride(), input.dtype, input.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        *stride, *padding, *dilation, groups, backend, tuning.situation(),
+    )  # fmt: skip
+
+
+def conv2d_grad_input_key(
+    grad_output: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of a gradient in the input is kept by."""
+    return (
+        "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
+        weight.shape, weight.stride(), weight.dtype, weight.device,
+        *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
+        tuning.situation(),
+    )  # fmt: skip
+
+
+def conv2d_grad_weight_key(
+    grad_output: Tensor, input: Tensor, weight_size: Sequence[int], channels_last: bool, bias: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of the gradients in the weight and the bias is kept by."""
+    return (
+        "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
+        input.shape, input.stride(), input.dtype, input.device,
+        *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
+        tuning.situation(),
+    )  # fmt: skip
 
 
 def conv2d(
@@ -63,12 +119,7 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Runs a forward pass on the backend that takes it; see torch.ops.gdfast.conv2d."""
     backend = chosen(backend)
-    key = (
-        input.shape, input.stride(), input.dtype, input.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
-        *stride, *padding, *dilation, groups, backend, tuning.situation(),
-    )  # fmt: skip
+    key = conv2d_key(input, weight, bias, stride, padding, dilation, groups, backend)
     kernel = _kernels.get(key)
     if kernel is None:
         query = _conv2d_query(input, weight, bias, stride, padding, dilation, groups)
@@ -83,12 +134,9 @@ def conv2d_grad_input(
 ) -> Tensor:  # fmt: skip
     """Runs the gradient in the input on the backend that takes it."""
     backend = chosen(backend)
-    key = (
-        "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
-        *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
-        tuning.situation(),
-    )  # fmt: skip
+    key = conv2d_grad_input_key(
+        grad_output, weight, input_size, channels_last, stride, padding, dilation, groups, backend
+    )
     kernel = _kernels.get(key)
     if kernel is None:
         query = _grad_input_query(
@@ -105,11 +153,9 @@ def conv2d_grad_weight(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Runs the gradients in the weight and, with `bias`, the bias on the backend that takes it."""
     backend = chosen(backend)
-    key = (
-        "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
-        input.shape, input.stride(), input.dtype, input.device,
-        *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
-        tuning.situation(),
+    key = conv2d_grad_weight_key(
+        grad_output, input, weight_size, channels_last, bias, stride, padding, dilation, groups,
+        backend,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:

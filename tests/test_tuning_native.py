@@ -1,0 +1,95 @@
+"""Layers for which native PyTorch was chosen throughout: its own operator runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_tuning import Stopwatch, stopwatch, tensors  # noqa: F401  (a fixture)
+
+import gdfast
+from gdfast import ops
+from gdfast.ops import conv2d_dispatch
+
+pytestmark = pytest.mark.usefixtures("compiled_cpu", "threads")
+
+NATIVE = {"direct": 2.0, "winograd": 3.0, "native": 1.0}
+
+
+def function(output: torch.Tensor) -> str:
+    return type(output.grad_fn).__name__
+
+
+def step(*arguments: torch.Tensor, **options: Any) -> tuple[torch.Tensor, ...]:
+    output = ops.conv2d(*arguments, padding=1, **options)
+    grads = torch.autograd.grad(output.sin().sum(), [a for a in arguments if a.requires_grad])
+    return output, *grads
+
+
+def test_the_second_call_is_native_s_own_with_the_same_results(stopwatch: Stopwatch) -> None:  # noqa: F811
+    stopwatch.seconds = NATIVE
+    arguments = tensors()
+    first, second = step(*arguments), step(*arguments)
+    assert [function(each[0]) for each in (first, second)] == [
+        "Conv2dFunctionBackward", "ConvolutionBackward0",
+    ]  # fmt: skip
+    output = F.conv2d(*arguments, padding=1)
+    native = (output, *torch.autograd.grad(output.sin().sum(), arguments))
+    assert all(torch.equal(a, b) for a, b in zip(second, native, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(first, native, strict=True))
+
+
+@pytest.mark.parametrize("ours", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
+def test_not_where_one_pass_is_ours(
+    ours: str,
+    stopwatch: Stopwatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order = iter(("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
+
+    def choose(calls: dict[str, Any]) -> dict[str, float]:
+        seconds = NATIVE if next(order) != ours else {**NATIVE, "direct": 0.1}
+        return {name: seconds[name] for name in calls}
+
+    monkeypatch.setattr("gdfast.backends.tuning_timer.measure", choose)
+    arguments = tensors()
+    assert [function(step(*arguments)[0]) for _ in range(3)] == ["Conv2dFunctionBackward"] * 3
+
+
+def test_only_where_the_choice_holds(stopwatch: Stopwatch) -> None:  # noqa: F811
+    stopwatch.seconds = NATIVE
+    arguments = tensors()
+    step(*arguments)
+    ours = "Conv2dFunctionBackward"
+    assert function(step(*arguments, backend="cpu")[0]) == ours
+    assert function(step(*tensors(size=41))[0]) == ours
+    assert function(step(arguments[0].detach(), arguments[1])[0]) == ours
+    assert function(step(*arguments, torch.zeros(16))[0]) == ours
+    with gdfast.autotune("off"):
+        assert function(step(*arguments)[0]) == ours
+    with gdfast.precision("strict"):
+        assert function(step(*arguments)[0]) == ours
+    step(*arguments)  # in yet another situation
+    assert function(step(*arguments)[0]) == "ConvolutionBackward0"
+    conv2d_dispatch.forget_kernels()
+    assert function(step(*arguments)[0]) == ours
+
+
+def test_autocast_and_gradients_of_gradients(stopwatch: Stopwatch) -> None:  # noqa: F811
+    stopwatch.seconds = NATIVE
+    arguments = tensors()
+    half = [a.detach().bfloat16().requires_grad_() for a in arguments]
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = ops.conv2d(*arguments, padding=1)
+        output.float().sum().backward()
+    assert output.dtype == torch.bfloat16 and arguments[0].grad.dtype == torch.float32
+    for each in (arguments, half):
+        step(*each)
+    output = ops.conv2d(*arguments, padding=1)
+    assert function(output) == "ConvolutionBackward0"
+    (grad,) = torch.autograd.grad(output.pow(2).sum(), arguments[0], create_graph=True)
+    (again,) = torch.autograd.grad(grad.sum(), arguments[1])
+    assert again.isfinite().all()
