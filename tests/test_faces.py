@@ -85,6 +85,16 @@ def test_folders_without_people_are_refused(tmp_path: Path) -> None:
         faces.load(tmp_path / "file")
 
 
+def test_more_than_memory_should_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_people(tmp_path, {"a": 2, "b": 2})
+    monkeypatch.setattr(faces, "MOST_BYTES", 4 * 56 * 46)
+    assert len(faces.load(tmp_path, **SMALL).photos) == 4
+    with pytest.raises(DataError, match="found 4 of 57 x 46"):
+        faces.load(tmp_path, height=57, width=46)
+
+
 def test_images_are_cut_around_the_middle(tmp_path: Path) -> None:
     image = np.zeros((40, 100, 1), np.uint8)
     image[:, 30:70] = 200  # as wide as high

@@ -160,6 +160,18 @@ def test_data_of_another_kind_is_refused(spec: str) -> None:
         Face.load(settle(Settings(task="face", data=spec)))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"margin": 2.0}, "margin: expected 0 to pi/2"), ({"dropout": 1.5}, "dropout probability")],
+)
+def test_options_out_of_range_are_refused(
+    people: Path, options: dict[str, Any], words: str
+) -> None:
+    chosen = settle(settings(people, **options))
+    with pytest.raises(SettingsError, match=words):
+        Face(chosen, Face.load(chosen))
+
+
 def test_bad_photographs_are_allowed_up_to_a_share(people: Path) -> None:
     (people / "a" / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"at most 1\.0% bad items, found 1 of 24"):

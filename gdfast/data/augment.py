@@ -60,14 +60,14 @@ class RandomAffine:
         offset = centre - back @ (centre + shift)
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
         pillow = require("PIL.Image", "train", "RandomAffine")
-        changed = _to_pillow(image).transform(
+        changed = to_pillow(image).transform(
             (width, height),
             pillow.Transform.AFFINE,
             (*back[0], offset[0], *back[1], offset[1]),
             pillow.Resampling.BILINEAR,
             fillcolor=_colour(np.median(border, axis=0)),
         )
-        return _to_array(changed)
+        return to_array(changed)
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,17 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == size:
         return image
     pillow = require("PIL.Image", "train", "resizing images")
-    return _to_array(_to_pillow(image).resize(size[::-1], pillow.Resampling.BILINEAR))
+    return to_array(to_pillow(image).resize(size[::-1], pillow.Resampling.BILINEAR))
 
 
-def _to_pillow(image: np.ndarray) -> Any:
+def to_pillow(image: np.ndarray) -> Any:
+    """Bytes [H, W, C] as a Pillow image."""
     pillow = require("PIL.Image", "train", "augmentation")
     return pillow.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
-def _to_array(image: Any) -> np.ndarray:
+def to_array(image: Any) -> np.ndarray:
+    """A Pillow image, grey or in colour, as bytes [H, W, C]."""
     pixels = np.array(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 

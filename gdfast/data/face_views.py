@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from gdfast.data.augment import RandomErase, to_array, to_pillow
 from gdfast.data.faces import FaceSet
 from gdfast.data.loader import Batch
 from gdfast.extras import require
@@ -86,14 +87,12 @@ def change(image: np.ndarray, by: Changes, rng: np.random.Generator) -> np.ndarr
     if by.blur:
         image = _blur(image, by.blur * rng.random())
     image = _light(image, by, rng)
-    if rng.random() < by.erase:
-        image = _erase(image, rng)
-    return image
+    return RandomErase(by.erase)(image, rng)
 
 
 def _move(image: np.ndarray, by: Changes, rng: np.random.Generator) -> np.ndarray:
     """Turned, shifted, scaled and seen askew: four corners are taken from elsewhere."""
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     size = np.array([width, height], dtype=np.float64)
     turn = np.deg2rad(rng.uniform(-by.degrees, by.degrees))
     scale = np.exp(rng.uniform(-1, 1) * np.log1p(by.scale))
@@ -102,19 +101,17 @@ def _move(image: np.ndarray, by: Changes, rng: np.random.Generator) -> np.ndarra
     corners = np.array([[-1, -1], [-1, 1], [1, 1], [1, -1]]) * size / 2  # as Pillow goes round
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     source = corners @ rotation.T * scale + shift + askew + size / 2
+    # What comes in from outside goes on as the edge does: no black wedge tells how it was moved.
+    edge = np.array([width, height]) // 3
+    padded = np.pad(image, [(edge[1],) * 2, (edge[0],) * 2, (0, 0)], mode="edge")
     pillow = require("PIL.Image", "train", "moving images")
-    # What lies outside mirrors what is inside, so that no black wedge tells how it was moved.
-    edge = (height // 3, width // 3)
-    padded = np.pad(image, (edge[:1] * 2, edge[1:] * 2, (0, 0)), mode="edge")
-    picture = pillow.fromarray(padded[:, :, 0] if channels == 1 else padded)
-    coefficients = _perspective(corners + size / 2, source + np.array(edge[::-1]))
-    moved = picture.transform(
+    moved = to_pillow(padded).transform(
         (width, height),
         pillow.Transform.PERSPECTIVE,
-        coefficients,
+        _perspective(corners + size / 2, source + edge),
         pillow.Resampling.BILINEAR,
     )
-    return np.asarray(moved).reshape(height, width, channels)
+    return to_array(moved)
 
 
 def _perspective(corners: np.ndarray, source: np.ndarray) -> list[float]:
@@ -128,10 +125,8 @@ def _perspective(corners: np.ndarray, source: np.ndarray) -> list[float]:
 
 
 def _blur(image: np.ndarray, radius: float) -> np.ndarray:
-    pillow = require("PIL.Image", "train", "blurring images")
     blur = require("PIL.ImageFilter", "train", "blurring images").GaussianBlur(radius)
-    picture = pillow.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    return np.asarray(picture.filter(blur)).reshape(image.shape)
+    return to_array(to_pillow(image).filter(blur))
 
 
 def _light(image: np.ndarray, by: Changes, rng: np.random.Generator) -> np.ndarray:
@@ -149,15 +144,3 @@ def _light(image: np.ndarray, by: Changes, rng: np.random.Generator) -> np.ndarr
         deviation = np.float32(255 * by.noise * rng.random())
         values += deviation * rng.standard_normal(values.shape, dtype=np.float32)
     return values.round().clip(0, 255).astype(np.uint8)
-
-
-def _erase(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Cover a rectangle of 2 to 20 % of the image with one grey level."""
-    height, width, _ = image.shape
-    share, ratio = rng.uniform(0.02, 0.2), np.exp(rng.uniform(-1, 1))
-    tall = min(height, round(np.sqrt(share * ratio) * height))
-    wide = min(width, round(np.sqrt(share / ratio) * width))
-    top, left = rng.integers(0, height - tall + 1), rng.integers(0, width - wide + 1)
-    image = image.copy()
-    image[top : top + tall, left : left + wide] = rng.integers(0, 256)
-    return image

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from gdfast.data import decode
+from gdfast.data.augment import to_array, to_pillow
 from gdfast.data.errors import DataError
 from gdfast.data.problems import DEFAULT_SHARE, Problems
 from gdfast.extras import require
 
 HEIGHT, WIDTH = 112, 92  # of ORL's photographs
+MOST_BYTES = 16 << 30  # 1.6 million of ORL's size, in grey
 _LEAST_PHOTOS = 2  # of a person: one to know the face by, one to recognise
 _NOISE = (".ds_store", "thumbs.db", "desktop.ini")  # what file managers leave behind
 
@@ -100,6 +102,7 @@ def load(
     spec = f"faces:{folder}"
     problems = Problems()
     people = person_folders(folder, spec, problems)
+    check_size(sum(map(len, people.values())), height, width, colour, spec)
     read = Reader(height, width, colour=colour, problems=problems)
     kept: dict[str, list[tuple[Path, np.ndarray]]] = {}
     total = 0
@@ -147,6 +150,18 @@ def person_folders(folder: Path, spec: str, problems: Problems) -> dict[str, lis
     if not people:
         raise DataError(f"data: {spec}: expected a folder for each person, found none")
     return people
+
+
+def check_size(photos: int, height: int, width: int, colour: bool, spec: str) -> None:
+    """Raises:
+    DataError: so many photographs of this size are more than should be held in memory.
+    """
+    size = photos * height * width * (3 if colour else 1)
+    if size > MOST_BYTES:
+        raise DataError(
+            f"data: {spec}: expected at most {MOST_BYTES >> 30} GiB of photographs, all in memory, "
+            f"found {photos:,} of {height} x {width}, {size >> 30} GiB: fewer or smaller ones fit"
+        )
 
 
 def image_files(folder: Path, problems: Problems) -> list[Path]:
@@ -220,13 +235,12 @@ def fit(image: np.ndarray, height: int, width: int, *, keep: float = 1.0) -> np.
     tall, wide = height * scale, width * scale
     top, left = (H - tall) / 2, (W - wide) / 2
     pillow = require("PIL.Image", "train", "scaling images")
-    picture = pillow.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    scaled = picture.resize(
+    scaled = to_pillow(image).resize(
         (width, height),
         pillow.Resampling.BILINEAR,  # with antialiasing, when it makes an image smaller
         box=(left, top, left + wide, top + tall),
     )
-    return np.asarray(scaled).reshape(height, width, -1)
+    return to_array(scaled)
 
 
 def natural(paths: Iterable[Path]) -> list[Path]:

@@ -40,6 +40,7 @@ def load(
     spec = f"lfw:{folder}"
     problems = Problems()
     place, people = find_people(folder, problems)
+    faces.check_size(sum(map(len, people.values())), height, width, colour, spec)
     read = Reader(height, width, colour=colour, problems=problems, keep=_KEEP, copies=True)
     images, owners, names = [], [], []
     classes: list[str] = []

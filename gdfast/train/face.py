@@ -19,6 +19,7 @@ from gdfast.data.loader import Batch
 from gdfast.losses import ArcFaceHead, SoftmaxHead
 from gdfast.metrics import verification
 from gdfast.train import plots_face
+from gdfast.train.errors import SettingsError
 from gdfast.train.face_predict import FacePredictor
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
@@ -81,9 +82,12 @@ class Face(Task):
             "in_channels": 3 if options["colour"] else 1,
             "dropout": options["dropout"],
         }
-        net = models.FaceResNet(**self._network)
         people = int(self.split.train.people.max()) + 1
-        self.model = FaceClassifier(net, _head(net.features, people, options))
+        try:
+            net = models.FaceResNet(**self._network)
+            self.model = FaceClassifier(net, _head(net.features, people, options))
+        except ValueError as error:
+            raise SettingsError(f"train: {error}") from None
         self.source = FaceViews(
             self.split.train,
             Changes().scaled(options["changes"]),
