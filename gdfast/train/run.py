@@ -70,7 +70,7 @@ def train(
     data = _load(settings, download)
     with _joined(settings) as group:
         rng.seed_all(settings.seed)
-        run = _Run(settings, data, group, stream)
+        run = Run(settings, data, group, stream)
         run.board = Board(tensorboard)
         run.start(out)
         return run.finish()
@@ -105,7 +105,7 @@ def resume(
                 f"data: {spec}: expected the data that the run in {path.parent} began with, "
                 "found other images or labels"
             )
-        resumed = _Run(settings, data, stack.enter_context(_joined(settings)), stream)
+        resumed = Run(settings, data, stack.enter_context(_joined(settings)), stream)
         resumed.board = Board(tensorboard)
         resumed.restore(path.parent, content)
         # What goes wrong from here on is not the checkpoint's doing.
@@ -131,13 +131,13 @@ def find_learning_rate(
     data = _load(settings, download)
     with _joined(settings) as group:
         rng.seed_all(settings.seed)
-        run = _Run(settings, data, group, stream)
+        run = Run(settings, data, group, stream)
         run.folder = RunFolder.create(settings.task, out)
         with backends.backend(settings.backend), tuning.recorded(run.choices):
             return find_lr.sweep(run.trainer(), run.folder, run.progress)
 
 
-class _Run:
+class Run:
     """One run: what `train` and `resume` build and take to its end."""
 
     folder: RunFolder
@@ -167,6 +167,9 @@ class _Run:
         self.model = self.task.model
         if settings.backend == REFERENCE:
             gdfast.restore_(self.model)
+        elif group.ranks == 1 or self.device.type == "cpu":
+            # Statistics over several GPUs are another layer's, which cannot be fused.
+            gdfast.swap_(self.model, fuse=True)
         self.model.to(self.device)
         self.optimizer = optimizer.create(make_optimizer, self.model, recipe)
         self.ema = EMA(self.model, recipe.ema) if recipe.ema else None
