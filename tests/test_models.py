@@ -41,6 +41,7 @@ PARAMETERS = {
     "resnet32": 466_906,
     "resnet56": 855_770,
     "mobilenet_v2": 3_504_872,
+    "yolo_lite": 3_270_139,
     "yolo_lite_backbone": 2_358_096,
     "face_resnet": 2_799_712,
 }

@@ -50,7 +50,7 @@ from gdfast.models.cnn import SimpleCNN  # noqa: E402
 from gdfast.models.face import FaceResNet  # noqa: E402
 from gdfast.models.mobilenet import MobileNetV2  # noqa: E402
 from gdfast.models.resnet import CifarResNet, ResNet  # noqa: E402
-from gdfast.models.yolo_lite import YoloLiteBackbone  # noqa: E402
+from gdfast.models.yolo_lite import YoloLite, YoloLiteBackbone  # noqa: E402
 
 __all__ = [
     "CifarResNet",
@@ -58,6 +58,7 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "SimpleCNN",
+    "YoloLite",
     "YoloLiteBackbone",
     "create",
     "names",

@@ -1,6 +1,8 @@
-"""YOLO-lite's backbone: 3x3 convolutions alone, from the image down to a grid of its 32nd part."""
+"""YOLO-lite: a backbone of 3x3 convolutions, and the detector of less than 5 M parameters on it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from torch.nn import init
 
 from gdfast import nn
 from gdfast.models import register
+from gdfast.models.yolo_head import Head, Neck
 
 _SLOPE = 0.1  # of LeakyReLU, as in all of YOLO's own networks
 
@@ -75,6 +78,54 @@ class BackboneClassifier(nn.Module):
         """Logits [N, num_classes] of images [N, in_channels, H, W]."""
         coarsest = self.backbone(x)[-1]
         return self.fc(F.adaptive_avg_pool2d(coarsest, 1).flatten(1))
+
+
+class YoloLite(nn.Module):
+    """Finds boxes: the backbone, a top-down neck, and a head at each of `strides`.
+
+    Images [N, in_channels, H, W] to one map [N, 5 + num_classes, ceil(H / s), ceil(W / s)] for each
+    stride s, finest first. Every cell holds, in this order: the logarithms of the distances from
+    its centre to a box's left, top, right and bottom edge, in strides; the logit of the confidence
+    that there is such a box; a logit for each class. `gdfast.models.yolo_head.decode` turns
+    the maps into boxes in pixels.
+
+    Raises:
+        ValueError: strides other than some of 8, 16, 32, or no classes.
+    """
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, strides: Sequence[int] = (8, 16, 32)
+    ) -> None:
+        super().__init__()
+        known = YoloLiteBackbone.strides
+        if not strides or list(strides) != [stride for stride in known if stride in strides]:
+            raise ValueError(
+                f"yolo_lite: strides: expected some of {known}, ascending, got {strides}"
+            )
+        if num_classes < 1:
+            raise ValueError(f"yolo_lite: num_classes: expected 1 or more, got {num_classes}")
+        self.num_classes = num_classes
+        self.strides = tuple(strides)
+        self.backbone = YoloLiteBackbone(in_channels=in_channels)
+        first = known.index(self.strides[0])
+        self.neck = Neck(self.backbone.channels[first:], slope=_SLOPE)
+        self._levels = [known.index(stride) - first for stride in self.strides]
+        self.heads = nn.ModuleList(
+            Head(self.neck.channels[level], num_classes, slope=_SLOPE) for level in self._levels
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The maps, finest first."""
+        maps = self.neck(self.backbone(x)[-len(self.neck.channels) :])
+        return [head(maps[level]) for head, level in zip(self.heads, self._levels, strict=True)]
+
+
+@register("yolo_lite")
+def yolo_lite(
+    *, num_classes: int = 20, in_channels: int = 3, strides: Sequence[int] = (8, 16, 32)
+) -> nn.Module:
+    """The detector."""
+    return YoloLite(num_classes, in_channels, strides)
 
 
 @register("yolo_lite_backbone")
