@@ -34,5 +34,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_conv2d(m);
   bind_max_pool2d(m);
   bind_memory(m);
+  bind_nms(m);
   bind_sgd(m);
 }
