@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gdfast.data import decode, digits, faces, folder, identities, lfw, mnist
+from gdfast.data import boxes, decode, digits, faces, folder, identities, lfw, mnist
 from gdfast.data.errors import DataError
 from gdfast.data.images import ImageData
 from gdfast.data.problems import Problems
@@ -105,7 +105,18 @@ def _photographs(people: dict[str, list[Path]]) -> tuple[list[Path], str]:
     return paths, f"{len(paths):,} photographs of {len(people):,} people"
 
 
-def _summary(data: ImageData) -> str:
+def _boxes(kind: str) -> Reader:
+    def read(where: str, problems: Problems) -> tuple[list[Path], str]:
+        data = boxes.read(f"{kind}:{where}" if where else kind, problems)
+        records = [*data.train, *data.test]
+        paths = [record.path for record in records if record.image is None]
+        count = sum(len(record.boxes) for record in records)
+        return paths, f"{_summary(data)}; {count:,} boxes"
+
+    return read
+
+
+def _summary(data: ImageData | boxes.Detections) -> str:
     return (
         f"{len(data.train):,} images to train on, {len(data.test):,} to test, "
         f"{len(data.classes)} classes: {', '.join(data.classes[:20])}"
@@ -128,4 +139,5 @@ READERS: dict[str, Reader] = {
     "identities": _identities,
     "faces": _faces,
     "lfw": _lfw,
+    **{kind: _boxes(kind) for kind in boxes.KINDS},
 }
