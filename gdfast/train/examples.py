@@ -7,10 +7,11 @@ from collections.abc import Callable
 import numpy as np
 
 import gdfast.data
-from gdfast.data import augment, face_data
+from gdfast.data import augment, boxes, face_data
 from gdfast.data.classified import Classified, Shape
 from gdfast.data.face_views import Changes, change
 from gdfast.data.images import ImageSet
+from gdfast.train.detections import draw
 
 _SIDE = 160
 # Of other tasks' data: gives rows of pictures for a spec, a number of columns and a seed.
@@ -57,4 +58,17 @@ def _face_rows(spec: str, columns: int, seed: int) -> dict[str, list[np.ndarray]
     return {"as it is": list(chosen), **views}
 
 
-OTHERS: dict[str, Rows] = dict.fromkeys(face_data.KINDS, _face_rows)
+def _box_rows(spec: str, columns: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """Annotated images with their boxes."""
+    data = boxes.load(spec)
+    samples = boxes.examples(data, boxes.canvas_for(data.train, 2 * _SIDE), columns, seed)
+    return {
+        name: [draw(each.image, each.boxes, each.classes, data.classes) for each in row]
+        for name, row in samples.items()
+    }
+
+
+OTHERS: dict[str, Rows] = {
+    **dict.fromkeys(face_data.KINDS, _face_rows),
+    **dict.fromkeys(boxes.KINDS, _box_rows),
+}

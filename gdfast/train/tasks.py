@@ -160,6 +160,41 @@ TASKS: dict[str, TaskInfo] = {
             ),
         },
     ),
+    "yolo": TaskInfo(
+        summary="YOLO-lite, a small network that finds objects and the boxes around them",
+        data="scenes",
+        data_help=(
+            "scenes (1,200 drawn here of scikit-learn's digits), voc:DIR (Pascal VOC: Annotations, "
+            "JPEGImages, ImageSets/Main), coco:JSON,IMAGES (or two such pairs) or yolo:YAML"
+        ),
+        recipes={
+            "default": Recipe(
+                lr=0.03, weight_decay=5e-4, nesterov=True, batch_size=8, ema=0.998, clip=10.0
+            )
+        },
+        kind="gdfast.train.detect:Detect",
+        options={
+            "size": Option(
+                0,
+                "longer side of the model's input in pixels, rounded up to 32s (0: as the images, "
+                "320 at most)",
+                minimum=0,
+            ),
+            "strides": Option(
+                "8,16,32",
+                "of the cells that look for boxes; coarse ones alone are faster",
+                choices=("8,16,32", "16,32", "8,16", "8", "16", "32"),
+            ),
+            "flips": Option(
+                "auto",
+                "mirror images to train on; all: quarter turns too; auto goes by the data",
+                choices=("auto", "none", "horizontal", "all"),
+            ),
+            "mosaic": Option(0.5, "share of the training images made of four", minimum=0),
+            "mixup": Option(0.05, "share of the others blended with one more", minimum=0),
+            "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0),
+        },
+    ),
 }  # fmt: skip
 
 
