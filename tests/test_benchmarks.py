@@ -6,7 +6,8 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +83,32 @@ def test_convergence_compares_three_trainings(
     losses = [values["loss"] for (values,) in runs.values()]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
     assert "native's range" in capsys.readouterr().out
+
+
+def test_orl_compares_trainings_with_pixels(
+    test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    orl = _script("orl")
+    asked = []
+
+    def train(settings: Any, out: Path) -> SimpleNamespace:
+        asked.append((settings.seed, settings.options["protocol"], settings.options.get("fold")))
+        auc = 0.9 + 0.01 * settings.options.get("fold", 0)
+        return SimpleNamespace(metrics={"rank1": 1, "auc": auc, "eer": 0, "tar": 1, "seconds": 2})
+
+    monkeypatch.setattr(orl, "train", train)
+    folder = str(test_data / "orl_faces")
+    monkeypatch.setattr(sys, "argv", ["orl.py", folder, "--seeds", "2", "--out", str(tmp_path)])
+    assert orl.main() == 0
+    each = [("identify", None), *(("verify", fold) for fold in (1, 2, 3, 4))]
+    assert asked == [(seed, *run) for seed in (0, 1) for run in each]
+    (path,) = tmp_path.glob("*-orl.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["verify seed 1"]["auc"] == pytest.approx(0.925)
+    assert [row["auc"] for row in rows["verify seed 0"]["folds"]] == pytest.approx(
+        [0.91, 0.92, 0.93, 0.94]
+    )
+    # What anything learned has to beat.
+    assert rows["pixels identify"]["rank1"] == pytest.approx(0.885)
+    assert rows["pixels verify"]["auc"] == pytest.approx(0.9326, abs=1e-4)
+    assert "verify seed 1         rank1 1.0000  auc 0.9250" in capsys.readouterr().out
