@@ -1,7 +1,8 @@
 """Builds the compiled modules with CMake and Ninja; everything else is in pyproject.toml.
 
 Environment: CXX, CUDACXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST as usual; FORCE_CUDA=1 makes a missing
-nvcc an error; GDFAST_NO_CUDA=1 (or FORCE_CUDA=0) leaves the CUDA module out.
+nvcc an error; GDFAST_NO_CUDA=1 (or FORCE_CUDA=0) leaves the CUDA module out; GDFAST_BASELINE_ONLY=1
+leaves out the AVX2 and AVX-512 kernels, as on other processors.
 """
 
 import sys
@@ -131,12 +132,14 @@ class BuildModules(build_ext):
         import pybind11
 
         cuda = cuda_options()
+        baseline_only = os.environ.get("GDFAST_BASELINE_ONLY", "0") != "0"
+        options = [*cuda, f"-DGDFAST_BASELINE_ONLY={'ON' if baseline_only else 'OFF'}"]
         # Kept between installs, so that only what changed is compiled again.
         flavour = "cuda" if "-DGDFAST_CUDA=ON" in cuda else "cpu"
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{flavour}"
         # What CMake cannot change in a folder that it has configured before.
         fixed = "\n".join(
-            [str(ROOT), os.environ.get("CXX", ""), os.environ.get("CXXFLAGS", ""), *cuda]
+            [str(ROOT), os.environ.get("CXX", ""), os.environ.get("CXXFLAGS", ""), *options]
         )
         configured_for = folder / "configured_for.txt"
         if folder.exists() and not (
@@ -153,7 +156,7 @@ class BuildModules(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            *cuda,
+            *options,
         )  # fmt: skip
         run_cmake("--build", str(folder))
         for extension in self.extensions:
