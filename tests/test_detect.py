@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gdfast.data import boxes
+from gdfast.data import DataError, boxes
 from gdfast.data.boxes import BoxSource
 from gdfast.metrics import Found
 from gdfast.models.yolo_head import decode
@@ -168,10 +169,15 @@ def test_bad_images_are_left_out_and_counted(spec: str, tmp_path: Path) -> None:
     for name in ("train/images/train3.png", "val/images/val2.png"):
         (root / name).write_bytes((root / name).read_bytes()[:500])  # truncated
     settings = Settings(
-        task="yolo", data=f"yolo:{root}/data.yaml", recipe=Recipe(lr=0.01, batch_size=8, epochs=1)
+        task="yolo",
+        data=f"yolo:{root}/data.yaml",
+        recipe=Recipe(lr=0.01, batch_size=8, epochs=1),
+        max_bad=0.2,
     )
     result = train(settings, out=tmp_path / "run", stream=io.StringIO())
     assert result.metrics["skipped_images"] == 1 and result.metrics["test_images"] == 6
+    with pytest.raises(DataError, match=r"at most 1.0% bad items, found 1 of .*val2\.png"):
+        train(replace(settings, max_bad=0.01), out=tmp_path / "again", stream=io.StringIO())
 
 
 def test_the_source_reads_what_does_not_fit_in_memory(spec: str) -> None:

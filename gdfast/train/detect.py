@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gdfast import models
 from gdfast.data import boxes
+from gdfast.data.boxes.records import Record
 from gdfast.data.boxes.source import (
     Augmentation,
     BoxSource,
@@ -47,7 +49,8 @@ class Detect(Task):
         return boxes.load(settings.data, max_bad=settings.max_bad)
 
     def __init__(self, settings: Settings, data: boxes.Detections) -> None:
-        recipe, options = settings.descent, settings.options
+        options = settings.options
+        self.settings = settings
         self.data = data
         self.title = f"{settings.task} on {data.name}, seed {settings.seed}"
         self.canvas = _canvas(data, options["size"])
@@ -57,18 +60,29 @@ class Detect(Task):
         self.model = models.create("yolo_lite", **self.model_options).to(
             memory_format=torch.channels_last  # type: ignore[call-overload]
         )
-        self.loss_fn = YoloLoss(self.strides, label_smoothing=recipe.label_smoothing)
-        epochs = recipe.epochs or data.epochs
+        self.loss_fn = YoloLoss(self.strides, label_smoothing=settings.descent.label_smoothing)
+        self._test = Loader(self._source(data.test), _EVALUATION_BATCH, device=settings.device)
+
+    @functools.cached_property
+    def source(self) -> BoxSource:  # type: ignore[override]
+        """The training images, augmented; read when first asked for, as measuring needs none."""
+        options = self.settings.options
+        epochs = self.settings.descent.epochs or self.epochs
         augmentation = Augmentation(
-            flips=data.flips if options["flips"] == "auto" else options["flips"],
+            flips=self.data.flips if options["flips"] == "auto" else options["flips"],
             mosaic=options["mosaic"],
             mixup=options["mixup"],
+            scale=options["scale"],
             closed=math.floor(epochs * (1 - options["close"])),
         )
-        self.source = BoxSource(data.train, self.canvas, augmentation)
-        self._test = Loader(
-            BoxSource(data.test, self.canvas), _EVALUATION_BATCH, device=settings.device
-        )
+        return self._source(self.data.train, augmentation)
+
+    def _source(
+        self, records: Sequence[Record], augmentation: Augmentation | None = None
+    ) -> BoxSource:
+        source = BoxSource(records, self.canvas, augmentation)
+        source.problems.refuse_beyond(self.settings.max_bad, len(records), self.data.name)
+        return source
 
     @property
     def epochs(self) -> int:

@@ -190,6 +190,10 @@ TASKS: dict[str, TaskInfo] = {
                 "mirror images to train on; all: quarter turns too; auto goes by the data",
                 choices=("auto", "none", "horizontal", "all"),
             ),
+            "scale": Option(
+                1.5, "most that training images grow or shrink; less where all objects of a kind "
+                "are of one size", minimum=1,
+            ),
             "mosaic": Option(0.5, "share of the training images made of four", minimum=0),
             "mixup": Option(0.05, "share of the others blended with one more", minimum=0),
             "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0),

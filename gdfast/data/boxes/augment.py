@@ -74,7 +74,7 @@ class Affine:
     """
 
     canvas: tuple[int, int]
-    scale: tuple[float, float] = (0.6, 1.6)
+    scale: tuple[float, float] = (0.67, 1.5)
     stretch: float = 0.1
     shift: float = 0.15
 
@@ -98,7 +98,7 @@ class Mosaic:
     """
 
     canvas: tuple[int, int]
-    scale: tuple[float, float] = (0.5, 1.2)
+    scale: tuple[float, float] = (0.67, 1.22)
     border: float = 0.3
 
     def __call__(self, samples: Sequence[Sample], rng: np.random.Generator) -> Sample:

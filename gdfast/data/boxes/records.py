@@ -15,7 +15,7 @@ from gdfast.data.problems import Problems
 
 # Tools round, and cut objects off a little beyond the edge: that much of a side is clipped.
 _BEYOND = 0.02
-MOST_BOXES = 10_000
+MOST_BOXES = 1000
 """Of one image: more are no annotation, and every one costs memory in training."""
 
 

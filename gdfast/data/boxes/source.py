@@ -12,6 +12,7 @@ from gdfast.data.boxes.augment import GREY, Affine, Colour, Flip, Mixup, Mosaic,
 from gdfast.data.boxes.records import Record, Sample
 from gdfast.data.errors import DataError
 from gdfast.data.loader import Batch
+from gdfast.data.problems import Problems
 from gdfast.extras import require
 
 _CACHE_BYTES = 1 << 30
@@ -23,13 +24,13 @@ FLIPS = ("none", "horizontal", "all")
 class Augmentation:
     """How a training image comes about: with probability `mosaic` of four others, else alone and
     with probability `mixup` blended with one more. From epoch `closed` on neither happens, so
-    that the last epochs show images as they are."""
+    that the last epochs show whole images. `scale` is the most by which they grow or shrink."""
 
     flips: str = "horizontal"
     mosaic: float = 0.5
     mixup: float = 0.05
     closed: int = 0
-    scale: tuple[float, float] = (0.6, 1.6)
+    scale: float = 1.5
 
 
 class BoxSource:
@@ -38,7 +39,8 @@ class BoxSource:
     An item is an index and a Sample; a batch has images [N, 3, H, W] and as targets a list of
     boxes [N, M, 4] in pixels of the canvas, classes [N, M] (-1 in rows that only fill up), and
     indices [N]. Without `augmentation`, images are letterboxed. Images are held scaled to the
-    canvas, as bytes, as long as all of them take at most `cache` bytes.
+    canvas, as bytes, as long as all of them take at most `cache` bytes; then `problems` has those
+    that cannot be read.
     """
 
     def __init__(
@@ -52,14 +54,16 @@ class BoxSource:
         self.records = records
         self.canvas = canvas
         self.augmentation = augmentation
+        self.problems = Problems()
         self._held: dict[int, Sample] = {}
         self._usable: Sequence[int] = range(len(records))
         if sum(_fitted(record.size, canvas).bytes for record in records) <= cache:
             for index in range(len(records)):
                 try:
                     self._held[index] = self._fit(index)
-                except DataError:
-                    continue  # `item` meets it again, and the loader counts it
+                except DataError as error:  # `item` meets it again, and the loader counts it
+                    path = records[index].path
+                    self.problems.add(path, str(error).removeprefix(f"data: {path}: "))
             self._usable = list(self._held)
         self._steps: list[Callable[[Sample, np.random.Generator], Sample]] = []
         if augmentation is not None:
@@ -77,9 +81,10 @@ class BoxSource:
         if opened and rng.random() < how.mosaic:
             samples = [self._mirrored(index, rng)]
             samples += [self._mirrored(int(other), rng) for other in self._others(3, rng)]
-            sample = Mosaic(self.canvas)(samples, rng)
+            # Only a part of each image shows: they are enlarged less, to show the more.
+            sample = Mosaic(self.canvas, (1 / how.scale, how.scale**0.5))(samples, rng)
         else:
-            affine = Affine(self.canvas, how.scale)
+            affine = Affine(self.canvas, (1 / how.scale, how.scale))
             sample = affine(self._mirrored(index, rng), rng)
             if opened and rng.random() < how.mixup:
                 other = self._mirrored(int(self._others(1, rng)[0]), rng)
