@@ -12,7 +12,7 @@ from face_files import Image, write_people
 from gdfast.data import decode, faces, identities, lfw
 from gdfast.data.errors import DataError
 from gdfast.data.face_splits import split
-from gdfast.data.face_views import Changes, FaceViews, change
+from gdfast.data.face_views import Changes, FaceViews, change, with_mirrors
 from gdfast.data.faces import FaceData, FaceSet, fit, natural_key
 from gdfast.data.problems import Problems
 
@@ -290,6 +290,15 @@ def test_views_show_every_photograph_as_often_and_fill_the_last_batch() -> None:
     assert batch.images.shape == (2, 1, 56, 46)
     np.testing.assert_allclose(batch.images[1, 0], photos.images[5, :, :, 0] / 255, rtol=1e-6)
     assert batch.targets.tolist() == [0, 1]
+
+
+def test_mirror_images_are_other_people() -> None:
+    photos = identities.render(2, 3, height=56, width=46, seed=1)
+    both = with_mirrors(photos)
+    np.testing.assert_array_equal(both.images[:6], photos.images)
+    np.testing.assert_array_equal(both.images[6:], photos.images[:, :, ::-1])
+    assert both.people.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert len(both.names) == 12
 
 
 def test_views_differ_and_come_from_their_generator_alone() -> None:

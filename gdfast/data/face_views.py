@@ -74,6 +74,20 @@ class FaceViews:
         return Batch(to_tensor(np.stack(images)), torch.tensor(people))
 
 
+def with_mirrors(photos: FaceSet) -> FaceSet:
+    """The photographs and their mirror images, which count as those of as many other people.
+
+    No face is quite symmetric, so an embedding can tell a person from their mirror image, and with
+    few people to learn from, twice as many teach it to look more closely.
+    """
+    others = photos.people + 1 + photos.people.max()
+    return FaceSet(
+        np.concatenate([photos.images, photos.images[:, :, ::-1]]),
+        np.concatenate([photos.people, others]),
+        photos.names + tuple(f"{name} mirrored" for name in photos.names),
+    )
+
+
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     """Bytes [N, H, W, C] as float32 [N, C, H, W] in 0 to 1."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(255)

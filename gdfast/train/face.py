@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from gdfast import face, models
 from gdfast.data import face_data
 from gdfast.data.face_splits import split
-from gdfast.data.face_views import Changes, FaceViews
+from gdfast.data.face_views import Changes, FaceViews, with_mirrors
 from gdfast.data.faces import FaceData
 from gdfast.data.loader import Batch
 from gdfast.losses import ArcFaceHead, SoftmaxHead
@@ -26,7 +27,8 @@ from gdfast.train.recipe import Settings
 from gdfast.train.task import Task
 
 MODEL = "face_resnet"
-_VIEWS = 96_000  # until the embedding no longer gets better
+_EPOCH = 3_200  # views of an epoch, if the photographs are fewer
+_VIEWS = 32_000  # until the embedding of few people no longer gets better
 
 
 class FaceClassifier(nn.Module):
@@ -82,23 +84,26 @@ class Face(Task):
             "in_channels": 3 if options["colour"] else 1,
             "dropout": options["dropout"],
         }
-        people = int(self.split.train.people.max()) + 1
+        train, changes = self.split.train, Changes().scaled(options["changes"])
+        if options["mirrors"]:
+            train, changes = with_mirrors(train), replace(changes, flip=0.0)
+        people = int(train.people.max()) + 1
         try:
             net = models.FaceResNet(**self._network)
             self.model = FaceClassifier(net, _head(net.features, people, options))
         except ValueError as error:
             raise SettingsError(f"train: {error}") from None
         self.source = FaceViews(
-            self.split.train,
-            Changes().scaled(options["changes"]),
-            views=options["views"],
+            train,
+            changes,
+            views=options["views"] or max(1, round(_EPOCH / len(train))),
             batch_size=recipe.batch_size,
         )
 
     @property
     def epochs(self) -> int:
-        """Enough for about 3,000 batches of 32."""
-        return max(1, round(_VIEWS / len(self.source)))
+        """As many as few photographs need, or 20 views of each of many."""
+        return max(1, round(max(_VIEWS, 20 * len(self.split.train)) / len(self.source)))
 
     def sizes(self) -> tuple[int, int]:
         """How many photographs train, and how many are in the pairs of the test."""

@@ -152,8 +152,14 @@ TASKS: dict[str, TaskInfo] = {
             "height": Option(112, "height that images are brought to", minimum=16),
             "width": Option(92, "width that images are brought to", minimum=16),
             "colour": Option(False, "see colours, not only grey"),
+            "mirrors": Option(
+                True, "count mirror images as other people, so that there are twice as many"
+            ),
             "views": Option(
-                10, "how often an epoch shows a photograph, each time altered", minimum=1
+                0,
+                "how often an epoch shows a photograph, each time altered (0: so that it has 3,200 "
+                "views or more)",
+                minimum=0,
             ),
             "changes": Option(
                 1.0, "how strongly photographs are altered; 0: not at all", minimum=0
