@@ -2,10 +2,11 @@
 
 cpu        our kernels for x86 and other processors
 cuda       our kernels for NVIDIA GPUs
+triton     our kernels for GPUs in Triton's language
 reference  native PyTorch ("native" is another name for it); it takes everything
 """
 
-from gdfast.backends import cpu, cuda, reference, tuning
+from gdfast.backends import cpu, cuda, reference, triton_backend, tuning
 from gdfast.backends import precision as _precision
 from gdfast.backends.precision import is_strict, precision
 from gdfast.backends.registry import (
@@ -46,7 +47,7 @@ __all__ = [
     "tuning",
 ]
 
-for _module in (cpu, cuda, reference):
+for _module in (cpu, cuda, triton_backend, reference):
     register(_module.BACKEND)
 choose_from_environment()
 _precision.choose_from_environment()

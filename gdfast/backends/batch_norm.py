@@ -12,6 +12,7 @@ bias and residual, None where not wanted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -149,6 +150,75 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
         if want_residual and hands_on:
             grad_residual = grad_output
         return grad_input, grad_weight, grad_bias, grad_residual
+
+    return kernel
+
+
+def _triton_problem(query: BatchNormQuery) -> Any:
+    from gdfast.backends.triton.bind_batch_norm import Problem
+
+    return Problem(
+        query.size, query.channels_last, query.dtype, query.param_dtype, query.device,
+        query.training, query.eps, query.activation, query.negative_slope,
+        query.pre_activation,
+    )  # fmt: skip
+
+
+def triton(query: BatchNormQuery) -> Forward:
+    """The Triton kernels for one shape; input has the strides of the query."""
+    from gdfast.backends.triton.bind_batch_norm import bind_forward
+
+    problem, training = _triton_problem(query), query.training
+
+    @cache
+    def bound(*present: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        return bind_forward(problem, *present)
+
+    def kernel(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, residual: Tensor | None, momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        if residual is not None:
+            residual = _laid_out(residual, query)
+        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
+        run = bound(
+            weight is not None, bias is not None, residual is not None, running_mean is not None
+        )
+        results = run(
+            input, _packed(weight), _packed(bias), residual, packed_mean, packed_var, momentum
+        )
+        if training:
+            _written(running_mean, packed_mean)
+            _written(running_var, packed_var)
+        return results
+
+    return kernel
+
+
+def triton_backward(query: BatchNormQuery) -> Backward:
+    """The Triton kernels for the gradients; input has the strides of the query."""
+    from gdfast.backends.triton.bind_batch_norm import bind_backward
+
+    problem, hands_on = _triton_problem(query), query.activation == "none"
+
+    @cache
+    def bound(*present: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+        return bind_backward(problem, *present)
+
+    def kernel(
+        grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+        other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        want_input, want_weight, want_bias, want_residual = wanted
+        run = bound(
+            weight is not None, bias is not None,
+            (want_input, want_weight, want_bias, want_residual and not hands_on),
+        )  # fmt: skip
+        *gradients, grad_residual = run(
+            _laid_out(grad_output, query), input, _packed(weight), _packed(bias),
+            None if other is None else _laid_out(other, query), mean, invstd,
+        )  # fmt: skip
+        return *gradients, grad_output if want_residual and hands_on else grad_residual
 
     return kernel
 

@@ -7,6 +7,7 @@ of memory, a gradient and a momentum buffer in the order of their parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,30 @@ def cuda(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at:
         _increment_versions(params, grads, momenta, hyper)
     else:
         reference(params, grads, momenta, hyper)
+
+
+def triton(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at: Memory) -> None:
+    """Runs the Triton kernel on the current stream. Nothing waits for the GPU."""
+    from gdfast.backends.triton import bind_sgd
+
+    like = params[0]
+    if _share_memory((*at.params,), (*at.numels,), like.element_size()):
+        reference(params, grads, momenta, hyper)
+        return
+    lr, grad_scale, found_inf = (
+        value.to(like.device, torch.float32) if isinstance(value, Tensor) else value
+        for value in (hyper.lr, hyper.grad_scale, hyper.found_inf)
+    )
+    settings = bind_sgd.Settings(*hyper._replace(lr=lr, grad_scale=grad_scale, found_inf=found_inf))
+    bind_sgd.update(like, at.params, addresses(grads), at.momenta, at.numels, settings)
+    _increment_versions(params, grads, momenta, hyper)
+
+
+@lru_cache(maxsize=64)
+def _share_memory(starts: tuple[int, ...], numels: tuple[int, ...], itemsize: int) -> bool:
+    """Whether two of the stretches overlap: programs would update it at the same time."""
+    stretches = sorted((a, a + n * itemsize) for a, n in zip(starts, numels, strict=True) if n)
+    return any(a[1] > b[0] for a, b in zip(stretches, stretches[1:], strict=False))
 
 
 def reference(

@@ -1,0 +1,395 @@
+"""The kernels of one convolution: for a geometry, strides and a tile, functions of tensors.
+
+Offsets are of 32 bits: a batch whose tensors are larger is run in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast.backends.triton import (
+    conv2d,
+    conv2d_grad_input,
+    conv2d_grad_weight,
+    depthwise,
+    depthwise_grad_input,
+    depthwise_grad_weight,
+    launch,
+    sum_splits,
+    tiles,
+)
+from gdfast.backends.triton.launch import INTERPRETED, Launch
+from gdfast.backends.triton.precision import PASSES
+from gdfast.backends.triton.tiles import Product, Tile
+from gdfast.geometry import Conv2dGeometry
+
+Strides = tuple[int, ...]
+_MOST = 2**31 - 1
+_FEW = 16  # channels: with fewer, a step takes several taps
+_MOST_COPIES = 8  # filters of one channel that the depthwise kernels unroll
+_MOST_WIDTH = 32  # columns of a filter, likewise
+_MOST_PHASES = 65535  # and groups: a grid's second axis
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One convolution as kernels see it; `strides` are those of input, weight and output."""
+
+    geometry: Conv2dGeometry
+    strides: tuple[Strides, Strides, Strides]
+    dtype: torch.dtype
+    device: torch.device
+    precision: str  # for tl.dot
+
+    @property
+    def is_depthwise(self) -> bool:
+        g = self.geometry
+        return g.groups == g.C > 1 and g.K <= _MOST_COPIES * g.C and g.S <= _MOST_WIDTH
+
+    @property
+    def channels(self) -> int:
+        """Input channels of one group."""
+        return self.geometry.C // self.geometry.groups
+
+    @property
+    def filters(self) -> int:
+        """Filters of one group."""
+        return self.geometry.K // self.geometry.groups
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        # A step over nothing may be larger than what kernels count with: they get 1 in its place.
+        g = self.geometry
+        return g.stride[0] if g.P > 1 else 1, g.stride[1] if g.Q > 1 else 1
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        g = self.geometry
+        return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """Phases of the stride that have pixels."""
+        return min(self.stride[0], self.geometry.H), min(self.stride[1], self.geometry.W)
+
+    @property
+    def upcast(self) -> bool:
+        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        return INTERPRETED and self.dtype == torch.bfloat16
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """Rows of one image's matrix products: of forward, grad_input's phase and grad_weight."""
+        g = self.geometry
+        of_phase = ceil(g.H / self.stride[0]) * ceil(g.W / self.stride[1])
+        return g.P * g.Q, of_phase, g.P * g.Q
+
+    @cached_property
+    def images(self) -> int:
+        """The most images that 32 bits reach in every tensor; 0 if not even one."""
+        g = self.geometry
+        most = _MOST // max(self.rows)
+        top, left, below, right = g.padding
+        padded = g.N, g.C, g.H + top + below, g.W + left + right
+        for size, strides in ((padded, self.strides[0]), (g.output_size, self.strides[2])):
+            rest = sum((n - 1) * s for n, s in zip(size[1:], strides[1:], strict=True))
+            if rest > _MOST:
+                return 0
+            most = min(most, (_MOST - rest) // max(1, strides[0]) + 1)
+        return most
+
+    def why_not(self) -> str:
+        """Why the kernels do not take it, or ""."""
+        g = self.geometry
+        weight = sum((n - 1) * s for n, s in zip(g.weight_size, self.strides[1], strict=True))
+        if self.images == 0 or max(weight, prod(g.weight_size)) > _MOST:
+            return "it takes images and weights of less than 2^31 elements"
+        if prod(self.phases) * g.groups > _MOST_PHASES:
+            return f"it takes at most {_MOST_PHASES} groups times phases of the stride"
+        return ""
+
+    def parts(self) -> Iterator[tuple[int, Problem]]:
+        """The problem in parts that 32 bits reach, each with the number of its first image."""
+        for first in range(0, self.geometry.N, self.images):
+            count = min(self.images, self.geometry.N - first)
+            yield first, replace(self, geometry=replace(self.geometry, N=count))
+
+    def product(self, op: str) -> Product:
+        """The matrix product that a pass is."""
+        g, C, K = self.geometry, self.channels, self.filters
+        forward, phase, _ = self.rows
+        if op == "conv2d":
+            runs, depth = (1, C * g.R * g.S) if C < _FEW else (g.R * g.S, C)
+            return Product(g.groups, g.N * forward, K, runs, depth)
+        if op == "conv2d_grad_input":
+            phases = prod(self.phases)
+            runs_of_phase = g.R * g.S / prod(self.stride)
+            return Product(g.groups * phases, g.N * phase, C, runs_of_phase, K)
+        if C < _FEW:
+            return Product(g.groups, K, C * g.R * g.S, 1, g.N * forward, split=True)
+        return Product(g.groups * g.R * g.S, K, C, 1, g.N * forward, split=True)
+
+    def candidates(self, op: str) -> list[Tile]:
+        """A few tiles for one pass, the one expected to be fastest first; none for depthwise."""
+        if self.is_depthwise:
+            return []
+        passes = PASSES[self.precision] if self.dtype == torch.float32 else 1
+        where = launch.gpu(self.device)
+        return tiles.candidates(self.product(op), self.dtype.itemsize, where, passes)
+
+    def sizes(self, channels: int, filters: int) -> tuple[int, ...]:
+        g = self.geometry
+        return channels, filters, g.H, g.W, g.P, g.Q, g.R, g.S
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """stride, padding and dilation, as the kernels take them."""
+        return (*self.stride, *self.geometry.padding[:2], *self.dilation)
+
+    def phase_steps(self) -> tuple[int, ...]:
+        """The numbers of phases, and the steps of taps and outputs within one."""
+        pairs = tuple(zip(self.stride, self.dilation, strict=True))
+        taps = tuple(stride // gcd(stride, dilation) for stride, dilation in pairs)
+        outputs = tuple(dilation // gcd(stride, dilation) for stride, dilation in pairs)
+        return *self.phases, *taps, *outputs
+
+    def digits(self, step: int) -> tuple[int, int, int]:
+        """A step of positions as images, rows and columns."""
+        P, Q = self.geometry.P, self.geometry.Q
+        return step // (P * Q), step // Q % P, step % Q
+
+
+def bind_forward(
+    problem: Problem, tile: Tile | None, activation: str = "none", negative_slope: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """act(conv2d(input, weight, bias)); `tile` is one of the candidates, None for depthwise."""
+    launches = {
+        with_bias: [
+            (first, _forward(part, tile, with_bias, activation, negative_slope))
+            for first, part in problem.parts()
+        ]
+        for with_bias in (False, True)
+    }
+    size, strides = problem.geometry.output_size, problem.strides[2]
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        if bias is not None:
+            bias = bias.contiguous()
+        for first, launch in launches[bias is not None]:
+            # The kernel reads no bias where there is none: any tensor takes its place.
+            launch(_from(input, first), weight, weight if bias is None else bias,
+                   _from(output, first))  # fmt: skip
+        return output
+
+    return kernel
+
+
+def _from(images: Tensor, first: int) -> Tensor:
+    return images[first:] if first else images
+
+
+def _forward(
+    problem: Problem, tile: Tile | None, with_bias: bool, activation: str, slope: float
+) -> Launch:
+    g, (x, w, y) = problem.geometry, problem.strides
+    rows = g.N * g.P * g.Q
+    ending = {"BIAS": with_bias, "ACTIVATION": activation}
+    if tile is None:
+        m, n, warps = _depthwise_tile(g.K)
+        settings = {
+            "S": g.S, "MULTIPLIER": g.K // g.C, **ending, "BLOCK_M": m, "BLOCK_N": n,
+        }  # fmt: skip
+        numbers = (
+            rows, g.K, g.H, g.W, g.P, g.Q, g.R, *x, w[0], *w[2:], *y, *problem.steps, slope,
+        )  # fmt: skip
+        grid = ceil(rows / m), ceil(g.K / n)
+        kernel = depthwise.depthwise_kernel
+        return Launch(kernel, grid, problem.device, numbers, settings, warps)
+    C, K = problem.channels, problem.filters
+    settings = {
+        "PADDED": any(g.padding), "FOLD": C < _FEW, "EVEN": C % tile.k == 0, **ending,
+        "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
+    }  # fmt: skip
+    numbers = rows, *problem.sizes(C, K), *x, *w, *y, *problem.steps, slope
+    grid = (ceil(rows / tile.m) * ceil(K / tile.n) * g.groups,)
+    return Launch(
+        conv2d.conv2d_kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages
+    )
+
+
+def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The gradient in the input from those in the output and the weight."""
+    launches = [(first, _grad_input(part, tile)) for first, part in problem.parts()]
+    size, strides = problem.geometry.input_size, problem.strides[0]
+
+    def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
+        grad_input = torch.empty_strided(
+            size, strides, dtype=weight.dtype, device=weight.device
+        )
+        for first, launch in launches:
+            launch(_from(grad_output, first), weight, _from(grad_input, first))
+        return grad_input
+
+    return kernel
+
+
+def _grad_input(problem: Problem, tile: Tile | None) -> Launch:
+    g, (x, w, y) = problem.geometry, problem.strides
+    rows = g.N * problem.rows[1]
+    phases = prod(problem.phases)
+    if tile is None:
+        m, n, warps = _depthwise_tile(g.C)
+        settings = {"MULTIPLIER": g.K // g.C, "BLOCK_M": m, "BLOCK_N": n}
+        numbers = (
+            rows, g.C, g.H, g.W, g.P, g.Q, g.R, g.S, *x, w[0], *w[2:], *y, *problem.steps,
+            *problem.phase_steps(),
+        )  # fmt: skip
+        grid = ceil(rows / m), ceil(g.C / n), phases
+        kernel = depthwise_grad_input.depthwise_grad_input_kernel
+        return Launch(kernel, grid, problem.device, numbers, settings, warps)
+    C, K = problem.channels, problem.filters
+    # A pixel is read by outputs outside of the batch unless it is one output itself.
+    padded = (g.R, g.S, *problem.stride, *g.padding) != (1, 1, 1, 1, 0, 0, 0, 0)
+    settings = {
+        "PADDED": padded, "EVEN": K % tile.k == 0, "PRECISION": problem.precision,
+        "UPCAST": problem.upcast, **tile.settings(),
+    }  # fmt: skip
+    numbers = (
+        rows, *problem.sizes(C, K), *x, *w, *y, *problem.steps, *problem.phase_steps(),
+    )  # fmt: skip
+    grid = ceil(rows / tile.m) * ceil(C / tile.n), g.groups * phases
+    kernel = conv2d_grad_input.conv2d_grad_input_kernel
+    return Launch(kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages)
+
+
+def bind_grad_weight(
+    problem: Problem, tile: Tile | None
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    """The gradients in the weight and, where asked for, the bias."""
+    g = problem.geometry
+    K, w_strides = g.K, problem.strides[1]
+    RS, count = g.R * g.S, prod(g.weight_size)
+    launches: dict[bool, list[tuple[int, Launch]]] = {False: [], True: []}
+    splits = 0
+    for first, part in problem.parts():
+        launches[False].append((first, _grad_weight(part, tile, False, splits)[0]))
+        launch, more = _grad_weight(part, tile, True, splits)
+        launches[True].append((first, launch))
+        splits += more
+    device = problem.device
+    weight_sizes = count, splits, count // (K * RS), g.R, g.S
+    sum_weight = _sum_splits(weight_sizes, w_strides, device)
+    sum_bias = _sum_splits((K, splits, 1, 1, 1), (1, 0, 0, 0), device)
+    bias_from = ceil(splits * count / 4) * 4
+
+    def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        # One stretch of memory for the sums of both, each from an address of 16 bytes on.
+        partial = input.new_empty(bias_from + splits * K * bias, dtype=torch.float32)
+        partial_bias = partial[bias_from:]
+        for first, launch in launches[bias]:
+            launch(_from(grad_output, first), _from(input, first), partial, partial_bias)
+        grad_weight = torch.empty_strided(
+            g.weight_size, w_strides, dtype=input.dtype, device=input.device
+        )
+        sum_weight(partial, grad_weight)
+        if not bias:
+            return grad_weight, None
+        grad_bias = input.new_empty(K)
+        sum_bias(partial_bias, grad_bias)
+        return grad_weight, grad_bias
+
+    return kernel
+
+
+def _grad_weight(
+    problem: Problem, tile: Tile | None, with_bias: bool, first_split: int
+) -> tuple[Launch, int]:
+    """A launch, and how many splits it makes."""
+    g, (x, _, y) = problem.geometry, problem.strides
+    rows = g.N * g.P * g.Q
+    where = launch.gpu(problem.device)
+    if tile is None:
+        return _depthwise_grad_weight(problem, with_bias, first_split)
+    C, K = problem.channels, problem.filters
+    product = problem.product("conv2d_grad_weight")
+    wanted = tiles.splits(product, tile, where)
+    rows_per_split = ceil(ceil(rows / wanted) / tile.k) * tile.k
+    splits = ceil(rows / rows_per_split)
+    fold = C < _FEW
+    # Positions lie at even steps where rows and images follow one another without gaps.
+    plain = (g.R, g.S, *problem.stride, *g.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+    settings = {
+        "PADDED": any(g.padding), "FOLD": fold, "EVEN": rows % rows_per_split == 0,
+        "X_LINEAR": plain and _is_linear(g.N, g.H, g.W, x), "Y_LINEAR": _is_linear(g.N, g.P, g.Q, y),
+        "BIAS": with_bias, "PRECISION": problem.precision, "UPCAST": problem.upcast,
+        **tile.settings(),
+    }  # fmt: skip
+    numbers = (
+        rows, rows_per_split, *problem.sizes(C, K), *x, *y, *problem.steps, *problem.digits(tile.k),
+        g.K, first_split,
+    )  # fmt: skip
+    columns = ceil(C * g.R * g.S / tile.n) if fold else g.R * g.S * ceil(C / tile.n)
+    grid = ceil(K / tile.m) * columns, g.groups, splits
+    kernel = conv2d_grad_weight.conv2d_grad_weight_kernel
+    made = Launch(kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages)
+    return made, splits
+
+
+def _is_linear(images: int, rows: int, columns: int, strides: Strides) -> bool:
+    n, _, h, w = strides
+    return (rows == 1 or h == columns * w) and (images == 1 or n == rows * columns * w)
+
+
+def _depthwise_grad_weight(
+    problem: Problem, with_bias: bool, first_split: int
+) -> tuple[Launch, int]:
+    g, (x, _, y) = problem.geometry, problem.strides
+    rows = g.N * g.P * g.Q
+    # Sums of taps x positions x filters fill a quarter of the registers of four warps.
+    taps = min(16, _power_of_2(g.R * g.S))
+    n = min(64, max(16, _power_of_2(g.K)))
+    m = max(1, 8192 // (taps * n))
+    programs = ceil(g.K / n) * ceil(g.R * g.S / taps)
+    wanted = max(1, min(4 * launch.gpu(problem.device).multiprocessors // programs,
+                        rows // (16 * m), 256))  # fmt: skip
+    rows_per_split = ceil(rows / wanted)
+    splits = ceil(rows / rows_per_split)
+    settings = {
+        "MULTIPLIER": g.K // g.C, "BIAS": with_bias, "TAPS": taps, "BLOCK_M": m, "BLOCK_N": n,
+    }  # fmt: skip
+    numbers = (
+        rows, rows_per_split, g.K, g.H, g.W, g.P, g.Q, g.R, g.S, *x, *y, *problem.steps,
+        *problem.digits(m), first_split,
+    )  # fmt: skip
+    grid = ceil(g.K / n), ceil(g.R * g.S / taps), splits
+    kernel = depthwise_grad_weight.depthwise_grad_weight_kernel
+    return Launch(kernel, grid, problem.device, numbers, settings), splits
+
+
+def _sum_splits(sizes: tuple[int, ...], strides: Strides, device: torch.device) -> Launch:
+    count, splits, C, R, S = sizes
+    k, c, r, s = strides
+    block = 1024 if INTERPRETED else 256
+    numbers = count, splits, C, R, S, k, c, r, s
+    grid = (ceil(count / block),)
+    kernel = sum_splits.sum_splits_kernel
+    return Launch(kernel, grid, device, numbers, {"BLOCK": block})
+
+
+def _depthwise_tile(channels: int) -> tuple[int, int, int]:
+    """Positions and channels of one program, and its warps: 16 bytes for each thread and load."""
+    n = min(64, max(16, _power_of_2(channels)))
+    m = (16384 if INTERPRETED else 2048) // n
+    return m, n, 4
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,87 @@
+"""Launching a kernel with little overhead, and what is known of the GPU that it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Whether kernels run in Triton's interpreter: slowly, on any device, to be tested and debugged.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_ALIGNED = 15  # bits of an address that are 0 where the compiler may count on 16 bytes
+
+
+class Launch:
+    """A kernel with its grid and all arguments but the tensors, ready to run on one device.
+
+    The kernel takes tensors, then whatever changes from call to call (of types that don't change),
+    then `numbers`, then `settings`, its compile-time constants by name. The first call compiles it. Later ones pass addresses to what was compiled, which spares
+    Triton's own look-up; tensors that do not begin at 16 bytes take that way each time. Nothing
+    waits for the GPU, and nothing is read from it, so that CUDA graphs can record a launch.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        device: torch.device,
+        numbers: Sequence[float],
+        settings: Mapping[str, Any],
+        warps: int = 4,
+        stages: int = 2,
+    ) -> None:
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._device = device if device.type == "cuda" else None
+        self._rest = (*numbers, *settings.values())
+        self._options = {"num_warps": warps, "num_stages": stages}
+        self._compiled: Any = None
+
+    def __call__(self, *tensors: Tensor, changing: tuple[Any, ...] = ()) -> None:
+        device = self._device
+        if device is not None and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self._run(tensors, changing)
+        else:
+            self._run(tensors, changing)
+
+    def _run(self, tensors: tuple[Tensor, ...], changing: tuple[Any, ...]) -> None:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        unaligned = 0
+        for address in addresses:
+            unaligned |= address & _ALIGNED
+        if unaligned or self._compiled is None:
+            compiled = self._kernel[self._grid](*tensors, *changing, *self._rest, **self._options)
+            if not unaligned:
+                self._compiled = compiled  # None in the interpreter
+        else:
+            self._compiled[self._grid](*addresses, *changing, *self._rest)
+
+
+class Gpu(NamedTuple):
+    """What a choice of tiles depends on."""
+
+    multiprocessors: int
+    shared_bytes: int  # that one program may have
+    flops_per_clock: int  # of one multiprocessor, in bfloat16 on the tensor cores
+
+
+H100 = Gpu(132, 227 << 10, 4096)
+A100 = Gpu(108, 163 << 10, 2048)
+# One multiprocessor: few large programs, since the interpreter pays for each.
+_INTERPRETER = Gpu(1, 1 << 30, 4096)
+
+
+@cache
+def gpu(device: torch.device) -> Gpu:
+    """The GPU behind a device."""
+    if INTERPRETED or device.type != "cuda":
+        return _INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    like = H100 if properties.major >= 9 else A100
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return Gpu(properties.multi_processor_count, shared, like.flops_per_clock)

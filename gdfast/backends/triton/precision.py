@@ -1,0 +1,21 @@
+"""How float32 numbers are multiplied on the tensor cores."""
+
+from __future__ import annotations
+
+import torch
+
+# Of the tensor core for one product: tf32x3 adds the products of the rounding errors.
+PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
+
+
+def input_precision(dtype: torch.dtype, strict: bool) -> str:
+    """What `tl.dot` is told: TF32 where native's convolutions may use it, else as exact as float32.
+
+    `strict` rules out the three products of TF32 numbers in place of one, which turn an infinity
+    into a NaN. It matters for float32 alone.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return "ieee" if strict else "tf32x3"

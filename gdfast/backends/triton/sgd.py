@@ -1,0 +1,73 @@
+"""The SGD update of many tensors in one launch:
+
+    d = sign * g / grad_scale + weight_decay * p
+    m = momentum * m + (1 - dampening) * d      in the first step m = d
+    u = d + momentum * m with nesterov, m without it, d without momentum
+    p = p - lr * u
+
+One pass over memory, in float32, rounded once. The addresses come as arguments of the launch, so
+that nothing is copied to the GPU first and a CUDA graph keeps them. One program updates BLOCK
+elements: `starts` tells the first program of each tensor. lr, grad_scale and found_inf may lie on
+the GPU, and are read there.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=("params", "grads", "momenta", "numels", "starts"))
+def sgd_kernel(
+    element, lr_at, grad_scale_at, found_inf_at,  # of `element` only the type counts
+    params, grads, momenta, numels, starts,  # tuples with an entry for each tensor
+    lr, momentum, undamped, weight_decay,
+    MOMENTUM: tl.constexpr,  # "none", "first" or "running"
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, ZERO_GRAD: tl.constexpr,
+    LR_AT: tl.constexpr, SCALE: tl.constexpr, FOUND_INF: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    param, grad, buffer, numel, start = params[0], grads[0], momenta[0], numels[0], starts[0]
+    for i in tl.static_range(1, len(params)):
+        later = program >= starts[i]
+        param = tl.where(later, params[i], param)
+        grad = tl.where(later, grads[i], grad)
+        buffer = tl.where(later, momenta[i], buffer)
+        numel = tl.where(later, numels[i], numel)
+        start = tl.where(later, starts[i], start)
+    if ALIGNED:
+        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
+        buffer = tl.multiple_of(buffer, 16)
+    pointer = tl.pointer_type(element.dtype.element_ty)
+    at = (program - start).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < numel
+    param, grad, buffer = (
+        param.to(pointer) + at, grad.to(pointer) + at, buffer.to(pointer) + at,
+    )  # fmt: skip
+
+    update = True
+    if FOUND_INF:
+        update = tl.load(found_inf_at) == 0
+    # Where gradients overflowed nothing is updated, though gradients are zeroed if asked for.
+    writes = mask & update
+    p = tl.load(param, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+    if SCALE:
+        g = g / tl.load(grad_scale_at)
+    d = -g if MAXIMIZE else g
+    if DECAY:
+        d = tl.fma(p, weight_decay, d)
+    u = d
+    if MOMENTUM != "none":
+        m = d
+        if MOMENTUM == "running":
+            m = tl.load(buffer, mask=mask, other=0.0).to(tl.float32)
+            m = tl.fma(d, undamped, m * momentum)
+        tl.store(buffer, m.to(buffer.dtype.element_ty), mask=writes)
+        u = tl.fma(m, momentum, d) if NESTEROV else m
+    if LR_AT:
+        lr = tl.load(lr_at)
+    tl.store(param, tl.fma(u, -lr, p).to(param.dtype.element_ty), mask=writes)
+    if ZERO_GRAD:
+        tl.store(grad, tl.zeros((BLOCK,), dtype=grad.dtype.element_ty), mask=mask)
+    elif SCALE:
+        tl.store(grad, g.to(grad.dtype.element_ty), mask=writes)
