@@ -65,8 +65,9 @@ def path() -> Path | None:
 @cache
 def _machine() -> dict[str, Any]:
     """What the figures in a file hold for."""
-    assert native.cpu is not None
     try:
+        if native.cpu is None:
+            raise FileNotFoundError
         kernels = hashlib.sha256(Path(native.cpu.__file__ or "").read_bytes()).hexdigest()
     except OSError:
         kernels = "unknown"

@@ -61,6 +61,17 @@ def algorithm(op: str, query: Conv2dQuery) -> str:
     return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())
 
 
+def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
+    """The algorithms that may run one pass in the precision that is set now."""
+    return cpu_algorithms.candidates(op, query, is_strict())
+
+
+def machine(query: Conv2dQuery) -> str:
+    """What times of the query hold for, beside the query itself."""
+    assert native.cpu is not None
+    return f"{native.cpu.isa()} threads={torch.get_num_threads()}"
+
+
 # Each pass is run by the algorithm that is named, or by the cost model's.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cpu is not None

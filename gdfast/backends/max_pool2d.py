@@ -1,4 +1,4 @@
-"""Max pooling on the CPU kernels and on native PyTorch's operators.
+"""Max pooling on the CPU and Triton kernels and on native PyTorch's operators.
 
 argmax says where in its window each value was: r * S + s in uint8, or in int32 for windows of more
 than 255 places, with all bits set where no value was taken.
@@ -25,6 +25,8 @@ DTYPES = {
     torch.float16: "float16",
 }
 
+_NOWHERE = {torch.uint8: 255, torch.int32: -1}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaxPool2dQuery(Query):
@@ -46,7 +48,7 @@ def place_dtype(geometry: MaxPool2dGeometry) -> torch.dtype:
 
 def nowhere(argmax: Tensor) -> int:
     """What argmax holds where no value was taken."""
-    return 255 if argmax.dtype == torch.uint8 else -1
+    return _NOWHERE[argmax.dtype]
 
 
 def problem(query: MaxPool2dQuery) -> Any:
@@ -96,6 +98,22 @@ def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
         return grad_input
 
     return kernel
+
+
+def triton(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    from gdfast.backends.triton.bind_max_pool2d import bind_forward
+
+    places = place_dtype(query.geometry)
+    return bind_forward(
+        query.geometry, query.strides, query.relu, places, _NOWHERE[places], query.device
+    )
+
+
+def triton_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+    from gdfast.backends.triton.bind_max_pool2d import bind_grad
+
+    nowhere = _NOWHERE[place_dtype(query.geometry)]
+    return bind_grad(query.geometry, query.strides, nowhere, query.device)
 
 
 def indices(argmax: Tensor, geometry: MaxPool2dGeometry) -> tuple[Tensor, Tensor]:

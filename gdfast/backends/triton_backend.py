@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gdfast.backends import batch_norm, max_pool2d, sgd
+from gdfast.backends.max_pool2d import MaxPool2dQuery
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, BatchNormQuery, Conv2dQuery, Query
 
@@ -60,6 +61,10 @@ def why_not(query: Query) -> str:
         if query.geometry.C == 0:
             return "it takes at least one input channel"
         return _problem(query, is_strict()).why_not()
+    if isinstance(query, MaxPool2dQuery):
+        from gdfast.backends.triton import bind_max_pool2d
+
+        return bind_max_pool2d.why_not(query.geometry, query.strides)
     if isinstance(query, BatchNormQuery) and prod(query.size) > _MOST:
         return "it takes tensors of less than 2^31 elements"
     return ""
@@ -89,6 +94,11 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     return tuple(map(str, tiles[:1] if is_interpreted() else tiles)) or (DEPTHWISE,)
 
 
+def algorithm(op: str, query: Conv2dQuery) -> str:
+    """The candidate that the cost model gives one pass."""
+    return candidates(op, query)[0]
+
+
 def machine(query: Conv2dQuery) -> str:
     """What times of the query hold for, beside the query itself."""
     import triton
@@ -102,7 +112,7 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
     from gdfast.backends.triton import bind_conv2d
     from gdfast.backends.triton.tiles import Tile
 
-    name = by or candidates(op, query)[0]
+    name = by or algorithm(op, query)
     tile: Tile | None = None if name == DEPTHWISE else Tile.named(name)
     bind: Callable[..., Callable[..., Any]] = {
         "conv2d": bind_conv2d.bind_forward,
@@ -147,9 +157,8 @@ BACKEND = Backend(
         "conv2d": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
-        # Native's operators: pooling alone is bound by memory, and they do it well.
-        "max_pool2d": max_pool2d.reference,
-        "max_pool2d_grad": max_pool2d.reference_grad,
+        "max_pool2d": max_pool2d.triton,
+        "max_pool2d_grad": max_pool2d.triton_grad,
         "sgd_": sgd.triton,
     },
     missing=missing,

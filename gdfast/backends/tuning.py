@@ -1,7 +1,7 @@
 """Which way each convolution runs: chosen once for each query, by timing or by a cost model.
 
-The candidates are our algorithms that apply, as far as the precision allows, and under the backend
-"auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; a choice
+The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
+of the Triton kernels), and under the backend "auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; a choice
 once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in a file
 (see `choices_file`), so that a machine pays for it once.
 
@@ -9,6 +9,7 @@ The cost model alone chooses
 - what is too small to matter, or would not be worth it: after so many sizes of one layer;
 - under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
 - in forked processes: there, timing would be of one thread on busy CPUs;
+- while a CUDA graph is recorded: nothing may wait for the GPU then;
 - with autotune("off").
 A run that goes on from a checkpoint has the choices that it began with, whatever else holds.
 
@@ -33,17 +34,20 @@ from typing import Any, NamedTuple
 import torch
 
 from gdfast import native
-from gdfast.backends import choices_file, cpu, cpu_algorithms, tuning_timer
+from gdfast.backends import choices_file, cpu, cpu_algorithms, triton_backend, tuning_timer
 from gdfast.backends.choices import MOST, Choice
 from gdfast.backends.precision import is_strict
-from gdfast.backends.registry import AUTO, REFERENCE, Conv2dQuery, Query, resolve
+from gdfast.backends.registry import AUTO, REFERENCE, Backend, Conv2dQuery, Query, resolve
 from gdfast.errors import mismatch
 
 OFF, FORCE = "off", "force"
 NATIVE = "native"
 
-# A modest core: what it needs less time for than this is not worth choosing.
+# The backends with several ways of running a convolution.
+_CHOOSERS: dict[str, Any] = {"cpu": cpu, "triton": triton_backend}
+# A modest core, and a GPU: what it needs less time for than this is not worth choosing.
 _FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
+_GPU_FLOPS, _GPU_BANDWIDTH, _GPU_LEAST_SECONDS = 200e12, 2e12, 5e-6
 _MOST_SIZES = 16  # of the images of one layer that are timed in one process
 # How much faster native must be before it is preferred, for the noise of medians, and how much an
 # algorithm that is less exact.
@@ -158,41 +162,43 @@ def bind(
     Raises what `resolve` raises.
     """
     backend = resolve(op, query, requested)
-    if backend is not cpu.BACKEND or not isinstance(query, Conv2dQuery):
+    chooser = _CHOOSERS.get(backend.name)
+    if chooser is None or backend is not chooser.BACKEND or not isinstance(query, Conv2dQuery):
         return backend.operations[op](query), backend.name
-    names = cpu_algorithms.candidates(op, query, is_strict())
+    names = chooser.candidates(op, query)
     if requested == AUTO:
         names = (*names, NATIVE)
-    threads = torch.get_num_threads()
-    key = _key(op, query, names, threads)
-    calls = {name: _kernel(op, query, name) for name in names}
+    key = _key(op, query, names, chooser.machine(query))
+    calls = {name: _kernel(backend, op, query, name) for name in names}
     with _lock:
-        choice = _choose(key, op, query, {n: partial(c, *arguments) for n, c in calls.items()})
+        timed = {n: partial(c, *arguments) for n, c in calls.items()}
+        choice = _choose(key, op, query, chooser.algorithm(op, query), timed)
         if _session is not None and len(_session.choices) < MOST:
             _session.choices[key] = choice
-            _session.uses.append(Use(op, query, threads, names, choice))
+            _session.uses.append(Use(op, query, torch.get_num_threads(), names, choice))
     return calls[choice.name], choice.name
 
 
-def _kernel(op: str, query: Conv2dQuery, name: str) -> Callable[..., Any]:
+def _kernel(backend: Backend, op: str, query: Conv2dQuery, name: str) -> Callable[..., Any]:
     if name == NATIVE:
         return resolve(op, query, REFERENCE).operations[op](query)
-    kernel: Callable[..., Any] = cpu.BACKEND.operations[op](query, name)
+    kernel: Callable[..., Any] = backend.operations[op](query, name)
     return kernel
 
 
-def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], threads: int) -> str:
+def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> str:
     # Everything that the query has, also what later kinds of queries may add.
-    assert native.cpu is not None
     values = " ".join(f"{field.name}={getattr(query, field.name)}" for field in fields(query))
-    return f"{op} {'|'.join(names)} {native.cpu.isa()} threads={threads} {values}"
+    return f"{op} {'|'.join(names)} {machine} {values}"
 
 
-def _choose(key: str, op: str, query: Conv2dQuery, calls: dict[str, Callable[[], Any]]) -> Choice:
+def _choose(
+    key: str, op: str, query: Conv2dQuery, algorithm: str, calls: dict[str, Callable[[], Any]]
+) -> Choice:
     global _saved_at
     if _session is not None and (choice := _session.choices.get(key)) and choice.name in calls:
         return choice
-    predicted = Choice(cpu.algorithm(op, query))
+    predicted = Choice(algorithm)
     if len(calls) == 1 or query.geometry.N == 0 or _mode == OFF:
         return predicted
     if torch.are_deterministic_algorithms_enabled():
@@ -202,7 +208,11 @@ def _choose(key: str, op: str, query: Conv2dQuery, calls: dict[str, Callable[[],
         return choice
     if _forked or (_mode != FORCE and not _is_worthwhile(op, query)):
         return predicted
-    choice = _timed(predicted.name, calls)
+    on_gpu = query.device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return predicted
+    wait = partial(torch.cuda.synchronize, query.device) if on_gpu else None
+    choice = _timed(predicted.name, calls, wait)
     if _mode == FORCE:
         _forced.add(key)
     _made[key] = _unsaved[key] = choice
@@ -215,16 +225,21 @@ def _choose(key: str, op: str, query: Conv2dQuery, calls: dict[str, Callable[[],
 def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
     g = query.geometry
     elements = prod(g.input_size) + prod(g.weight_size) + prod(g.output_size)
-    seconds = g.flops / _FLOPS + elements * query.dtype.itemsize / _BANDWIDTH
-    if seconds < _LEAST_SECONDS:
+    number = elements * query.dtype.itemsize
+    if query.device.type == "cuda":
+        if g.flops / _GPU_FLOPS + number / _GPU_BANDWIDTH < _GPU_LEAST_SECONDS:
+            return False
+    elif g.flops / _FLOPS + number / _BANDWIDTH < _LEAST_SECONDS:
         return False
     layer = (op, query.dtype, g.weight_size, g.stride, g.padding, g.dilation, g.groups)
     _sizes[layer] += 1
     return _sizes[layer] <= _MOST_SIZES
 
 
-def _timed(predicted: str, calls: dict[str, Callable[[], Any]]) -> Choice:
-    measured = tuning_timer.measure(calls)
+def _timed(
+    predicted: str, calls: dict[str, Callable[[], Any]], wait: Callable[[], Any] | None
+) -> Choice:
+    measured = tuning_timer.measure(calls, wait)
     if not measured:
         return Choice(predicted)
     seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
@@ -234,7 +249,7 @@ def _timed(predicted: str, calls: dict[str, Callable[[], Any]]) -> Choice:
 def _handicap(name: str) -> float:
     if name == NATIVE:
         return _NATIVE_HANDICAP
-    return _ERROR_HANDICAP if cpu_algorithms.STATED_ERROR[name] else 1.0
+    return _ERROR_HANDICAP if cpu_algorithms.STATED_ERROR.get(name) else 1.0
 
 
 def _read_file() -> None:

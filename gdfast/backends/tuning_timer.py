@@ -19,8 +19,12 @@ _OUT = 1.3
 _FAR_OUT, _LONG = 4.0, 0.05
 
 
-def measure(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def measure(
+    calls: Mapping[str, Callable[[], Any]], wait: Callable[[], Any] | None = None
+) -> dict[str, float]:
     """Median seconds per call of each; a call that raises a RuntimeError has none.
+
+    `wait` returns when the device has done what it was given, where calls only give it something.
 
     Every round visits each candidate on the way there and on the way back (A B B A), and the next
     round begins with another one: drift and warm caches favour none. What a call returns is
@@ -31,7 +35,9 @@ def measure(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     first: dict[str, float] = {}
     for name, call in calls.items():
         try:
-            first[name] = _visit(call, 1)
+            first[name] = _visit(call, 1, wait)
+            if wait is not None:  # compiling may have taken seconds
+                first[name] = _visit(call, 1, wait)
         except RuntimeError:
             continue
     fastest = min(first.values(), default=0.0)
@@ -43,7 +49,7 @@ def measure(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     rounds = 0
     while len(contenders) > 1 and (rounds < _LEAST_ROUNDS or clock() - started < _BUDGET):
         for name in [*contenders, *reversed(contenders)]:
-            visits[name].append(_visit(calls[name], repeats[name]))
+            visits[name].append(_visit(calls[name], repeats[name], wait))
         rounds += 1
         best = min(median(visits[name]) for name in contenders)
         contenders = [name for name in contenders if min(visits[name]) <= _OUT * best]
@@ -54,8 +60,12 @@ def measure(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     }
 
 
-def _visit(call: Callable[[], Any], repeats: int) -> float:
+def _visit(call: Callable[[], Any], repeats: int, wait: Callable[[], Any] | None) -> float:
+    if wait is not None:
+        wait()
     start = clock()
     for _ in range(repeats):
         call()
+    if wait is not None:
+        wait()
     return (clock() - start) / repeats

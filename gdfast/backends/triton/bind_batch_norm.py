@@ -13,8 +13,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from gdfast.backends.triton import batch_norm_act, batch_norm_act_backward
-from gdfast.backends.triton.launch import INTERPRETED, Launch, gpu
+from gdfast.backends.triton import batch_norm_act, batch_norm_act_backward, launch
+from gdfast.backends.triton.launch import Launch, channel_tile
 
 _BLOCK_C = 128  # channels of one program of the kernels that join splits
 
@@ -45,18 +45,14 @@ class Problem:
         return C, H * W
 
     def tile(self) -> tuple[int, int]:
-        """Rows and channels of one program: 16 bytes for each thread and load where they can be."""
-        elements = 16384 if INTERPRETED else 2048
-        # Side by side in memory are the channels of a row, or the rows of a channel.
-        C = self.size[1]
-        n = min(64, 1 << (C - 1).bit_length()) if self.channels_last else 1
-        return elements // n, n
+        """Rows and channels of one program."""
+        return channel_tile(self.size[1], self.channels_last)
 
     def split(self) -> tuple[int, int, int]:
         """Tiles of channels, rows of one split and the number of splits."""
         m, n = self.tile()
         tiles = ceil(self.size[1] / n)
-        wanted = max(1, min(4 * gpu(self.device).multiprocessors // tiles, self.rows // (4 * m)))
+        wanted = max(1, min(4 * launch.gpu(self.device).multiprocessors // tiles, self.rows // (4 * m)))
         rows_per_split = ceil(self.rows / wanted)
         return tiles, rows_per_split, ceil(self.rows / rows_per_split)
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from math import ceil, gcd, prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -25,17 +24,16 @@ from gdfast.backends.triton import (
     sum_splits,
     tiles,
 )
-from gdfast.backends.triton.launch import INTERPRETED, Launch
+from gdfast.backends.triton.launch import INTERPRETED, Launch, channel_tile, power_of_2
 from gdfast.backends.triton.precision import PASSES
 from gdfast.backends.triton.tiles import Product, Tile
+from gdfast.backends.triton.windows import MOST, Windows
 from gdfast.geometry import Conv2dGeometry
 
 Strides = tuple[int, ...]
-_MOST = 2**31 - 1
 _FEW = 16  # channels: with fewer, a step takes several taps
 _MOST_COPIES = 8  # filters of one channel that the depthwise kernels unroll
 _MOST_WIDTH = 32  # columns of a filter, likewise
-_MOST_PHASES = 65535  # and groups: a grid's second axis
 
 
 @dataclass(frozen=True)
@@ -64,77 +62,45 @@ class Problem:
         return self.geometry.K // self.geometry.groups
 
     @property
-    def stride(self) -> tuple[int, int]:
-        # A step over nothing may be larger than what kernels count with: they get 1 in its place.
-        g = self.geometry
-        return g.stride[0] if g.P > 1 else 1, g.stride[1] if g.Q > 1 else 1
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        g = self.geometry
-        return g.dilation[0] if g.R > 1 else 1, g.dilation[1] if g.S > 1 else 1
-
-    @property
-    def phases(self) -> tuple[int, int]:
-        """Phases of the stride that have pixels."""
-        return min(self.stride[0], self.geometry.H), min(self.stride[1], self.geometry.W)
+    def windows(self) -> Windows:
+        return Windows(self.geometry)
 
     @property
     def upcast(self) -> bool:
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         return INTERPRETED and self.dtype == torch.bfloat16
 
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Rows of one image's matrix products: of forward, grad_input's phase and grad_weight."""
-        g = self.geometry
-        of_phase = ceil(g.H / self.stride[0]) * ceil(g.W / self.stride[1])
-        return g.P * g.Q, of_phase, g.P * g.Q
-
-    @cached_property
-    def images(self) -> int:
-        """The most images that 32 bits reach in every tensor; 0 if not even one."""
-        g = self.geometry
-        most = _MOST // max(self.rows)
-        top, left, below, right = g.padding
-        padded = g.N, g.C, g.H + top + below, g.W + left + right
-        for size, strides in ((padded, self.strides[0]), (g.output_size, self.strides[2])):
-            rest = sum((n - 1) * s for n, s in zip(size[1:], strides[1:], strict=True))
-            if rest > _MOST:
-                return 0
-            most = min(most, (_MOST - rest) // max(1, strides[0]) + 1)
-        return most
-
     def why_not(self) -> str:
         """Why the kernels do not take it, or ""."""
-        g = self.geometry
-        weight = sum((n - 1) * s for n, s in zip(g.weight_size, self.strides[1], strict=True))
-        if self.images == 0 or max(weight, prod(g.weight_size)) > _MOST:
+        g, (input, weight, output) = self.geometry, self.strides
+        last = sum((n - 1) * s for n, s in zip(g.weight_size, weight, strict=True))
+        images = self.windows.images(input, output)
+        if images == 0 or max(last, prod(g.weight_size)) > MOST:
             return "it takes images and weights of less than 2^31 elements"
-        if prod(self.phases) * g.groups > _MOST_PHASES:
-            return f"it takes at most {_MOST_PHASES} groups times phases of the stride"
-        return ""
+        return self.windows.why_not(g.groups)
 
     def parts(self) -> Iterator[tuple[int, Problem]]:
         """The problem in parts that 32 bits reach, each with the number of its first image."""
-        for first in range(0, self.geometry.N, self.images):
-            count = min(self.images, self.geometry.N - first)
+        images = self.windows.images(self.strides[0], self.strides[2])
+        for first in range(0, self.geometry.N, images):
+            count = min(images, self.geometry.N - first)
             yield first, replace(self, geometry=replace(self.geometry, N=count))
 
     def product(self, op: str) -> Product:
         """The matrix product that a pass is."""
         g, C, K = self.geometry, self.channels, self.filters
-        forward, phase, _ = self.rows
+        rows = g.N * g.P * g.Q
         if op == "conv2d":
-            runs, depth = (1, C * g.R * g.S) if C < _FEW else (g.R * g.S, C)
-            return Product(g.groups, g.N * forward, K, runs, depth)
+            if C < _FEW:
+                return Product(g.groups, rows, K, 1, C * g.R * g.S, folded=True)
+            return Product(g.groups, rows, K, g.R * g.S, C)
         if op == "conv2d_grad_input":
-            phases = prod(self.phases)
-            runs_of_phase = g.R * g.S / prod(self.stride)
-            return Product(g.groups * phases, g.N * phase, C, runs_of_phase, K)
+            windows = self.windows
+            phases, runs = prod(windows.phases), g.R * g.S / prod(windows.stride)
+            return Product(g.groups * phases, g.N * windows.pixels, C, runs, K)
         if C < _FEW:
-            return Product(g.groups, K, C * g.R * g.S, 1, g.N * forward, split=True)
-        return Product(g.groups * g.R * g.S, K, C, 1, g.N * forward, split=True)
+            return Product(g.groups, K, C * g.R * g.S, 1, rows, split=True, folded=True)
+        return Product(g.groups * g.R * g.S, K, C, 1, rows, split=True)
 
     def candidates(self, op: str) -> list[Tile]:
         """A few tiles for one pass, the one expected to be fastest first; none for depthwise."""
@@ -147,23 +113,6 @@ class Problem:
     def sizes(self, channels: int, filters: int) -> tuple[int, ...]:
         g = self.geometry
         return channels, filters, g.H, g.W, g.P, g.Q, g.R, g.S
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """stride, padding and dilation, as the kernels take them."""
-        return (*self.stride, *self.geometry.padding[:2], *self.dilation)
-
-    def phase_steps(self) -> tuple[int, ...]:
-        """The numbers of phases, and the steps of taps and outputs within one."""
-        pairs = tuple(zip(self.stride, self.dilation, strict=True))
-        taps = tuple(stride // gcd(stride, dilation) for stride, dilation in pairs)
-        outputs = tuple(dilation // gcd(stride, dilation) for stride, dilation in pairs)
-        return *self.phases, *taps, *outputs
-
-    def digits(self, step: int) -> tuple[int, int, int]:
-        """A step of positions as images, rows and columns."""
-        P, Q = self.geometry.P, self.geometry.Q
-        return step // (P * Q), step // Q % P, step % Q
 
 
 def bind_forward(
@@ -203,22 +152,22 @@ def _forward(
     rows = g.N * g.P * g.Q
     ending = {"BIAS": with_bias, "ACTIVATION": activation}
     if tile is None:
-        m, n, warps = _depthwise_tile(g.K)
+        m, n = channel_tile(g.K, y[1] == 1)
         settings = {
             "S": g.S, "MULTIPLIER": g.K // g.C, **ending, "BLOCK_M": m, "BLOCK_N": n,
         }  # fmt: skip
         numbers = (
-            rows, g.K, g.H, g.W, g.P, g.Q, g.R, *x, w[0], *w[2:], *y, *problem.steps, slope,
+            rows, g.K, g.H, g.W, g.P, g.Q, g.R, *x, w[0], *w[2:], *y, *problem.windows.numbers, slope,
         )  # fmt: skip
         grid = ceil(rows / m), ceil(g.K / n)
         kernel = depthwise.depthwise_kernel
-        return Launch(kernel, grid, problem.device, numbers, settings, warps)
+        return Launch(kernel, grid, problem.device, numbers, settings)
     C, K = problem.channels, problem.filters
     settings = {
         "PADDED": any(g.padding), "FOLD": C < _FEW, "EVEN": C % tile.k == 0, **ending,
         "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
-    numbers = rows, *problem.sizes(C, K), *x, *w, *y, *problem.steps, slope
+    numbers = rows, *problem.sizes(C, K), *x, *w, *y, *problem.windows.numbers, slope
     grid = (ceil(rows / tile.m) * ceil(K / tile.n) * g.groups,)
     return Launch(
         conv2d.conv2d_kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages
@@ -243,27 +192,27 @@ def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Te
 
 def _grad_input(problem: Problem, tile: Tile | None) -> Launch:
     g, (x, w, y) = problem.geometry, problem.strides
-    rows = g.N * problem.rows[1]
-    phases = prod(problem.phases)
+    rows = g.N * problem.windows.pixels
+    phases = prod(problem.windows.phases)
     if tile is None:
-        m, n, warps = _depthwise_tile(g.C)
+        m, n = channel_tile(g.C, x[1] == 1)
         settings = {"MULTIPLIER": g.K // g.C, "BLOCK_M": m, "BLOCK_N": n}
         numbers = (
-            rows, g.C, g.H, g.W, g.P, g.Q, g.R, g.S, *x, w[0], *w[2:], *y, *problem.steps,
-            *problem.phase_steps(),
+            rows, g.C, g.H, g.W, g.P, g.Q, g.R, g.S, *x, w[0], *w[2:], *y, *problem.windows.numbers,
+            *problem.windows.phase_numbers,
         )  # fmt: skip
         grid = ceil(rows / m), ceil(g.C / n), phases
         kernel = depthwise_grad_input.depthwise_grad_input_kernel
-        return Launch(kernel, grid, problem.device, numbers, settings, warps)
+        return Launch(kernel, grid, problem.device, numbers, settings)
     C, K = problem.channels, problem.filters
     # A pixel is read by outputs outside of the batch unless it is one output itself.
-    padded = (g.R, g.S, *problem.stride, *g.padding) != (1, 1, 1, 1, 0, 0, 0, 0)
+    padded = (g.R, g.S, *problem.windows.stride, *g.padding) != (1, 1, 1, 1, 0, 0, 0, 0)
     settings = {
-        "PADDED": padded, "EVEN": K % tile.k == 0, "PRECISION": problem.precision,
-        "UPCAST": problem.upcast, **tile.settings(),
+        "PADDED": padded, "EVEN": K % tile.k == 0, "WHOLE": C % tile.n == 0,
+        "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
     numbers = (
-        rows, *problem.sizes(C, K), *x, *w, *y, *problem.steps, *problem.phase_steps(),
+        rows, *problem.sizes(C, K), *x, *w, *y, *problem.windows.numbers, *problem.windows.phase_numbers,
     )  # fmt: skip
     grid = ceil(rows / tile.m) * ceil(C / tile.n), g.groups * phases
     kernel = conv2d_grad_input.conv2d_grad_input_kernel
@@ -325,15 +274,16 @@ def _grad_weight(
     splits = ceil(rows / rows_per_split)
     fold = C < _FEW
     # Positions lie at even steps where rows and images follow one another without gaps.
-    plain = (g.R, g.S, *problem.stride, *g.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+    plain = (g.R, g.S, *problem.windows.stride, *g.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
     settings = {
         "PADDED": any(g.padding), "FOLD": fold, "EVEN": rows % rows_per_split == 0,
+        "WHOLE": K % tile.m == 0 and (fold or C % tile.n == 0),
         "X_LINEAR": plain and _is_linear(g.N, g.H, g.W, x), "Y_LINEAR": _is_linear(g.N, g.P, g.Q, y),
         "BIAS": with_bias, "PRECISION": problem.precision, "UPCAST": problem.upcast,
         **tile.settings(),
     }  # fmt: skip
     numbers = (
-        rows, rows_per_split, *problem.sizes(C, K), *x, *y, *problem.steps, *problem.digits(tile.k),
+        rows, rows_per_split, *problem.sizes(C, K), *x, *y, *problem.windows.numbers, *problem.windows.digits(tile.k),
         g.K, first_split,
     )  # fmt: skip
     columns = ceil(C * g.R * g.S / tile.n) if fold else g.R * g.S * ceil(C / tile.n)
@@ -354,8 +304,8 @@ def _depthwise_grad_weight(
     g, (x, _, y) = problem.geometry, problem.strides
     rows = g.N * g.P * g.Q
     # Sums of taps x positions x filters fill a quarter of the registers of four warps.
-    taps = min(16, _power_of_2(g.R * g.S))
-    n = min(64, max(16, _power_of_2(g.K)))
+    taps = min(16, power_of_2(g.R * g.S))
+    n = min(64, max(16, power_of_2(g.K)))
     m = max(1, 8192 // (taps * n))
     programs = ceil(g.K / n) * ceil(g.R * g.S / taps)
     wanted = max(1, min(4 * launch.gpu(problem.device).multiprocessors // programs,
@@ -366,8 +316,8 @@ def _depthwise_grad_weight(
         "MULTIPLIER": g.K // g.C, "BIAS": with_bias, "TAPS": taps, "BLOCK_M": m, "BLOCK_N": n,
     }  # fmt: skip
     numbers = (
-        rows, rows_per_split, g.K, g.H, g.W, g.P, g.Q, g.R, g.S, *x, *y, *problem.steps,
-        *problem.digits(m), first_split,
+        rows, rows_per_split, g.K, g.H, g.W, g.P, g.Q, g.R, g.S, *x, *y, *problem.windows.numbers,
+        *problem.windows.digits(m), first_split,
     )  # fmt: skip
     grid = ceil(g.K / n), ceil(g.R * g.S / taps), splits
     kernel = depthwise_grad_weight.depthwise_grad_weight_kernel
@@ -382,14 +332,3 @@ def _sum_splits(sizes: tuple[int, ...], strides: Strides, device: torch.device) 
     grid = (ceil(count / block),)
     kernel = sum_splits.sum_splits_kernel
     return Launch(kernel, grid, device, numbers, {"BLOCK": block})
-
-
-def _depthwise_tile(channels: int) -> tuple[int, int, int]:
-    """Positions and channels of one program, and its warps: 16 bytes for each thread and load."""
-    n = min(64, max(16, _power_of_2(channels)))
-    m = (16384 if INTERPRETED else 2048) // n
-    return m, n, 4
-
-
-def _power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()

@@ -14,7 +14,7 @@ from gdfast.backends.triton import sgd
 from gdfast.backends.triton.launch import INTERPRETED, Launch
 
 _TENSORS = 32  # of one launch: a kernel's arguments are at most 4 KB
-_BLOCK = 65536 if INTERPRETED else 4096
+_BLOCK = 65536 if INTERPRETED else 2048
 _MOST = 2**31 - 1
 _NOWHERE = 2**40  # where nothing is read: an address that counts with as many bits as others
 

@@ -32,7 +32,7 @@ def conv2d_grad_input_kernel(
     x_n, x_c, x_h, x_w, w_k, w_c, w_r, w_s, y_n, y_k, y_p, y_q,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     phases_h, phases_w, tap_step_h, tap_step_w, p_step, q_step,
-    PADDED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(C, BLOCK_N)
@@ -53,14 +53,13 @@ def conv2d_grad_input_kernel(
     p0, q0 = first_p + i, first_q + j
     h, w_pixel = phase_h + i * stride_h, phase_w + j * stride_w
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.minimum(column, C - 1)
     y_row = n * y_n + p0 * y_p + q0 * y_q + group * K * y_k
     x_row = n * x_n + h * x_h + w_pixel * x_w
     exists_row = (row < rows) & (h < H) & (w_pixel < W)
 
     filters = tl.arange(0, BLOCK_K)
     y_rows = y + y_row[:, None] + (filters * y_k)[None, :]
-    w_columns = w + ((group * K + filters) * w_k)[:, None] + (c * w_c)[None, :]
+    w_columns = w + ((group * K + filters) * w_k)[:, None] + (column * w_c)[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     tap_h, tap_w, k = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(K, BLOCK_K)):
@@ -74,12 +73,15 @@ def conv2d_grad_input_kernel(
             mask = inside(p0 - up, P) & inside(q0 - left, Q)
         if not EVEN:
             grads = tl.load(y_tile, mask=mask[:, None] & exists[None, :], other=0.0)
-            weights = tl.load(w_tile, mask=exists[:, None], other=0.0)
         elif PADDED:
             grads = tl.load(y_tile, mask=mask[:, None], other=0.0)
-            weights = tl.load(w_tile)
         else:
-            grads, weights = tl.load(y_tile), tl.load(w_tile)
+            grads = tl.load(y_tile)
+        if not (EVEN and WHOLE):
+            there = exists[:, None] & (column < C)[None, :]
+            weights = tl.load(w_tile, mask=there, other=0.0)
+        else:
+            weights = tl.load(w_tile)
         if UPCAST:
             grads, weights = grads.to(tl.float32), weights.to(tl.float32)
         sums = tl.dot(grads, weights, sums, input_precision=PRECISION)

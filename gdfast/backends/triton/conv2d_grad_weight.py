@@ -33,7 +33,7 @@ def conv2d_grad_weight_kernel(
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     step_n, step_p, step_q,  # the digits of BLOCK_K
     filters, first_split,  # of all groups; of this launch
-    PADDED: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr,
+    PADDED: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     X_LINEAR: tl.constexpr, Y_LINEAR: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
@@ -44,7 +44,7 @@ def conv2d_grad_weight_kernel(
     tiles_n = tl.cdiv(products, BLOCK_N) if FOLD else R * S * tiles_c
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(K, BLOCK_M), tiles_n, BAND)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = group * K + tl.minimum(row, K - 1)
+    exists_row = row < K
     if FOLD:
         product = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         exists = product < products
@@ -53,11 +53,11 @@ def conv2d_grad_weight_kernel(
         r, s = tile_n // tiles_c // S, tile_n // tiles_c % S
         column = tile_n % tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
         exists = column < C
-        c = tl.minimum(column, C - 1)
+        c = column
         product = (r * S + s) * C + column
     up, left = r * dilation_h - pad_h, s * dilation_w - pad_w
     x_columns = x + (group * C + c) * x_c + up * x_h + left * x_w
-    y_columns = y + k * y_k
+    y_columns = y + (group * K + row) * y_k
 
     first = split * rows_per_split
     last = tl.minimum(first + rows_per_split, rows)
@@ -71,22 +71,25 @@ def conv2d_grad_weight_kernel(
         y_row = position * y_q if Y_LINEAR else n * y_n + p * y_p + q * y_q
         x_tile = x_columns[None, :] + x_row[:, None]
         y_tile = y_columns[None, :] + y_row[:, None]
-        if EVEN:
+        here = position < last
+        mask = here
+        if PADDED and not FOLD:
+            mask = here & inside(h + up, H) & inside(w + left, W)
+        if EVEN and WHOLE:
             grads = tl.load(y_tile)
         else:
-            grads = tl.load(y_tile, mask=(position < last)[:, None], other=0.0)
+            grads = tl.load(y_tile, mask=here[:, None] & exists_row[None, :], other=0.0)
         if FOLD:
-            mask = (position < last)[:, None] & exists[None, :]
+            there = here[:, None] & exists[None, :]
             if PADDED:
-                mask &= inside(h[:, None] + up[None, :], H) & inside(w[:, None] + left[None, :], W)
-            pixels = tl.load(x_tile, mask=mask, other=0.0)
-        elif PADDED:
-            mask = (position < last) & inside(h + up, H) & inside(w + left, W)
+                there &= inside(h[:, None] + up[None, :], H) & inside(w[:, None] + left[None, :], W)
+            pixels = tl.load(x_tile, mask=there, other=0.0)
+        elif not WHOLE:
+            pixels = tl.load(x_tile, mask=mask[:, None] & exists[None, :], other=0.0)
+        elif PADDED or not EVEN:
             pixels = tl.load(x_tile, mask=mask[:, None], other=0.0)
-        elif EVEN:
-            pixels = tl.load(x_tile)
         else:
-            pixels = tl.load(x_tile, mask=(position < last)[:, None], other=0.0)
+            pixels = tl.load(x_tile)
         if UPCAST:
             grads, pixels = grads.to(tl.float32), pixels.to(tl.float32)
         if BIAS:
@@ -98,7 +101,6 @@ def conv2d_grad_weight_kernel(
     # As [split, k, r, s, c]; all splits together may be past what int32 counts.
     split = (first_split + split).to(tl.int64)
     tile = (group * K + row)[:, None] * products + product[None, :]
-    exists_row = row < K
     tl.store(
         partial + split * filters * products + tile, sums,
         mask=exists_row[:, None] & exists[None, :],

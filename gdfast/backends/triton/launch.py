@@ -68,12 +68,13 @@ class Gpu(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # that one program may have
     flops_per_clock: int  # of one multiprocessor, in bfloat16 on the tensor cores
+    bytes_per_clock: int  # for one multiprocessor, from L2
 
 
-H100 = Gpu(132, 227 << 10, 4096)
-A100 = Gpu(108, 163 << 10, 2048)
-# One multiprocessor: few large programs, since the interpreter pays for each.
-_INTERPRETER = Gpu(1, 1 << 30, 4096)
+H100 = Gpu(132, 227 << 10, 4096, 32)
+A100 = Gpu(108, 163 << 10, 2048, 24)
+# The interpreter pays for each operation of each program, whatever its size.
+_INTERPRETER = Gpu(1, 1 << 40, 1 << 40, 1 << 40)
 
 
 @cache
@@ -84,4 +85,23 @@ def gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     like = H100 if properties.major >= 9 else A100
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Gpu(properties.multi_processor_count, shared, like.flops_per_clock)
+    return like._replace(
+        multiprocessors=properties.multi_processor_count, shared_bytes=shared
+    )
+
+
+def channel_tile(channels: int, channels_last: bool) -> tuple[int, int]:
+    """Positions and channels of one program of a kernel that is bound by memory.
+
+    In channels_last each thread of four warps has two loads of 16 bytes in half types, for each of
+    which the channels of a position lie side by side; else the positions of a channel do.
+    """
+    if INTERPRETED:
+        return 1024, 16
+    n = min(64, max(8, power_of_2(channels))) if channels_last else 1
+    return 2048 // n, n
+
+
+def power_of_2(number: int) -> int:
+    """The least power of 2 that is no less than a number."""
+    return 1 << (number - 1).bit_length()

@@ -15,6 +15,44 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def update(
+    param, grad, buffer, numel, at, lr_at, grad_scale_at, found_inf_at,
+    lr, momentum, undamped, weight_decay,
+    MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr,
+    ZERO_GRAD: tl.constexpr, LR_AT: tl.constexpr, SCALE: tl.constexpr, FOUND_INF: tl.constexpr,
+    WHOLE: tl.constexpr,  # all elements of the block are there: no masks, so that loads are wide
+):  # fmt: skip
+    """Updates the elements `at` of one tensor."""
+    exists = None if WHOLE else at < numel
+    writes = exists
+    if FOUND_INF:
+        # Where gradients overflowed nothing is updated, though gradients are zeroed if asked for.
+        writes = at < tl.where(tl.load(found_inf_at) == 0, numel, 0)
+    p = tl.load(param + at, mask=exists).to(tl.float32)
+    g = tl.load(grad + at, mask=exists).to(tl.float32)
+    if SCALE:
+        g = g / tl.load(grad_scale_at)
+    d = -g if MAXIMIZE else g
+    if DECAY:
+        d = tl.fma(p, weight_decay, d)
+    u = d
+    if MOMENTUM != "none":
+        m = d
+        if MOMENTUM == "running":
+            m = tl.load(buffer + at, mask=exists).to(tl.float32)
+            m = tl.fma(d, undamped, m * momentum)
+        tl.store(buffer + at, m.to(buffer.dtype.element_ty), mask=writes)
+        u = tl.fma(m, momentum, d) if NESTEROV else m
+    if LR_AT:
+        lr = tl.load(lr_at)
+    tl.store(param + at, tl.fma(u, -lr, p).to(param.dtype.element_ty), mask=writes)
+    if ZERO_GRAD:
+        tl.store(grad + at, tl.zeros(at.shape, dtype=grad.dtype.element_ty), mask=exists)
+    elif SCALE:
+        tl.store(grad + at, g.to(grad.dtype.element_ty), mask=writes)
+
+
 @triton.jit(do_not_specialize=("params", "grads", "momenta", "numels", "starts"))
 def sgd_kernel(
     element, lr_at, grad_scale_at, found_inf_at,  # of `element` only the type counts
@@ -34,40 +72,22 @@ def sgd_kernel(
         buffer = tl.where(later, momenta[i], buffer)
         numel = tl.where(later, numels[i], numel)
         start = tl.where(later, starts[i], start)
+    pointer = tl.pointer_type(element.dtype.element_ty)
+    param, grad, buffer = param.to(pointer), grad.to(pointer), buffer.to(pointer)
     if ALIGNED:
         param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
         buffer = tl.multiple_of(buffer, 16)
-    pointer = tl.pointer_type(element.dtype.element_ty)
-    at = (program - start).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < numel
-    param, grad, buffer = (
-        param.to(pointer) + at, grad.to(pointer) + at, buffer.to(pointer) + at,
-    )  # fmt: skip
-
-    update = True
-    if FOUND_INF:
-        update = tl.load(found_inf_at) == 0
-    # Where gradients overflowed nothing is updated, though gradients are zeroed if asked for.
-    writes = mask & update
-    p = tl.load(param, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
-    if SCALE:
-        g = g / tl.load(grad_scale_at)
-    d = -g if MAXIMIZE else g
-    if DECAY:
-        d = tl.fma(p, weight_decay, d)
-    u = d
-    if MOMENTUM != "none":
-        m = d
-        if MOMENTUM == "running":
-            m = tl.load(buffer, mask=mask, other=0.0).to(tl.float32)
-            m = tl.fma(d, undamped, m * momentum)
-        tl.store(buffer, m.to(buffer.dtype.element_ty), mask=writes)
-        u = tl.fma(m, momentum, d) if NESTEROV else m
-    if LR_AT:
-        lr = tl.load(lr_at)
-    tl.store(param, tl.fma(u, -lr, p).to(param.dtype.element_ty), mask=writes)
-    if ZERO_GRAD:
-        tl.store(grad, tl.zeros((BLOCK,), dtype=grad.dtype.element_ty), mask=mask)
-    elif SCALE:
-        tl.store(grad, g.to(grad.dtype.element_ty), mask=writes)
+    first = (program - start).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    if first + BLOCK <= numel:
+        update(
+            param, grad, buffer, numel, at, lr_at, grad_scale_at, found_inf_at, lr, momentum,
+            undamped, weight_decay, MOMENTUM, NESTEROV, MAXIMIZE, DECAY, ZERO_GRAD, LR_AT, SCALE,
+            FOUND_INF, True,
+        )  # fmt: skip
+    else:
+        update(
+            param, grad, buffer, numel, at, lr_at, grad_scale_at, found_inf_at, lr, momentum,
+            undamped, weight_decay, MOMENTUM, NESTEROV, MAXIMIZE, DECAY, ZERO_GRAD, LR_AT, SCALE,
+            FOUND_INF, False,
+        )  # fmt: skip

@@ -41,7 +41,8 @@ class Product(NamedTuple):
     """A matrix product [rows, depth] x [depth, columns], `groups` times.
 
     depth consists of `runs` stretches (the taps), each padded to whole steps by itself; a `split`
-    product may be summed in parts by several programs.
+    product may be summed in parts by several programs. Of a `folded` one an operand is loaded number
+    by number.
     """
 
     groups: int
@@ -50,6 +51,7 @@ class Product(NamedTuple):
     runs: float
     depth: int
     split: bool = False
+    folded: bool = False
 
 
 # m, n, warps, stages. On Hopper a matrix instruction makes 64 rows for four warps.
@@ -64,7 +66,6 @@ _LEAST_K = 16
 _MOST_WASTE = 1.15
 _MOST_CANDIDATES = 4
 
-_BYTES_PER_CLOCK = 32  # from L2, for one multiprocessor
 _WAVES = 2  # programs for each multiprocessor
 _LEAST_STEPS = 8  # of one program
 _MOST_SPLITS = 256
@@ -84,7 +85,9 @@ def candidates(product: Product, itemsize: int, gpu: Gpu, passes: int = 1) -> li
         # Short sums have no use for stages that they never fill.
         steps = max(2, ceil(product.runs * ceil(product.depth / step)))
         stages = min(stages, steps, gpu.shared_bytes // bytes_of_stage)
-        if stages >= 2:
+        # Each number has an address and a mask of its own: registers for so many.
+        fits = not product.folded or (m * n <= 128 * 64 and max(m, n) <= 128)
+        if stages >= 2 and fits:
             fitting.append(Tile(m, n, step, warps, stages))
     fitting.sort(key=lambda tile: clocks(product, tile, itemsize, gpu, passes))
     return fitting[:_MOST_CANDIDATES]
@@ -109,7 +112,7 @@ def clocks(product: Product, tile: Tile, itemsize: int, gpu: Gpu, passes: int = 
     efficiency = min(1.0, tile.m / 64) * min(1.0, (tile.n + 32) / 160)
     slowdown = passes * itemsize / 2
     multiply = 2 * tile.m * tile.n * tile.k * slowdown / (gpu.flops_per_clock * efficiency)
-    load = (tile.m + tile.n) * tile.k * itemsize / _BYTES_PER_CLOCK
+    load = (tile.m + tile.n) * tile.k * itemsize / gpu.bytes_per_clock
     one = steps * max(multiply, load, _STEP_CLOCKS) + _TILE_CLOCKS
     return ceil(tiles / gpu.multiprocessors) * one
 

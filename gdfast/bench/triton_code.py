@@ -1,0 +1,221 @@
+"""What the compiler makes of the Triton kernels, for a GPU that need not be here.
+
+Within `ahead_of_time` the kernels of `gdfast.backends.triton` take tensors on the meta device: each
+launch compiles its kernel with the very arguments that it would be launched with, and is listed
+with the registers and the instructions of the result.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gdfast.bench.cases import Conv2dCase
+from gdfast.extras import require
+from gdfast.geometry import Conv2dGeometry, MaxPool2dGeometry, dense_strides
+
+META = torch.device("meta")
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+    torch.int32: "*i32",
+}  # fmt: skip
+_WIDEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled kernel; bytes are those of one program, `instructions` by name."""
+
+    kernel: str
+    capability: int
+    settings: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """How many instructions have a name that a regular expression matches from its start."""
+        found = re.compile(pattern)
+        return sum(n for name, n in self.instructions.items() if found.match(name))
+
+
+@contextmanager
+def ahead_of_time(capability: int) -> Iterator[list[Code]]:
+    """Compiles for capability 80 or 90 whatever is launched within; gives the growing list."""
+    require("triton", "triton", "compiling Triton kernels")
+    from gdfast.backends.triton import launch
+
+    if launch.INTERPRETED:
+        raise RuntimeError("triton_code: TRITON_INTERPRET: expected kernels that are compiled")
+    gpu = launch.H100 if capability >= 90 else launch.A100
+    compiled: list[Code] = []
+
+    def run(self: Any, tensors: Sequence[Tensor], changing: tuple[Any, ...]) -> None:
+        arguments = *tensors, *changing, *self._rest
+        compiled.append(_compile(self._kernel, arguments, self._options, capability))
+
+    with (
+        mock.patch.object(launch, "gpu", lambda device: gpu),
+        mock.patch.object(launch.Launch, "_run", run),
+    ):
+        yield compiled
+
+
+def _compile(kernel: Any, arguments: tuple[Any, ...], options: Any, capability: int) -> Code:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for param, value in zip(kernel.params, arguments, strict=True):
+        kind, divisible = _type_of(value, param)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constants[param.name] = value
+        elif divisible:
+            attributes[param.num,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    result = compile(source, target=target, options=dict(options))
+    registers, stack = _resources(result.asm["cubin"])
+    return Code(
+        kernel.fn.__name__, capability,
+        {param.name: constants[param.name] for param in kernel.params if param.is_constexpr},
+        options["num_warps"], options["num_stages"], registers, stack, result.metadata.shared,
+        Counter(_instructions(result.asm["sass"])),
+    )  # fmt: skip
+
+
+def _type_of(value: Any, param: Any) -> tuple[Any, bool]:
+    """The type of an argument, and whether 16 divides it, as Triton's launcher would tell."""
+    if param.is_constexpr:
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        return _TYPES[value.dtype], True
+    if isinstance(value, tuple):
+        return tuple(_type_of(each, param)[0] for each in value), False
+    if isinstance(value, float):
+        return "fp32", False
+    if value == 1 and not param.do_not_specialize:
+        return "constexpr", False
+    divisible = value % 16 == 0 and not param.do_not_specialize
+    return "i32" if abs(value) <= _WIDEST else "i64", divisible
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack, where what spills goes."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def _instructions(sass: str) -> list[str]:
+    return re.findall(r"^[^\n;]*?\t(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+
+
+def _images(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(size), dtype=dtype, device=META).to(
+        memory_format=torch.channels_last
+    )
+
+
+def launch_conv2d(
+    case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", tile: str | None = None
+) -> None:
+    """Launches the three passes of a layer in channels_last, each by its best tile by the model.
+
+    `tile` names one for all; `precision` is what `tl.dot` is told for float32.
+    """
+    from gdfast.backends.triton import bind_conv2d
+    from gdfast.backends.triton.tiles import Tile
+
+    geometry = Conv2dGeometry.of(
+        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2, case.dilation,
+        case.groups,
+    )  # fmt: skip
+    sizes = geometry.input_size, geometry.weight_size, geometry.output_size
+    strides = tuple(dense_strides(size, True) for size in sizes)
+    problem = bind_conv2d.Problem(geometry, strides, dtype, META, precision)  # type: ignore[arg-type]
+
+    def best(op: str) -> Any:
+        if problem.is_depthwise:
+            return None
+        return Tile.named(tile) if tile else problem.candidates(op)[0]
+
+    input, weight, output = (_images(size, dtype) for size in sizes)
+    bind_conv2d.bind_forward(problem, best("conv2d"))(input, weight, None)
+    bind_conv2d.bind_grad_input(problem, best("conv2d_grad_input"))(output, weight)
+    bind_conv2d.bind_grad_weight(problem, best("conv2d_grad_weight"))(output, input, False)
+
+
+def launch_batch_norm(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Launches training's forward and backward of a batch normalisation + residual + ReLU."""
+    from gdfast.backends.triton.bind_batch_norm import Problem, bind_backward, bind_forward
+
+    float32 = torch.float32
+    problem = Problem(
+        size, True, dtype, float32, META, True, 1e-5, "relu", 0.0, "output"
+    )
+    input = _images(size, dtype)
+    param = torch.empty(size[1], device=META)
+    forward = bind_forward(problem, True, True, True, True)
+    output, mean, invstd = forward(input, param, param, input, param, param, 0.1)
+    backward = bind_backward(problem, True, True, (True, True, True, True))
+    backward(output, input, param, param, output, mean, invstd)
+
+
+def launch_max_pool2d(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Launches forward and backward of ResNet's max pooling, 3 x 3 with stride 2."""
+    from gdfast.backends.triton.bind_max_pool2d import bind_forward, bind_grad
+
+    geometry = MaxPool2dGeometry.of("max_pool2d", size, (3, 3), (2, 2), (1, 1), (1, 1), False)
+    input, output = (dense_strides(s, True) for s in (geometry.input_size, geometry.output_size))
+    strides = input, output, output
+    forward = bind_forward(geometry, strides, False, torch.uint8, 255, META)
+    pooled, argmax = forward(_images(size, dtype))
+    bind_grad(geometry, strides, 255, META)(pooled, argmax)
+
+
+def launch_sgd(dtype: torch.dtype) -> None:
+    """Launches an update with momentum and weight decay."""
+    from gdfast.backends.triton import bind_sgd
+
+    settings = bind_sgd.Settings(0.1, 0.9, 0.0, 1e-4, True, False, False, False, None, None)
+    somewhere = [1 << 40]
+    bind_sgd.update(
+        torch.empty(1, dtype=dtype, device=META), somewhere, somewhere, somewhere, [25_000_000],
+        settings,
+    )  # fmt: skip
+
+
+# A layer for each way through the convolution kernels, of ResNet-50 and MobileNetV2.
+LAYERS = (
+    Conv2dCase("3x3 64->64 @56", 256, 64, 56, 56, 64, 3, 3, padding=(1, 1)),
+    Conv2dCase("3x3/2 256->256 @28", 256, 256, 28, 28, 256, 3, 3, (2, 2), (1, 1)),
+    Conv2dCase("1x1 256->128 @56", 256, 256, 56, 56, 128, 1, 1),
+    Conv2dCase("stem 7x7/2 3->64 @224", 256, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3)),
+    Conv2dCase("depthwise 3x3/2 96 @112", 256, 96, 112, 112, 96, 3, 3, (2, 2), (1, 1), groups=96),
+)

@@ -1,0 +1,55 @@
+"""Every model of the package on the Triton kernels, in the interpreter, against native layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from triton_here import IN_INTERPRETER
+
+import gdfast
+from gdfast import models
+from gdfast.bench.workload import relative_error
+
+pytestmark = [
+    *IN_INTERPRETER,
+    pytest.mark.usefixtures("fresh_registry"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+MODELS = {
+    "cnn": ({}, (2, 1, 28, 28)),
+    "mobilenet_v2": ({"num_classes": 4, "dropout": 0.0}, (2, 3, 32, 32)),
+    "resnet18": ({"num_classes": 4}, (2, 3, 32, 32)),
+    "resnet20": ({"num_classes": 4, "in_channels": 1}, (2, 1, 8, 8)),
+    "resnet50": ({"num_classes": 4}, (1, 3, 64, 64)),
+    "yolo_lite_backbone": ({"num_classes": 4}, (2, 3, 32, 32)),
+}
+
+
+def step(model: torch.nn.Module, images: Tensor, backend: str) -> dict[str, Tensor]:
+    with gdfast.backend(backend):
+        model.zero_grad()
+        output = model(images)
+        output.square().mean().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"output": output.detach()} | {n: g.clone() for n, g in grads.items() if g is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_native_layers(name: str) -> None:
+    options, size = MODELS[name]
+    torch.manual_seed(0)
+    model = models.create(name, **options)
+    # In evaluation: statistics of few pixels make a model chaotic.
+    model.eval()
+    gdfast.swap_(model, fuse=True)
+    images = torch.randn(size)
+    exact = step(copy.deepcopy(model).double(), images.double(), "native")
+    natives = step(copy.deepcopy(model), images, "native")
+    ours = step(copy.deepcopy(model), images, "triton")
+    assert ours.keys() == exact.keys()
+    for part, expected in exact.items():
+        allowed = 3 * relative_error(natives[part], expected) + 2e-6
+        assert relative_error(ours[part], expected) <= allowed, part

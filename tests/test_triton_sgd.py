@@ -1,0 +1,126 @@
+"""The SGD kernel in Triton's interpreter, against native's default loop and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sgd_kernels import LR, SETTINGS, assert_as_close_as_native, native_loop, randoms
+from triton_here import IN_INTERPRETER, INTERPRETED
+
+from gdfast import ops, optim
+
+if INTERPRETED:
+    from gdfast.backends.triton import bind_sgd
+
+pytestmark = [
+    *IN_INTERPRETER,
+    pytest.mark.usefixtures("fresh_registry"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("first_step", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_setting_matches_the_default_loop(dtype: torch.dtype, first_step: bool) -> None:
+    for settings in SETTINGS:
+        if first_step and not settings["momentum"]:
+            continue
+        param, grad, buffer = randoms(3, 1003, dtype)
+        before = None if first_step or not settings["momentum"] else buffer
+        exact, exact_buffer = native_loop(param, grad, before, torch.float64, **settings)
+        natives, natives_buffer = native_loop(param, grad, before, dtype, **settings)
+        buffers = [buffer] if settings["momentum"] else []
+        if first_step:
+            buffer.fill_(torch.nan)
+        untouched = grad.clone()
+        version = param._version
+        ops.sgd_(
+            [param], [grad], buffers, lr=LR, first_step=first_step, backend="triton", **settings
+        )
+        assert param._version > version
+        assert_as_close_as_native(param, natives, exact)
+        assert torch.equal(grad, untouched)
+        if natives_buffer is not None:
+            assert exact_buffer is not None
+            assert_as_close_as_native(buffer, natives_buffer, exact_buffer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tensors_of_all_sizes_and_alignments(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bind_sgd, "_BLOCK", 256)
+    bind_sgd._launch.cache_clear()
+    sizes = [1, 7, 0, 255, 256, 257, 1000, *range(1, 40)]
+    whole = randoms(3, sum(sizes), dtype)
+    settings = {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True}
+    exact, exact_buffer = native_loop(*whole, torch.float64, **settings)
+    natives, natives_buffer = native_loop(*whole, dtype, **settings)
+    # Views: most of them begin between 16 bytes.
+    parts = [list(tensor.split(sizes)) for tensor in whole]
+    ops.sgd_(*parts, lr=LR, backend="triton", zero_grad=True, **settings)
+    assert_as_close_as_native(whole[0], natives, exact)
+    assert_as_close_as_native(whole[2], natives_buffer, exact_buffer)
+    assert not whole[1].any()
+    bind_sgd._launch.cache_clear()
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_gradients_are_unscaled_and_stay_so_unless_zeroed(zero_grad: bool) -> None:
+    param, grad = randoms(2, 103, torch.float32)
+    expected, _ = native_loop(param, grad, None, torch.float32)
+    scaled = grad * 8
+    ops.sgd_(
+        param, scaled, lr=torch.tensor(LR), grad_scale=torch.tensor(8.0),
+        found_inf=torch.tensor(0.0), zero_grad=zero_grad, backend="triton",
+    )  # fmt: skip
+    torch.testing.assert_close(param, expected)
+    assert torch.equal(scaled, torch.zeros_like(grad) if zero_grad else grad)
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_nothing_is_updated_where_gradients_overflowed(zero_grad: bool) -> None:
+    param, grad, buffer = randoms(3, 103, torch.float32)
+    grad[3] = torch.inf
+    before = param.clone(), grad.clone(), buffer.clone()
+    ops.sgd_(
+        param, grad, buffer, lr=LR, momentum=0.9, grad_scale=torch.tensor(8.0),
+        found_inf=torch.tensor(1.0), zero_grad=zero_grad, backend="triton",
+    )  # fmt: skip
+    assert torch.equal(param, before[0]) and torch.equal(buffer, before[2])
+    assert not grad.any() if zero_grad else torch.equal(grad, before[1])
+
+
+def test_an_infinite_parameter_without_decay_stays_infinite() -> None:
+    param, grad = torch.tensor([torch.inf, 1.0]), torch.tensor([1.0, 1.0])
+    ops.sgd_(param, grad, lr=0.5, backend="triton")
+    assert param.tolist() == [torch.inf, 0.5]
+
+
+def test_parameters_that_share_memory_are_updated_in_their_order() -> None:
+    whole = torch.randn(40)
+    expected = whole.clone()
+    grads = [torch.randn(30), torch.randn(30)]
+    for values, backend in ((whole, "triton"), (expected, "reference")):
+        ops.sgd_([values[:30], values[10:]], grads, lr=LR, weight_decay=0.3, backend=backend)
+    torch.testing.assert_close(whole, expected)
+
+
+def test_the_optimizer_steps_on_it() -> None:
+    import gdfast
+
+    torch.manual_seed(1)
+    layers = [torch.nn.Linear(5, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    pairs = zip(layers, (optim.SGD, torch.optim.SGD), strict=True)
+    input = torch.randn(4, 5)
+    with gdfast.backend("triton"):
+        for layer, SGD in pairs:
+            optimizer = SGD(layer.parameters(), **options)
+            for _ in range(3):
+                optimizer.zero_grad()
+                layer(input).square().sum().backward()
+                optimizer.step()
+    torch.testing.assert_close(*(list(layer.parameters()) for layer in layers))
