@@ -6,7 +6,7 @@ READY := $(VENV)/.gdfast-ready
 ASAN := build/asan
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test bench lint asan clean
+.PHONY: help build train test bench lint asan triton triton-aot clean
 
 help:
 	@echo "make train   set up .venv and train the CNN on handwritten digits; ARGS='--epochs 3' for more"
@@ -15,6 +15,8 @@ help:
 	@echo "make bench   compare the kernels with native PyTorch, side by side"
 	@echo "make lint    ruff, clang-format and mypy"
 	@echo "make asan    run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make triton  run the tests of the Triton kernels in its interpreter, on the CPU"
+	@echo "make triton-aot  compile the Triton kernels for GPUs and tabulate what they take"
 	@echo "make clean   remove what was built; .venv stays"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python that makes .venv. GDFAST_NO_CUDA=1 ignores nvcc."
@@ -62,6 +64,12 @@ asan: $(READY)
 	GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`" \
 	  $(BIN)/python -m pytest -m kernels $(ARGS)
+
+triton: $(READY)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton $(ARGS)
+
+triton-aot: $(READY)
+	$(BIN)/python benchmarks/triton_aot.py $(ARGS)
 
 clean:
 	rm -rf build dist gdfast/_cpu.*.so gdfast/_cuda.*.so $(READY)

@@ -32,7 +32,7 @@ def run(code: str, **environment: str) -> str:
 @pytest.mark.skipif(INTERPRETED, reason="is run by this very test")
 def test_kernels_in_the_interpreter() -> None:
     # In a process of their own, since TRITON_INTERPRET holds for all kernels of a process.
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", "-p", "no:cacheprovider", TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", TESTS]
     result = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
@@ -44,7 +44,7 @@ def test_kernels_in_the_interpreter() -> None:
 def test_without_a_gpu_it_says_so() -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    with pytest.raises(BackendError, match="'triton' was asked for and cannot run this: .*triton|CUDA"):
+    with pytest.raises(BackendError, match=r"'triton' was asked for .*(needs CUDA|not installed)"):
         ops.conv2d(torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 3, 3), backend="triton")
 
 
@@ -78,10 +78,10 @@ def test_a_triton_that_is_not_there_is_a_reason() -> None:
     ],
     ids=str,
 )
-def test_refusals(dtype: torch.dtype, size: tuple[int, ...], weight: tuple[int, ...], why: str) -> None:
-    geometry = Conv2dGeometry.of(
-        "conv2d", size, weight, (1, 1), (1, 1, 1, 1), (1, 1), 1
-    )
+def test_refusals(
+    dtype: torch.dtype, size: tuple[int, ...], weight: tuple[int, ...], why: str
+) -> None:
+    geometry = Conv2dGeometry.of("conv2d", size, weight, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     strides = tuple(
         torch.empty(size, device="meta").stride()
         for size in (geometry.input_size, geometry.weight_size, geometry.output_size)

@@ -20,10 +20,7 @@ pytestmark = [
 ]
 MODELS = {
     "cnn": ({}, (2, 1, 28, 28)),
-    "mobilenet_v2": ({"num_classes": 4, "dropout": 0.0}, (2, 3, 32, 32)),
-    "resnet18": ({"num_classes": 4}, (2, 3, 32, 32)),
     "resnet20": ({"num_classes": 4, "in_channels": 1}, (2, 1, 8, 8)),
-    "resnet50": ({"num_classes": 4}, (1, 3, 64, 64)),
     "yolo_lite_backbone": ({"num_classes": 4}, (2, 3, 32, 32)),
 }
 

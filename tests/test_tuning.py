@@ -12,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mnist_files import digits, write_pair
 
 import gdfast
 from gdfast import backends, bench, doctor, ops
-from gdfast.backends import choices_file, cpu_algorithms, tuning, tuning_timer
+from gdfast.backends import choices_file, cpu, cpu_algorithms, tuning, tuning_timer
 from gdfast.backends.choices import Choice
 from gdfast.errors import FallbackWarning
 from gdfast.models import SimpleCNN
@@ -42,7 +43,7 @@ class Stopwatch:
         self.timed: list[tuple[str, ...]] = []
         self.run_them = False
 
-    def __call__(self, calls: dict[str, Any]) -> dict[str, float]:
+    def __call__(self, calls: dict[str, Any], wait: Any) -> dict[str, float]:
         self.timed.append(tuple(calls))
         if self.run_them:
             for call in calls.values():
@@ -179,9 +180,9 @@ class TestChoice:
     def test_what_cannot_run_is_out(
         self, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tuning_timer, "measure", lambda calls: {"native": 1.0})
+        monkeypatch.setattr(tuning_timer, "measure", lambda calls, wait: {"native": 1.0})
         assert ran(*tensors()) == ["native"] * 3
-        monkeypatch.setattr(tuning_timer, "measure", lambda calls: {})
+        monkeypatch.setattr(tuning_timer, "measure", lambda calls, wait: {})
         assert set(ran(*tensors(n=3))) <= {"direct", "winograd"}
 
 
@@ -247,10 +248,12 @@ class TestPolicy:
                 query = query_of(*known)
                 calls = {name: lambda: None for name in ("direct", "winograd", "native")}
                 names = tuple(calls)
-                key = tuning._key("conv2d", query, names, 1)
+                key = tuning._key("conv2d", query, names, cpu.machine(query))
                 with tuning._lock:
-                    assert tuning._choose(key, "conv2d", query, calls).name == "native"
-                    other = tuning._choose("other", "conv2d", query_of(*unknown), calls)
+                    choice = tuning._choose(key, "conv2d", query, "direct", calls)
+                    assert choice.name == "native"
+                    new = query_of(*unknown)
+                    other = tuning._choose("other", "conv2d", new, "direct", calls)
                 assert other.name != "native" and len(stopwatch.timed) == 3
                 tuning._at_exit()
                 status = 0
@@ -369,6 +372,19 @@ class TestTimer:
         calls = {"bad": fail, **self.calls(clock, [], a=0.1)}
         assert tuning_timer.measure(calls) == {"a": pytest.approx(0.1)}
         assert tuning_timer.measure({"bad": fail}) == {}
+
+    def test_what_a_device_does_later_is_waited_for(self, clock: list[float]) -> None:
+        pending = [0.0]
+
+        def wait() -> None:
+            clock[0] += pending[0]
+            pending[0] = 0.0
+
+        def give(seconds: float) -> None:
+            pending[0] += seconds
+
+        calls = {"a": partial(give, 1e-3), "b": partial(give, 1.2e-3)}
+        assert tuning_timer.measure(calls, wait) == pytest.approx({"a": 1e-3, "b": 1.2e-3})
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NEEDS_TRITON = pytest.mark.skipif(not INSTALLED, reason="needs triton: pip install 'gdfast[triton]'")
+NEEDS_TRITON = pytest.mark.skipif(not INSTALLED, reason="needs triton: pip install gdfast[triton]")
 # Kernels decide when they are imported whether they are interpreted, for the whole process.
 IN_INTERPRETER = [
     pytest.mark.triton,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -116,11 +117,13 @@ def triton(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, a
     if _share_memory((*at.params,), (*at.numels,), like.element_size()):
         reference(params, grads, momenta, hyper)
         return
-    lr, grad_scale, found_inf = (
-        value.to(like.device, torch.float32) if isinstance(value, Tensor) else value
-        for value in (hyper.lr, hyper.grad_scale, hyper.found_inf)
+    grad_scale, found_inf = hyper.grad_scale, hyper.found_inf
+    hyper = hyper._replace(
+        lr=hyper.lr.to(like.device, torch.float32) if isinstance(hyper.lr, Tensor) else hyper.lr,
+        grad_scale=None if grad_scale is None else grad_scale.to(like.device, torch.float32),
+        found_inf=None if found_inf is None else found_inf.to(like.device, torch.float32),
     )
-    settings = bind_sgd.Settings(*hyper._replace(lr=lr, grad_scale=grad_scale, found_inf=found_inf))
+    settings = bind_sgd.Settings(*hyper)
     bind_sgd.update(like, at.params, addresses(grads), at.momenta, at.numels, settings)
     _increment_versions(params, grads, momenta, hyper)
 
@@ -129,7 +132,7 @@ def triton(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, a
 def _share_memory(starts: tuple[int, ...], numels: tuple[int, ...], itemsize: int) -> bool:
     """Whether two of the stretches overlap: programs would update it at the same time."""
     stretches = sorted((a, a + n * itemsize) for a, n in zip(starts, numels, strict=True) if n)
-    return any(a[1] > b[0] for a, b in zip(stretches, stretches[1:], strict=False))
+    return any(a[1] > b[0] for a, b in pairwise(stretches))
 
 
 def reference(

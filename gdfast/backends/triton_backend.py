@@ -114,12 +114,12 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
 
     name = by or algorithm(op, query)
     tile: Tile | None = None if name == DEPTHWISE else Tile.named(name)
-    bind: Callable[..., Callable[..., Any]] = {
+    binds: dict[str, Callable[..., Callable[..., Any]]] = {
         "conv2d": bind_conv2d.bind_forward,
         "conv2d_grad_input": bind_conv2d.bind_grad_input,
         "conv2d_grad_weight": bind_conv2d.bind_grad_weight,
-    }[op]
-    strict = is_strict()
+    }
+    bind, strict = binds[op], is_strict()
     if query.dtype != torch.float32:
         return bind(_problem(query, strict), tile)
     kernels: dict[str, Callable[..., Any]] = {}

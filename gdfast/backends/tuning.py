@@ -1,9 +1,10 @@
 """Which way each convolution runs: chosen once for each query, by timing or by a cost model.
 
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
-of the Triton kernels), and under the backend "auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; a choice
-once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in a file
-(see `choices_file`), so that a machine pays for it once.
+of the Triton kernels), and under the backend "auto" native PyTorch too. They are timed at the first
+call of a query, on its own tensors; a choice once made is kept, since another algorithm rounds
+otherwise. What was chosen is remembered in a file (see `choices_file`), so that a machine pays for
+it once.
 
 The cost model alone chooses
 - what is too small to matter, or would not be worth it: after so many sizes of one layer;
@@ -33,7 +34,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gdfast import native
 from gdfast.backends import choices_file, cpu, cpu_algorithms, triton_backend, tuning_timer
 from gdfast.backends.choices import MOST, Choice
 from gdfast.backends.precision import is_strict
@@ -171,7 +171,7 @@ def bind(
     key = _key(op, query, names, chooser.machine(query))
     calls = {name: _kernel(backend, op, query, name) for name in names}
     with _lock:
-        timed = {n: partial(c, *arguments) for n, c in calls.items()}
+        timed: dict[str, Callable[[], Any]] = {n: partial(c, *arguments) for n, c in calls.items()}
         choice = _choose(key, op, query, chooser.algorithm(op, query), timed)
         if _session is not None and len(_session.choices) < MOST:
             _session.choices[key] = choice

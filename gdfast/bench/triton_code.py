@@ -47,6 +47,16 @@ class Code:
     shared_bytes: int
     instructions: Counter[str]
 
+    @property
+    def loads(self) -> int:
+        """Instructions that load from global memory."""
+        return self.count(r"LDG\.|LDGSTS")
+
+    @property
+    def wide_loads(self) -> int:
+        """Those that load 16 bytes for each thread."""
+        return self.count(r"LDG(STS)?\.(.*\.)?128")
+
     def count(self, pattern: str) -> int:
         """How many instructions have a name that a regular expression matches from its start."""
         found = re.compile(pattern)
@@ -137,20 +147,18 @@ def _instructions(sass: str) -> list[str]:
 
 
 def _images(size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(size), dtype=dtype, device=META).to(
-        memory_format=torch.channels_last
-    )
+    return torch.empty(tuple(size), dtype=dtype, device=META).to(memory_format=torch.channels_last)
 
 
 def launch_conv2d(
-    case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", tile: str | None = None
+    case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", every_tile: bool = False
 ) -> None:
     """Launches the three passes of a layer in channels_last, each by its best tile by the model.
 
-    `tile` names one for all; `precision` is what `tl.dot` is told for float32.
+    `every_tile` launches all that the model leaves; `precision` is what `tl.dot` is told for
+    float32.
     """
     from gdfast.backends.triton import bind_conv2d
-    from gdfast.backends.triton.tiles import Tile
 
     geometry = Conv2dGeometry.of(
         "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2, case.dilation,
@@ -160,15 +168,16 @@ def launch_conv2d(
     strides = tuple(dense_strides(size, True) for size in sizes)
     problem = bind_conv2d.Problem(geometry, strides, dtype, META, precision)  # type: ignore[arg-type]
 
-    def best(op: str) -> Any:
-        if problem.is_depthwise:
-            return None
-        return Tile.named(tile) if tile else problem.candidates(op)[0]
-
     input, weight, output = (_images(size, dtype) for size in sizes)
-    bind_conv2d.bind_forward(problem, best("conv2d"))(input, weight, None)
-    bind_conv2d.bind_grad_input(problem, best("conv2d_grad_input"))(output, weight)
-    bind_conv2d.bind_grad_weight(problem, best("conv2d_grad_weight"))(output, input, False)
+    passes: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "conv2d": (bind_conv2d.bind_forward, (input, weight, None)),
+        "conv2d_grad_input": (bind_conv2d.bind_grad_input, (output, weight)),
+        "conv2d_grad_weight": (bind_conv2d.bind_grad_weight, (output, input, False)),
+    }
+    for op, (bind, arguments) in passes.items():
+        tiles: list[Any] = [*problem.candidates(op)]
+        for tile in tiles[: None if every_tile else 1] or [None]:  # None for depthwise
+            bind(problem, tile)(*arguments)
 
 
 def launch_batch_norm(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -176,9 +185,7 @@ def launch_batch_norm(size: tuple[int, int, int, int], dtype: torch.dtype) -> No
     from gdfast.backends.triton.bind_batch_norm import Problem, bind_backward, bind_forward
 
     float32 = torch.float32
-    problem = Problem(
-        size, True, dtype, float32, META, True, 1e-5, "relu", 0.0, "output"
-    )
+    problem = Problem(size, True, dtype, float32, META, True, 1e-5, "relu", 0.0, "output")
     input = _images(size, dtype)
     param = torch.empty(size[1], device=META)
     forward = bind_forward(problem, True, True, True, True)

@@ -52,7 +52,8 @@ class Problem:
         """Tiles of channels, rows of one split and the number of splits."""
         m, n = self.tile()
         tiles = ceil(self.size[1] / n)
-        wanted = max(1, min(4 * launch.gpu(self.device).multiprocessors // tiles, self.rows // (4 * m)))
+        programs = 4 * launch.gpu(self.device).multiprocessors
+        wanted = max(1, min(programs // tiles, self.rows // (4 * m)))
         rows_per_split = ceil(self.rows / wanted)
         return tiles, rows_per_split, ceil(self.rows / rows_per_split)
 

@@ -92,14 +92,14 @@ class Problem:
         rows = g.N * g.P * g.Q
         if op == "conv2d":
             if C < _FEW:
-                return Product(g.groups, rows, K, 1, C * g.R * g.S, folded=True)
+                return Product(g.groups, rows, K, 1, C * g.R * g.S, folded="rows")
             return Product(g.groups, rows, K, g.R * g.S, C)
         if op == "conv2d_grad_input":
             windows = self.windows
             phases, runs = prod(windows.phases), g.R * g.S / prod(windows.stride)
             return Product(g.groups * phases, g.N * windows.pixels, C, runs, K)
         if C < _FEW:
-            return Product(g.groups, K, C * g.R * g.S, 1, rows, split=True, folded=True)
+            return Product(g.groups, K, C * g.R * g.S, 1, rows, split=True, folded="columns")
         return Product(g.groups * g.R * g.S, K, C, 1, rows, split=True)
 
     def candidates(self, op: str) -> list[Tile]:
@@ -132,10 +132,10 @@ def bind_forward(
         output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         if bias is not None:
             bias = bias.contiguous()
-        for first, launch in launches[bias is not None]:
+        for first, run in launches[bias is not None]:
             # The kernel reads no bias where there is none: any tensor takes its place.
-            launch(_from(input, first), weight, weight if bias is None else bias,
-                   _from(output, first))  # fmt: skip
+            some = weight if bias is None else bias
+            run(_from(input, first), weight, some, _from(output, first))
         return output
 
     return kernel
@@ -153,25 +153,26 @@ def _forward(
     ending = {"BIAS": with_bias, "ACTIVATION": activation}
     if tile is None:
         m, n = channel_tile(g.K, y[1] == 1)
-        settings = {
-            "S": g.S, "MULTIPLIER": g.K // g.C, **ending, "BLOCK_M": m, "BLOCK_N": n,
-        }  # fmt: skip
+        blocks = {"BLOCK_M": m, "BLOCK_N": n}
         numbers = (
-            rows, g.K, g.H, g.W, g.P, g.Q, g.R, *x, w[0], *w[2:], *y, *problem.windows.numbers, slope,
+            rows, g.K, g.H, g.W, g.P, g.Q, g.R, *x, w[0], *w[2:], *y, *problem.windows.numbers,
+            slope,
         )  # fmt: skip
-        grid = ceil(rows / m), ceil(g.K / n)
-        kernel = depthwise.depthwise_kernel
-        return Launch(kernel, grid, problem.device, numbers, settings)
+        return Launch(
+            depthwise.depthwise_kernel, (ceil(rows / m), ceil(g.K / n)), problem.device, numbers,
+            {"S": g.S, "MULTIPLIER": g.K // g.C, **ending, **blocks},
+        )  # fmt: skip
     C, K = problem.channels, problem.filters
     settings = {
         "PADDED": any(g.padding), "FOLD": C < _FEW, "EVEN": C % tile.k == 0, **ending,
         "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
     numbers = rows, *problem.sizes(C, K), *x, *w, *y, *problem.windows.numbers, slope
-    grid = (ceil(rows / tile.m) * ceil(K / tile.n) * g.groups,)
+    programs = ceil(rows / tile.m) * ceil(K / tile.n) * g.groups
     return Launch(
-        conv2d.conv2d_kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages
-    )
+        conv2d.conv2d_kernel, (programs,), problem.device, numbers, settings, tile.warps,
+        tile.stages,
+    )  # fmt: skip
 
 
 def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -180,11 +181,9 @@ def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Te
     size, strides = problem.geometry.input_size, problem.strides[0]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
-        grad_input = torch.empty_strided(
-            size, strides, dtype=weight.dtype, device=weight.device
-        )
-        for first, launch in launches:
-            launch(_from(grad_output, first), weight, _from(grad_input, first))
+        grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
+        for first, run in launches:
+            run(_from(grad_output, first), weight, _from(grad_input, first))
         return grad_input
 
     return kernel
@@ -194,26 +193,23 @@ def _grad_input(problem: Problem, tile: Tile | None) -> Launch:
     g, (x, w, y) = problem.geometry, problem.strides
     rows = g.N * problem.windows.pixels
     phases = prod(problem.windows.phases)
+    steps = *problem.windows.numbers, *problem.windows.phase_numbers
     if tile is None:
         m, n = channel_tile(g.C, x[1] == 1)
-        settings = {"MULTIPLIER": g.K // g.C, "BLOCK_M": m, "BLOCK_N": n}
-        numbers = (
-            rows, g.C, g.H, g.W, g.P, g.Q, g.R, g.S, *x, w[0], *w[2:], *y, *problem.windows.numbers,
-            *problem.windows.phase_numbers,
+        return Launch(
+            depthwise_grad_input.depthwise_grad_input_kernel,
+            (ceil(rows / m), ceil(g.C / n), phases), problem.device,
+            (rows, g.C, g.H, g.W, g.P, g.Q, g.R, g.S, *x, w[0], *w[2:], *y, *steps),
+            {"MULTIPLIER": g.K // g.C, "BLOCK_M": m, "BLOCK_N": n},
         )  # fmt: skip
-        grid = ceil(rows / m), ceil(g.C / n), phases
-        kernel = depthwise_grad_input.depthwise_grad_input_kernel
-        return Launch(kernel, grid, problem.device, numbers, settings)
     C, K = problem.channels, problem.filters
     # A pixel is read by outputs outside of the batch unless it is one output itself.
     padded = (g.R, g.S, *problem.windows.stride, *g.padding) != (1, 1, 1, 1, 0, 0, 0, 0)
-    settings = {
+    settings: dict[str, Any] = {
         "PADDED": padded, "EVEN": K % tile.k == 0, "WHOLE": C % tile.n == 0,
         "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
-    numbers = (
-        rows, *problem.sizes(C, K), *x, *w, *y, *problem.windows.numbers, *problem.windows.phase_numbers,
-    )  # fmt: skip
+    numbers = rows, *problem.sizes(C, K), *x, *w, *y, *steps
     grid = ceil(rows / tile.m) * ceil(C / tile.n), g.groups * phases
     kernel = conv2d_grad_input.conv2d_grad_input_kernel
     return Launch(kernel, grid, problem.device, numbers, settings, tile.warps, tile.stages)
@@ -230,8 +226,8 @@ def bind_grad_weight(
     splits = 0
     for first, part in problem.parts():
         launches[False].append((first, _grad_weight(part, tile, False, splits)[0]))
-        launch, more = _grad_weight(part, tile, True, splits)
-        launches[True].append((first, launch))
+        last, more = _grad_weight(part, tile, True, splits)
+        launches[True].append((first, last))
         splits += more
     device = problem.device
     weight_sizes = count, splits, count // (K * RS), g.R, g.S
@@ -243,8 +239,8 @@ def bind_grad_weight(
         # One stretch of memory for the sums of both, each from an address of 16 bytes on.
         partial = input.new_empty(bias_from + splits * K * bias, dtype=torch.float32)
         partial_bias = partial[bias_from:]
-        for first, launch in launches[bias]:
-            launch(_from(grad_output, first), _from(input, first), partial, partial_bias)
+        for first, run in launches[bias]:
+            run(_from(grad_output, first), _from(input, first), partial, partial_bias)
         grad_weight = torch.empty_strided(
             g.weight_size, w_strides, dtype=input.dtype, device=input.device
         )
@@ -278,13 +274,13 @@ def _grad_weight(
     settings = {
         "PADDED": any(g.padding), "FOLD": fold, "EVEN": rows % rows_per_split == 0,
         "WHOLE": K % tile.m == 0 and (fold or C % tile.n == 0),
-        "X_LINEAR": plain and _is_linear(g.N, g.H, g.W, x), "Y_LINEAR": _is_linear(g.N, g.P, g.Q, y),
-        "BIAS": with_bias, "PRECISION": problem.precision, "UPCAST": problem.upcast,
-        **tile.settings(),
+        "X_LINEAR": plain and _is_linear(g.N, g.H, g.W, x),
+        "Y_LINEAR": _is_linear(g.N, g.P, g.Q, y), "BIAS": with_bias,
+        "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
     numbers = (
-        rows, rows_per_split, *problem.sizes(C, K), *x, *y, *problem.windows.numbers, *problem.windows.digits(tile.k),
-        g.K, first_split,
+        rows, rows_per_split, *problem.sizes(C, K), *x, *y, *problem.windows.numbers,
+        *problem.windows.digits(tile.k), g.K, first_split,
     )  # fmt: skip
     columns = ceil(C * g.R * g.S / tile.n) if fold else g.R * g.S * ceil(C / tile.n)
     grid = ceil(K / tile.m) * columns, g.groups, splits

@@ -63,7 +63,8 @@ def update(
             for address in tables[-1]:
                 unaligned |= address & 15
         counts = (*(numels[i] for i in chosen), *[0] * rest)
-        launch = _launch(programs, like.dtype, like.device, max(counts) > _MOST, flags, not unaligned)
+        wide = max(counts) > _MOST
+        launch = _launch(programs, like.dtype, like.device, wide, flags, not unaligned)
         launch(like, *scalars, changing=(*tables, counts, (*starts, *[_MOST] * rest), *numbers))
 
 

@@ -3,12 +3,12 @@
     y[n, k, p, q] = act(b[k] + sum over c, r, s of w[k, c, r, s] * x[n, c, h, w])
     h = p * stride_h - pad_h + r * dilation_h, w likewise; x is 0 outside of the image
 
-A matrix product whose left operand is never stored: N * P * Q positions by K filters, over R * S * C
-products. One program makes BLOCK_M positions by BLOCK_N filters of one group. It walks through the
-taps (r, s) and within each through the channels, BLOCK_K at a time, as one loop, which Triton
-pipelines. Where a position reads its pixel is computed before the loop for tap (0, 0); other taps
-add one number to all, and each position has one mask. Few channels (FOLD) are taken together with
-the taps, so that BLOCK_K is not mostly padding.
+A matrix product whose left operand is never stored: N * P * Q positions by K filters, over
+R * S * C products. One program makes BLOCK_M positions by BLOCK_N filters of one group. It walks
+through the taps (r, s) and within each through the channels, BLOCK_K at a time, as one loop, which
+Triton pipelines. Where a position reads its pixel is computed before the loop for tap (0, 0); other
+taps add one number to all, and each position has one mask. Few channels (FOLD) are taken together
+with the taps, so that BLOCK_K is not mostly padding.
 """
 
 import triton
@@ -16,12 +16,11 @@ import triton.language as tl
 
 from gdfast.backends.triton.parts import activate, grouped_tile, inside
 
-
 # Sizes that take many values and help no load: one compiled kernel serves them all.
 _SIZES = (
     "rows", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
     "dilation_w",
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -4,9 +4,10 @@
     p = (h + pad_h - r * dilation_h) / stride_h where that is whole and an output's, q likewise
 
 With a stride most pairs of pixel and tap have no such p. Pixels of one phase, h % stride_h, share
-the taps that have: r = first + i * tap_step_h, and then p = p0 - i * p_step_h for whole p0, where
-tap_step = stride / gcd(stride, dilation) and p_step = dilation / gcd. So each phase is a convolution
-of stride 1 by a part of the filter: nothing is multiplied by zero. A phase without taps is zero.
+the taps that have: r = r0 + i * tap_step, and then p = p0 - i * p_step for a whole p0, where
+tap_step = stride / gcd(stride, dilation) and p_step = dilation / gcd. So each phase is a
+convolution of stride 1 by a part of the filter: nothing is multiplied by zero. A phase without taps
+is zero.
 
 One program makes BLOCK_M pixels of one phase by BLOCK_N channels of one group, and walks through
 taps and filters as the forward kernel walks through taps and channels.
@@ -17,12 +18,11 @@ import triton.language as tl
 
 from gdfast.backends.triton.parts import first_tap, grouped_tile, inside
 
-
 # Sizes that take many values and help no load: one compiled kernel serves them all.
 _SIZES = (
     "rows", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h",
     "dilation_w", "phases_h", "phases_w", "tap_step_h", "tap_step_w", "p_step", "q_step",
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -32,7 +32,8 @@ def conv2d_grad_input_kernel(
     x_n, x_c, x_h, x_w, w_k, w_c, w_r, w_s, y_n, y_k, y_p, y_q,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     phases_h, phases_w, tap_step_h, tap_step_w, p_step, q_step,
-    PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(C, BLOCK_N)
@@ -92,6 +93,4 @@ def conv2d_grad_input_kernel(
         tap_w = tl.where(tap_w >= taps_w, 0, tap_w)
 
     x_tile = x + x_row[:, None] + ((group * C + column) * x_c)[None, :]
-    tl.store(
-        x_tile, sums.to(x.dtype.element_ty), mask=exists_row[:, None] & (column < C)[None, :]
-    )
+    tl.store(x_tile, sums.to(x.dtype.element_ty), mask=exists_row[:, None] & (column < C)[None, :])

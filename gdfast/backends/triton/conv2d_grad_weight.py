@@ -17,12 +17,11 @@ import triton.language as tl
 
 from gdfast.backends.triton.parts import advance, grouped_tile, inside
 
-
 # Sizes that take many values and help no load: one compiled kernel serves them all.
 _SIZES = (
     "rows", "rows_per_split", "H", "W", "P", "Q", "R", "S", "stride_h", "stride_w", "pad_h",
     "pad_w", "dilation_h", "dilation_w", "step_n", "step_p", "step_q", "filters", "first_split",
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -105,6 +104,5 @@ def conv2d_grad_weight_kernel(
         partial + split * filters * products + tile, sums,
         mask=exists_row[:, None] & exists[None, :],
     )  # fmt: skip
-    if BIAS:
-        if tile_n == 0:
-            tl.store(partial_bias + split * filters + group * K + row, bias_sums, mask=exists_row)
+    if BIAS and tile_n == 0:
+        tl.store(partial_bias + split * filters + group * K + row, bias_sums, mask=exists_row)

@@ -70,6 +70,5 @@ def depthwise_grad_weight_kernel(
         partial + split * K * R * S + tile, tl.sum(sums, axis=1),
         mask=exists_tap[:, None] & exists[None, :],
     )  # fmt: skip
-    if BIAS:
-        if tl.program_id(1) == 0:
-            tl.store(partial_bias + split * K + k, tl.sum(bias_sums, axis=0), mask=exists)
+    if BIAS and tl.program_id(1) == 0:
+        tl.store(partial_bias + split * K + k, tl.sum(bias_sums, axis=0), mask=exists)

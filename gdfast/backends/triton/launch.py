@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 # Whether kernels run in Triton's interpreter: slowly, on any device, to be tested and debugged.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -19,9 +20,10 @@ class Launch:
     """A kernel with its grid and all arguments but the tensors, ready to run on one device.
 
     The kernel takes tensors, then whatever changes from call to call (of types that don't change),
-    then `numbers`, then `settings`, its compile-time constants by name. The first call compiles it. Later ones pass addresses to what was compiled, which spares
-    Triton's own look-up; tensors that do not begin at 16 bytes take that way each time. Nothing
-    waits for the GPU, and nothing is read from it, so that CUDA graphs can record a launch.
+    then `numbers`, then `settings`, its compile-time constants by name. The first call compiles it.
+    Later ones pass addresses to what was compiled, which spares Triton's own look-up; tensors that
+    do not begin at 16 bytes take that way each time. Nothing waits for the GPU, and nothing is read
+    from it, so that CUDA graphs can record a launch.
     """
 
     def __init__(
@@ -55,7 +57,12 @@ class Launch:
         for address in addresses:
             unaligned |= address & _ALIGNED
         if unaligned or self._compiled is None:
-            compiled = self._kernel[self._grid](*tensors, *changing, *self._rest, **self._options)
+            try:
+                compiled = self._kernel[self._grid](
+                    *tensors, *changing, *self._rest, **self._options
+                )
+            except TritonError as error:  # such as more shared memory than there is
+                raise RuntimeError(f"{self._kernel}: {error}") from error
             if not unaligned:
                 self._compiled = compiled  # None in the interpreter
         else:
@@ -69,12 +76,15 @@ class Gpu(NamedTuple):
     shared_bytes: int  # that one program may have
     flops_per_clock: int  # of one multiprocessor, in bfloat16 on the tensor cores
     bytes_per_clock: int  # for one multiprocessor, from L2
+    # That a thread may sum up at a time without running out of registers; Hopper's matrix
+    # instructions read both operands from shared memory, others from registers.
+    sums: int
 
 
-H100 = Gpu(132, 227 << 10, 4096, 32)
-A100 = Gpu(108, 163 << 10, 2048, 24)
+H100 = Gpu(132, 227 << 10, 4096, 32, 128)
+A100 = Gpu(108, 163 << 10, 2048, 24, 64)
 # The interpreter pays for each operation of each program, whatever its size.
-_INTERPRETER = Gpu(1, 1 << 40, 1 << 40, 1 << 40)
+_INTERPRETER = Gpu(1, 1 << 40, 1 << 40, 1 << 40, 1 << 40)
 
 
 @cache
@@ -83,11 +93,9 @@ def gpu(device: torch.device) -> Gpu:
     if INTERPRETED or device.type != "cuda":
         return _INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    like = H100 if properties.major >= 9 else A100
+    like = H100 if properties.major in (9, 10) else A100
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return like._replace(
-        multiprocessors=properties.multi_processor_count, shared_bytes=shared
-    )
+    return like._replace(multiprocessors=properties.multi_processor_count, shared_bytes=shared)
 
 
 def channel_tile(channels: int, channels_last: bool) -> tuple[int, int]:

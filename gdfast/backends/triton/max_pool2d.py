@@ -1,6 +1,7 @@
 """Max pooling, forward:
 
-    y[n, c, p, q] = max over r, s of x[n, c, h, w], argmax[n, c, p, q] = r * S + s where it was first
+    y[n, c, p, q] = max over r, s of x[n, c, h, w]
+    argmax[n, c, p, q] = r * S + s where that is first
     h = p * stride_h - pad_h + r * dilation_h, w likewise; pixels outside of the image don't count
 
 A NaN outdoes every number. With RELU a value of at most 0 becomes 0, and its argmax NOWHERE. Bound

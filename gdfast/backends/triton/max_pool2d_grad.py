@@ -52,8 +52,8 @@ def max_pool2d_grad_kernel(
             mask = here[:, None] & exists[None, :]
             place = tl.load(a_tile - (up * a_p + left * a_q), mask=mask, other=NOWHERE)
             taken = place == (r0 + tap_h * tap_step_h) * S + s0 + tap_w * tap_step_w
-            sums += tl.load(
-                y_tile - (up * y_p + left * y_q), mask=mask & taken, other=0.0
-            ).to(tl.float32)
+            sums += tl.load(y_tile - (up * y_p + left * y_q), mask=mask & taken, other=0.0).to(
+                tl.float32
+            )
     x_tile = x + (n * x_n + h * x_h + w * x_w)[:, None] + (c * x_c)[None, :]
     tl.store(x_tile, sums.to(x.dtype.element_ty), mask=exists_row[:, None] & exists[None, :])

@@ -7,11 +7,10 @@ makes BLOCK elements.
 import triton
 import triton.language as tl
 
-
 # Sizes that take many values and help no load: one compiled kernel serves them all.
 _SIZES = (
     "count", "splits", "C", "R", "S", "out_k", "out_c", "out_r", "out_s",
-)
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -41,8 +41,8 @@ class Product(NamedTuple):
     """A matrix product [rows, depth] x [depth, columns], `groups` times.
 
     depth consists of `runs` stretches (the taps), each padded to whole steps by itself; a `split`
-    product may be summed in parts by several programs. Of a `folded` one an operand is loaded number
-    by number.
+    product may be summed in parts by several programs. Of a `folded` one the left operand,
+    "rows", or the right one, "columns", is loaded number by number.
     """
 
     groups: int
@@ -51,19 +51,22 @@ class Product(NamedTuple):
     runs: float
     depth: int
     split: bool = False
-    folded: bool = False
+    folded: str = ""
 
 
 # m, n, warps, stages. On Hopper a matrix instruction makes 64 rows for four warps.
 _SHAPES = (
     (128, 128, 8, 3), (128, 256, 8, 3), (256, 128, 8, 3), (128, 128, 4, 4), (128, 64, 4, 4),
-    (64, 128, 4, 4), (64, 256, 4, 3), (256, 64, 8, 3), (64, 64, 4, 4), (128, 32, 4, 4),
-    (64, 32, 4, 4), (128, 16, 4, 4), (32, 128, 4, 4), (32, 32, 4, 4), (16, 128, 4, 4),
-    (16, 16, 4, 4),
+    (128, 64, 8, 3), (64, 128, 4, 4), (64, 256, 4, 3), (256, 64, 8, 3), (64, 64, 4, 4),
+    (128, 32, 4, 4), (64, 32, 4, 4), (128, 16, 4, 4), (32, 128, 4, 4), (32, 32, 4, 4),
+    (16, 128, 4, 4), (16, 16, 4, 4),
 )  # fmt: skip
 _STEP_BYTES = 128  # of one row of a step: 64 products in half types, 32 in float32
 _LEAST_K = 16
+_LEAST_SUMS = 32
 _MOST_WASTE = 1.15
+# Numbers that a thread loads one by one in a step: each has an address and a mask in registers.
+_MOST_LOADS = {"": 0, "rows": 16, "columns": 32}
 _MOST_CANDIDATES = 4
 
 _WAVES = 2  # programs for each multiprocessor
@@ -85,12 +88,20 @@ def candidates(product: Product, itemsize: int, gpu: Gpu, passes: int = 1) -> li
         # Short sums have no use for stages that they never fill.
         steps = max(2, ceil(product.runs * ceil(product.depth / step)))
         stages = min(stages, steps, gpu.shared_bytes // bytes_of_stage)
-        # Each number has an address and a mask of its own: registers for so many.
-        fits = not product.folded or (m * n <= 128 * 64 and max(m, n) <= 128)
-        if stages >= 2 and fits:
+        if m * n / (32 * warps) > _most_sums(itemsize, passes, gpu):
+            continue
+        loads = {"": 0, "rows": m, "columns": n}[product.folded] * step / (32 * warps)
+        if stages >= 2 and loads <= _MOST_LOADS[product.folded]:
             fitting.append(Tile(m, n, step, warps, stages))
     fitting.sort(key=lambda tile: clocks(product, tile, itemsize, gpu, passes))
     return fitting[:_MOST_CANDIDATES]
+
+
+def _most_sums(itemsize: int, passes: int, gpu: Gpu) -> int:
+    """Sums of one thread: operands of float32 take registers too, split ones three times."""
+    if itemsize == 2:
+        return gpu.sums
+    return gpu.sums // 2 if passes == 1 else _LEAST_SUMS
 
 
 def _step(depth: int, most: int) -> int:
@@ -122,4 +133,3 @@ def splits(product: Product, tile: Tile, gpu: Gpu) -> int:
     tiles = product.groups * ceil(product.rows / tile.m) * ceil(product.columns / tile.n)
     steps = ceil(product.depth / tile.k)
     return max(1, min(_WAVES * gpu.multiprocessors // tiles, steps // _LEAST_STEPS, _MOST_SPLITS))
-

@@ -1,0 +1,89 @@
+"""Compiles the Triton kernels for GPUs that need not be here, and tabulates what they take.
+
+    python benchmarks/triton_aot.py            every tile that the cost model may time
+    python benchmarks/triton_aot.py --best     the tile that it prefers, for each pass
+
+writes results/triton/registers.md beside this file. Nothing is run, and no speed is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from gdfast.bench import triton_code
+from gdfast.bench.triton_code import Code
+from gdfast.files import write_atomic
+
+RESULT = Path(__file__).parent / "results" / "triton" / "registers.md"
+ARCHITECTURES = (80, 90)
+NUMBERS = (
+    (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"),
+    (torch.float32, "tf32x3"),
+)  # fmt: skip
+
+
+def compiled(every_tile: bool) -> Iterator[tuple[str, Code]]:
+    """What is compiled for, in words, and the code."""
+    for capability in ARCHITECTURES:
+        for dtype, precision in NUMBERS:
+            kind = precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+            for case in triton_code.LAYERS:
+                with triton_code.ahead_of_time(capability) as codes:
+                    triton_code.launch_conv2d(case, dtype, precision, every_tile)
+                yield from ((f"{case.name}, {kind}", code) for code in codes)
+        for dtype in (torch.bfloat16, torch.float32):
+            with triton_code.ahead_of_time(capability) as codes:
+                triton_code.launch_batch_norm((256, 256, 56, 56), dtype)
+                triton_code.launch_max_pool2d((256, 64, 112, 112), dtype)
+                triton_code.launch_sgd(dtype)
+            kind = str(dtype).removeprefix("torch.")
+            yield from ((f"ResNet-50, {kind}", code) for code in codes)
+
+
+def row(task: str, code: Code) -> str:
+    blocks = [code.settings[f"BLOCK_{axis}"] for axis in "MNK" if f"BLOCK_{axis}" in code.settings]
+    cells = [
+        f"sm_{code.capability}", code.kernel.removesuffix("_kernel"), task,
+        "x".join(map(str, blocks)) or str(code.settings.get("BLOCK", "")), code.warps, code.stages,
+        code.registers, code.stack_bytes, code.shared_bytes,
+        code.count("HGMMA") or code.count("HMMA"), f"{code.wide_loads} of {code.loads}",
+    ]  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--best", action="store_true", help="only the tile that the model prefers")
+    arguments = parser.parse_args()
+    seen: set[tuple[str, str]] = set()
+    rows, spilling = [], 0
+    for task, code in compiled(every_tile=not arguments.best):
+        line = row(task, code)
+        if (code.kernel, line) not in seen:
+            seen.add((code.kernel, line))
+            rows.append(line)
+            spilling += code.stack_bytes > 0
+            print(line, flush=True)
+    head = (
+        "# What the Triton kernels take\n\n"
+        f"Compiled by Triton {triton.__version__} with `make triton-aot`; nothing was run. "
+        "Registers are those of one\nthread, bytes those of one program; a stack is what spilled. "
+        "`matrix` counts instructions of the tensor cores\n(HGMMA on sm_90, HMMA on sm_80), "
+        "`wide` loads of 16 bytes for each thread.\n\n"
+        "| GPU | kernel | of | tile | warps | stages | registers | stack | shared | matrix | wide "
+        "|\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    )
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(RESULT, (head + "\n".join(rows) + "\n").encode())
+    print(f"{len(rows)} kernels, {spilling} of them spill; {RESULT}")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What the compiler makes of the Triton kernels for GPUs that are not here: nothing is run."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from triton_here import NOT_IN_INTERPRETER
+
+from gdfast.bench import triton_code
+from gdfast.bench.triton_code import LAYERS, Code
+
+pytestmark = NOT_IN_INTERPRETER
+LAYER = {case.name.split()[0]: case for case in LAYERS}
+
+
+@cache
+def layer(name: str, capability: int, dtype: torch.dtype, precision: str = "ieee") -> list[Code]:
+    """Three passes: forward, grad_input, grad_weight, and the sum of the splits."""
+    with triton_code.ahead_of_time(capability) as codes:
+        triton_code.launch_conv2d(LAYER[name], dtype, precision)
+    assert len(codes) == 4
+    return codes[:3]
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3/2", "1x1"])
+def test_hopper_multiplies_from_shared_memory_and_loads_16_bytes(name: str) -> None:
+    for code in layer(name, 90, torch.bfloat16):
+        assert code.count("HGMMA") and not code.count("HMMA"), code.kernel
+        assert code.loads == code.wide_loads == code.count("LDGSTS") > 0, code.kernel
+        assert code.stack_bytes == 0, code.kernel
+        assert code.shared_bytes <= 227 << 10
+
+
+def test_ampere_multiplies_on_its_tensor_cores() -> None:
+    for code in layer("3x3", 80, torch.bfloat16):
+        assert code.count("HMMA") and code.wide_loads and code.stack_bytes == 0, code.kernel
+        assert code.shared_bytes <= 163 << 10
+
+
+def test_few_channels() -> None:
+    forward, _, grad_weight = layer("stem", 90, torch.bfloat16)
+    for code in (forward, grad_weight):
+        assert code.count("HGMMA") and code.stack_bytes == 0, code.kernel
+
+
+def test_float32_takes_three_products_of_tf32_where_tf32_is_not_allowed() -> None:
+    for one, three in zip(
+        layer("3x3", 90, torch.float32, "tf32"), layer("3x3", 90, torch.float32, "tf32x3"),
+        strict=True,
+    ):  # fmt: skip
+        assert one.count("HGMMA") and three.count("HGMMA")
+        assert one.stack_bytes == three.stack_bytes == 0, one.kernel
+
+
+def test_depthwise_layers_load_16_bytes() -> None:
+    with triton_code.ahead_of_time(90) as codes:
+        triton_code.launch_conv2d(LAYER["depthwise"], torch.bfloat16)
+    for code in codes[:3]:
+        assert code.wide_loads and code.stack_bytes == 0, code.kernel
+
+
+def test_what_is_bound_by_memory_loads_and_stores_16_bytes() -> None:
+    with triton_code.ahead_of_time(90) as codes:
+        triton_code.launch_batch_norm((256, 256, 56, 56), torch.bfloat16)
+        triton_code.launch_max_pool2d((256, 64, 112, 112), torch.bfloat16)
+        triton_code.launch_sgd(torch.float32)
+    assert len(codes) == 9
+    for code in codes:
+        assert code.stack_bytes == 0, code.kernel
+        if code.kernel not in ("statistics_kernel", "parameters_kernel"):  # of one row
+            assert code.wide_loads, code.kernel
+        if code.kernel in ("normalise_kernel", "gradients_kernel", "sgd_kernel"):
+            assert code.count(r"STG\.E\.128"), code.kernel

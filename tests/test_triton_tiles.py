@@ -1,0 +1,174 @@
+"""The choice of tiles, the split of sums and cached launches: what needs no kernel to run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton_here import NEEDS_TRITON
+
+from gdfast.backends import Conv2dQuery, registry, triton_backend, tuning, tuning_timer
+from gdfast.bench.cases import MOBILENET, RESNET50, Conv2dCase
+from gdfast.geometry import Conv2dGeometry, dense_strides
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast[triton]'")
+
+from gdfast.backends.triton import launch, tiles  # noqa: E402
+from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
+from gdfast.backends.triton.launch import A100, H100, Launch  # noqa: E402
+from gdfast.backends.triton.tiles import Product, Tile  # noqa: E402
+
+pytestmark = NEEDS_TRITON
+PASSES = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+
+
+def query_of(case: Conv2dCase, dtype: torch.dtype = torch.bfloat16) -> Conv2dQuery:
+    geometry = Conv2dGeometry.of(
+        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2, case.dilation,
+        case.groups,
+    )  # fmt: skip
+    sizes = geometry.input_size, geometry.weight_size, geometry.output_size
+    strides = tuple(dense_strides(size, True) for size in sizes)
+    return Conv2dQuery(torch.device("cuda"), dtype, geometry=geometry, strides=strides)
+
+
+def problem_of(case: Conv2dCase, dtype: torch.dtype = torch.bfloat16) -> Problem:
+    query = query_of(case, dtype)
+    return Problem(query.geometry, query.strides, dtype, query.device, "tf32")
+
+
+@pytest.mark.parametrize("gpu", [A100, H100], ids=["A100", "H100"])
+@pytest.mark.parametrize("op", PASSES)
+def test_every_layer_has_a_few_tiles_that_fit(
+    op: str, gpu: launch.Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpu", lambda device: gpu)
+    for case in (*RESNET50, *MOBILENET):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = problem_of(case.with_batch(256), dtype).candidates(op)
+            assert (len(found) == 0) == (case.groups > 1)
+            assert len(found) <= 4
+            for tile in found:
+                bytes_ = tile.stages * (tile.m + tile.n) * tile.k * dtype.itemsize
+                assert tile.stages >= 2 and bytes_ <= gpu.shared_bytes
+                assert Tile.named(str(tile)) == tile and len(str(tile)) <= 40
+
+
+def test_large_layers_get_large_tiles_and_small_ones_many() -> None:
+    large, *_ = tiles.candidates(Product(1, 256 * 28 * 28, 256, 9, 256), 2, H100)
+    small, *_ = tiles.candidates(Product(1, 49, 64, 9, 64), 2, H100)
+    assert large.m * large.n >= 128 * 128
+    assert small.m * small.n <= 64 * 64
+
+
+def test_sums_are_split_where_tiles_are_few() -> None:
+    tile = Tile(64, 64, 64, 4, 4)
+    few = Product(9, 64, 64, 1, 256 * 56 * 56, split=True)
+    many = Product(9, 512, 512, 1, 256 * 7 * 7, split=True)
+    short = Product(1, 64, 64, 1, 64 * 9, split=True)
+    assert 9 * tiles.splits(few, tile, H100) == pytest.approx(2 * H100.multiprocessors, rel=0.1)
+    assert tiles.splits(many, tile, H100) == 1
+    assert tiles.splits(short, tile, H100) == 1  # of nine steps each part would have few
+
+
+class Kernel:
+    """Notes how it is launched, as Triton's kernels and what they compile to are."""
+
+    def __init__(self, name: str, calls: list[Any]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            self.calls.append((self.name, grid, arguments, options))
+            return Kernel("compiled", self.calls)
+
+        return run
+
+
+def test_later_launches_pass_addresses_to_what_was_compiled() -> None:
+    calls: list[Any] = []
+    made = Launch(Kernel("kernel", calls), (3, 2), torch.device("cpu"), (7, 0.5), {"B": 64}, 8, 3)
+    a, b = torch.zeros(64), torch.zeros(64)
+    unaligned = torch.zeros(65)[1:]
+    made(a, b, changing=(1,))
+    made(b, a, changing=(2,))
+    made(a, unaligned, changing=(3,))
+    made(a, b, changing=(4,))
+    options = {"num_warps": 8, "num_stages": 3}
+    assert calls == [
+        ("kernel", (3, 2, 1), (a, b, 1, 7, 0.5, 64), options),
+        ("compiled", (3, 2, 1), (b.data_ptr(), a.data_ptr(), 2, 7, 0.5, 64), {}),
+        ("kernel", (3, 2, 1), (a, unaligned, 3, 7, 0.5, 64), options),
+        ("compiled", (3, 2, 1), (a.data_ptr(), b.data_ptr(), 4, 7, 0.5, 64), {}),
+    ]
+
+
+def test_what_triton_refuses_is_an_error_of_the_usual_kind() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    class Large:
+        def __getitem__(self, grid: Any) -> Any:
+            def run(*arguments: Any, **options: Any) -> Any:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+
+            return run
+
+    with pytest.raises(RuntimeError, match="shared memory"):
+        Launch(Large(), (1,), torch.device("cpu"), (), {})(torch.zeros(4))
+
+
+class TestChoosing:
+    """The tuner with kernels that are not run: what is timed, remembered and found again."""
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+        monkeypatch.setenv("GDFAST_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(launch, "gpu", lambda device: H100)
+        monkeypatch.setattr(triton_backend, "is_interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(tuning, "resolve", self.resolve)
+        tuning.forget()
+        self.timed: list[list[str]] = []
+        self.seconds: dict[str, float] = {}
+        monkeypatch.setattr(tuning_timer, "measure", self.measure)
+        yield
+        tuning.forget()
+
+    def resolve(self, op: str, query: Any, requested: str = "auto") -> Any:
+        return triton_backend.BACKEND if requested != "reference" else registry._backends[requested]
+
+    def measure(self, calls: dict[str, Any], wait: Any) -> dict[str, float]:
+        assert wait is not None
+        self.timed.append(list(calls))
+        return {name: self.seconds.get(name, 1.0) for name in calls}
+
+    def test_tiles_and_native_are_timed_once_for_each_query(self) -> None:
+        query = query_of(RESNET50[1].with_batch(256))
+        names = triton_backend.candidates("conv2d", query)
+        self.seconds = {names[2]: 0.5}
+        with tuning.autotune("auto"):
+            for _ in range(2):
+                with tuning.recorded({}) as uses:
+                    tuning.bind("conv2d", query, "auto", (None, None, None))
+                assert uses[0].choice.name == names[2]
+        assert self.timed == [[*names, "native"]]
+        (key,) = tuning.choices()
+        assert "a GPU" in key and len(key) < 1000
+
+    def test_by_name_native_is_no_candidate(self) -> None:
+        query = query_of(RESNET50[1].with_batch(256))
+        with tuning.autotune("auto"):
+            tuning.bind("conv2d", query, "triton", (None, None, None))
+        assert len(self.timed) == 1 and "native" not in self.timed[0]
+
+    def test_nothing_is_timed_while_a_graph_is_recorded(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        query = query_of(RESNET50[1].with_batch(256))
+        with tuning.autotune("auto"), tuning.recorded({}) as uses:
+            tuning.bind("conv2d", query, "auto", (None, None, None))
+        assert not self.timed
+        assert uses[0].choice.name == triton_backend.algorithm("conv2d", query)
