@@ -441,10 +441,10 @@ def test_scenes_are_the_same_always() -> None:
     again = scenes._record("test", 3, scenes.digits.load().test)
     assert (again.image == data.test[3].image).all() and (again.boxes == data.test[3].boxes).all()
     for record in data.test[:20]:
-        assert record.image is not None and record.image.shape == (128, 128, 3)
-        assert 1 <= len(record.boxes) <= 6
-        assert (record.boxes >= 0).all() and (record.boxes <= 128).all()
-        assert ((record.boxes[:, 2:] - record.boxes[:, :2]).max(1) >= 18).all()
+        assert record.image is not None and record.image.shape == (96, 96, 3)
+        assert 1 <= len(record.boxes) <= 5
+        assert (record.boxes >= 0).all() and (record.boxes <= 96).all()
+        assert ((record.boxes[:, 2:] - record.boxes[:, :2]).max(1) >= 16).all()
     assert {int(label) for record in data.test for label in record.classes} == set(range(10))
 
 

@@ -17,8 +17,10 @@ from gdfast.data import DataError, boxes
 from gdfast.data.boxes import BoxSource
 from gdfast.metrics import Found
 from gdfast.models.yolo_head import decode
-from gdfast.train import Recipe, RunError, Settings, SettingsError, predict, train
+from gdfast.train import Recipe, RunError, Settings, SettingsError, predict, train, weights
+from gdfast.train.detect import Detect
 from gdfast.train.detections import DetectPredictor, detect, draw, select, to_json
+from gdfast.train.tasks import settle
 
 for name in ("pycocotools", "matplotlib", "safetensors", "yaml"):
     pytest.importorskip(name, reason=f"needs {name}")
@@ -100,6 +102,22 @@ def test_a_trained_detector_answers(run: Path, spec: str) -> None:
     picture = np.asarray(Image.open(io.BytesIO(predictor.draw(image, answer))))
     assert picture.shape == image.shape and (picture != image).any()
     assert trained.predictor(threshold=1.0)(image) == {"boxes": [], "summary": "nothing"}
+
+
+def test_training_can_begin_with_trained_weights(run: Path, spec: str) -> None:
+    file = run / "weights.safetensors"
+    settings = settle(
+        Settings(task="yolo", data=spec, options={"strides": "8,16", "weights": str(file)})
+    )
+    data = boxes.load(spec)
+    trained, _ = weights.read(file)
+    task = Detect(settings, data)
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    more = replace(data, classes=(*CLASSES, "third"))
+    for name, value in Detect(settings, more).model.state_dict().items():
+        is_new = name.startswith("heads.") and ".classes." in name
+        assert is_new or torch.equal(value, trained[name]), name
 
 
 def test_other_options_and_metadata_are_refused(run: Path) -> None:

@@ -26,6 +26,7 @@ from gdfast.losses import YoloLoss
 from gdfast.metrics import Found, Truth, detection
 from gdfast.models.yolo_head import decode
 from gdfast.train import detection_plots as plots
+from gdfast.train import weights
 from gdfast.train.detections import DetectPredictor, select
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
@@ -60,6 +61,9 @@ class Detect(Task):
         self.model = models.create("yolo_lite", **self.model_options).to(
             memory_format=torch.channels_last  # type: ignore[call-overload]
         )
+        if path := options["weights"]:
+            # Heads for other classes are drawn anew.
+            weights.load_matching(self.model, path, skip=("heads.",))
         self.loss_fn = YoloLoss(self.strides, label_smoothing=settings.descent.label_smoothing)
         self._test = Loader(self._source(data.test), _EVALUATION_BATCH, device=settings.device)
 

@@ -203,6 +203,7 @@ TASKS: dict[str, TaskInfo] = {
             "mosaic": Option(0.5, "share of the training images made of four", minimum=0),
             "mixup": Option(0.05, "share of the others blended with one more", minimum=0),
             "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0),
+            "weights": Option("", "begin with the weights in this file (safetensors or .pt)"),
         },
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from gdfast.extras import require
 GREY = 114
 """What shows where an image does not reach, of every channel."""
 
-_SEEN = 0.3  # of a box's area must stay in sight, or the object is not recognised and is left out
+_SEEN = 0.4  # of a box's area must stay in sight, or the object is not recognised and is left out
 _LEAST = 2.0  # pixels a side of a box, likewise
 
 
@@ -158,7 +158,7 @@ def place(
 ) -> Sample:
     """The sample scaled by `scale` (across, down), its corner `at` (x, y) of a grey canvas.
 
-    Boxes are clipped to the canvas; those of which less than 30 % stays, or next to nothing, go.
+    Boxes are clipped to the canvas; those of which less than 40 % stays, or next to nothing, go.
     """
     pillow = require("PIL.Image", "train", "augmentation")
     height, width = canvas
