@@ -182,6 +182,14 @@ def test_folds_that_cannot_be_are_refused(
         split(data, "verify", fold=fold, folds=folds)
 
 
+def test_people_without_two_photographs_cannot_be_tested() -> None:
+    photos = identities.render(4, 1, height=56, width=46, seed=1)
+    data = FaceData("x", photos, ("a", "b", "c", "d"))
+    for protocol in ("identify", "verify"):
+        with pytest.raises(DataError, match="expected 2 people or more with 2 photographs each"):
+            split(data, protocol, folds=2)
+
+
 # Four people in pairs of one person and of two, in two folds; Eve and Fay are in none of them.
 LFW = {"Ann_A": 3, "Bob_B": 3, "Cy": 1, "Dee": 2, "Eve": 4, "Fay": 3, "Gus": 1}
 PAIRS = [

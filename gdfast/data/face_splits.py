@@ -100,7 +100,8 @@ def _named(pairs: NamedPairs) -> np.ndarray:
 def _checked(data: FaceData, found: FaceSplit) -> FaceSplit:
     train = len(np.unique(found.train.people))
     test = len(np.unique(found.gallery.people))
-    if min(train, test) < 2 or not found.pairs.same.any() or found.pairs.same.all():
+    same = found.pairs.same
+    if min(train, test) < 2 or not len(found.probes) or not same.any() or same.all():
         raise DataError(
             f"data: {data.name}: expected 2 people or more with 2 photographs each to train on, "
             f"and as many to test with, found {train} and {test}"
