@@ -21,7 +21,7 @@ pytestmark = [
 MODELS = {
     "cnn": ({}, (2, 1, 28, 28)),
     "resnet20": ({"num_classes": 4, "in_channels": 1}, (2, 1, 8, 8)),
-    "yolo_lite_backbone": ({"num_classes": 4}, (2, 3, 32, 32)),
+    "yolo_lite_backbone": ({"num_classes": 4}, (1, 3, 32, 32)),
 }
 
 

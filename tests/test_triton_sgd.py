@@ -20,6 +20,11 @@ pytestmark = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def forget() -> None:
+    bind_sgd._launch.cache_clear()
+    bind_sgd._tables.cache_clear()
+
+
 @pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_setting_matches_the_default_loop(dtype: torch.dtype, first_step: bool) -> None:
@@ -51,7 +56,7 @@ def test_many_tensors_of_all_sizes_and_alignments(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bind_sgd, "_BLOCK", 256)
-    bind_sgd._launch.cache_clear()
+    forget()
     sizes = [1, 7, 0, 255, 256, 257, 1000, *range(1, 40)]
     whole = randoms(3, sum(sizes), dtype)
     settings = {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True}
@@ -63,7 +68,17 @@ def test_many_tensors_of_all_sizes_and_alignments(
     assert_as_close_as_native(whole[0], natives, exact)
     assert_as_close_as_native(whole[2], natives_buffer, exact_buffer)
     assert not whole[1].any()
-    bind_sgd._launch.cache_clear()
+    forget()
+
+
+def test_a_tensor_past_32_bits_is_updated_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bind_sgd, "_PIECE", 64)
+    forget()
+    param, grad = randoms(2, 1003, torch.float32)
+    expected, _ = native_loop(param, grad, None, torch.float64)
+    ops.sgd_(param, grad, lr=LR, backend="triton")
+    torch.testing.assert_close(param.double(), expected)
+    forget()
 
 
 @pytest.mark.parametrize("zero_grad", [False, True])

@@ -104,6 +104,14 @@ def test_later_launches_pass_addresses_to_what_was_compiled() -> None:
     ]
 
 
+def test_entries_of_a_tuple_never_make_triton_compile_anew() -> None:
+    from gdfast.backends.triton.bind_sgd import _NEVER, _NOWHERE, _PIECE, encoded
+
+    for number in (0, 1, 15, 16, 31, _PIECE, _NEVER):
+        assert encoded(number) % 16 and 1 < encoded(number) < 2**31
+    assert 2**31 < encoded(_NOWHERE) < 2**63 and 2**31 < encoded(2**47)
+
+
 def test_what_triton_refuses_is_an_error_of_the_usual_kind() -> None:
     from triton.runtime.errors import OutOfResources
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -15,7 +15,8 @@ from gdfast.backends.triton.launch import INTERPRETED, Launch
 
 _TENSORS = 32  # of one launch: a kernel's arguments are at most 4 KB
 _BLOCK = 65536 if INTERPRETED else 2048
-_MOST = 2**31 - 1
+_PIECE = 2**29  # elements of one tensor that an entry may have
+_NEVER = 2**29  # more than there are programs
 _NOWHERE = 2**40  # where nothing is read: an address that counts with as many bits as others
 
 
@@ -34,6 +35,15 @@ class Settings(NamedTuple):
     found_inf: Tensor | None
 
 
+def encoded(number: int) -> int:
+    """An odd number that stands for one from 0 on.
+
+    Triton compiles a kernel anew where an entry of a tuple is 1 or becomes a multiple of 16, and
+    what was compiled holds for no other: entries that are neither share one.
+    """
+    return 2 * number + 3
+
+
 def update(
     like: Tensor, params: Sequence[int], grads: Sequence[int], momenta: Sequence[int],
     numels: Sequence[int], settings: Settings,
@@ -49,29 +59,50 @@ def update(
     numbers = lr, float(s.momentum), float(1 - s.dampening), float(s.weight_decay)
     # A tensor that is not read stands for one that is not there.
     scalars = [x if isinstance(x, Tensor) else like for x in (s.lr, s.grad_scale, s.found_inf)]
-    present = [i for i, numel in enumerate(numels) if numel]
-    for at in range(0, len(present), _TENSORS):
-        chosen = present[at : at + _TENSORS]
-        rest = _TENSORS - len(chosen)
-        starts, programs, unaligned = [], 0, 0
-        for i in chosen:
+    # Tables hold for as long as the addresses do: from step to step, where memory is reused.
+    key = (*params,), (*grads,), (*(momenta or params),), (*numels,), like.element_size()
+    for programs, aligned, tables in _tables(*key):
+        run = _launch(programs, like.dtype, like.device, flags, aligned)
+        run(like, *scalars, changing=(*tables, *numbers))
+
+
+Table = tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    params: Table, grads: Table, momenta: Table, numels: Table, itemsize: int
+) -> list[tuple[int, bool, list[Table]]]:
+    """For each launch: programs, whether addresses are multiples of 16, the kernel's tuples."""
+    entries = list(_pieces(params, grads, momenta, numels, itemsize))
+    launches = []
+    for at in range(0, len(entries), _TENSORS):
+        chosen = entries[at : at + _TENSORS]
+        aligned = not any(address & 15 for *addresses, _ in chosen for address in addresses)
+        starts, programs = [], 0
+        for *_, numel in chosen:
             starts.append(programs)
-            programs += ceil(numels[i] / _BLOCK)
-        tables = []
-        for table in (params, grads, momenta or params):
-            tables.append((*(table[i] for i in chosen), *[_NOWHERE] * rest))
-            for address in tables[-1]:
-                unaligned |= address & 15
-        counts = (*(numels[i] for i in chosen), *[0] * rest)
-        wide = max(counts) > _MOST
-        launch = _launch(programs, like.dtype, like.device, wide, flags, not unaligned)
-        launch(like, *scalars, changing=(*tables, counts, (*starts, *[_MOST] * rest), *numbers))
+            programs += ceil(numel / _BLOCK)
+        chosen += [(_NOWHERE, _NOWHERE, _NOWHERE, 0)] * (_TENSORS - len(chosen))
+        starts += [_NEVER] * (_TENSORS - len(starts))
+        columns = [*zip(*chosen, strict=True), starts]
+        launches.append((programs, aligned, [tuple(map(encoded, each)) for each in columns]))
+    return launches
 
 
-# What is compiled depends on the width of the counts too.
+def _pieces(
+    params: Table, grads: Table, momenta: Table, numels: Table, itemsize: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Addresses and numbers of elements, each of which 32 bits can count when encoded."""
+    for param, grad, momentum, numel in zip(params, grads, momenta, numels, strict=True):
+        for first in range(0, numel, _PIECE):
+            by = first * itemsize
+            yield param + by, grad + by, momentum + by, min(_PIECE, numel - first)
+
+
 @lru_cache(maxsize=1024)
 def _launch(
-    programs: int, dtype: torch.dtype, device: torch.device, wide: bool, flags: tuple[object, ...],
+    programs: int, dtype: torch.dtype, device: torch.device, flags: tuple[object, ...],
     aligned: bool,
 ) -> Launch:  # fmt: skip
     names = (

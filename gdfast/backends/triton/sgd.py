@@ -53,10 +53,16 @@ def update(
         tl.store(grad + at, g.to(grad.dtype.element_ty), mask=writes)
 
 
-@triton.jit(do_not_specialize=("params", "grads", "momenta", "numels", "starts"))
+@triton.jit
+def decoded(number):
+    """What `bind_sgd.encoded` was given."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def sgd_kernel(
     element, lr_at, grad_scale_at, found_inf_at,  # of `element` only the type counts
-    params, grads, momenta, numels, starts,  # tuples with an entry for each tensor
+    params, grads, momenta, numels, starts,  # tuples with an encoded entry for each tensor
     lr, momentum, undamped, weight_decay,
     MOMENTUM: tl.constexpr,  # "none", "first" or "running"
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, ZERO_GRAD: tl.constexpr,
@@ -66,14 +72,16 @@ def sgd_kernel(
     program = tl.program_id(0)
     param, grad, buffer, numel, start = params[0], grads[0], momenta[0], numels[0], starts[0]
     for i in tl.static_range(1, len(params)):
-        later = program >= starts[i]
+        later = program >= decoded(starts[i])
         param = tl.where(later, params[i], param)
         grad = tl.where(later, grads[i], grad)
         buffer = tl.where(later, momenta[i], buffer)
         numel = tl.where(later, numels[i], numel)
         start = tl.where(later, starts[i], start)
+    numel, start = decoded(numel), decoded(start)
     pointer = tl.pointer_type(element.dtype.element_ty)
-    param, grad, buffer = param.to(pointer), grad.to(pointer), buffer.to(pointer)
+    param, grad = decoded(param).to(pointer), decoded(grad).to(pointer)
+    buffer = decoded(buffer).to(pointer)
     if ALIGNED:
         param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
         buffer = tl.multiple_of(buffer, 16)
