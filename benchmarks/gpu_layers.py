@@ -1,4 +1,4 @@
-"""ResNet-50's layers on a GPU: the Triton kernels beside native PyTorch, in bfloat16, channels_last.
+"""ResNet-50's layers on a GPU, in bfloat16 and channels_last: the Triton kernels beside native's.
 
     python benchmarks/gpu_layers.py FILE [--seconds S]    measures, and adds to FILE as results come
     python benchmarks/gpu_layers.py FILE --table          prints what FILE holds
@@ -148,7 +148,7 @@ def write(file: Path, document: dict[str, Any]) -> None:
 
 
 def table(file: Path) -> None:
-    """Prints medians; a ratio above 1 means that ours is faster, `null` is native against itself."""
+    """Prints medians; with a ratio above 1 ours is faster, `null` is native against itself."""
     document = json.loads(file.read_text())
     print(f"{document['gpu']}, torch {document['torch']}, cuDNN {document['cudnn']}")
     print("| layer | pass | native us | triton us | ratio | null | TFLOP/s | tile |")

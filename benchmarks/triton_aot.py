@@ -22,10 +22,7 @@ from gdfast.files import write_atomic
 
 RESULT = Path(__file__).parent / "results" / "triton" / "registers.md"
 ARCHITECTURES = (80, 90)
-NUMBERS = (
-    (torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"),
-    (torch.float32, "tf32x3"),
-)  # fmt: skip
+NUMBERS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
 
 
 def compiled(every_tile: bool) -> Iterator[tuple[str, Code]]:

@@ -29,11 +29,13 @@ pytestmark = [
 BY_NAME = {case.name: case for case in ODD}
 # One for each way through the kernels.
 FEW = [
-    BY_NAME[name]
+    # Strides over nothing, which kernels replace by 1.
+    Conv2dCase("1x1-stride-over-image", 3, 20, 3, 2, 18, 1, 1, stride=(3, 2)),
+    *(BY_NAME[name]
     for name in (
         "everything-asymmetric", "batch-33", "1x1-stride-2", "c17-k10", "groups-5-stride-2",
         "depthwise-stride-2", "depthwise-multiplier-2",
-    )
+    ))
 ]  # fmt: skip
 PASSES = ("output", "grad_input", "grad_weight", "grad_bias")
 

@@ -5,7 +5,8 @@
 1. `moments_kernel`: mean and sum of squared deviations, one program for BLOCK_N channels and a
    split of the ROWS = N * H * W values of each. Every lane keeps its own by Welford's update; they
    are joined at the end by Chan's formula, which loses nothing to a large mean.
-2. `statistics_kernel`: joins the splits in their order, and moves the running statistics.
+2. `statistics_kernel`: joins the splits, and moves the running statistics; PARTS is the next power
+   of 2 to the number of splits.
 3. `normalise_kernel`: one pass from x to y, a tile of BLOCK_M rows by BLOCK_N channels each.
 
 Source: Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm".
@@ -65,22 +66,26 @@ def moments_kernel(
 def statistics_kernel(
     partial, mean, invstd, running_mean, running_var, momentum,
     rows, rows_per_split, splits, C, eps,
-    RUNNING: tl.constexpr, BLOCK_N: tl.constexpr,
+    RUNNING: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = c < C
-    joint = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for split in range(splits):
-        before = split * rows_per_split
-        after = tl.minimum(before + rows_per_split, rows)
-        weight = (after - before).to(tl.float32) / after.to(tl.float32)
-        away = tl.load(partial + split * 2 * C + c, mask=exists, other=0.0) - joint
-        joint += away * weight
-        squares += tl.load(partial + (split * 2 + 1) * C + c, mask=exists, other=0.0)
-        squares += away * away * weight * before.to(tl.float32)
+    split = tl.arange(0, PARTS)
+    mask = (split < splits)[:, None] & exists[None, :]
+    first = split * rows_per_split
+    count = tl.where(split < splits, tl.minimum(rows_per_split, rows - first), 0).to(tl.float32)
+    at = (split * 2 * C)[:, None] + c[None, :]
+    means = tl.load(partial + at, mask=mask, other=0.0)
+    # As deviations from the first split's mean, so that a large one costs no digits.
+    some = tl.load(partial + c, mask=exists, other=0.0)
+    total = rows.to(tl.float32)
+    away = tl.where(mask, means - some[None, :], 0.0)
+    joint = some + tl.sum(away * count[:, None], axis=0) / total
+    away = tl.where(mask, means - joint[None, :], 0.0)
+    squares = tl.load(partial + C + at, mask=mask, other=0.0) + away * away * count[:, None]
+    squares = tl.sum(squares, axis=0)
     tl.store(mean + c, joint, mask=exists)
-    tl.store(invstd + c, 1.0 / tl.sqrt_rn(squares / rows.to(tl.float32) + eps), mask=exists)
+    tl.store(invstd + c, 1.0 / tl.sqrt_rn(squares / total + eps), mask=exists)
     if RUNNING:
         unbiased = squares / (rows - 1).to(tl.float32)
         old = tl.load(running_mean + c, mask=exists, other=0.0).to(tl.float32)

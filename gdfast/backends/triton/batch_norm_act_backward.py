@@ -8,7 +8,7 @@ z, the activation's argument, is computed again from x (and the residual), or th
 for it where its sign and limits tell as much.
 
 1. `sums_kernel`: both sums, one program for BLOCK_N channels and a split of the rows.
-2. `parameters_kernel`: adds the splits up in their order.
+2. `parameters_kernel`: adds the splits up.
 3. `gradients_kernel`: one pass from dy and x to dx and dresidual.
 """
 
@@ -72,15 +72,15 @@ def sums_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def parameters_kernel(
     partial, sums, grad_weight, grad_bias, splits, C,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = c < C
-    g = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    gu = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for split in range(splits):
-        g += tl.load(partial + split * 2 * C + c, mask=exists, other=0.0)
-        gu += tl.load(partial + (split * 2 + 1) * C + c, mask=exists, other=0.0)
+    split = tl.arange(0, PARTS)
+    mask = (split < splits)[:, None] & exists[None, :]
+    at = (split * 2 * C)[:, None] + c[None, :]
+    g = tl.sum(tl.load(partial + at, mask=mask, other=0.0), axis=0)
+    gu = tl.sum(tl.load(partial + C + at, mask=mask, other=0.0), axis=0)
     tl.store(sums + c, g, mask=exists)
     tl.store(sums + C + c, gu, mask=exists)
     if WEIGHT:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from gdfast.backends.triton import batch_norm_act, batch_norm_act_backward, launch
-from gdfast.backends.triton.launch import Launch, channel_tile
+from gdfast.backends.triton.launch import Launch, channel_tile, power_of_2
 
-_BLOCK_C = 128  # channels of one program of the kernels that join splits
+_MOST_SPLITS = 256
+_BLOCK_C = 16  # channels of one program of the kernels that join splits
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Problem:
         m, n = self.tile()
         tiles = ceil(self.size[1] / n)
         programs = 4 * launch.gpu(self.device).multiprocessors
-        wanted = max(1, min(programs // tiles, self.rows // (4 * m)))
+        wanted = max(1, min(programs // tiles, self.rows // (4 * m), _MOST_SPLITS))
         rows_per_split = ceil(self.rows / wanted)
         return tiles, rows_per_split, ceil(self.rows / rows_per_split)
 
@@ -81,7 +82,8 @@ def bind_forward(
     )  # fmt: skip
     statistics = Launch(
         batch_norm_act.statistics_kernel, (ceil(C / _BLOCK_C),), device,
-        (rows, rows_per_split, splits, C, problem.eps), {"RUNNING": running, "BLOCK_N": _BLOCK_C},
+        (rows, rows_per_split, splits, C, problem.eps),
+        {"RUNNING": running, "PARTS": power_of_2(splits), "BLOCK_N": _BLOCK_C},
     )  # fmt: skip
 
     def kernel(
@@ -134,7 +136,8 @@ def bind_backward(
     )  # fmt: skip
     finish = Launch(
         kernels.parameters_kernel, (ceil(C / _BLOCK_C),), device, (splits, C),
-        {"WEIGHT": want_weight, "BIAS": want_bias, "BLOCK_N": _BLOCK_C},
+        {"WEIGHT": want_weight, "BIAS": want_bias, "PARTS": power_of_2(splits),
+         "BLOCK_N": _BLOCK_C},
     )  # fmt: skip
     spread = Launch(
         kernels.gradients_kernel, (ceil(rows / m) * tiles,), device, (rows, C, HW, slope),

@@ -66,6 +66,12 @@ class Problem:
         return Windows(self.geometry)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each output pixel is made of the input pixel in its place alone."""
+        g = self.geometry
+        return (g.R, g.S, g.P, g.Q) == (1, 1, g.H, g.W) and not any(g.padding)
+
+    @property
     def upcast(self) -> bool:
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         return INTERPRETED and self.dtype == torch.bfloat16
@@ -203,10 +209,8 @@ def _grad_input(problem: Problem, tile: Tile | None) -> Launch:
             {"MULTIPLIER": g.K // g.C, "BLOCK_M": m, "BLOCK_N": n},
         )  # fmt: skip
     C, K = problem.channels, problem.filters
-    # A pixel is read by outputs outside of the batch unless it is one output itself.
-    padded = (g.R, g.S, *problem.windows.stride, *g.padding) != (1, 1, 1, 1, 0, 0, 0, 0)
     settings: dict[str, Any] = {
-        "PADDED": padded, "EVEN": K % tile.k == 0, "WHOLE": C % tile.n == 0,
+        "PADDED": not problem.is_plain, "EVEN": K % tile.k == 0, "WHOLE": C % tile.n == 0,
         "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
     numbers = rows, *problem.sizes(C, K), *x, *w, *y, *steps
@@ -270,11 +274,10 @@ def _grad_weight(
     splits = ceil(rows / rows_per_split)
     fold = C < _FEW
     # Positions lie at even steps where rows and images follow one another without gaps.
-    plain = (g.R, g.S, *problem.windows.stride, *g.padding) == (1, 1, 1, 1, 0, 0, 0, 0)
     settings = {
         "PADDED": any(g.padding), "FOLD": fold, "EVEN": rows % rows_per_split == 0,
         "WHOLE": K % tile.m == 0 and (fold or C % tile.n == 0),
-        "X_LINEAR": plain and _is_linear(g.N, g.H, g.W, x),
+        "X_LINEAR": problem.is_plain and _is_linear(g.N, g.H, g.W, x),
         "Y_LINEAR": _is_linear(g.N, g.P, g.Q, y), "BIAS": with_bias,
         "PRECISION": problem.precision, "UPCAST": problem.upcast, **tile.settings(),
     }  # fmt: skip
@@ -323,8 +326,8 @@ def _depthwise_grad_weight(
 def _sum_splits(sizes: tuple[int, ...], strides: Strides, device: torch.device) -> Launch:
     count, splits, C, R, S = sizes
     k, c, r, s = strides
-    block = 1024 if INTERPRETED else 256
+    block, parts = (4096, 4) if INTERPRETED else (128, 32)
     numbers = count, splits, C, R, S, k, c, r, s
     grid = (ceil(count / block),)
     kernel = sum_splits.sum_splits_kernel
-    return Launch(kernel, grid, device, numbers, {"BLOCK": block})
+    return Launch(kernel, grid, device, numbers, {"PARTS": parts, "BLOCK": block})

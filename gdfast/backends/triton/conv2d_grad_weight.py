@@ -6,7 +6,7 @@
 
 A matrix product of K filters by R * S * C columns, over N * P * Q positions: few tiles, long sums.
 So the positions are split among programs too, each of which leaves its sums in `partial`, and
-`sum_splits` adds these up in their order: the same bits in every run, which atomic additions would
+`sum_splits` adds these up in one order: the same bits in every run, which atomic additions would
 not give. One program makes BLOCK_M filters by BLOCK_N columns, which are channels of one tap, or,
 where channels are few (FOLD), channels and taps in one. Positions advance by BLOCK_K as numbers
 with digits n, p, q: no division within the loop. Programs of the first column sum the bias up.

@@ -1,7 +1,8 @@
-"""The second pass of a split sum: out[i] = partial[0, i] + partial[1, i] + ... in this order.
+"""The second pass of a split sum: out[i] = sum over splits of partial[split, i].
 
 The elements i are those of a weight in the order [K, R, S, C]; `out` has any strides. One program
-makes BLOCK elements.
+makes BLOCK elements, and loads PARTS splits of each at a time, so that it seldom waits. The order
+of additions is always the same.
 """
 
 import triton
@@ -15,15 +16,18 @@ _SIZES = (
 
 @triton.jit(do_not_specialize=_SIZES)
 def sum_splits_kernel(
-    partial, out, count, splits, C, R, S, out_k, out_c, out_r, out_s, BLOCK: tl.constexpr
-):
+    partial, out, count, splits, C, R, S, out_k, out_c, out_r, out_s,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = i < count
     sums = tl.zeros((BLOCK,), dtype=tl.float32)
-    split = partial
-    for _ in range(splits):
-        sums += tl.load(split + i, mask=exists, other=0.0)
-        split += count
+    for first in range(0, splits, PARTS):
+        # All splits together may be past what int32 counts.
+        split = first + tl.arange(0, PARTS).to(tl.int64)
+        at = split[:, None] * count + i[None, :]
+        mask = (split < splits)[:, None] & exists[None, :]
+        sums += tl.sum(tl.load(partial + at, mask=mask, other=0.0), axis=0)
     c, s, r, k = i % C, i // C % S, i // (C * S) % R, i // (C * S * R)
     at = k * out_k + r * out_r + s * out_s + c * out_c
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=exists)
