@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast
 from gdfast.backends.triton import launch, tiles  # noqa: E402
 from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
 from gdfast.backends.triton.launch import A100, H100, Launch  # noqa: E402
+from gdfast.backends.triton.precision import input_precision  # noqa: E402
 from gdfast.backends.triton.tiles import Product, Tile  # noqa: E402
 
 pytestmark = NEEDS_TRITON
@@ -102,6 +103,17 @@ def test_later_launches_pass_addresses_to_what_was_compiled() -> None:
         ("kernel", (3, 2, 1), (a, unaligned, 3, 7, 0.5, 64), options),
         ("compiled", (3, 2, 1), (a.data_ptr(), b.data_ptr(), 4, 7, 0.5, 64), {}),
     ]
+
+
+def test_float32_is_multiplied_as_native_is_allowed_to() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        assert input_precision(dtype, strict=False) == "ieee"
+    for allowed, strict, expected in (
+        (True, False, "tf32"), (True, True, "tf32"), (False, False, "tf32x3"),
+        (False, True, "ieee"),
+    ):  # fmt: skip
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            assert input_precision(torch.float32, strict) == expected
 
 
 def test_entries_of_a_tuple_never_make_triton_compile_anew() -> None:

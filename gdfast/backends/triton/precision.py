@@ -16,6 +16,7 @@ def input_precision(dtype: torch.dtype, strict: bool) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    if torch.backends.cudnn.allow_tf32:
+    # Unlike `allow_tf32`, it can be read whatever else was set.
+    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "ieee" if strict else "tf32x3"
