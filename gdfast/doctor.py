@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 # Packages of the extras, by the names under which they are installed.
 _EXTRAS = {
-    "train": ("matplotlib", "pillow", "pyyaml", "safetensors", "scikit-learn"),
+    "train": (
+        "matplotlib", "pillow", "pycocotools", "pyyaml", "safetensors", "scikit-learn",
+    ),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "tensorboard": ("tensorboard",),
     "triton": ("triton",),
-}
+}  # fmt: skip
 _ENVIRONMENT = (
     "GDFAST_AUTOTUNE",
     "GDFAST_BACKEND",

@@ -24,7 +24,7 @@ def test_report_tells_what_is_here() -> None:
     assert report["cpu"]["threads"] == torch.get_num_threads()
     assert [each["name"] for each in report["backends"]] == [b.name for b in backends.available()]
     assert all(each["ok"] or each["reason"] for each in report["backends"])
-    assert set(report["extras"]) == {"train", "export", "triton"}
+    assert set(report["extras"]) == {"train", "export", "tensorboard", "triton"}
     assert report["seconds"] < 60
 
 

@@ -55,7 +55,8 @@ def test_build_does_not_need_torch() -> None:
 
 
 def test_extras(metadata: importlib.metadata.PackageMetadata) -> None:
-    assert set(metadata.get_all("Provides-Extra") or []) == {"train", "triton", "export", "dev"}
+    extras = {"train", "triton", "export", "tensorboard", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert requirements("train") >= {"matplotlib", "scikit-learn", "safetensors"}
     assert requirements("triton") == {"triton"}
     assert requirements("export") == {"onnx", "onnxscript", "onnxruntime"}
@@ -69,7 +70,7 @@ def test_constraints_pin_every_requirement() -> None:
             assert "==" in line, line
             pinned.add(line.partition("==")[0].lower())
     # torch requires the one triton that it was built with.
-    wanted = set().union(*(requirements(e) for e in (None, "train", "export", "dev"))) - {"gdfast"}
+    wanted = set().union(*(requirements(e) for e in (None, "train", "export", "tensorboard", "dev"))) - {"gdfast"}
     assert wanted <= pinned, wanted - pinned
 
 
