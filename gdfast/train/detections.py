@@ -23,7 +23,7 @@ from gdfast.train.errors import RunError, SettingsError
 IOU_THRESHOLD = 0.6
 MAX_DETECTIONS = 100  # of an image, as many as COCO judges
 _MAX_CANDIDATES = 3000  # of an image, before non-maximum suppression
-SHOWN_SCORE = 0.4
+SHOWN_SCORE = 0.3
 """Below it a box is left out of pictures."""
 
 
