@@ -21,10 +21,11 @@ _EPS = 1e-3  # of the standard deviation: an image of one grey stays finite, and
 class FaceResNet(nn.Module):
     """3x3 stem, four stages of residual blocks, pooling to a 4x3 grid, one linear layer.
 
-    Input [N, in_channels, H, W] of values 0 to 1, made for 112 x 92; output [N, features] of
-    length 1. Each image is first brought to mean 0 and deviation 1, so that the light's strength
-    does not matter. The grid keeps where a feature was, which global pooling forgets. `width` is
-    the first stage's channels, doubled by each stage that follows; `depth` the blocks of a stage.
+    Input [N, in_channels, H, W] of values 0 to 1, made for 56 x 46 to 112 x 92; output
+    [N, features] of length 1. Each image is first brought to mean 0 and deviation 1, so that the
+    light's strength does not matter. The grid keeps where a feature was, which global pooling
+    forgets. `width` is the first stage's channels, doubled by each stage that follows; `depth` the
+    blocks of a stage.
     He et al., "Deep residual learning for image recognition", 2015; the embedding's dropout,
     linear layer and norm are those of Deng et al., "ArcFace", 2018 (their option E).
     """

@@ -126,7 +126,7 @@ TASKS: dict[str, TaskInfo] = {
             "(Labeled Faces in the Wild, with pairs.txt)"
         ),
         recipes={
-            "default": Recipe(lr=0.1, weight_decay=5e-4, nesterov=True, batch_size=32),
+            "default": Recipe(lr=0.05, weight_decay=5e-4, nesterov=True, batch_size=32),
         },
         kind="gdfast.train.face:Face",
         options={
@@ -147,10 +147,10 @@ TASKS: dict[str, TaskInfo] = {
             "margin": Option(0.3, "of arcface, in radians", minimum=0),
             "margin_warmup": Option(0, "batches until the margin is whole", minimum=0),
             "depth": Option(1, "residual blocks in each of four stages", minimum=1),
-            "channels": Option(32, "channels of the first stage", minimum=1),
+            "channels": Option(16, "channels of the first stage", minimum=1),
             "dropout": Option(0.0, "before the embedding's linear layer", minimum=0),
-            "height": Option(112, "height that images are brought to", minimum=16),
-            "width": Option(92, "width that images are brought to", minimum=16),
+            "height": Option(56, "height that images are brought to", minimum=16),
+            "width": Option(46, "width that images are brought to", minimum=16),
             "colour": Option(False, "see colours, not only grey"),
             "mirrors": Option(
                 True, "count mirror images as other people, so that there are twice as many"
