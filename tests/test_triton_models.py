@@ -12,6 +12,7 @@ from triton_here import IN_INTERPRETER
 import gdfast
 from gdfast import models
 from gdfast.bench.workload import relative_error
+from gdfast.doctor import examine
 
 pytestmark = [
     *IN_INTERPRETER,
@@ -23,6 +24,15 @@ MODELS = {
     "resnet20": ({"num_classes": 4, "in_channels": 1}, (2, 1, 8, 8)),
     "yolo_lite_backbone": ({"num_classes": 4}, (1, 3, 32, 32)),
 }
+
+
+def test_the_doctor_tests_the_kernels() -> None:
+    report = examine()
+    checks = [check for check in report["self_test"] if check["backend"] == "triton"]
+    assert [check["operation"] for check in checks] == [
+        "conv2d", "conv2d_grad_input", "conv2d_grad_weight", "sgd_",
+    ]  # fmt: skip
+    assert all(check["ok"] and check["error"] < 1e-6 for check in checks)
 
 
 def step(model: torch.nn.Module, images: Tensor, backend: str) -> dict[str, Tensor]:

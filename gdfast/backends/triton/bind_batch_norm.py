@@ -16,8 +16,9 @@ from torch import Tensor
 from gdfast.backends.triton import batch_norm_act, batch_norm_act_backward, launch
 from gdfast.backends.triton.launch import Launch, channel_tile, power_of_2
 
-_MOST_SPLITS = 256
-_BLOCK_C = 16  # channels of one program of the kernels that join splits
+_PROGRAMS = 8  # of sums for each multiprocessor: so many loads at a time keep memory busy
+_MOST_SPLITS = 1024
+_BLOCK_C = 8  # channels of one program of the kernels that join splits
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Problem:
         """Tiles of channels, rows of one split and the number of splits."""
         m, n = self.tile()
         tiles = ceil(self.size[1] / n)
-        programs = 4 * launch.gpu(self.device).multiprocessors
+        programs = _PROGRAMS * launch.gpu(self.device).multiprocessors
         wanted = max(1, min(programs // tiles, self.rows // (4 * m), _MOST_SPLITS))
         rows_per_split = ceil(self.rows / wanted)
         return tiles, rows_per_split, ceil(self.rows / rows_per_split)
