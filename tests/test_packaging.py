@@ -70,7 +70,8 @@ def test_constraints_pin_every_requirement() -> None:
             assert "==" in line, line
             pinned.add(line.partition("==")[0].lower())
     # torch requires the one triton that it was built with.
-    wanted = set().union(*(requirements(e) for e in (None, "train", "export", "tensorboard", "dev"))) - {"gdfast"}
+    extras = (None, "train", "export", "tensorboard", "dev")
+    wanted = set().union(*map(requirements, extras)) - {"gdfast"}
     assert wanted <= pinned, wanted - pinned
 
 
