@@ -38,6 +38,7 @@ from gdfast.train import (
     resume,
     train,
 )
+from gdfast.train.folder import RunFolder
 from gdfast.train.progress import Progress
 from gdfast.train.state import State
 
@@ -55,6 +56,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these trainings; fixtures of the whole module do draw."""
+    monkeypatch.setattr(RunFolder, "write_figure", lambda self, name, figure: self.write(name, b""))
 
 
 @pytest.fixture(scope="module")

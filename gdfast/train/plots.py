@@ -65,7 +65,9 @@ def curves(state: State, score: str, title: str) -> Figure:
 
 
 def _is_share(name: str, rows: Sequence[dict[str, float]]) -> bool:
-    if name in LOOP_COLUMNS or name.startswith("train_") or "loss" in name:
+    if name in LOOP_COLUMNS or name.startswith("train_"):
+        return False
+    if name.replace("test_", "train_") in rows[0]:  # the loss, or a term of it
         return False
     return all(0 <= row[name] <= 1 for row in rows)
 
