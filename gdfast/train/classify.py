@@ -98,7 +98,7 @@ class Classify(Task):
     def write_results(self, model: nn.Module, folder: RunFolder) -> dict[str, Any]:
         """The confusion matrix and the worst mistakes."""
         assert self._last is not None, "evaluate comes first"
-        title = f"{self.settings.task} on {self.data.name}, seed {self.settings.seed}"
+        title = plots.title(self.settings.task, self.data.name, self.settings.seed)
         picture = plots.confusion(self._last, self.data.classes, title)
         folder.write_figure("confusion.png", picture)
         picture = plots.mistakes(self.data.test, self._last, self.data.classes, title)

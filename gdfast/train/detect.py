@@ -25,8 +25,7 @@ from gdfast.data.loader import Batch, Loader
 from gdfast.losses import YoloLoss
 from gdfast.metrics import Found, Truth, detection
 from gdfast.models.yolo_head import decode
-from gdfast.train import detection_plots as plots
-from gdfast.train import weights
+from gdfast.train import detection_plots, plots, weights
 from gdfast.train.detections import DetectPredictor, select
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
@@ -53,7 +52,7 @@ class Detect(Task):
         options = settings.options
         self.settings = settings
         self.data = data
-        self.title = f"{settings.task} on {data.name}, seed {settings.seed}"
+        self.title = plots.title(settings.task, data.name, settings.seed)
         self.canvas = _canvas(data, options["size"])
         self.strides = tuple(int(stride) for stride in options["strides"].split(","))
         self.model_options = {"num_classes": len(data.classes), "strides": self.strides}
@@ -128,9 +127,11 @@ class Detect(Task):
     def write_results(self, model: nn.Module, folder: RunFolder) -> dict[str, Any]:
         """Curves of precision, pictures of found boxes, and each class's average precision."""
         classes, score = self.data.classes, self._score
-        picture = plots.precision_recall(score, classes, self.title)
+        picture = detection_plots.precision_recall(score, classes, self.title)
         folder.write_figure("precision_recall.png", picture)
-        folder.write_figure("detections.png", plots.detections(self._found, classes, self.title))
+        folder.write_figure(
+            "detections.png", detection_plots.detections(self._found, classes, self.title)
+        )
         return {
             "canvas": list(self.canvas),
             "classes": list(classes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 _TRAIN, _TEST = "tab:blue", "tab:orange"
 _SHOWN_MISTAKES = 24
+
+
+def title(task: str, data: str, seed: int) -> str:
+    """What a run's pictures are headed by; of data that is named by a path, its last part."""
+    kind, colon, where = data.partition(":")
+    return f"{task} on {kind}{colon}{Path(where).name}, seed {seed}"
 
 
 def curves(state: State, score: str, title: str) -> Figure:

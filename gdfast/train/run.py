@@ -332,7 +332,7 @@ class Run:
             **settings.to_dict(),
             **task.write_results(self._measured_model(), folder),
         }
-        title = f"{settings.task} on {self.data_name}, seed {settings.seed}"
+        title = plots.title(settings.task, self.data_name, settings.seed)
         folder.write_figure("curves.png", plots.curves(state, task.score, title))
         if self.kernels_before is not None:
             after = plots.first_convolution(self.model)

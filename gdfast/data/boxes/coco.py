@@ -41,7 +41,7 @@ def load(where: str, problems: Problems) -> Detections:
     else:
         test = records[_TEST_EVERY - 1 :: _TEST_EVERY]
         train = [record for i, record in enumerate(records) if i % _TEST_EVERY != _TEST_EVERY - 1]
-    return Detections(f"coco:{places[0].stem}", train, test, classes, problems=problems)
+    return Detections(f"coco:{where}", train, test, classes, problems=problems)
 
 
 def _read(path: Path) -> dict[str, Any]:

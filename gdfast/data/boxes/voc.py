@@ -46,7 +46,7 @@ def load(where: str, problems: Problems) -> Detections:
         for part, entries in found.items()
     }
     return Detections(
-        name=f"voc:{root.name}",
+        name=f"voc:{where}",
         train=records["train"],
         test=records["test"],
         classes=tuple(known),

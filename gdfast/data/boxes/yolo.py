@@ -51,7 +51,7 @@ def load(where: str, problems: Problems) -> Detections:
             if record := _record(image, classes, problems):
                 records.append(record)
         parts[part] = records
-    return Detections(f"yolo:{path.stem}", parts["train"], parts["val"], classes, problems=problems)
+    return Detections(f"yolo:{where}", parts["train"], parts["val"], classes, problems=problems)
 
 
 def _read(path: Path) -> dict[str, Any]:
