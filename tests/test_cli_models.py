@@ -121,12 +121,18 @@ class TestPredict:
         save_file({"a": torch.ones(1)}, str(tmp_path / "foreign.safetensors"))
         named = {"task": "cnn", "model": "cnn", "options": '{"num_classes": 1000000000000}'}
         save_file({"a": torch.ones(1)}, str(tmp_path / "bomb.safetensors"), named)
+        other = {**named, "options": '{"num_classes": 11}'}
+        save_file({"a": torch.ones(1)}, str(tmp_path / "other.safetensors"), other)
+        (tmp_path / "text.pt").write_text("hello world")
         for words, message in (
             ((tmp_path / "none", images), "expected a run's folder or a file of weights"),
             ((images, images), "found a folder without them"),
             ((images / "0.png", images), "expected safetensors"),
             ((tmp_path / "foreign.safetensors", images), "found others (no 'model')"),
-            ((tmp_path / "bomb.safetensors", images), "expected the weights of a SimpleCNN"),
+            ((tmp_path / "bomb.safetensors", images), "found others (num_classes 1000000000000)"),
+            ((tmp_path / "other.safetensors", images), "expected the weights of a SimpleCNN"),
+            ((tmp_path / "text.pt", images), "expected a state_dict that torch saved"),
+            ((run, images, "--device", "foo"), "device: expected auto, cpu, or a device"),
             ((run, tmp_path / "none.png"), "expected an image or a folder, found no such file"),
             ((run, images, "--gallery", images), "gallery: expected no such option"),
         ):

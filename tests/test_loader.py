@@ -60,8 +60,8 @@ def test_items_change_with_the_epoch_and_the_seed() -> None:
 
 
 def test_ranks_share_every_batch() -> None:
-    whole = [set(b.targets.tolist()) for b in Loader(Noise(), 4, seed=1).epoch()]
-    shares = [list(Loader(Noise(), 4, seed=1, rank=r, ranks=2).epoch()) for r in (0, 1)]
+    whole = [set(b.targets.tolist()) for b in Loader(Noise(), 6, seed=1).epoch()]
+    shares = [list(Loader(Noise(), 6, seed=1, rank=r, ranks=2).epoch()) for r in (0, 1)]
     for batch, first, second in zip(whole, *shares, strict=True):
         one, two = set(first.targets.tolist()), set(second.targets.tolist())
         assert one | two == batch and not one & two
@@ -84,6 +84,22 @@ def test_parts_make_up_the_batch() -> None:
 def test_bad_items_are_left_out_and_told_of() -> None:
     loader = Loader(Noise(bad=(2, 7)), 5, seed=0)
     assert sorted(index for _, index in flat(list(loader.epoch()))) == [0, 1, 3, 4, 5, 6, 8, 9]
-    assert len(loader.skipped) == 2 and "item 2" in " ".join(loader.skipped)
-    with pytest.raises(DataError, match="a good image in every batch"):
-        list(Loader(Noise(bad=range(10)), 5).epoch())
+    assert sorted(loader.skipped) == [2, 7] and "item 2" in loader.skipped[2]
+    list(loader.epoch(1))
+    assert len(loader.skipped) == 2  # each counts once
+    some = Loader(Noise(bad=(8, 9)), 4)  # the last batch has bad ones alone
+    assert [len(batch.targets) for batch in some.epoch()] == [4, 4]
+    assert [len(parts) for parts in Loader(Noise(bad=(0,)), 4, seed=1).steps(parts=4)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("batch", [5, 8, 9])
+def test_ranks_take_as_many_parts_each(batch: int) -> None:
+    loaders = [Loader(Noise(), batch, seed=1, rank=rank, ranks=2) for rank in (0, 1)]
+    counts = [[len(parts) for parts in loader.steps(parts=3)] for loader in loaders]
+    assert counts[0] == counts[1]
+
+
+def test_no_training_batch_has_a_single_item() -> None:
+    assert [len(b.targets) for b in Loader(Noise(), 9, seed=1).epoch()] == [9]
+    assert [len(b.targets) for b in Loader(Noise(), 9).epoch()] == [9, 1]
+    assert len(Loader(Noise(), 1, seed=1)) == 10

@@ -5,18 +5,23 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mnist_files import digits, write_pair
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 import gdfast
+from gdfast.data import DataError
 from gdfast.files import write_atomic
 from gdfast.train import (
     InterruptedRun,
@@ -203,7 +208,8 @@ def test_the_search_for_a_rate_leaves_a_plot_and_a_rate(small: str, tmp_path: Pa
     ("task", "options", "message"),
     [
         ("resnet", {"model": "resnet19"}, "model: expected resnet20 or"),
-        ("resnet", {"size": -1}, "size: expected 0 or more, got -1"),
+        ("resnet", {"size": -1}, "size: expected 0 to 4096, got -1"),
+        ("resnet", {"size": 5000}, "size: expected 0 to 4096, got 5000"),
         ("resnet", {"size": 3.5}, "size: expected a whole number, got 3.5"),
         ("resnet", {"colour": 1}, r"options: expected one that resnet has \(model, .*got 'colour'"),
         ("cnn", {"size": 1}, r"options: expected one that cnn has \(none\)"),
@@ -266,3 +272,71 @@ def test_metrics_are_json(small: str, tmp_path: Path) -> None:
     metrics = json.loads((run.folder / "metrics.json").read_text())
     assert metrics["options"]["size"] == 8 and metrics["task"] == "resnet"
     assert metrics["classes"] == [str(n) for n in range(10)] and "test_top5" in metrics
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of twelve coloured images, in a folder with a comma in its name."""
+    root = tmp_path_factory.mktemp("two, letters")
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(("$a", "b$\\q")):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = rng.integers(0, 100, (40, 30, 3), dtype=np.uint8)
+            pixels[..., number] += 150
+            Image.fromarray(pixels).save(root / name / f"{index:02}.png")
+    return root
+
+
+def of_letters(root: Path, **options: Any) -> Settings:
+    recipe = Recipe(epochs=1, batch_size=8, warmup=1)
+    return Settings(task="resnet", data=f"folder:{root}", recipe=recipe,
+                    options={"size": 16}, **options)  # fmt: skip
+
+
+class TestFolders:
+    def test_names_may_be_anything(
+        self, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()  # with pictures
+        run = quiet(of_letters(letters), tmp_path / "run")
+        assert run.metrics["classes"] == ["$a", "b$\\q"]
+        assert (run.folder / "mistakes.png").stat().st_size > 1000
+
+    def test_images_that_cannot_be_decoded_are_counted_and_left_out(
+        self, letters: Path, tmp_path: Path
+    ) -> None:
+        root = tmp_path / "bad"
+        shutil.copytree(letters, root)
+        for name in ("$a/02.png", "$a/00.png"):  # of the test part, and of the training part
+            (root / name).write_bytes((root / name).read_bytes()[:300])
+        with pytest.raises(DataError, match=r"at most 1.0% bad items, found \d of 24: "):
+            quiet(of_letters(root), tmp_path / "strict")
+        told = io.StringIO()
+        run = train(of_letters(root, max_bad=0.1), out=tmp_path / "run", stream=told)
+        assert (run.metrics["skipped_images"], run.metrics["test_images"]) == (2, 3)
+        assert "2 bad items were left out" in told.getvalue()
+
+    def test_a_run_is_not_measured_on_other_classes(
+        self, letters: Path, small: str, tmp_path: Path
+    ) -> None:
+        run = quiet(of_letters(letters), tmp_path / "run")
+        with pytest.raises(RunError, match=r"expected the classes that .* was trained on"):
+            validate(run.folder, data_spec="digits")
+
+    def test_the_first_weights_are_read_once(self, letters: Path, tmp_path: Path) -> None:
+        first = quiet(of_letters(letters), tmp_path / "first")
+        file = tmp_path / "moved.safetensors"
+        (first.folder / "weights.safetensors").rename(file)
+        settings = of_letters(letters)
+        settings = replace(settings, options={**settings.options, "weights": str(file)})
+        second = quiet(settings, tmp_path / "second")
+        file.unlink()
+        assert validate(second.folder)[0] and resume(second.folder, stream=io.StringIO())
+
+
+def test_one_image_for_batch_normalisation_is_told_in_one_line(small: str, tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, batch_size=1)
+    settings = Settings(task="resnet", data=small, recipe=recipe, options={"size": 1})
+    with pytest.raises(SettingsError, match="two images or more in each part of a batch"):
+        quiet(settings, tmp_path / "run")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = _parse(arguments)
         _show_warnings_in_one_line()
         _check_backend(args)
+        for stream in (sys.stdout, sys.stderr):  # names of files may be anything
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         status: int = args.main(args)
         sys.stdout.flush()
         return status

@@ -30,10 +30,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from gdfast.data.problems import absolute
+    from gdfast.errors import UserError
     from gdfast.files import write_atomic
     from gdfast.train import examples, plots
 
-    rows = examples.rows(args.spec, _SHOWN, args.seed)
+    if args.seed < 0:
+        raise UserError(f"data: --seed: expected 0 or more, got {args.seed}")
+    rows = examples.rows(absolute(args.spec), _SHOWN, args.seed)
     write_atomic(Path(args.out), plots.png(plots.grid(rows, args.spec)))
     print(f"{len(rows)} rows of images are in {args.out}")
     return 0
@@ -41,6 +45,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from gdfast.data.check import check
+    from gdfast.data.problems import absolute
 
     live = sys.stderr.isatty()
     shown = time.perf_counter()
@@ -51,7 +56,7 @@ def _check(args: argparse.Namespace) -> int:
             shown = time.perf_counter()
             print(f"\r{done:,} of {total:,} images", end="", file=sys.stderr)
 
-    problems, summary = check(args.spec, progress)
+    problems, summary = check(absolute(args.spec), progress)
     if live:
         print("\r\x1b[K", end="", file=sys.stderr)
     for problem in problems:

@@ -35,17 +35,19 @@ def main(args: argparse.Namespace) -> int:
     from gdfast.data import DataError, decode
     from gdfast.files import write_atomic
     from gdfast.train import predict
+    from gdfast.train.run import find_device
 
     given = {"threshold": args.threshold, "gallery": args.gallery}
     options = {name: value for name, value in given.items() if value is not None}
-    trained = predict.load(args.run, args.device)
+    trained = predict.load(args.run, find_device(args.device))
+    paths = list(predict.image_files(args.images))
     answers: list[dict[str, Any]] = []
     bad = 0
     with backends.backend(args.backend):
         predictor = trained.predictor(**options)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        for path in predict.image_files(args.images):
+        for path in paths:
             try:
                 image = decode.read(path)
             except DataError as error:

@@ -99,7 +99,7 @@ def _add_recipe(parser: argparse.ArgumentParser, info: TaskInfo) -> None:
 
 def _add_option(group: Any, name: str, option: Option) -> None:
     flag = f"--{name.replace('_', '-')}"
-    told = f"{option.help} (default: {option.default or 'none'})"
+    told = f"{option.help} (default: {'none' if option.default == '' else option.default})"
     if isinstance(option.default, bool):
         group.add_argument(
             flag, dest=f"option_{name}", action=argparse.BooleanOptionalAction, default=None,
@@ -133,6 +133,10 @@ def main(args: argparse.Namespace) -> int:
             resume(args.resume, data_spec=args.data, tensorboard=args.tensorboard)
             return 0
         settings, download = _settings(args), getattr(args, "download", False)
+        if args.find_lr and args.tensorboard:
+            raise SettingsError(
+                "train: --tensorboard: expected no such option with --find-lr, which draws its plot"
+            )
         if args.find_lr:
             find_learning_rate(settings, out=args.out, download=download)
         else:

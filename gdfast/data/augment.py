@@ -181,12 +181,19 @@ def apply(
     return image
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image, bytes [H, W, C], brought to `size` [H, W] without regard to its proportions."""
-    if image.shape[:2] == size:
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """An image, bytes [H, W, C], brought to `size` [H, W] without regard to its proportions.
+
+    With `box` (left, top, right, bottom, in pixels), what lies within it.
+    """
+    if image.shape[:2] == size and box is None:
         return image
     pillow = require("PIL.Image", "train", "resizing images")
-    return to_array(to_pillow(image).resize(size[::-1], pillow.Resampling.BILINEAR))
+    return to_array(to_pillow(image).resize(size[::-1], pillow.Resampling.BILINEAR, box))
 
 
 def to_pillow(image: np.ndarray) -> Any:

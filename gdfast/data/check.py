@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def check(spec: str, progress: Callable[[int, int], None] = lambda done, total: 
     if kind not in READERS:
         known = ", ".join(READERS)
         raise DataError(f"data: spec: expected one that begins with {known}, got {spec!r}")
+    if bool(where) is (kind in _WITHOUT_PATH):
+        raise DataError(f"data: spec: expected {_form(kind)}, got {spec!r}")
     problems = Problems()
     try:
         paths, summary = READERS[kind](where, problems)
@@ -39,7 +42,7 @@ def check(spec: str, progress: Callable[[int, int], None] = lambda done, total: 
         # Too little is left to use: the reasons have been noted already.
         problems.add(Path(where), str(error), item=False)
         return problems, "no data to use"
-    seen: dict[tuple[int, bytes], Path] = {}
+    seen: dict[bytes, Path] = {}
     for number, path in enumerate(paths, 1):
         try:
             pixels = decode.read(path)
@@ -47,7 +50,8 @@ def check(spec: str, progress: Callable[[int, int], None] = lambda done, total: 
                 problems.add(
                     path, f"its content is {decode.kind(path)}, which its name denies", item=False
                 )
-            key = (pixels.size, np.ascontiguousarray(pixels[::4, ::4]).tobytes())
+            content = np.ascontiguousarray(pixels).data
+            key = hashlib.sha256(repr(pixels.shape).encode() + content).digest()
             if (first := seen.setdefault(key, path)) != path:
                 problems.add(path, f"the same picture as {first}", item=False)
         except DataError as error:
@@ -130,6 +134,13 @@ def _count_classes(data: ImageData, path: Path, problems: Problems) -> None:
         for name, count in zip(data.classes, counts, strict=True):
             if not count:
                 problems.add(path, f"no image of class {name} in {part}", item=False)
+
+
+_WITHOUT_PATH = ("digits", "scenes", "identities")
+
+
+def _form(kind: str) -> str:
+    return kind if kind in _WITHOUT_PATH else f"{kind}:PATH"
 
 
 READERS: dict[str, Reader] = {

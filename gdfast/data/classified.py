@@ -42,9 +42,9 @@ class Shape:
         if max(self.size) <= _SMALL:
             return augment.resize(image, self.size)
         scale = max(self.size[0] / height, self.size[1] / width) / _MARGIN
-        image = augment.resize(image, (round(height * scale), round(width * scale)))
-        top, left = ((image.shape[axis] - self.size[axis]) // 2 for axis in (0, 1))
-        return image[top : top + self.size[0], left : left + self.size[1]]
+        high, wide = self.size[0] / scale, self.size[1] / scale
+        top, left = (height - high) / 2, (width - wide) / 2
+        return augment.resize(image, self.size, (left, top, left + wide, top + high))
 
     def to_tensor(self, images: Sequence[np.ndarray]) -> Tensor:
         """A batch [N, C, H, W] of images in this shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class FileSet:
         digest = hashlib.sha256(self.mode.encode())
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             name = path.relative_to(self.root).as_posix()
-            digest.update(f"{name} {path.stat().st_size} {label}\n".encode())
+            digest.update(os.fsencode(f"{name} {path.stat().st_size} {label}\n"))
         return digest.digest()
 
 

@@ -25,7 +25,7 @@ class Labelled(Protocol):
         """Image `index` as bytes [H, W, C]."""
 
     def digest(self) -> bytes:
-        """SHA-256 over everything that training sees."""
+        """SHA-256 over the images, or the names and sizes of their files, and the labels."""
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ class ImageData:
     epochs: int
 
     def fingerprint(self) -> str:
-        """SHA-256 over all images and labels: two runs with the same one saw the same data."""
+        """SHA-256 over both parts; two runs with different ones saw different data."""
         return hashlib.sha256(self.train.digest() + self.test.digest()).hexdigest()

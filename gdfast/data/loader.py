@@ -55,8 +55,9 @@ class Loader:
     The order of an epoch depends on `seed` and the epoch's number alone, and an item's random
     numbers on those and its index: any batch of any epoch can be had again, whatever the number of
     `workers`, and an interrupted run goes on exactly where it stopped. The last batch may be
-    smaller. Of `ranks` processes, each takes every `ranks`-th item of each batch; a last batch with
-    less than one item for each of them is left out.
+    smaller. Of `ranks` processes, each takes every `ranks`-th item of each batch. In training (with
+    a seed) a last batch with less than two items for each of them is left out: batch normalisation
+    cannot take a single one.
     """
 
     def __init__(
@@ -74,15 +75,17 @@ class Loader:
         self.source = source
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.skipped: list[str] = []
+        self.skipped: dict[int, str] = {}
         self._seed = seed
         self._workers = workers
         self._rank = rank
         self._ranks = ranks
+        # The least items that a batch, or a part of one, must have.
+        self._least = ranks if seed is None or batch_size < 2 * ranks else 2 * ranks
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.source), self.batch_size)
-        return whole + (rest >= self._ranks)
+        return whole + (rest >= self._least)
 
     @property
     def images(self) -> int:
@@ -92,28 +95,35 @@ class Loader:
     def epoch(self, number: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number` (from 0), from batch `start` on.
 
-        A bad item is left out, and the message about it added to `skipped`.
+        A bad item is left out, and the message about it kept in `skipped`, by the item's index.
         """
-        for (batch,) in self.steps(number, start):
-            yield batch
+        for batches in self.steps(number, start):
+            yield from batches
 
     def steps(self, number: int = 0, start: int = 0, parts: int = 1) -> Iterator[list[Batch]]:
-        """Like `epoch`, each batch cut into at most `parts` of about one size."""
+        """Like `epoch`, each batch cut into at most `parts` of about one size.
+
+        All processes get the same number of parts, but for those with bad items alone.
+        """
         batches = [
-            [part.tolist() for part in batch[self._rank :: self._ranks].chunk(parts)]
+            [
+                part[self._rank :: self._ranks].tolist()
+                for part in batch.tensor_split(max(1, min(parts, len(batch) // self._least)))
+            ]
             for batch in self._order(number).split(self.batch_size)[start : len(self)]
         ]
         read = self._table if isinstance(self.source, Table) else self._items
         each_part = read(number, [part for batch in batches for part in batch])
         for batch in batches:
-            yield [next(each_part) for _ in batch]
+            read_parts = [next(each_part) for _ in batch]
+            yield [part for part in read_parts if part is not None]
 
-    def _table(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch]:
+    def _table(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch | None]:
         assert isinstance(self.source, Table)
         for part in parts:
             yield _to(self.source.take(torch.tensor(part)), self.device)
 
-    def _items(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch]:
+    def _items(self, epoch: int, parts: list[list[int]]) -> Iterator[Batch | None]:
         assert isinstance(self.source, Source)
         loader = DataLoader(
             _Items(self.source),
@@ -124,13 +134,9 @@ class Loader:
             generator=torch.Generator(),
         )
         for items in loader:
-            self.skipped += (bad := [item.reason for item in items if isinstance(item, _Bad)])
-            good = [item for item in items if not isinstance(item, _Bad)]
-            if not good:
-                raise DataError(
-                    f"data: expected a good image in every batch, found one of bad ones: {bad[0]}"
-                )
-            yield _to(self.source.collate(good), self.device)
+            self.skipped.update({item.place: item.reason for item in items if _is_bad(item)})
+            good = [item for item in items if not _is_bad(item)]
+            yield _to(self.source.collate(good), self.device) if good else None
 
     def _order(self, epoch: int) -> Tensor:
         if self._seed is None:
@@ -141,7 +147,12 @@ class Loader:
 
 
 class _Bad(NamedTuple):
+    place: int
     reason: str
+
+
+def _is_bad(item: Any) -> bool:
+    return isinstance(item, _Bad)
 
 
 class _Items(Dataset[Any]):
@@ -153,7 +164,7 @@ class _Items(Dataset[Any]):
         try:
             return self._source.item(index, epoch, np.random.default_rng((seed, epoch, index)))
         except DataError as error:
-            return _Bad(str(error))
+            return _Bad(index, str(error))
 
 
 def _as_they_are(items: list[Any]) -> list[Any]:

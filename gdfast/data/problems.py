@@ -30,6 +30,23 @@ class Problem:
         return f"{where}: {self.what}"
 
 
+def absolute(spec: str) -> str:
+    """A spec like voc:DIR with absolute paths, so that it means the same from any folder.
+
+    Raises:
+        DataError: the home of a user that is not known.
+    """
+    kind, colon, where = spec.partition(":")
+    if not (colon and where):
+        return spec
+    # COCO's has several paths; a comma is part of any other.
+    parts = where.split(",") if kind == "coco" else [where]
+    try:
+        return f"{kind}:{','.join(str(Path(part).expanduser().resolve()) for part in parts)}"
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DataError(f"data: {spec!r}: expected paths, found: {error}") from None
+
+
 class Problems:
     """The problems that a reader met; it leaves the bad items out and goes on."""
 

@@ -54,6 +54,7 @@ class Classify(Task):
             Classified(data.test, self.shape), self._evaluation_batch(), device=self.device
         )
         self._last: Classification | None = None
+        self._measured: list[int] = []
 
     def _shape(self) -> Shape:
         raise NotImplementedError
@@ -77,6 +78,10 @@ class Classify(Task):
         """Images to train on, images to test with."""
         return len(self.data.train), len(self.data.test)
 
+    def skipped(self) -> int:
+        """Test images that could not be decoded."""
+        return len(self._test.skipped)
+
     def loss(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Mean cross entropy, and the share of the images named correctly."""
         targets = batch.targets
@@ -91,6 +96,7 @@ class Classify(Task):
         for images, targets in self._test.epoch():
             logits.append(model(images).float())
             labels.append(targets)
+        self._measured = [n for n in range(len(self.data.test)) if n not in self._test.skipped]
         self._last = result = classification(torch.cat(logits).cpu(), torch.cat(labels).cpu())
         measures = {"test_loss": result.loss, "test_accuracy": result.accuracy}
         return measures | ({"test_top5": result.top5} if len(self.data.classes) > 5 else {})
@@ -101,7 +107,9 @@ class Classify(Task):
         title = plots.title(self.settings.task, self.data.name, self.settings.seed)
         picture = plots.confusion(self._last, self.data.classes, title)
         folder.write_figure("confusion.png", picture)
-        picture = plots.mistakes(self.data.test, self._last, self.data.classes, title)
+        picture = plots.mistakes(
+            self.data.test, self._measured, self._last, self.data.classes, title
+        )
         folder.write_figure("mistakes.png", picture)
         return {"classes": list(self.data.classes)}
 
@@ -145,9 +153,9 @@ class SimpleCNN(Classify):
 class ResNet(Classify):
     """A residual network, on grey or coloured images of any size."""
 
-    def __init__(self, settings: Settings, data: ImageData) -> None:
-        super().__init__(settings, data)
-        if path := settings.options["weights"]:
+    def begin(self) -> None:
+        """Take the weights that were named; those of the last layer only where they fit."""
+        if path := self.settings.options["weights"]:
             weights.load_matching(self.model, path, skip=("fc.",))
 
     def _shape(self) -> Shape:

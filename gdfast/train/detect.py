@@ -60,11 +60,17 @@ class Detect(Task):
         self.model = models.create("yolo_lite", **self.model_options).to(
             memory_format=torch.channels_last  # type: ignore[call-overload]
         )
-        if path := options["weights"]:
-            # Heads for other classes are drawn anew.
-            weights.load_matching(self.model, path, skip=("heads.",))
         self.loss_fn = YoloLoss(self.strides, label_smoothing=settings.descent.label_smoothing)
         self._test = Loader(self._source(data.test), _EVALUATION_BATCH, device=settings.device)
+
+    def begin(self) -> None:
+        """Take the weights that were named; heads for other classes are drawn anew."""
+        if path := self.settings.options["weights"]:
+            weights.load_matching(self.model, path, skip=("heads.",))
+
+    def skipped(self) -> int:
+        """Test images that could not be decoded."""
+        return len(self._test.skipped)
 
     @functools.cached_property
     def source(self) -> BoxSource:  # type: ignore[override]

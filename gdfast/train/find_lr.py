@@ -58,8 +58,9 @@ def sweep(trainer: Trainer, folder: RunFolder, progress: Progress) -> float:
         rows = [list(row) for row in zip(rates, losses, smooth, strict=True)]
         folder.write_csv("lr.csv", ["lr", "loss", "smoothed"], rows)
         folder.write_figure("lr.png", plots.learning_rates(rates, losses, smooth, suggestion))
+    beyond = "and rises beyond" if smooth[-1] > min(smooth) else "the highest tried"
     progress.say(
-        f"the loss is lowest at {10 * suggestion:.2g} and rises beyond; a tenth of that is safe: "
+        f"the loss is lowest at {10 * suggestion:.2g}, {beyond}; a tenth of that is safe: "
         f"--lr {suggestion:.2g}; the plot is {folder.path / 'lr.png'}"
     )
     return suggestion

@@ -75,9 +75,9 @@ class RunFolder:
 
     def write_figure(self, name: str, figure: Figure) -> None:
         """Write a matplotlib figure as PNG."""
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=120)
-        self.write(name, content.getvalue())
+        from gdfast.train.plots import png  # which draws what this module writes
+
+        self.write(name, png(figure))
 
     def write_weights(
         self, name: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn, optim
 
+from gdfast.data import DataError
 from gdfast.data.loader import Batch, Loader
 from gdfast.train.distributed import Group
 from gdfast.train.ema import EMA
-from gdfast.train.errors import DivergedError, InterruptedRun
+from gdfast.train.errors import DivergedError, InterruptedRun, SettingsError
 from gdfast.train.progress import Progress
 from gdfast.train.recipe import Recipe
 from gdfast.train.signals import StopRequest
@@ -90,6 +91,9 @@ class Trainer:
         for parts in self.batches.steps(state.epoch, state.batch, self.recipe.accumulate):
             # One exchange for both: processes must stop at the same step.
             images, signals = self.group.sum(_images(parts), stop.signal or 0)
+            if not images:
+                reason = next(iter(self.batches.skipped.values()), "")
+                raise DataError(f"data: expected a good item in every step, found none: {reason}")
             self._record(self._set_learning_rate(), images, self.step(parts, images))
             state.batch += 1
             now = time.perf_counter()
@@ -115,7 +119,7 @@ class Trainer:
             # Gradients of several processes meet once, in the backward of the last part.
             with self._alone() if number < len(parts) else contextlib.nullcontext():
                 with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
-                    losses = self.task.loss(self.task.forward(self.model, part), part)
+                    losses = self.task.loss(self._forward(part), part)
                 # A mean over all images: each part counts by its size. As gradients are averaged
                 # over processes, each process gives `ranks` times its share.
                 share = _images([part]) / images
@@ -130,6 +134,17 @@ class Trainer:
             self.ema.update(getattr(self.model, "module", self.model))
         values = self.group.sum(*torch.stack([*sums.values()]).tolist())
         return dict(zip(sums, values, strict=True))
+
+    def _forward(self, part: Batch) -> Any:
+        try:
+            return self.task.forward(self.model, part)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise SettingsError(
+                "train: batch_size: expected two images or more in each part of a batch, for batch "
+                f"normalisation, got {len(part.images)}: a larger --batch-size or less --accumulate"
+            ) from None
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """While entered, gradients are summed up in this process alone."""

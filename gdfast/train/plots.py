@@ -117,21 +117,31 @@ def kernels(before: Tensor, after: Tensor, title: str) -> Figure:
 
 
 def mistakes(
-    images: Labelled, result: Classification, classes: Sequence[str], title: str
+    images: Labelled,
+    measured: Sequence[int],
+    result: Classification,
+    classes: Sequence[str],
+    title: str,
 ) -> Figure:
-    """The misread images with the highest loss: what each was taken for, and what it is."""
+    """The misread images with the highest loss: what each was taken for, and what it is.
+
+    `measured` has the index among `images` of each that `result` is about.
+    """
     wrong = result.mistakes().tolist()
     worst = wrong[:_SHOWN_MISTAKES]
     columns = 6
     rows = max(1, math.ceil(len(worst) / columns))
     figure = _figure(11, 0.5 + 1.9 * rows)
-    figure.suptitle(f"{title}: {len(wrong):,} of {len(images):,} test images misread, worst first")
+    figure.suptitle(
+        f"{title}: {len(wrong):,} of {len(measured):,} test images misread, worst first"
+    )
     for place, index in zip(figure.subplots(rows, columns).flat, worst, strict=False):
-        pixels = images.image(index)
+        pixels = images.image(measured[index])
         place.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
         taken, true = (classes[int(each[index])] for each in (result.predicted, result.labels))
         place.set_title(
-            f"taken for {taken} ({result.confidence[index]:.0%}), is {true}\ntest image {index}",
+            f"taken for {taken} ({result.confidence[index]:.0%}), is {true}\n"
+            f"test image {measured[index]}",
             fontsize=8,
         )
     for place in figure.axes:
@@ -195,6 +205,8 @@ def grid(rows: Mapping[str, Sequence[np.ndarray]], title: str) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """A figure as a PNG file."""
+    for text in figure.findobj(require("matplotlib.text", "train", "drawing").Text):
+        text.set_parse_math(False)  # names of classes and folders may have dollar signs
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()

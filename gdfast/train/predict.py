@@ -17,6 +17,7 @@ from gdfast.train import weights
 from gdfast.train.errors import RunError
 from gdfast.train.tasks import TASKS
 
+_LARGEST = 8192  # of an image's side
 BEST, WEIGHTS = "best.safetensors", "weights.safetensors"
 
 
@@ -44,9 +45,16 @@ class Trained:
         return self.metadata["task"]
 
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images that it was trained on."""
-        channels, height, width, *_ = json.loads(self.metadata["shape"])
-        return channels, height, width
+        """Channels, height and width of the images that it was trained on; raises RunError."""
+        try:
+            numbers = [int(each) for each in json.loads(self.metadata["shape"])[:3]]
+            if len(numbers) != 3 or not all(0 < number <= _LARGEST for number in numbers):
+                raise ValueError(numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.path}: expected the shape of its images in its metadata, found {error}"
+            ) from None
+        return numbers[0], numbers[1], numbers[2]
 
     def predictor(self, **options: Any) -> Predictor:
         """What answers for images; `options` are the task's own."""
@@ -83,6 +91,7 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Trained:
         if metadata["task"] not in TASKS:
             raise ValueError(f"task {metadata['task']!r}")
         # Without memory, until the weights are seen to be there in the sizes that were asked for.
+        _refuse_oversized(options, len(tensors))
         with torch.device("meta"):
             model = models.create(name, **options)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -93,6 +102,16 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Trained:
         ) from None
     weights.load(model, tensors, path, assign=True)
     return Trained(model.to(device).eval(), metadata, path)
+
+
+def _refuse_oversized(options: dict[str, Any], tensors: int) -> None:
+    """Raise ValueError for numbers that no model with so many tensors can have."""
+    for name, value in options.items():
+        # Layers have tensors each; channels and features have not.
+        most = {"num_classes": 1_000_000, "depth": tensors}.get(name, 8192)
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > 64 or any(isinstance(n, (int, float)) and n > most for n in numbers):
+            raise ValueError(f"{name} {str(value)[:40]}")
 
 
 def image_files(paths: Sequence[str | Path]) -> Iterator[Path]:

@@ -145,7 +145,7 @@ class Settings:
                     continue
                 plain: Any = {float: (int, float), dict[str, Any]: dict}.get(kind, kind)
                 if not isinstance(values[name], plain):
-                    raise TypeError(f"{name} {values[name]!r}")
+                    raise TypeError(f"{name} of type {type(values[name]).__name__}")
             recipe = Recipe(**{name: values[name] for name in recipe_names})
             return cls(recipe=recipe, **own)
         except (KeyError, TypeError) as error:

@@ -20,6 +20,7 @@ from gdfast.backends.choices import Choice
 from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.data import DataError
 from gdfast.data.loader import Loader
+from gdfast.data.problems import absolute
 from gdfast.errors import UserError
 from gdfast.extras import require
 from gdfast.train import checkpoint, distributed, find_lr, optimizer, plots, rng
@@ -97,7 +98,10 @@ def resume(
         settings = Settings.from_dict(content["settings"])
         if settings.descent.epochs is None:
             raise ValueError("no number of epochs")
-        settle_here(settings)  # the device and the backend may be gone
+        here = settle_here(settings)  # the device and the backend may be gone
+        if distributed.launched() and settings.device.startswith("cuda"):
+            # What the checkpoint names is the first process's.
+            settings = replace(settings, device=settle_here(replace(here, device="cuda")).device)
         spec = settings.data if data_spec is None else data_spec
         data = TASKS[settings.task].load().load(replace(settings, data=spec))
         if data.fingerprint() != content["data_fingerprint"]:
@@ -105,7 +109,7 @@ def resume(
                 f"data: {spec}: expected the data that the run in {path.parent} began with, "
                 "found other images or labels"
             )
-        resumed = Run(settings, data, stack.enter_context(_joined(settings)), stream)
+        resumed = Run(settings, data, stack.enter_context(_joined(settings)), stream, fresh=False)
         resumed.board = Board(tensorboard)
         resumed.restore(path.parent, content)
         # What goes wrong from here on is not the checkpoint's doing.
@@ -132,7 +136,7 @@ def find_learning_rate(
     with _joined(settings) as group:
         rng.seed_all(settings.seed)
         run = Run(settings, data, group, stream)
-        run.folder = RunFolder.create(settings.task, out)
+        run.create_folder(out)
         with backends.backend(settings.backend), tuning.recorded(run.choices):
             return find_lr.sweep(run.trainer(), run.folder, run.progress)
 
@@ -149,6 +153,8 @@ class Run:
         data: Data,
         group: distributed.Group,
         stream: TextIO | None,
+        *,
+        fresh: bool = True,
     ) -> None:
         if settings.backend == REFERENCE:
             # Plain PyTorch in every part, so that comparing with it means something.
@@ -164,6 +170,8 @@ class Run:
         recipe = settings.descent
         assert recipe.epochs is not None
         self.epochs: int = recipe.epochs
+        if fresh:
+            self.task.begin()
         self.model = self.task.model
         if settings.backend == REFERENCE:
             gdfast.restore_(self.model)
@@ -193,14 +201,16 @@ class Run:
         self.choices: dict[str, Choice] = {}
         self.kernels_before = plots.first_convolution(self.model)
 
-    def start(self, out: str | Path | None) -> None:
-        """Begin in a new folder, the leader's."""
-        path = None
-        if self.group.leads:
-            self.folder = RunFolder.create(self.settings.task, out)
-            self.folder.write_yaml("args.yaml", self.settings.to_dict())
-            path = str(self.folder.path)
+    def create_folder(self, out: str | Path | None) -> None:
+        """Make a new folder, the same for all processes."""
+        path = str(RunFolder.create(self.settings.task, out).path) if self.group.leads else None
         self.folder = RunFolder(Path(self.group.from_leader(path)))
+
+    def start(self, out: str | Path | None) -> None:
+        """Begin in a new folder."""
+        self.create_folder(out)
+        if self.group.leads:
+            self.folder.write_yaml("args.yaml", self.settings.to_dict())
         self._describe()
 
     def restore(self, folder: Path, content: dict[str, Any]) -> None:
@@ -274,7 +284,21 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         model = self._measured_model().eval()
         with torch.inference_mode():
-            return self.task.evaluate(model)
+            measures = self.task.evaluate(model)
+        self._refuse_bad_data()
+        return measures
+
+    def _refuse_bad_data(self) -> None:
+        """Raise DataError where more items turned out to be bad than may be."""
+        skipped = len(self.batches.skipped) + self.task.skipped()
+        share, total = self.settings.max_bad, sum(self.task.sizes())
+        if skipped > share * total:
+            first = next(iter(self.batches.skipped.values()), "an item of the test part")
+            raise DataError(
+                f"data: {self.settings.data}: expected at most {share:.1%} bad items, found "
+                f"{skipped:,} of {total:,}: {first}. `gdfast data check` lists all; --max-bad "
+                "allows more"
+            )
 
     def _save(self) -> None:
         if not self.group.leads:
@@ -315,6 +339,7 @@ class Run:
         state, settings, folder, task = self.state, self.settings, self.folder, self.task
         last = state.epochs[-1]
         train_images, test_images = task.sizes()
+        skipped = len(self.batches.skipped) + task.skipped()
         metrics = {
             **{name: value for name, value in last.items() if name not in LOOP_COLUMNS},
             f"best_{task.score}": max(row[task.score] for row in state.epochs),
@@ -325,8 +350,8 @@ class Run:
             "epochs_done": state.epoch,
             "steps": len(state.steps["loss"]),
             "train_images": train_images,
-            "test_images": test_images,
-            "skipped_images": len(self.batches.skipped),
+            "test_images": test_images - task.skipped(),
+            "skipped_images": skipped,
             "parameters": _parameters(self.model),
             **self._conditions(),
             **settings.to_dict(),
@@ -346,6 +371,10 @@ class Run:
             f"{score} {last[task.score]:.4f} on {test_images:,} images, {state.seconds:.1f} s, "
             f"{state.images_per_second():,.0f} images/s; everything is in {folder.path}"
         )
+        if skipped:
+            self.progress.say(
+                f"{skipped:,} bad items were left out: gdfast data check {settings.data}"
+            )
         for lesson in lessons(state, settings.descent.lr):
             self.progress.say(f"- {lesson}")
         return metrics
@@ -406,17 +435,24 @@ def settle_here(settings: Settings) -> Settings:
     for each in backends.available():
         if each.name == backend and not each.ok:
             raise SettingsError(f"train: backend: {backend!r} cannot be used here: {each.reason}")
-    kind, colon, where = settings.data.partition(":")
-    paths = ",".join(str(Path(each).expanduser().resolve()) for each in where.split(","))
+    options = settings.options
+    if options.get("weights"):
+        options = {**options, "weights": str(Path(options["weights"]).absolute())}
     return replace(
         settings,
-        data=f"{kind}:{paths}" if colon and where else settings.data,
-        device=str(_device(settings.device)),
+        data=absolute(settings.data),
+        device=str(find_device(settings.device)),
         backend=backend,
+        options=options,
     )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        SettingsError: a device that is not here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -21,7 +21,7 @@ class Data(Protocol):
     def name(self) -> str: ...
 
     def fingerprint(self) -> str:
-        """The same for two runs that saw the same data, and only then."""
+        """A digest: two runs with different ones saw different data."""
 
 
 class Task(ABC):
@@ -56,6 +56,13 @@ class Task(ABC):
     @abstractmethod
     def sizes(self) -> tuple[int, int]:
         """How many images it trains on and how many it tests with."""
+
+    def skipped(self) -> int:
+        """How many test items were found to be bad, and left out."""
+        return 0
+
+    def begin(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Whatever only a new run does, not one that goes on, before the first step."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         """The model's outputs for a batch in training; a margin loss needs the targets too."""

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 class Option:
     """A setting that only one task has: its default (whose type it keeps), and what it means.
 
-    `choices` are the values that it may have, all of its type if empty; `minimum` its least.
+    `choices` are the values that it may have, all of its type if empty; `minimum` its least, and
+    `maximum` its most.
     """
 
     default: Any
     help: str
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
+    maximum: float = 1e6
 
     def check(self, name: str, value: Any) -> None:
         """Raises:
@@ -42,8 +44,8 @@ class Option:
             )
         elif self.choices and value not in self.choices:
             expected = " or ".join(map(str, self.choices))
-        elif self.minimum is not None and not value >= self.minimum:
-            expected = f"{self.minimum} or more"
+        elif self.minimum is not None and not self.minimum <= value <= self.maximum:
+            expected = f"{self.minimum:g} to {self.maximum:g}"
         else:
             return
         raise SettingsError(f"train: {name}: expected {expected}, got {value!r}")
@@ -108,7 +110,7 @@ TASKS: dict[str, TaskInfo] = {
                 ),
             ),
             "size": Option(
-                0, "height and width that images are brought to (0: as they are, or 224)", minimum=0
+                0, "height and width that images are brought to (0: as they are, or 224)", minimum=0, maximum=4096
             ),
             "augment": Option(
                 "auto",
@@ -136,21 +138,21 @@ TASKS: dict[str, TaskInfo] = {
                 "the people of one fold are never seen in training, and told apart",
                 choices=("identify", "verify"),
             ),
-            "fold": Option(1, "whom verify leaves unseen, from 1", minimum=1),
-            "folds": Option(4, "into how many folds verify parts the people", minimum=2),
+            "fold": Option(1, "whom verify leaves unseen, from 1", minimum=1, maximum=1000),
+            "folds": Option(4, "into how many folds verify parts the people", minimum=2, maximum=1000),
             "head": Option(
                 "arcface",
                 "what the embedding is trained under",
                 choices=("arcface", "cosine", "softmax"),
             ),
-            "scale": Option(30.0, "factor of the head's cosines", minimum=1),
-            "margin": Option(0.3, "of arcface, in radians", minimum=0),
-            "margin_warmup": Option(0, "batches until the margin is whole", minimum=0),
-            "depth": Option(1, "residual blocks in each of four stages", minimum=1),
-            "channels": Option(16, "channels of the first stage", minimum=1),
-            "dropout": Option(0.0, "before the embedding's linear layer", minimum=0),
-            "height": Option(56, "height that images are brought to", minimum=16),
-            "width": Option(46, "width that images are brought to", minimum=16),
+            "scale": Option(30.0, "factor of the head's cosines", minimum=1, maximum=1000),
+            "margin": Option(0.3, "of arcface, in radians", minimum=0, maximum=3),
+            "margin_warmup": Option(0, "batches until the margin is whole", minimum=0, maximum=1000000000),
+            "depth": Option(1, "residual blocks in each of four stages", minimum=1, maximum=64),
+            "channels": Option(16, "channels of the first stage", minimum=1, maximum=1024),
+            "dropout": Option(0.0, "before the embedding's linear layer", minimum=0, maximum=0.99),
+            "height": Option(56, "height that images are brought to", minimum=16, maximum=4096),
+            "width": Option(46, "width that images are brought to", minimum=16, maximum=4096),
             "colour": Option(False, "see colours, not only grey"),
             "mirrors": Option(
                 True, "count mirror images as other people, so that there are twice as many"
@@ -159,10 +161,10 @@ TASKS: dict[str, TaskInfo] = {
                 0,
                 "how often an epoch shows a photograph, each time altered (0: so that it has 3,200 "
                 "views or more)",
-                minimum=0,
+                minimum=0, maximum=100000,
             ),
             "changes": Option(
-                1.0, "how strongly photographs are altered; 0: not at all", minimum=0
+                1.0, "how strongly photographs are altered; 0: not at all", minimum=0, maximum=10
             ),
         },
     ),
@@ -184,7 +186,7 @@ TASKS: dict[str, TaskInfo] = {
                 0,
                 "longer side of the model's input in pixels, rounded up to 32s (0: as the images, "
                 "320 at most)",
-                minimum=0,
+                minimum=0, maximum=4096,
             ),
             "strides": Option(
                 "8,16,32",
@@ -198,11 +200,11 @@ TASKS: dict[str, TaskInfo] = {
             ),
             "scale": Option(
                 1.5, "most that training images grow or shrink; less where all objects of a kind "
-                "are of one size", minimum=1,
+                "are of one size", minimum=1, maximum=8,
             ),
-            "mosaic": Option(0.5, "share of the training images made of four", minimum=0),
-            "mixup": Option(0.05, "share of the others blended with one more", minimum=0),
-            "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0),
+            "mosaic": Option(0.5, "share of the training images made of four", minimum=0, maximum=1),
+            "mixup": Option(0.05, "share of the others blended with one more", minimum=0, maximum=1),
+            "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0, maximum=1),
             "weights": Option("", "begin with the weights in this file (safetensors or .pt)"),
         },
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ def validate(
     task = kind(settings, data)
     settings = settle(settings, task.epochs)
     file = predict.find_weights(path if weights_file is None else weights_file)
-    tensors, _ = weights.read(file)
+    tensors, metadata = weights.read(file)
+    _refuse_other_answers(task.metadata(), metadata, settings.data, file)
     weights.load(task.exported(task.model), tensors, file)
     model = task.model.to(torch.device(settings.device)).eval()
     if settings.backend == REFERENCE:
@@ -67,6 +70,18 @@ def validate(
     about = {"weights": str(file), "data": settings.data, "data_fingerprint": data.fingerprint()}
     folder.write_json("metrics.json", {**measures, **about, **extra})
     return measures, folder.path
+
+
+def _refuse_other_answers(
+    now: Mapping[str, str], then: Mapping[str, str], data: str, file: Path
+) -> None:
+    """Raise RunError for data that the weights were not made for."""
+    for name, what in (("classes", "the classes"), ("shape", "images in the shape")):
+        if name in now and name in then and json.loads(now[name]) != json.loads(then[name]):
+            raise RunError(
+                f"val: {data}: expected {what} that {file} was trained on, {then[name][:80]}, "
+                f"found {now[name][:80]}"
+            )
 
 
 def _settings(path: Path) -> Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdfast.extras import require
+from gdfast.train import checkpoint
 from gdfast.train.errors import RunError
 from gdfast.train.folder import checksum
 
@@ -75,8 +75,9 @@ def load(
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
+        checkpoint.refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # damaged files fail at whatever they say wrong first
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise RunError(
             f"weights: {path}: expected a state_dict that torch saved, found another or a damaged "
