@@ -162,13 +162,13 @@ def test_data_of_another_kind_is_refused(spec: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"margin": 2.0}, "margin: expected 0 to pi/2"), ({"dropout": 1.5}, "dropout probability")],
+    [({"margin": 2.0}, "margin: expected 0 to pi/2"), ({"dropout": 1.5}, "dropout: expected 0 to 0.99")],
 )
 def test_options_out_of_range_are_refused(
     people: Path, options: dict[str, Any], words: str
 ) -> None:
-    chosen = settle(settings(people, **options))
     with pytest.raises(SettingsError, match=words):
+        chosen = settle(settings(people, **options))
         Face(chosen, Face.load(chosen))
 
 

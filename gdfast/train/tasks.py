@@ -110,7 +110,8 @@ TASKS: dict[str, TaskInfo] = {
                 ),
             ),
             "size": Option(
-                0, "height and width that images are brought to (0: as they are, or 224)", minimum=0, maximum=4096
+                0, "height and width that images are brought to (0: as they are, or 224)",
+                minimum=0, maximum=4096,
             ),
             "augment": Option(
                 "auto",
@@ -139,7 +140,10 @@ TASKS: dict[str, TaskInfo] = {
                 choices=("identify", "verify"),
             ),
             "fold": Option(1, "whom verify leaves unseen, from 1", minimum=1, maximum=1000),
-            "folds": Option(4, "into how many folds verify parts the people", minimum=2, maximum=1000),
+            "folds": Option(
+                4, "into how many folds verify parts the people",
+                minimum=2, maximum=1000,
+            ),
             "head": Option(
                 "arcface",
                 "what the embedding is trained under",
@@ -147,7 +151,10 @@ TASKS: dict[str, TaskInfo] = {
             ),
             "scale": Option(30.0, "factor of the head's cosines", minimum=1, maximum=1000),
             "margin": Option(0.3, "of arcface, in radians", minimum=0, maximum=3),
-            "margin_warmup": Option(0, "batches until the margin is whole", minimum=0, maximum=1000000000),
+            "margin_warmup": Option(
+                0, "batches until the margin is whole",
+                minimum=0, maximum=1000000000,
+            ),
             "depth": Option(1, "residual blocks in each of four stages", minimum=1, maximum=64),
             "channels": Option(16, "channels of the first stage", minimum=1, maximum=1024),
             "dropout": Option(0.0, "before the embedding's linear layer", minimum=0, maximum=0.99),
@@ -202,9 +209,18 @@ TASKS: dict[str, TaskInfo] = {
                 1.5, "most that training images grow or shrink; less where all objects of a kind "
                 "are of one size", minimum=1, maximum=8,
             ),
-            "mosaic": Option(0.5, "share of the training images made of four", minimum=0, maximum=1),
-            "mixup": Option(0.05, "share of the others blended with one more", minimum=0, maximum=1),
-            "close": Option(0.15, "share of the last epochs without mosaic and mixup", minimum=0, maximum=1),
+            "mosaic": Option(
+                0.5, "share of the training images made of four",
+                minimum=0, maximum=1,
+            ),
+            "mixup": Option(
+                0.05, "share of the others blended with one more",
+                minimum=0, maximum=1,
+            ),
+            "close": Option(
+                0.15, "share of the last epochs without mosaic and mixup",
+                minimum=0, maximum=1,
+            ),
             "weights": Option("", "begin with the weights in this file (safetensors or .pt)"),
         },
     ),
