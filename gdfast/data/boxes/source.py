@@ -17,7 +17,6 @@ from gdfast.extras import require
 
 _CACHE_BYTES = 1 << 30
 _MULTIPLE = 32  # the coarsest stride
-FLIPS = ("none", "horizontal", "all")
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,15 @@ class BoxSource:
         opened = epoch < how.closed
         if opened and rng.random() < how.mosaic:
             samples = [self._mirrored(index, rng)]
-            samples += [self._mirrored(int(other), rng) for other in self._others(3, rng)]
+            samples += [self._mirrored(other, rng) for other in self._others(3, rng)]
             # Only a part of each image shows: they are enlarged less, to show the more.
             sample = Mosaic(self.canvas, (1 / how.scale, how.scale**0.5))(samples, rng)
         else:
             affine = Affine(self.canvas, (1 / how.scale, how.scale))
             sample = affine(self._mirrored(index, rng), rng)
             if opened and rng.random() < how.mixup:
-                other = self._mirrored(int(self._others(1, rng)[0]), rng)
-                sample = Mixup()((sample, affine(other, rng)), rng)
+                (other,) = self._others(1, rng)
+                sample = Mixup()((sample, affine(self._mirrored(other, rng), rng)), rng)
         return index, Colour()(sample, rng)
 
     def collate(self, items: Sequence[tuple[int, Sample]]) -> Batch:
@@ -116,8 +115,8 @@ class BoxSource:
     def _fit(self, index: int) -> Sample:
         return fit(self.records[index].read(), self.canvas)
 
-    def _others(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.choice(self._usable, size=count)
+    def _others(self, count: int, rng: np.random.Generator) -> list[int]:
+        return [self._usable[int(at)] for at in rng.integers(len(self._usable), size=count)]
 
     def _mirrored(self, index: int, rng: np.random.Generator) -> Sample:
         sample = self._get(index)
