@@ -57,29 +57,31 @@ def mean(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Train, print the figures, and write them as JSON."""
+    """Train, and print and write the figures as they come."""
     parser = argparse.ArgumentParser(description="face recognition on ORL, over several seeds")
     parser.add_argument("folder", help="s1 to s40, with 1.pgm to 10.pgm each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="runs")
     args = parser.parse_args()
     folds = range(1, FOLDS + 1)
-    rows: dict[str, Any] = {
-        "pixels identify": of_pixels(args.folder, "identify"),
-        "pixels verify": mean([of_pixels(args.folder, "verify", fold) for fold in folds]),
-    }
+    path = Path(args.out) / f"{machine.slug()}-orl.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Any] = {}
+
+    def add(name: str, row: dict[str, Any]) -> None:
+        rows[name] = row
+        content = {"machine": machine.describe(), "rows": rows}
+        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        print(f"{name:20}", *(f"{measure} {row[measure]:.4f}" for measure in MEASURES), sep="  ")
+
+    add("pixels identify", of_pixels(args.folder, "identify"))
+    add("pixels verify", mean([of_pixels(args.folder, "verify", fold) for fold in folds]))
     for seed in range(args.seeds):
-        rows[f"identify seed {seed}"] = trained(args.folder, seed, protocol="identify")
+        add(f"identify seed {seed}", trained(args.folder, seed, protocol="identify"))
         found = [
             trained(args.folder, seed, protocol="verify", fold=fold, folds=FOLDS) for fold in folds
         ]
-        rows[f"verify seed {seed}"] = {**mean(found), "folds": found}
-    for name, row in rows.items():
-        print(f"{name:20}", *(f"{measure} {row[measure]:.4f}" for measure in MEASURES), sep="  ")
-    path = Path(args.out) / f"{machine.slug()}-orl.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine.describe(), "rows": rows}
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        add(f"verify seed {seed}", {**mean(found), "folds": found})
     print(f"everything is in {path}")
     return 0
 
