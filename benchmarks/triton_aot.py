@@ -54,30 +54,33 @@ def row(task: str, code: Code) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--best", action="store_true", help="only the tile that the model prefers")
-    arguments = parser.parse_args()
-    seen: set[tuple[str, str]] = set()
-    rows, spilling = [], 0
-    for task, code in compiled(every_tile=not arguments.best):
-        line = row(task, code)
-        if (code.kernel, line) not in seen:
-            seen.add((code.kernel, line))
-            rows.append(line)
-            spilling += code.stack_bytes > 0
-            print(line, flush=True)
-    head = (
+def save(rows: list[str]) -> None:
+    text = (
         "# What the Triton kernels take\n\n"
         f"Compiled by Triton {triton.__version__} with `make triton-aot`; nothing was run. "
         "Registers are those of one\nthread, bytes those of one program; a stack is what spilled. "
-        "`matrix` counts instructions of the tensor cores\n(HGMMA on sm_90, HMMA on sm_80), "
-        "`wide` loads of 16 bytes for each thread.\n\n"
+        "`matrix` counts instructions of the\ntensor cores (HGMMA on sm_90, HMMA on sm_80), `wide` "
+        "loads of 16 bytes for each thread.\n\n"
         "| GPU | kernel | of | tile | warps | stages | registers | stack | shared | matrix | wide "
         "|\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(RESULT, (head + "\n".join(rows) + "\n").encode())
+    write_atomic(RESULT, (text + "\n".join(rows) + "\n").encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--best", action="store_true", help="only the tile that the model prefers")
+    arguments = parser.parse_args()
+    rows: list[str] = []
+    spilling = 0
+    for task, code in compiled(every_tile=not arguments.best):
+        line = row(task, code)
+        if line not in rows:
+            rows.append(line)
+            spilling += code.stack_bytes > 0
+            print(line, flush=True)
+            save(rows)  # as they come: all take minutes
     print(f"{len(rows)} kernels, {spilling} of them spill; {RESULT}")
     return 1 if spilling else 0
 

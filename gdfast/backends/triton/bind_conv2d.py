@@ -1,6 +1,8 @@
 """The kernels of one convolution: for a geometry, strides and a tile, functions of tensors.
 
-Offsets are of 32 bits: a batch whose tensors are larger is run in parts.
+Offsets are of 32 bits: a batch whose tensors are larger is run in parts. The matrix kernels read
+channels that lie side by side; a tensor of another layout is copied to channels_last first, which
+costs a pass over it instead of one scattered load for each number and tap.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from gdfast.backends.triton.launch import INTERPRETED, Launch, channel_tile, pow
 from gdfast.backends.triton.precision import PASSES
 from gdfast.backends.triton.tiles import Product, Tile
 from gdfast.backends.triton.windows import MOST, Windows
-from gdfast.geometry import Conv2dGeometry
+from gdfast.geometry import Conv2dGeometry, dense_strides
 
 Strides = tuple[int, ...]
 _FEW = 16  # channels: with fewer, a step takes several taps
@@ -78,11 +80,12 @@ class Problem:
 
     def why_not(self) -> str:
         """Why the kernels do not take it, or ""."""
-        g, (input, weight, output) = self.geometry, self.strides
-        last = sum((n - 1) * s for n, s in zip(g.weight_size, weight, strict=True))
-        images = self.windows.images(input, output)
-        if images == 0 or max(last, prod(g.weight_size)) > MOST:
-            return "it takes images and weights of less than 2^31 elements"
+        g = self.geometry
+        for input, weight, output in (self.strides, self.packed("input", "output")[0].strides):
+            last = sum((n - 1) * s for n, s in zip(g.weight_size, weight, strict=True))
+            images = self.windows.images(input, output)
+            if images == 0 or max(last, prod(g.weight_size)) > MOST:
+                return "it takes images and weights of less than 2^31 elements"
         return self.windows.why_not(g.groups)
 
     def parts(self) -> Iterator[tuple[int, Problem]]:
@@ -116,15 +119,42 @@ class Problem:
         where = launch.gpu(self.device)
         return tiles.candidates(self.product(op), self.dtype.itemsize, where, passes)
 
+    def packed(self, *names: str) -> tuple[Problem, list[Callable[[Tensor], Tensor]]]:
+        """The problem on tensors in channels_last, and what copies those named, if need be."""
+        g, strides = (
+            self.geometry,
+            dict(zip(("input", "weight", "output"), self.strides, strict=True)),
+        )
+        sizes = {"input": g.input_size, "weight": g.weight_size, "output": g.output_size}
+        steps = {"input": self.channels, "weight": self.channels, "output": self.filters}
+        copies: list[Callable[[Tensor], Tensor]] = []
+        for name in names:
+            scattered = steps[name] >= _FEW and strides[name][1] != 1 and not self.is_depthwise
+            copies.append(_channels_last if scattered else _as_it_is)
+            if scattered:
+                strides[name] = dense_strides(sizes[name], True)
+        input, weight, output = strides.values()
+        return replace(self, strides=(input, weight, output)), copies
+
     def sizes(self, channels: int, filters: int) -> tuple[int, ...]:
         g = self.geometry
         return channels, filters, g.H, g.W, g.P, g.Q, g.R, g.S
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def bind_forward(
     problem: Problem, tile: Tile | None, activation: str = "none", negative_slope: float = 0.0
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """act(conv2d(input, weight, bias)); `tile` is one of the candidates, None for depthwise."""
+    size, strides = problem.geometry.output_size, problem.strides[2]
+    problem, (copy_input, copy_weight) = problem.packed("input", "weight")
     launches = {
         with_bias: [
             (first, _forward(part, tile, with_bias, activation, negative_slope))
@@ -132,10 +162,10 @@ def bind_forward(
         ]
         for with_bias in (False, True)
     }
-    size, strides = problem.geometry.output_size, problem.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        input, weight = copy_input(input), copy_weight(weight)
         if bias is not None:
             bias = bias.contiguous()
         for first, run in launches[bias is not None]:
@@ -183,11 +213,13 @@ def _forward(
 
 def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Tensor], Tensor]:
     """The gradient in the input from those in the output and the weight."""
-    launches = [(first, _grad_input(part, tile)) for first, part in problem.parts()]
     size, strides = problem.geometry.input_size, problem.strides[0]
+    problem, (copy_weight, copy_grad) = problem.packed("weight", "output")
+    launches = [(first, _grad_input(part, tile)) for first, part in problem.parts()]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
+        grad_output, weight = copy_grad(grad_output), copy_weight(weight)
         for first, run in launches:
             run(_from(grad_output, first), weight, _from(grad_input, first))
         return grad_input
@@ -223,6 +255,7 @@ def bind_grad_weight(
     problem: Problem, tile: Tile | None
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     """The gradients in the weight and, where asked for, the bias."""
+    problem, (copy_input, copy_grad) = problem.packed("input", "output")
     g = problem.geometry
     K, w_strides = g.K, problem.strides[1]
     RS, count = g.R * g.S, prod(g.weight_size)
@@ -240,6 +273,7 @@ def bind_grad_weight(
     bias_from = ceil(splits * count / 4) * 4
 
     def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        grad_output, input = copy_grad(grad_output), copy_input(input)
         # One stretch of memory for the sums of both, each from an address of 16 bytes on.
         partial = input.new_empty(bias_from + splits * K * bias, dtype=torch.float32)
         partial_bias = partial[bias_from:]
