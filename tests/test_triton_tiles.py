@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -61,6 +62,15 @@ def test_large_layers_get_large_tiles_and_small_ones_many() -> None:
     small, *_ = tiles.candidates(Product(1, 49, 64, 9, 64), 2, H100)
     assert large.m * large.n >= 128 * 128
     assert small.m * small.n <= 64 * 64
+
+
+@pytest.mark.parametrize("gpu", [A100, H100], ids=["A100", "H100"])
+def test_every_product_has_a_tile(gpu: launch.Gpu) -> None:
+    for rows, columns, depth in itertools.product((1, 40, 1000), (1, 40, 1000), (1, 20, 3000)):
+        for itemsize, passes in ((2, 1), (4, 1), (4, 3), (4, 16)):
+            for folded in ("", "rows", "columns"):
+                product = Product(1, rows, columns, 1, depth, folded != "", folded)
+                assert tiles.candidates(product, itemsize, gpu, passes)
 
 
 def test_sums_are_split_where_tiles_are_few() -> None:

@@ -41,8 +41,8 @@ class Product(NamedTuple):
     """A matrix product [rows, depth] x [depth, columns], `groups` times.
 
     depth consists of `runs` stretches (the taps), each padded to whole steps by itself; a `split`
-    product may be summed in parts by several programs. Of a `folded` one the left operand,
-    "rows", or the right one, "columns", is loaded number by number.
+    product may be summed in parts by several programs. Of a `folded` one numbers are loaded one by
+    one: "rows" those of both operands, "columns" those of the right one.
     """
 
     groups: int
@@ -63,10 +63,10 @@ _SHAPES = (
 )  # fmt: skip
 _STEP_BYTES = 128  # of one row of a step: 64 products in half types, 32 in float32
 _LEAST_K = 16
+_LEAST_SIDE = 16
 _LEAST_SUMS = 32
 _MOST_WASTE = 1.15
-# Numbers that a thread loads one by one in a step: each has an address and a mask in registers.
-_MOST_LOADS = {"": 0, "rows": 16, "columns": 32}
+_MOST_LOADS = 32  # one by one, of a thread in a step: each has an address and a mask in registers
 _MOST_CANDIDATES = 4
 
 _WAVES = 2  # programs for each multiprocessor
@@ -88,20 +88,24 @@ def candidates(product: Product, itemsize: int, gpu: Gpu, passes: int = 1) -> li
         # Short sums have no use for stages that they never fill.
         steps = max(2, ceil(product.runs * ceil(product.depth / step)))
         stages = min(stages, steps, gpu.shared_bytes // bytes_of_stage)
-        if m * n / (32 * warps) > _most_sums(itemsize, passes, gpu):
-            continue
-        loads = {"": 0, "rows": m, "columns": n}[product.folded] * step / (32 * warps)
-        if stages >= 2 and loads <= _MOST_LOADS[product.folded]:
+        loads = {"": 0, "rows": m + n, "columns": n}[product.folded] * step / (32 * warps)
+        if (
+            stages >= 2
+            and m < 2 * max(product.rows, _LEAST_SIDE)
+            and n < 2 * max(product.columns, _LEAST_SIDE)
+            and loads <= (_MOST_LOADS if passes == 1 else _MOST_LOADS // 2)
+            and m * n / (32 * warps) <= _most_sums(product, itemsize, passes, gpu)
+        ):
             fitting.append(Tile(m, n, step, warps, stages))
     fitting.sort(key=lambda tile: clocks(product, tile, itemsize, gpu, passes))
     return fitting[:_MOST_CANDIDATES]
 
 
-def _most_sums(itemsize: int, passes: int, gpu: Gpu) -> int:
-    """Sums of one thread: operands of float32 take registers too, split ones three times."""
-    if itemsize == 2:
-        return gpu.sums
-    return gpu.sums // 2 if passes == 1 else _LEAST_SUMS
+def _most_sums(product: Product, itemsize: int, passes: int, gpu: Gpu) -> int:
+    """Sums of one thread that leave registers for its addresses and operands."""
+    if product.folded or passes > 1:
+        return _LEAST_SUMS
+    return gpu.sums if itemsize == 2 else gpu.sums // 2
 
 
 def _step(depth: int, most: int) -> int:
