@@ -89,6 +89,39 @@ def test_repeats_are_used_once(tmp_path: Path) -> None:
     assert all("again" in line for line in said(spec))
 
 
+def test_a_file_of_coco_under_two_ids_is_used_once(tmp_path: Path) -> None:
+    spec = coco(tmp_path)
+    content = annotations(range(6))
+    content["images"].append({**content["images"][4], "id": 90, "file_name": "./a4.png"})
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    for each, trained in ((spec, 6), (f"coco:{tmp_path}/train.json,{tmp_path}/images", 5)):
+        data = boxes.load(each, max_bad=0.2)
+        assert len(data.train) == trained
+        assert "images[6]: file_name './a4.png': a second image of" in str(
+            next(iter(data.problems))
+        )
+
+
+def test_an_image_of_both_pairs_is_not_trained_on(tmp_path: Path) -> None:
+    spec = coco(tmp_path)
+    (tmp_path / "train.json").write_text(json.dumps(annotations(range(7))))
+    data = boxes.load(spec)
+    assert [record.path.stem for record in data.train] == NAMES[:6]
+    assert [record.path.stem for record in data.test] == NAMES[6:]
+    (problem,) = data.problems
+    assert "a6.png: for testing already: not trained on" in str(problem)
+
+
+def test_an_image_that_yolo_lists_by_two_paths_is_used_once(tmp_path: Path) -> None:
+    spec = yolo(tmp_path)
+    (tmp_path / "list.txt").write_text("train/images/a0.png\ntrain/../val/images/a7.png\na\0b.png")
+    path = tmp_path / "data.yaml"
+    path.write_text(path.read_text().replace("train: train/images", "train: list.txt"))
+    data = boxes.load(spec, max_bad=0.5)
+    assert [record.path.stem for record in data.train] == ["a0"] and len(data.test) == 2
+    assert "a7.png: listed twice, the second time in train" in str(next(iter(data.problems)))
+
+
 def test_scenes_are_the_same_always() -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn")
     data = boxes.load("scenes")

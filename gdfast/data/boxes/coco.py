@@ -9,7 +9,7 @@ from typing import Any
 
 from gdfast.data import decode
 from gdfast.data.boxes import files
-from gdfast.data.boxes.records import Boxes, Detections, Record, is_empty
+from gdfast.data.boxes.records import Boxes, Detections, Record, Seen, is_empty
 from gdfast.data.errors import DataError
 from gdfast.data.problems import Problems
 
@@ -21,7 +21,8 @@ def load(where: str, problems: Problems) -> Detections:
     """The images of `JSON,IMAGES`, every fifth (by id) for testing, or of two such pairs, the
     second for testing.
 
-    Classes are the categories of the first file in the order of their ids. Crowds are ignored.
+    Classes are the categories of the first file in the order of their ids. Crowds are ignored. An
+    image file that comes twice is used once; one of both pairs is for testing.
 
     Raises:
         DataError: another form of `where`, or a file that is missing or no COCO JSON.
@@ -34,11 +35,12 @@ def load(where: str, problems: Problems) -> Detections:
     content = _read(places[0])
     categories = _categories(places[0], content)
     classes = tuple(categories[key] for key in sorted(categories))
-    records = _records(places[0], places[1], content, classes, problems)
+    seen = Seen()
     if len(places) == 4:
-        train = records
-        test = _records(places[2], places[3], _read(places[2]), classes, problems)
+        test = _records(places[2], places[3], _read(places[2]), classes, problems, seen)
+        train = _records(places[0], places[1], content, classes, problems, seen)
     else:
+        records = _records(places[0], places[1], content, classes, problems, seen)
         test = records[_TEST_EVERY - 1 :: _TEST_EVERY]
         train = [record for i, record in enumerate(records) if i % _TEST_EVERY != _TEST_EVERY - 1]
     return Detections(f"coco:{where}", train, test, classes, problems=problems)
@@ -79,11 +81,13 @@ def _records(
     content: dict[str, Any],
     classes: tuple[str, ...],
     problems: Problems,
+    met: Seen,
 ) -> list[Record]:
     """The images in the order of their ids; every bad one is noted under its own file."""
     names = _categories(path, content)
     boxes: dict[int, Boxes] = {}
     images: dict[int, Path] = {}
+    earlier = Seen()  # of this file
     reason: str | None
     for place, entry in enumerate(content["images"]):
         key, name = _get(entry, "id"), _get(entry, "file_name")
@@ -97,6 +101,14 @@ def _records(
             problems.add(path / what, f"expected a height and a width, found {size}")
         elif not _is_within(name):
             problems.add(path / what, f"expected a file within {folder}, found {name!r}")
+        elif earlier.again(folder / name):
+            problems.add(path / what, f"file_name {name!r}: a second image of this file")
+        elif met.again(folder / name):
+            problems.add(
+                folder / name,
+                f"for testing already: not trained on ({what} of {path})",
+                item=False,
+            )
         else:
             reason = _why_not(folder / name, size)
             if reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +109,25 @@ class Detections:
             for label, name in enumerate(self.classes):
                 if label not in seen:
                     problems.add(Path(self.name), f"class {name}: no box for {part}", item=False)
+
+
+class Seen:
+    """The image files met so far, whatever path led to them: each may be in one place alone, or
+    training would see what is for testing."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+
+    def again(self, image: Path) -> bool:
+        """Whether the file was met before."""
+        try:
+            file = os.path.realpath(image)
+        except ValueError:  # a name that no file has
+            file = str(image)
+        if file in self._files:
+            return True
+        self._files.add(file)
+        return False
 
 
 class Boxes:

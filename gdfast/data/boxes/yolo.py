@@ -15,7 +15,7 @@ from typing import Any
 
 from gdfast.data import decode
 from gdfast.data.boxes import files
-from gdfast.data.boxes.records import Boxes, Detections, Record, is_empty
+from gdfast.data.boxes.records import Boxes, Detections, Record, Seen, is_empty
 from gdfast.data.boxes.voc import note
 from gdfast.data.errors import DataError
 from gdfast.data.problems import Problems
@@ -37,17 +37,16 @@ def load(where: str, problems: Problems) -> Detections:
     root = path.parent
     if isinstance(content.get("path"), str):
         root = root / Path(content["path"]).expanduser()
-    seen: set[Path] = set()
+    seen = Seen()
     parts: dict[str, list[Record]] = {}
     for part in ("val", "train"):
         records = []
         for image in _images(path, root, part, content.get(part)):
-            if image in seen:
+            if seen.again(image):
                 problems.add(
                     image, f"listed twice, the second time in {part}: used once", item=False
                 )
                 continue
-            seen.add(image)
             if record := _record(image, classes, problems):
                 records.append(record)
         parts[part] = records
