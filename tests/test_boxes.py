@@ -65,7 +65,9 @@ def test_difficult_objects_and_crowds_are_ignored(tmp_path: Path) -> None:
     content = annotations(range(6))
     content["annotations"][1]["iscrowd"] = 1
     (tmp_path / "coco" / "train.json").write_text(json.dumps(content))
-    assert boxes.load(spec).train[0].ignored.tolist() == [False, True]
+    crowded = boxes.load(spec).train[0]
+    assert crowded.ignored.tolist() == crowded.crowds.tolist() == [False, True]
+    assert first.crowds is None
 
 
 def test_outlines_become_boxes(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,20 @@ def test_ignored_boxes_are_neither_right_nor_wrong() -> None:
     shown = truth((BOX, 0), (hidden, 0), ignored=(1,))
     for boxes in ([(BOX, 0.5, 0)], [(hidden, 0.9, 0), (BOX, 0.5, 0)]):
         assert detection([shown], [found(*boxes)], 1).map50 == pytest.approx(1)
+
+
+def test_an_ignored_box_excuses_one_detection_that_fits_it_and_a_crowd_all_within() -> None:
+    hidden = [60.0, 60, 100, 100]
+    inside = ([60.0, 60, 78, 78], 0.9, 0), ([80.0, 80, 98, 98], 0.8, 0)  # IoU 0.2
+    hit = (BOX, 0.5, 0)
+    alone = detection([truth((BOX, 0))], [found(*inside, hit)], 1)
+    shown = truth((BOX, 0), (hidden, 0), ignored=(1,))
+    assert detection([shown], [found(*inside, hit)], 1).map50 == alone.map50 < 0.4
+    twice = found((hidden, 0.9, 0), (hidden, 0.8, 0), hit)
+    assert detection([shown], [twice], 1).map50 == pytest.approx(0.5)
+    crowd = replace(shown, crowds=shown.ignored)
+    for each in (found(*inside, hit), twice):
+        assert detection([crowd], [each], 1).map50 == pytest.approx(1)
 
 
 @pytest.mark.parametrize("shown", [truth((BOX, 0)), truth()])

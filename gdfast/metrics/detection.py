@@ -19,11 +19,16 @@ RECALLS = np.linspace(0, 1, 101)
 @dataclass(frozen=True)
 class Truth:
     """What one image shows: `boxes` [M, 4] (left, top, right, bottom), `classes` [M], and which
-    boxes are `ignored` [M]: to find one of them is neither right nor wrong."""
+    boxes are `ignored` [M]: to find one of them is neither right nor wrong.
+
+    That goes for one detection of an ignored box, by its IoU like any other. Of `crowds` [M], also
+    ignored (None: no box is one), it goes for all that lie within one by more than the threshold.
+    """
 
     boxes: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
+    crowds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def detection(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> D
         shown.dataset = _annotations(truth, len(found), classes)
         shown.createIndex()
         if rows and shown.dataset["annotations"]:
-            judge = cocoeval.COCOeval(shown, shown.loadRes(np.array(rows)), "bbox")
+            judge = _judge(cocoeval.COCOeval, shown, shown.loadRes(np.array(rows)))
             judge.evaluate()
             judge.accumulate()
             # [IoU thresholds, recalls, classes, sizes, numbers of detections]: all sizes, most.
@@ -77,6 +82,17 @@ def detection(truth: Sequence[Truth], found: Sequence[Found], classes: int) -> D
             present = {int(label) for each in truth for label in each.classes[~each.ignored]}
             precision[:, :, [label for label in range(classes) if label not in present]] = -1
     return _score(precision)
+
+
+def _judge(base: Any, shown: Any, found: Any) -> Any:
+    class Judge(base):
+        def _prepare(self) -> None:
+            super()._prepare()  # which ignores crowds alone
+            for boxes in self._gts.values():
+                for box in boxes:
+                    box["ignore"] = box["ignored"]
+
+    return Judge(shown, found, "bbox")
 
 
 def _score(precision: np.ndarray) -> DetectionScore:
@@ -100,7 +116,9 @@ def _annotations(truth: Sequence[Truth], images: int, classes: int) -> dict[str,
         )
     annotations: list[dict[str, Any]] = []
     for image, each in enumerate(truth):
-        for box, label, ignored in zip(each.boxes, each.classes, each.ignored, strict=True):
+        crowds = np.zeros_like(each.ignored) if each.crowds is None else each.crowds
+        rows = zip(each.boxes, each.classes, each.ignored, crowds, strict=True)
+        for box, label, ignored, crowd in rows:
             left, top, right, bottom = (float(edge) for edge in box)
             annotations.append(
                 {
@@ -109,7 +127,8 @@ def _annotations(truth: Sequence[Truth], images: int, classes: int) -> dict[str,
                     "category_id": int(label),
                     "bbox": [left, top, right - left, bottom - top],
                     "area": (right - left) * (bottom - top),
-                    "iscrowd": int(ignored),
+                    "iscrowd": int(crowd),
+                    "ignored": int(ignored or crowd),
                 }
             )
     return {

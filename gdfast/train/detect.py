@@ -124,7 +124,7 @@ class Detect(Task):
                 edges = undo_letterbox(each.boxes, size, self.canvas)
                 found[index] = Found(edges, each.scores, each.classes)
         seen = [self.data.test[index] for index in found]
-        truth = [Truth(each.boxes, each.classes, each.ignored) for each in seen]
+        truth = [Truth(each.boxes, each.classes, each.ignored, each.crowds) for each in seen]
         self._found = [(self.data.test[index], each) for index, each in found.items()]
         self._score = detection(truth, list(found.values()), len(self.data.classes))
         means = {f"test_{name}": value / len(found) for name, value in sums.items()}

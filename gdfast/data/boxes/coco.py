@@ -155,7 +155,7 @@ def _add(boxes: Boxes, entry: Any, names: dict[int, str], classes: tuple[str, ..
     return boxes.add(
         (left, top, left + width, top + height),
         classes.index(name),
-        ignored=bool(_get(entry, "iscrowd")),
+        crowd=bool(_get(entry, "iscrowd")),
     )
 
 

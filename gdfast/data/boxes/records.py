@@ -40,7 +40,8 @@ class Record:
     """One annotated image: a file, or `image` itself. `size` is its height and width.
 
     `boxes` [M, 4] and `classes` [M] as in `Sample`; those that are `ignored` [M] (difficult ones,
-    crowds) are neither trained on nor judged.
+    crowds) are neither trained on nor judged. `crowds` [M] are those of them that hold any number
+    of objects; None: no box does.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Record:
     classes: np.ndarray
     ignored: np.ndarray
     image: np.ndarray | None = field(default=None, repr=False)
+    crowds: np.ndarray | None = None
 
     def read(self) -> Sample:
         """The image, decoded, and the boxes to train on.
@@ -138,9 +140,13 @@ class Boxes:
         self._boxes: list[tuple[float, ...]] = []
         self._classes: list[int] = []
         self._ignored: list[bool] = []
+        self._crowds: list[bool] = []
 
-    def add(self, box: Sequence[float], label: int, *, ignored: bool = False) -> str | None:
+    def add(
+        self, box: Sequence[float], label: int, *, ignored: bool = False, crowd: bool = False
+    ) -> str | None:
         """Take a box (left, top, right, bottom in pixels), clipped if it is a little outside.
+        Crowds are ignored.
 
         Returns what is wrong with a bad one, which is not taken.
         """
@@ -161,7 +167,8 @@ class Boxes:
             return EMPTY.format(shown)
         self._boxes.append(clipped)
         self._classes.append(label)
-        self._ignored.append(ignored)
+        self._ignored.append(ignored or crowd)
+        self._crowds.append(crowd)
         return None
 
     def record(self, path: Path) -> Record:
@@ -172,6 +179,7 @@ class Boxes:
             np.array(self._boxes, dtype=np.float32).reshape(-1, 4),
             np.array(self._classes, dtype=np.int64),
             np.array(self._ignored, dtype=bool),
+            crowds=np.array(self._crowds, dtype=bool) if any(self._crowds) else None,
         )
 
 
