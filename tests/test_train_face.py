@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from face_files import write_people
 from gdfast import face
 from gdfast.data import DataError, decode, identities
 from gdfast.data.check import check
+from gdfast.data.faces import NamedPairs
 from gdfast.train import Recipe, RunError, Settings, SettingsError, examples, train
+from gdfast.train.errors import DivergedError
 from gdfast.train.face import Face
 from gdfast.train.tasks import settle
 
@@ -152,6 +155,31 @@ def test_an_embedding_learns_to_tell_drawn_people_apart(monkeypatch: pytest.Monk
         optimizer.step()
     after = task.evaluate(task.model.eval())
     assert after["auc"] > before["auc"] + 0.05 and after["eer"] < before["eer"]
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+def test_accuracy_needs_two_folds(people: Path, folds: int) -> None:
+    chosen = settle(settings(people, protocol="verify"))
+    data = Face.load(chosen)
+    # Pairs of two photographs of a, and of one of a and one of b.
+    first, second = np.array([0, 0, 1, 1]), np.array([1, 4, 2, 5])
+    pairs = NamedPairs(first, second, np.array([1, 0, 1, 0], bool), np.array([0, 0, 1, 1]) % folds)
+    task = Face(chosen, replace(data, pairs=pairs))
+    assert ("accuracy" in task.evaluate(task.model.eval())) == (folds == 2)
+
+
+def test_embeddings_that_are_not_finite_end_the_run_in_one_line(people: Path) -> None:
+    chosen = settle(settings(people))
+    task = Face(chosen, Face.load(chosen))
+    with torch.no_grad():
+        next(task.model.net.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergedError, match=r"embeddings: expected finite .* lower lr than 0\.05"):
+        task.evaluate(task.model.eval())
+
+
+def test_the_margin_grows_over_steps_however_many_batches_each_has(people: Path) -> None:
+    chosen = settle(replace(settings(people), recipe=replace(RECIPE, accumulate=3)))
+    assert Face(chosen, Face.load(chosen)).model.head.warmup == 3 * SMALL["margin_warmup"]
 
 
 @pytest.mark.parametrize("spec", ["identities:x", "faces", "lfw:", "mnist:x"])

@@ -20,7 +20,7 @@ from gdfast.data.loader import Batch
 from gdfast.losses import ArcFaceHead, SoftmaxHead
 from gdfast.metrics import verification
 from gdfast.train import plots_face
-from gdfast.train.errors import SettingsError
+from gdfast.train.errors import DivergedError, SettingsError
 from gdfast.train.face_predict import FacePredictor
 from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
@@ -50,7 +50,7 @@ class Face(Task):
 
     `evaluate` gives `rank1`, the share of the probes whose most similar photograph of the gallery
     shows their person, and of pairs `auc`, `eer` and `tar` at a false acceptance rate of 1e-2; on
-    data whose pairs have folds, `accuracy` too, as LFW measures it.
+    data whose pairs have two folds or more, `accuracy` too, as LFW measures it.
     """
 
     score = "auc"
@@ -90,7 +90,8 @@ class Face(Task):
         people = int(train.people.max()) + 1
         try:
             net = models.FaceResNet(**self._network)
-            self.model = FaceClassifier(net, _head(net.features, people, options))
+            head = _head(net.features, people, options, parts=recipe.accumulate)
+            self.model = FaceClassifier(net, head)
         except ValueError as error:
             raise SettingsError(f"train: {error}") from None
         self.source = FaceViews(
@@ -127,9 +128,18 @@ class Face(Task):
         return net
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measures on the test's photographs, each seen with its mirror image."""
+        """Measures on the test's photographs, each seen with its mirror image.
+
+        Raises:
+            DivergedError: an embedding that is not finite.
+        """
         split = self.split
         embeddings = face.embed(self.exported(model), self._tested.images)
+        if not np.isfinite(embeddings).all():
+            raise DivergedError(
+                "train: embeddings: expected finite numbers, got NaN or infinity: try a lower lr "
+                f"than {self._settings.descent.lr}"
+            )
         enrolled = len(split.gallery)
         self._similarities = split.pairs.similarities(embeddings)
         self._roc = verification.roc(self._similarities, split.pairs.same)
@@ -143,7 +153,7 @@ class Face(Task):
             "eer": self._roc.eer,
             "tar": self._roc.tar_at(),
         }
-        if split.folds is not None:
+        if split.folds is not None and len(np.unique(split.folds)) > 1:
             accuracies = verification.fold_accuracies(
                 self._similarities, split.pairs.same, split.folds
             )
@@ -204,13 +214,14 @@ class Face(Task):
         return FacePredictor(model, metadata, **options)
 
 
-def _head(features: int, people: int, options: Mapping[str, Any]) -> nn.Module:
+def _head(features: int, people: int, options: Mapping[str, Any], parts: int) -> nn.Module:
+    """The head; `parts` is how many batches a step of gradient descent sums up."""
     if options["head"] == "arcface":
         return ArcFaceHead(
             features,
             people,
             scale=options["scale"],
             margin=options["margin"],
-            warmup=options["margin_warmup"],
+            warmup=options["margin_warmup"] * parts,
         )
     return SoftmaxHead(features, people, scale=options["scale"], cosine=options["head"] == "cosine")
