@@ -17,14 +17,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gdfast import models
+from gdfast import models, tensor_files
 from gdfast.data import decode
 from gdfast.data.errors import DataError
 from gdfast.data.faces import fit, person_folders
@@ -142,7 +142,8 @@ def verify(recogniser: Recogniser, a: Image, b: Image, threshold: float | None =
 
 
 class Match(NamedTuple):
-    """A person, how alike the probe is to them (-1 to 1), and their photograph that is so."""
+    """A person, how alike the probe is to them (-1 to 1), and their photograph that is so, which
+    `Gallery.read` reads."""
 
     name: str
     similarity: float
@@ -176,13 +177,15 @@ class Gallery:
     """Photographs of the people whom a network is to recognise.
 
     `embeddings` [G, features] are of length 1, `names` [G] say whom each shows, `photos` [G] the
-    file that it was. `network` is the fingerprint of the network.
+    file that it was, within `folder` (None: not known). `network` is the fingerprint of the
+    network.
     """
 
     names: tuple[str, ...]
     photos: tuple[str, ...]
     embeddings: np.ndarray
     network: str
+    folder: Path | None = None
 
     @classmethod
     def enrol(
@@ -215,11 +218,12 @@ class Gallery:
                     problems.add(path, str(error).removeprefix(f"data: {path}: "))
                     continue
                 names.append(name)
-                photos.append(str(path))
+                photos.append(str(path.relative_to(folder)))
         problems.refuse_beyond(max_bad, sum(map(len, people.values())), spec)
         if not images:
             raise DataError(f"face: {folder}: expected photographs of people, found none")
-        return cls(tuple(names), tuple(photos), recogniser.embed(images), recogniser.network)
+        embeddings = recogniser.embed(images)
+        return cls(tuple(names), tuple(photos), embeddings, recogniser.network, folder)
 
     @property
     def people(self) -> tuple[str, ...]:
@@ -242,11 +246,28 @@ class Gallery:
         found: dict[str, Match] = {}
         for index in np.argsort(-similarities, kind="stable"):
             name = self.names[index]
-            found.setdefault(name, Match(name, float(similarities[index]), self.photos[index]))
+            photo = self.photos[index]
+            found.setdefault(name, Match(name, float(similarities[index]), photo))
         return list(found.values())
+
+    def read(self, photo: str) -> np.ndarray | None:
+        """An enrolled photograph, bytes [H, W, 3]; None if it has gone, or was never enrolled from
+        `folder`, whatever the gallery's file says."""
+        if self.folder is None:
+            return None
+        try:
+            root = Path(os.path.realpath(self.folder))
+            path = Path(os.path.realpath(self.folder / photo))
+            within = root in path.parents and path.suffix.lower() in decode.SUFFIXES
+            return decode.read(path) if within else None
+        except (DataError, ValueError):  # the latter: a name that no file has
+            return None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the gallery as a safetensors file, whole or not at all.
+
+        The photographs stay where they are: whoever loads the file sees them if their folder is
+        beside or below it.
 
         Raises:
             OSError: the folder is missing or read-only, the disk is full, ...
@@ -259,7 +280,14 @@ class Gallery:
             "names": json.dumps(self.names),
             "photos": json.dumps(self.photos),
         }
+        if self.folder is not None:
+            # A path that leads out would let a file of others have any file read.
+            own = os.path.realpath(Path(path).parent)
+            relative = os.path.relpath(os.path.realpath(self.folder), own)
+            if _leads_within(relative):
+                metadata["folder"] = relative
         tensors = {"embeddings": torch.from_numpy(np.ascontiguousarray(self.embeddings))}
+        metadata[tensor_files.CHECKSUM] = tensor_files.checksum(tensors)
         write_atomic(path, save(tensors, metadata))
 
     @classmethod
@@ -284,11 +312,17 @@ class Gallery:
                 raise ValueError(f"{len(names)} names, embeddings {list(embeddings.shape)}")
             if not np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3):
                 raise ValueError("embeddings that are not of length 1")
-        except (KeyError, TypeError, ValueError) as error:
+            network, folder = metadata["network"], metadata.get("folder")
+        except KeyError as error:
+            raise DataError(
+                f"face: {file}: expected a gallery of faces, found none with {error}"
+            ) from None
+        except (TypeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"face: {file}: expected a gallery of faces, found {str(error)[:120]}"
             ) from None
-        return cls(names, photos, embeddings, metadata["network"])
+        place = file.parent / folder if folder is not None and _leads_within(folder) else None
+        return cls(names, photos, embeddings, network, place)
 
 
 def embed(net: nn.Module, images: np.ndarray, *, flip: bool = True) -> np.ndarray:
@@ -319,19 +353,17 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:12]
 
 
+def _leads_within(path: str) -> bool:
+    return not os.path.isabs(path) and os.pardir not in Path(path).parts
+
+
 def _read_safetensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    opened = require("safetensors", "train", "reading weights").safe_open
     if not path.is_file():
         found = "something else" if path.exists() else "no such file"
         raise DataError(f"face: {path}: expected {what}, found {found}")
     if path.stat().st_size > _MOST_BYTES:
         raise DataError(f"face: {path}: expected {what}, found a file of more than 1 GiB")
     try:
-        with opened(path, framework="pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own error, which is none of Python's
-        raise DataError(
-            f"face: {path}: expected {what}, found another or a damaged file: "
-            f"{str(error).splitlines()[0][:120]}"
-        ) from None
+        return tensor_files.read(path)
+    except ValueError as error:
+        raise DataError(f"face: {path}: expected {what}, found {error}") from None

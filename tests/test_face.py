@@ -85,7 +85,7 @@ def test_a_gallery_names_whom_it_knows(tmp_path: Path, recogniser: face.Recognis
     gallery = face.Gallery.enrol(recogniser, tmp_path / "people")
     assert gallery.people == ("ann", "bob", "cy")
     assert gallery.names == ("ann", "ann", "ann", "bob", "cy", "cy")
-    assert Path(gallery.photos[4]) == tmp_path / "people" / "cy" / "1.png"
+    assert gallery.folder == tmp_path / "people" and Path(gallery.photos[4]) == Path("cy/1.png")
     np.testing.assert_allclose(gallery.embeddings[:3], recogniser.embed(photos["ann"]), atol=1e-6)
 
     probe = recogniser.embed(photos["cy"])[0]
@@ -94,7 +94,8 @@ def test_a_gallery_names_whom_it_knows(tmp_path: Path, recogniser: face.Recognis
         assert match.similarity == pytest.approx(
             float(recogniser.embed(photos[match.name])[best] @ probe), abs=1e-5
         )
-        assert Path(match.photo) == tmp_path / "people" / match.name / f"{best + 1}.png"
+        assert Path(match.photo) == Path(match.name, f"{best + 1}.png")
+        np.testing.assert_array_equal(gallery.read(match.photo)[:, :, :1], photos[match.name][best])
     found = face.identify(recogniser, photos["bob"][0], gallery)
     assert found[0].name == "bob"
     assert found[0].similarity == pytest.approx(1, abs=1e-5)
@@ -111,11 +112,50 @@ def test_a_gallery_outlives_its_process(tmp_path: Path, recogniser: face.Recogni
     gallery = face.Gallery.enrol(recogniser, tmp_path / "people")
     gallery.save(tmp_path / "gallery.safetensors")
     again = face.Gallery.load(tmp_path / "gallery.safetensors")
-    assert (again.names, again.photos, again.network) == (
-        gallery.names, gallery.photos, gallery.network
+    assert (again.names, again.photos, again.network, again.folder) == (
+        gallery.names, gallery.photos, gallery.network, gallery.folder
     )  # fmt: skip
     np.testing.assert_array_equal(again.embeddings, gallery.embeddings)
     assert not list(tmp_path.glob(".gdfast-*"))
+
+
+def test_a_gallery_reads_photographs_of_its_folder_alone(
+    tmp_path: Path, recogniser: face.Recogniser
+) -> None:
+    write_people(tmp_path / "people", {"bob": 1})
+    write_people(tmp_path / "others", {"eve": 1})
+    secret = tmp_path / "others" / "eve" / "1.png"
+    (tmp_path / "people" / "bob" / "link.png").symlink_to(secret)
+    (tmp_path / "people" / "bob" / "1.txt").write_bytes(secret.read_bytes())
+    gallery = face.Gallery.enrol(recogniser, tmp_path / "people", max_bad=1.0)
+    assert gallery.read("bob/1.png") is not None
+    for photo in (str(secret), "../others/eve/1.png", "bob/link.png", "bob/1.txt", "", "a\0.png"):
+        assert gallery.read(photo) is None
+
+    gallery.save(tmp_path / "people.safetensors")
+    assert face.Gallery.load(tmp_path / "people.safetensors").read("bob/1.png") is not None
+    (tmp_path / "away").mkdir()
+    gallery.save(tmp_path / "away" / "people.safetensors")
+    assert face.Gallery.load(tmp_path / "away" / "people.safetensors").read("bob/1.png") is None
+    metadata = {"format": "gdfast face gallery 1", "names": '["a"]', "photos": '["eve/1.png"]'}
+    metadata["network"] = "x"
+    for folder in (str(tmp_path / "others"), "../others"):
+        tensors = {"embeddings": torch.ones(1, 4) / 2}
+        write_atomic(tmp_path / "away" / "bad", save(tensors, {**metadata, "folder": folder}))
+        assert face.Gallery.load(tmp_path / "away" / "bad").read("eve/1.png") is None
+
+
+def test_damaged_tensors_are_noticed(tmp_path: Path, recogniser: face.Recogniser) -> None:
+    write_people(tmp_path / "people", {"bob": 1})
+    face.Gallery.enrol(recogniser, tmp_path / "people").save(tmp_path / "gallery")
+    content = bytearray((tmp_path / "gallery").read_bytes())
+    content[-4] ^= 1
+    (tmp_path / "gallery").write_bytes(content)
+    with pytest.raises(DataError, match="found tensors that do not match the checksum"):
+        face.Gallery.load(tmp_path / "gallery")
+    write_weights(tmp_path / "weights", sha256="0")
+    with pytest.raises(DataError, match="found tensors that do not match the checksum"):
+        face.load(tmp_path / "weights")
 
 
 def test_a_gallery_of_another_network_is_refused(
@@ -171,6 +211,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         ({"embeddings": torch.full((1, 4), torch.nan)}, {}),
         ({"others": torch.ones(1, 4) / 2}, {}),
         ({"embeddings": torch.ones(1, 4) / 2}, {"names": "["}),
+        ({"embeddings": torch.ones(1, 4) / 2}, {"names": "[" * 100_000}),
+        ({"embeddings": torch.ones(1, 4) / 2}, {"network": None}),
     ],
 )
 def test_files_that_are_no_galleries_are_refused(
@@ -182,6 +224,8 @@ def test_files_that_are_no_galleries_are_refused(
         "photos": '["a/1.png"]',
         "network": "x",
     }
-    write_atomic(tmp_path / "gallery", save(tensors, {**usual, **metadata} if tensors else {}))
+    changed = {**usual, **metadata} if tensors else {}
+    content = {name: value for name, value in changed.items() if value is not None}
+    write_atomic(tmp_path / "gallery", save(tensors, content))
     with pytest.raises(DataError, match="expected a gallery of faces"):
         face.Gallery.load(tmp_path / "gallery")

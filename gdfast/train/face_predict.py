@@ -10,8 +10,6 @@ import numpy as np
 from torch import nn
 
 from gdfast import face
-from gdfast.data import decode
-from gdfast.data.errors import DataError
 from gdfast.train import plots, plots_face
 from gdfast.train.errors import RunError, SettingsError
 
@@ -74,14 +72,6 @@ class FacePredictor:
     def draw(self, image: np.ndarray, answer: dict[str, Any]) -> bytes:
         """The image beside a photograph of each of the nearest people."""
         nearest = [(each["name"], each["similarity"]) for each in answer["nearest"]]
-        faces = [_photograph(each["photo"]) for each in answer["nearest"]]
+        faces = [self.gallery.read(each["photo"]) for each in answer["nearest"]]
         title = answer["summary"]
         return plots.png(plots_face.named(image, nearest, faces, answer["threshold"], title))
-
-
-def _photograph(path: str) -> np.ndarray | None:
-    """An enrolled photograph, None where it has gone since."""
-    try:
-        return decode.read(Path(path))
-    except DataError:
-        return None

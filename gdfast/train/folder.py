@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gdfast.extras import require
 from gdfast.files import remove_leftovers, write_atomic
+from gdfast.tensor_files import checksum
 from gdfast.train.errors import RunError
 
 if TYPE_CHECKING:
@@ -86,15 +84,6 @@ class RunFolder:
         save = require("safetensors.torch", "train", "saving weights").save
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         self.write(name, save(tensors, {**metadata, "sha256": checksum(tensors)}))
-
-
-def checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and values of contiguous tensors on the CPU."""
-    digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _number(value: float) -> str:
