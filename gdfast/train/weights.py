@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gdfast.extras import require
+from gdfast import tensor_files
 from gdfast.train import checkpoint
 from gdfast.train.errors import RunError
-from gdfast.train.folder import checksum
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -26,20 +25,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RunError(f"weights: {path}: expected a file of weights, found no such file")
     if path.suffix in (".pt", ".pth"):
         return _read_torch(path), {}
-    library = require("safetensors", "train", "reading weights")
     try:
-        with library.safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # its own exception has no base class to name
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise RunError(
-            f"weights: {path}: expected safetensors (or .pt), found another or a damaged file "
-            f"({reason})"
-        ) from None
-    if "sha256" in metadata and metadata["sha256"] != checksum(tensors):
-        raise RunError(f"weights: {path}: expected the checksum in its metadata, found another")
-    return tensors, metadata
+        return tensor_files.read(path)
+    except ValueError as error:
+        raise RunError(f"weights: {path}: expected safetensors (or .pt), found {error}") from None
 
 
 def load_matching(model: nn.Module, path: str | Path, *, skip: Sequence[str] = ()) -> None:
