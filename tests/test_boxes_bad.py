@@ -252,15 +252,31 @@ def test_bad_entries_of_coco(change: Callable[[dict], None], words: str, tmp_pat
         ("train: train/images\nval: val/images", "names: expected the classes"),
         ("train: train/images\nval: val/images\nnames: {0: a, 2: b}", "names: expected"),
         ("train: train/images\nval: val/images\nnames: [a, a]", "different names"),
-        ("train: 3\nval: val/images\nnames: [a, b]", "train: expected a folder"),
+        ("train: [3, []]\nval: val/images\nnames: [a, b]", "train: expected a folder"),
+        ("train: ~nobody-of-this-name\nval: val/images\nnames: [a, b]", "expected a path"),
+        ('names: !!int ""', "names: expected the classes"),
+        ("names: !!timestamp x", "names: expected the classes"),
+        ("names: !!bool x", "names: expected the classes"),
+        ("names: [a, {b: c}]", "expected a name for class 1, found a dictionary"),
+        ("names: {[a]: b}", "expected YAML"),
         ("train: nowhere\nval: val/images\nnames: [a, b]", "nowhere: expected a file"),
-        ("train: !!python/object/apply:os.system ['true']", "expected YAML"),
+        ("train: !!python/object/apply:os.system ['true']\nnames: [a]", "expected a folder or"),
     ],
 )
 def test_bad_yaml(text: str, words: str, tmp_path: Path) -> None:
     spec = yolo(tmp_path)
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(DataError, match=words):
+        boxes.load(spec)
+
+
+@pytest.mark.parametrize("value", ["[{0}, {0}]", "{{<<: [{0}, {0}]}}"])
+def test_yaml_that_would_grow_without_bound_is_refused(value: str, tmp_path: Path) -> None:
+    spec = yolo(tmp_path)
+    lines = ["a0: &a0 {b: c}"]
+    lines += [f"a{n}: &a{n} {value.format(f'*a{n - 1}')}" for n in range(1, 60)]
+    (tmp_path / "data.yaml").write_text("\n".join([*lines, "names: *a59"]))
+    with pytest.raises(DataError, match="names: expected"):
         boxes.load(spec)
 
 

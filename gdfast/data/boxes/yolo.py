@@ -22,6 +22,7 @@ from gdfast.data.problems import Problems
 from gdfast.extras import require
 
 _MAX_YAML = 4 << 20
+_NULLS = ("", "~", "null")
 
 
 def load(where: str, problems: Problems) -> Detections:
@@ -35,8 +36,9 @@ def load(where: str, problems: Problems) -> Detections:
     content = _read(path)
     classes = _classes(path, content)
     root = path.parent
-    if isinstance(content.get("path"), str):
-        root = root / Path(content["path"]).expanduser()
+    place = content.get("path")
+    if isinstance(place, str) and place not in _NULLS:
+        root = root / _expanded(path, place)
     seen = Seen()
     parts: dict[str, list[Record]] = {}
     for part in ("val", "train"):
@@ -57,8 +59,9 @@ def _read(path: Path) -> dict[str, Any]:
     yaml = require("yaml", "train", "--data yolo:YAML")
     text = files.read(path, _MAX_YAML)
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        # It makes text of every value: no tag is followed, nothing is merged or computed.
+        content = yaml.load(text, Loader=yaml.BaseLoader)
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -70,17 +73,36 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _classes(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
     names = content.get("names")
-    if isinstance(names, dict) and sorted(names, key=str) and set(names) == set(range(len(names))):
-        names = [names[index] for index in range(len(names))]
+    if isinstance(names, dict) and set(names) == set(map(str, range(len(names)))):
+        names = [names[str(index)] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(
             f"data: {path}: names: expected the classes, as a list or numbered from 0, found "
-            f"{str(names)[:60]}"
+            f"{_kind(names)}"
         )
-    classes = tuple(str(name) for name in names)
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not name:
+            raise DataError(
+                f"data: {path}: names: expected a name for class {number}, found {_kind(name)}"
+            )
+    classes = tuple(names)
     if len(set(classes)) < len(classes):
         raise DataError(f"data: {path}: names: expected different names, found one twice")
     return classes
+
+
+def _kind(value: Any) -> str:
+    # Never what is in it: a few lines that refer to each other can be endless when written out.
+    if isinstance(value, str):
+        return repr(value[:60])
+    return {dict: "a dictionary of others", list: "a list"}.get(type(value), "none")
+
+
+def _expanded(path: Path, place: str) -> Path:
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"data: {path}: {place[:60]}: expected a path, found: {error}") from None
 
 
 def _images(path: Path, root: Path, part: str, places: Any) -> list[Path]:
@@ -89,7 +111,7 @@ def _images(path: Path, root: Path, part: str, places: Any) -> list[Path]:
         raise DataError(f"data: {path}: {part}: expected a folder or a list of images, found none")
     found: list[Path] = []
     for place in listed:
-        where = root / Path(place).expanduser()
+        where = root / _expanded(path, place)
         if where.is_dir():
             found += sorted(
                 entry for entry in where.rglob("*") if entry.suffix.lower() in decode.SUFFIXES
