@@ -24,6 +24,7 @@ from box_files import (
 )
 
 from gdfast.data import DataError, boxes
+from gdfast.data.boxes import files
 
 # What is changed in image a1 of every format, and what is said of it. A box as left, top, right,
 # bottom in pixels of an image of 48 x 40.
@@ -179,6 +180,7 @@ def test_bad_images(kind: str, bad: str, tmp_path: Path) -> None:
         ("<annotation><object>", "expected XML"),
         ("", "expected XML"),
         ("<a>" * 5000, "nested"),
+        ("<a>" + "<b/>" * 200_000 + "</a>", "at most 200,000 elements, found more"),
         ("\x00\x01", "expected XML"),
         ("<?xml version='1.0' encoding='nonsense'?><annotation/>", "expected XML"),
         (xml([("", (1, 2, 3, 4))]), "an object without a name"),
@@ -190,6 +192,14 @@ def test_bad_xml(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "Annotations" / "a1.xml").write_text(text)
     (line,) = said(spec)
     assert "a1.xml" in line and words in line
+
+
+def test_text_in_many_parts_is_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.xml"
+    path.write_text("<a><b>" + "<c/>x&amp;\n" * 1000 + "</b></a>")
+    root = files.read_xml(path)
+    assert root.text_of("b") == ("x&\n" * 1000).strip()
+    assert len(root.first("b").parts) > 1
 
 
 def test_an_entity_bomb_in_utf_16_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ MAX_XML = 16 << 20
 MAX_TEXT = 64 << 20
 MAX_JSON = 1 << 30
 _DEEPEST = 32
+_MOST_ELEMENTS = 200_000
 
 
 def read(path: Path, most: int) -> bytes:
@@ -49,11 +50,12 @@ def read_lines(path: Path, most: int = MAX_TEXT) -> list[str]:
 
 @dataclass
 class Element:
-    """An element of an XML file: its name, its line from 1, its own text, what it contains."""
+    """An element of an XML file: its name, its line from 1, its own text in parts, what it
+    contains."""
 
     name: str
     line: int
-    text: str = ""
+    parts: list[str] = field(default_factory=list)
     children: list[Element] = field(default_factory=list)
 
     def first(self, path: str) -> Element | None:
@@ -67,7 +69,7 @@ class Element:
     def text_of(self, path: str) -> str | None:
         """The text of the first element at a path, None where there is none."""
         found = self.first(path)
-        return None if found is None else found.text.strip()
+        return None if found is None else "".join(found.parts).strip()
 
 
 def read_xml(path: Path) -> Element:
@@ -75,12 +77,17 @@ def read_xml(path: Path) -> Element:
 
     Raises:
         DataError: as `read`; not XML; a DOCTYPE, whose entities may expand without bound or name
-            other files; elements nested too deeply.
+            other files; too many elements, or elements nested too deeply.
     """
     stack = [Element("", 0)]
+    count = 0
     parser = expat.ParserCreate()
 
     def start(name: str, attributes: dict[str, str]) -> None:
+        nonlocal count
+        count += 1
+        if count > _MOST_ELEMENTS:
+            raise _Refused(f"at most {_MOST_ELEMENTS:,} elements", "more")
         if len(stack) > _DEEPEST:
             raise _Refused(f"at most {_DEEPEST} nested elements", "more")
         element = Element(name, parser.CurrentLineNumber)
@@ -91,7 +98,7 @@ def read_xml(path: Path) -> Element:
         stack.pop()
 
     def text(content: str) -> None:
-        stack[-1].text += content
+        stack[-1].parts.append(content)
 
     def refuse(*found: object) -> None:
         raise _Refused("XML without DOCTYPE and entities", "a declaration of them")
