@@ -267,7 +267,7 @@ def test_bad_entries_of_coco(change: Callable[[dict], None], words: str, tmp_pat
         ('names: !!int ""', "names: expected the classes"),
         ("names: !!timestamp x", "names: expected the classes"),
         ("names: !!bool x", "names: expected the classes"),
-        ("names: [a, {b: c}]", "expected a name for class 1, found a dictionary"),
+        ("names: [a, {b: c}]", "expected a name for class 1, found a dict of others"),
         ("names: {[a]: b}", "expected YAML"),
         ("train: nowhere\nval: val/images\nnames: [a, b]", "nowhere: expected a file"),
         ("train: !!python/object/apply:os.system ['true']\nnames: [a]", "expected a folder or"),

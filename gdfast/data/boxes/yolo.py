@@ -95,7 +95,7 @@ def _kind(value: Any) -> str:
     # Never what is in it: a few lines that refer to each other can be endless when written out.
     if isinstance(value, str):
         return repr(value[:60])
-    return {dict: "a dictionary of others", list: "a list"}.get(type(value), "none")
+    return "none" if value is None else f"a {type(value).__name__} of others"
 
 
 def _expanded(path: Path, place: str) -> Path:
