@@ -133,6 +133,19 @@ def test_all_pairs_and_their_similarities(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_allclose(pairs.similarities(points), similarities, rtol=1e-5)
 
 
+def test_of_too_many_same_pairs_some_are_drawn() -> None:
+    people = np.repeat([0, 1], [300, 20])[np.random.default_rng(0).permutation(320)]
+    pairs = pairs_of(people, most=4000)
+    assert len(pairs.first) <= 4000 and 1800 < pairs.same.sum() <= 2000
+    assert (~pairs.same).sum() > 100
+    assert (pairs.first < pairs.second).all()
+    assert len(set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))) == len(pairs[0])
+    # A person of 40,000 photographs has 800 million pairs.
+    many = pairs_of(np.repeat([0, 1], [40_000, 1000]), most=10_000)
+    assert 4000 < many.same.sum() <= 5000 and len(many.first) <= 10_000
+    assert abs(np.median(many.second[many.same]) - 40_000 / 2**0.5) < 1000  # of all alike
+
+
 def test_of_too_many_pairs_all_same_ones_stay() -> None:
     people = np.repeat(np.arange(40), 5)[np.random.default_rng(0).permutation(200)]
     full, some = pairs_of(people), pairs_of(people, most=3000)
@@ -163,6 +176,24 @@ def test_identify_finds_the_most_alike(by: str) -> None:
             scores[known] = float(mean @ probe if by == "mean" else (own @ probe).max())
         best = max(scores, key=scores.__getitem__)
         assert (person, similarity) == (best, pytest.approx(scores[best], rel=1e-5))
+
+
+def test_identify_compares_few_probes_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    people = np.repeat([4, 0, 7], 5)
+    points = embeddings(people % 3, 0.8)
+    whole = identify(points, points[::2], people[::2])
+    sizes = []
+
+    class Probes(np.ndarray):
+        def __matmul__(self, other: np.ndarray) -> np.ndarray:
+            sizes.append(self.shape[0])
+            return np.asarray(self) @ other
+
+    monkeypatch.setattr(verification, "_CELLS", 35)
+    parts = identify(points.view(Probes), points[::2], people[::2])
+    assert sizes == [4, 4, 4, 3]
+    assert parts.people.tolist() == whole.people.tolist()
+    np.testing.assert_allclose(parts.similarity, whole.similarity, rtol=1e-6)
 
 
 def test_identify_refuses() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 FAR = 1e-2
 _PART = 100_000  # pairs at once: 200 MB of embeddings
+_CELLS = 20_000_000  # cosines at once: 80 MB
 
 
 class Roc(NamedTuple):
@@ -110,22 +111,37 @@ class Pairs(NamedTuple):
 def pairs_of(people: np.ndarray, most: int = 2_000_000) -> Pairs:
     """Every pair of photographs, given who each [N] shows.
 
-    If there are more than `most`, all pairs of one person and, of the others, about as many as
-    `most` leaves room for, always the same ones.
+    If there are more than `most`, at most so many are drawn, always the same ones: all pairs of one
+    person, or half of `most` if they are more, and of the others as many as that leaves room for.
     """
     people = np.asarray(people)
     if len(people) * (len(people) - 1) // 2 <= most:
         first, second = np.triu_indices(len(people), k=1)
         return Pairs(first, second, people[first] == people[second])
-    order = np.argsort(people, kind="stable")
-    own = np.split(order, np.flatnonzero(np.diff(people[order])) + 1)
-    alike = [each[np.stack(np.triu_indices(len(each), k=1))] for each in own]
-    same = np.concatenate(alike, axis=1)
-    wanted = max(most - same.shape[1], same.shape[1])
-    drawn = np.sort(np.random.default_rng(0).integers(len(people), size=(2, wanted)), axis=0)
+    rng = np.random.default_rng(0)
+    same = _same_pairs(people, most // 2, rng)
+    wanted = most - same.shape[1]
+    drawn = np.sort(rng.integers(len(people), size=(2, wanted)), axis=0)
     drawn = np.unique(drawn[:, people[drawn[0]] != people[drawn[1]]], axis=1)
-    first, second = np.concatenate([np.sort(same, axis=0), drawn], axis=1)
+    first, second = np.concatenate([same, drawn], axis=1)
     return Pairs(first, second, people[first] == people[second])
+
+
+def _same_pairs(people: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """Pairs [2, P] of one person: all of them, or about `most` that are drawn."""
+    order = np.argsort(people, kind="stable")
+    _, starts, sizes = np.unique(people[order], return_index=True, return_counts=True)
+    counts = sizes * (sizes - 1) // 2
+    ends = np.cumsum(counts)
+    total = int(ends[-1])
+    chosen = np.arange(total) if total <= most else np.unique(rng.integers(total, size=most))
+    owner = np.searchsorted(ends, chosen, side="right")
+    # A person's pairs in the order (0, 1), (0, 2), (1, 2), (0, 3), ...
+    place = chosen - (ends - counts)[owner]
+    larger = ((1 + np.sqrt(1 + 8 * place)) / 2).astype(np.int64)
+    smaller = place - larger * (larger - 1) // 2
+    pairs: np.ndarray = np.sort(order[starts[owner] + np.stack([smaller, larger])], axis=0)
+    return pairs
 
 
 class Identified(NamedTuple):
@@ -153,9 +169,14 @@ def identify(
         gallery, people = person_means(gallery, people)
     elif by != "each":
         raise ValueError(f"identify: by: expected 'each' or 'mean', got {by!r}")
-    cosines = probes @ gallery.T
-    best = cosines.argmax(1)
-    return Identified(np.asarray(people)[best], cosines[np.arange(len(probes)), best])
+    best = np.empty(len(probes), np.int64)
+    similarity = np.empty(len(probes), np.result_type(probes, gallery))
+    rows = max(1, _CELLS // len(gallery))
+    for start in range(0, len(probes), rows):
+        part = slice(start, start + rows)
+        cosines = probes[part] @ gallery.T
+        best[part], similarity[part] = cosines.argmax(1), cosines.max(1)
+    return Identified(np.asarray(people)[best], similarity)
 
 
 def person_means(embeddings: np.ndarray, people: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
