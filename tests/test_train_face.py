@@ -190,7 +190,10 @@ def test_data_of_another_kind_is_refused(spec: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"margin": 2.0}, "margin: expected 0 to pi/2"), ({"dropout": 1.5}, "dropout: expected 0 to 0.99")],
+    [
+        ({"margin": 2.0}, "margin: expected 0 to pi/2"),
+        ({"dropout": 1.5}, "dropout: expected 0 to 0.99"),
+    ],
 )
 def test_options_out_of_range_are_refused(
     people: Path, options: dict[str, Any], words: str
