@@ -37,6 +37,11 @@ def test_fingerprints_tell_data_apart_wherever_it_lies(kind: str, tmp_path: Path
         getattr(one.test[0], name) for name in ("classes", "ignored")))  # fmt: skip
     changed = Detections(one.name, one.train, [moved, *one.test[1:]], one.classes)
     assert changed.fingerprint() != one.fingerprint()
+    path = other.train[0].path
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    assert other.fingerprint() != one.fingerprint()
 
 
 def test_without_a_test_list_val_tests(tmp_path: Path) -> None:

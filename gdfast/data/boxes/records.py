@@ -16,6 +16,7 @@ from gdfast.data.problems import Problems
 
 # Tools round, and cut objects off a little beyond the edge: that much of a side is clipped.
 _BEYOND = 0.02
+_COUNTED = 1 << 16  # bytes of a file, for a fingerprint
 MOST_BOXES = 1000
 """Of one image: more are no annotation, and every one costs memory in training."""
 
@@ -88,8 +89,11 @@ class Detections:
         return max(20, min(100, round(24_000 / max(1, len(self.train)))))
 
     def fingerprint(self) -> str:
-        """SHA-256 over all boxes and the images' names and lengths (pixels, where they are in
-        memory): two runs with the same one saw the same data."""
+        """SHA-256 over all boxes and images: two runs with the same one saw the same data.
+
+        Of an image's file count its name, its length and its first 64 KiB: a change further on
+        that keeps the length goes unseen. Of one in memory, all pixels count.
+        """
         digest = hashlib.sha256(repr(self.classes).encode())
         for part in (self.train, self.test):
             digest.update(repr(len(part)).encode())
@@ -97,11 +101,11 @@ class Detections:
                 if record.image is not None:
                     digest.update(np.ascontiguousarray(record.image).data)
                 else:
-                    length = record.path.stat().st_size if record.path.is_file() else None
-                    digest.update(repr((record.path.name, length)).encode())
+                    digest.update(repr((record.path.name, *_begin(record.path))).encode())
                 digest.update(repr((record.size, len(record.boxes))).encode())
-                for values in (record.boxes, record.classes, record.ignored):
-                    digest.update(np.ascontiguousarray(values).data)
+                for values in (record.boxes, record.classes, record.ignored, record.crowds):
+                    if values is not None:
+                        digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
     def look_for_missing_classes(self, problems: Problems) -> None:
@@ -111,6 +115,16 @@ class Detections:
             for label, name in enumerate(self.classes):
                 if label not in seen:
                     problems.add(Path(self.name), f"class {name}: no box for {part}", item=False)
+
+
+def _begin(path: Path) -> tuple[int, str] | tuple[None, None]:
+    """A file's length, and the SHA-256 of its first bytes; None where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = hashlib.sha256(file.read(_COUNTED))
+            return os.fstat(file.fileno()).st_size, start.hexdigest()
+    except (OSError, ValueError):
+        return None, None
 
 
 class Seen:
