@@ -191,7 +191,7 @@ def test_data_of_another_kind_is_refused(spec: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"margin": 2.0}, "margin: expected 0 to pi/2"),
+        ({"margin": 2.0}, "margin: expected 0 to 1.57"),
         ({"dropout": 1.5}, "dropout: expected 0 to 0.99"),
     ],
 )

@@ -150,9 +150,9 @@ TASKS: dict[str, TaskInfo] = {
                 choices=("arcface", "cosine", "softmax"),
             ),
             "scale": Option(30.0, "factor of the head's cosines", minimum=1, maximum=1000),
-            "margin": Option(0.3, "of arcface, in radians", minimum=0, maximum=3),
+            "margin": Option(0.3, "of arcface, in radians", minimum=0, maximum=1.57),
             "margin_warmup": Option(
-                0, "batches until the margin is whole",
+                0, "steps until the margin is whole",
                 minimum=0, maximum=1000000000,
             ),
             "depth": Option(1, "residual blocks in each of four stages", minimum=1, maximum=64),
