@@ -31,7 +31,7 @@ from gdfast.train.folder import RunFolder
 from gdfast.train.recipe import Settings
 from gdfast.train.task import Task
 
-LARGEST_BY_ITSELF = 320  # of the canvas's longer side, in pixels
+LARGEST_BY_ITSELF = 416  # of the canvas's longer side, in pixels
 _EVALUATION_BATCH = 16
 # Average precision counts boxes of low scores too.
 _MIN_SCORE = 0.005

@@ -192,7 +192,7 @@ TASKS: dict[str, TaskInfo] = {
             "size": Option(
                 0,
                 "longer side of the model's input in pixels, rounded up to 32s (0: as the images, "
-                "320 at most)",
+                "416 at most)",
                 minimum=0, maximum=4096,
             ),
             "strides": Option(
