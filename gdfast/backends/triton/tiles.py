@@ -66,7 +66,9 @@ _LEAST_K = 16
 _LEAST_SIDE = 16
 _LEAST_SUMS = 32
 _MOST_WASTE = 1.15
-_MOST_LOADS = 32  # one by one, of a thread in a step: each has an address and a mask in registers
+# One by one, of a thread in a step, by bytes of a number: each takes registers for an address, a
+# mask and itself.
+_MOST_LOADS = {2: 32, 4: 24}
 _MOST_CANDIDATES = 4
 
 _WAVES = 2  # programs for each multiprocessor
@@ -93,7 +95,7 @@ def candidates(product: Product, itemsize: int, gpu: Gpu, passes: int = 1) -> li
             stages >= 2
             and m < 2 * max(product.rows, _LEAST_SIDE)
             and n < 2 * max(product.columns, _LEAST_SIDE)
-            and loads <= (_MOST_LOADS if passes == 1 else _MOST_LOADS // 2)
+            and loads <= _MOST_LOADS[itemsize]
             and m * n / (32 * warps) <= _most_sums(product, itemsize, passes, gpu)
         ):
             fitting.append(Tile(m, n, step, warps, stages))
