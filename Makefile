@@ -6,7 +6,7 @@ READY := $(VENV)/.gdfast-ready
 ASAN := build/asan
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test bench lint asan triton triton-aot clean
+.PHONY: help build train test bench lint asan asan-build triton triton-aot clean
 
 help:
 	@echo "make train   set up .venv and train the CNN on handwritten digits; ARGS='--epochs 3' for more"
@@ -54,13 +54,15 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 	$(BIN)/mypy
 
-# Python itself is not instrumented, so the sanitizers' run-time comes first by LD_PRELOAD, and with
-# it libstdc++, whose exceptions they intercept. Python never frees all: no leak check.
-asan: $(READY)
+asan-build: $(READY)
 	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA=OFF \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dpybind11_DIR="`$(BIN)/python -m pybind11 --cmakedir`"
 	$(BIN)/cmake --build $(ASAN)
+
+# Python itself is not instrumented, so the sanitizers' run-time comes first by LD_PRELOAD, and with
+# it libstdc++, whose exceptions they intercept. Python never frees all: no leak check.
+asan: asan-build
 	GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`" \
 	  $(BIN)/python -m pytest -m kernels $(ARGS)
