@@ -27,7 +27,8 @@ from gdfast.bench.timer import compare
 from gdfast.files import write_atomic
 from gdfast.train import TASKS, Settings, rng
 from gdfast.train.distributed import Group
-from gdfast.train.run import Run, settle_here
+from gdfast.train.here import settle_here
+from gdfast.train.run import Run
 
 _BATCHES = 4
 _CHECKED_STEPS = 3

@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> int:
     from gdfast.data import DataError, decode
     from gdfast.files import write_atomic
     from gdfast.train import predict
-    from gdfast.train.run import find_device
+    from gdfast.train.here import find_device
 
     given = {"threshold": args.threshold, "gallery": args.gallery}
     options = {name: value for name, value in given.items() if value is not None}

@@ -20,14 +20,14 @@ from gdfast.backends.choices import Choice
 from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.data import DataError
 from gdfast.data.loader import Loader
-from gdfast.data.problems import absolute
 from gdfast.errors import UserError
 from gdfast.extras import require
 from gdfast.train import checkpoint, distributed, find_lr, optimizer, plots, rng
 from gdfast.train.board import Board
 from gdfast.train.ema import EMA
-from gdfast.train.errors import InterruptedRun, RunError, SettingsError
+from gdfast.train.errors import InterruptedRun, RunError
 from gdfast.train.folder import RunFolder
+from gdfast.train.here import settle_here
 from gdfast.train.lessons import lessons
 from gdfast.train.loop import Trainer
 from gdfast.train.predict import BEST, WEIGHTS
@@ -69,7 +69,7 @@ def train(
     settings = settle_here(settings)
     _require_extras(tensorboard)
     data = _load(settings, download)
-    with _joined(settings) as group:
+    with distributed.group(torch.device(settings.device)) as group:
         rng.seed_all(settings.seed)
         run = Run(settings, data, group, stream)
         run.board = Board(tensorboard)
@@ -109,7 +109,13 @@ def resume(
                 f"data: {spec}: expected the data that the run in {path.parent} began with, "
                 "found other images or labels"
             )
-        resumed = Run(settings, data, stack.enter_context(_joined(settings)), stream, fresh=False)
+        resumed = Run(
+            settings,
+            data,
+            stack.enter_context(distributed.group(torch.device(settings.device))),
+            stream,
+            fresh=False,
+        )
         resumed.board = Board(tensorboard)
         resumed.restore(path.parent, content)
         # What goes wrong from here on is not the checkpoint's doing.
@@ -133,7 +139,7 @@ def find_learning_rate(
     settings = settle_here(settings)
     _require_extras()
     data = _load(settings, download)
-    with _joined(settings) as group:
+    with distributed.group(torch.device(settings.device)) as group:
         rng.seed_all(settings.seed)
         run = Run(settings, data, group, stream)
         run.create_folder(out)
@@ -417,53 +423,6 @@ class Run:
 
 def _load(settings: Settings, download: bool) -> Data:
     return TASKS[settings.task].load().load(settings, download=download)
-
-
-@contextlib.contextmanager
-def _joined(settings: Settings) -> Iterator[distributed.Group]:
-    with distributed.group(torch.device(settings.device)) as group:
-        yield group
-
-
-def settle_here(settings: Settings) -> Settings:
-    """Settings with nothing left open but the epochs: they mean the same in every continuation."""
-    settings = settle(settings)
-    try:
-        backend = backends.chosen(settings.backend)
-    except ValueError as error:
-        raise SettingsError(f"train: {error}") from None
-    for each in backends.available():
-        if each.name == backend and not each.ok:
-            raise SettingsError(f"train: backend: {backend!r} cannot be used here: {each.reason}")
-    options = settings.options
-    if options.get("weights"):
-        options = {**options, "weights": str(Path(options["weights"]).absolute())}
-    return replace(
-        settings,
-        data=absolute(settings.data),
-        device=str(find_device(settings.device)),
-        backend=backend,
-        options=options,
-    )
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
-
-    Raises:
-        SettingsError: a device that is not here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = distributed.local_device(torch.device(name))
-        torch.empty(0, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise SettingsError(
-            f"train: device: expected auto, cpu, or a device that is here, got {name!r}: {reason}"
-        ) from None
-    return device
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from gdfast.extras import require
 from gdfast.train import predict, rng, weights
 from gdfast.train.errors import RunError
 from gdfast.train.folder import RunFolder
+from gdfast.train.here import settle_here
 from gdfast.train.recipe import Settings
-from gdfast.train.run import settle_here
 from gdfast.train.tasks import TASKS, settle
 
 
