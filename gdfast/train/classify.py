@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,14 +57,17 @@ class Classify(Task):
         self._last: Classification | None = None
         self._measured: list[int] = []
 
+    @abstractmethod
     def _shape(self) -> Shape:
-        raise NotImplementedError
+        """What the model takes."""
 
+    @abstractmethod
     def _model(self) -> tuple[str, dict[str, Any]]:
-        raise NotImplementedError
+        """The model's name and its options."""
 
+    @abstractmethod
     def _source(self) -> Source | Table:
-        raise NotImplementedError
+        """The training images."""
 
     def _evaluation_batch(self) -> int:
         pixels = self.shape.size[0] * self.shape.size[1]
