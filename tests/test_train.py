@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import yaml
 from mnist_files import digits, write_pair
 from PIL import Image
 from safetensors.torch import load_file
+from short_runs import no_pictures, one_thread, quiet  # noqa: F401  (fixtures)
 
 from gdfast import data, models
 from gdfast.data import DataError
@@ -38,7 +38,6 @@ from gdfast.train import (
     resume,
     train,
 )
-from gdfast.train.folder import RunFolder
 from gdfast.train.progress import Progress
 from gdfast.train.state import State
 
@@ -47,21 +46,6 @@ FILES = {
     "args.yaml", "best.safetensors", "checkpoint.pt", "confusion.png", "curves.png", "kernels.png",
     "metrics.json", "mistakes.png", "results.csv", "steps.csv", "weights.safetensors",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads as the subprocesses have, so that sums are rounded in the same way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these trainings; fixtures of the whole module do draw."""
-    monkeypatch.setattr(RunFolder, "write_figure", lambda self, name, figure: self.write(name, b""))
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +65,6 @@ def settings(small: Path) -> Settings:
 def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A run that nobody interrupted."""
     return quiet(settings, tmp_path_factory.mktemp("finished") / "run")
-
-
-def quiet(settings: Settings, out: Path) -> Result:
-    return train(settings, out=out, stream=io.StringIO())
 
 
 def rows(path: Path) -> list[dict[str, float]]:

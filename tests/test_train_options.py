@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from mnist_files import digits, write_pair
 from PIL import Image
 from safetensors.torch import load_file
+from short_runs import no_pictures, one_thread, quiet  # noqa: F401  (fixtures)
 from torch import nn
 
 import gdfast
@@ -26,7 +26,6 @@ from gdfast.files import write_atomic
 from gdfast.train import (
     InterruptedRun,
     Recipe,
-    Result,
     RunError,
     Settings,
     SettingsError,
@@ -37,7 +36,6 @@ from gdfast.train import (
     validate,
 )
 from gdfast.train.ema import EMA
-from gdfast.train.folder import RunFolder
 from gdfast.train.lessons import lessons
 from gdfast.train.optimizer import parameter_groups
 from gdfast.train.progress import Progress
@@ -50,29 +48,11 @@ EVERYTHING = replace(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these trainings; other tests look at pictures."""
-    monkeypatch.setattr(RunFolder, "write_figure", lambda self, name, figure: self.write(name, b""))
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("small")
     write_pair(folder, "train", *digits(250))
     return f"mnist:{folder}"
-
-
-def quiet(settings: Settings, out: Path) -> Result:
-    return train(settings, out=out, stream=io.StringIO())
 
 
 def weights(folder: Path, name: str = "weights.safetensors") -> dict[str, torch.Tensor]:
