@@ -80,8 +80,8 @@ def test_it_learns_two_images_by_heart() -> None:
     classes = torch.tensor([[0], [1]])
     for image, (left, top, right, bottom) in zip(images, boxes[:, 0].int().tolist(), strict=True):
         image[:, top:bottom, left:right] *= 0.2
-    optimizer = gdfast.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-    for _ in range(80):
+    optimizer = gdfast.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    for _ in range(150):  # at this rate any seed gets there, whatever way a machine rounds
         optimizer.zero_grad()
         loss(model(images), boxes, classes)["loss"].backward()
         optimizer.step()
