@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_here import NEEDS_TRITON
 
-from gdfast.backends import Conv2dQuery, registry, triton_backend, tuning, tuning_timer
+from gdfast.backends import Conv2dQuery, registry, triton_backend, tuning, tuning_check, tuning_timer
 from gdfast.bench.cases import MOBILENET, RESNET50, Conv2dCase
 from gdfast.geometry import Conv2dGeometry, dense_strides
 
@@ -163,6 +163,8 @@ class TestChoosing:
         self.timed: list[list[str]] = []
         self.seconds: dict[str, float] = {}
         monkeypatch.setattr(tuning_timer, "measure", self.measure)
+        monkeypatch.setattr(tuning_check, "agreeing", self.agreeing)
+        self.wrong: list[str] = []
         yield
         tuning.forget()
 
@@ -173,6 +175,9 @@ class TestChoosing:
         assert wait is not None
         self.timed.append(list(calls))
         return {name: self.seconds.get(name, 1.0) for name in calls}
+
+    def agreeing(self, op: str, calls: dict[str, Any], *_: Any) -> list[str]:
+        return [name for name in calls if name not in self.wrong]
 
     def test_tiles_and_native_are_timed_once_for_each_query(self) -> None:
         query = query_of(RESNET50[1].with_batch(256))
@@ -187,6 +192,14 @@ class TestChoosing:
         (key,) = tuning.choices()
         assert "a GPU" in key and len(key) < 1000
 
+    def test_what_does_not_give_natives_result_is_not_timed(self) -> None:
+        query = query_of(RESNET50[1].with_batch(256))
+        names = triton_backend.candidates("conv2d", query)
+        self.wrong = [names[0]]
+        with tuning.autotune("auto"):
+            tuning.bind("conv2d", query, "auto", (None, None, None))
+        assert self.timed == [[*names[1:], "native"]]
+
     def test_by_name_native_is_no_candidate(self) -> None:
         query = query_of(RESNET50[1].with_batch(256))
         with tuning.autotune("auto"):
@@ -200,5 +213,8 @@ class TestChoosing:
         query = query_of(RESNET50[1].with_batch(256))
         with tuning.autotune("auto"), tuning.recorded({}) as uses:
             tuning.bind("conv2d", query, "auto", (None, None, None))
+        assert not self.timed and uses[0].choice.name == "native"
+        with tuning.autotune("auto"), tuning.recorded({}) as uses:
+            tuning.bind("conv2d", query, "triton", (None, None, None))
         assert not self.timed
         assert uses[0].choice.name == triton_backend.algorithm("conv2d", query)

@@ -250,10 +250,10 @@ class TestPolicy:
                 names = tuple(calls)
                 key = tuning._key("conv2d", query, names, cpu.machine(query))
                 with tuning._lock:
-                    choice = tuning._choose(key, "conv2d", query, "direct", calls)
+                    choice = tuning._choose(key, "conv2d", query, "direct", calls, ())
                     assert choice.name == "native"
                     new = query_of(*unknown)
-                    other = tuning._choose("other", "conv2d", new, "direct", calls)
+                    other = tuning._choose("other", "conv2d", new, "direct", calls, ())
                 assert other.name != "native" and len(stopwatch.timed) == 3
                 tuning._at_exit()
                 status = 0

@@ -1,12 +1,14 @@
 """Which way each convolution runs: chosen once for each query, by timing or by a cost model.
 
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
-of the Triton kernels), and under the backend "auto" native PyTorch too. They are timed at the first
-call of a query, on its own tensors; a choice once made is kept, since another algorithm rounds
+of the CUDA and of the Triton kernels), and under the backend "auto" native PyTorch too. They are
+timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
+result there (see `tuning_check`). A choice once made is kept, since another algorithm rounds
 otherwise. What was chosen is remembered in a file (see `choices_file`), so that a machine pays for
 it once.
 
-The cost model alone chooses
+The cost model alone chooses (on a GPU under "auto" that is native: what has not been compared with
+it there does not run)
 - what is too small to matter, or would not be worth it: after so many sizes of one layer;
 - under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
 - in forked processes: there, timing would be of one thread on busy CPUs;
@@ -25,7 +27,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -34,10 +36,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gdfast.backends import choices_file, cpu, cpu_algorithms, triton_backend, tuning_timer
+from gdfast.backends import (
+    choices_file,
+    cpu,
+    cpu_algorithms,
+    triton_backend,
+    tuning_check,
+    tuning_timer,
+)
 from gdfast.backends.choices import MOST, Choice
 from gdfast.backends.precision import is_strict
-from gdfast.backends.registry import AUTO, REFERENCE, Backend, Conv2dQuery, Query, resolve
+from gdfast.backends.registry import (
+    AUTO,
+    REFERENCE,
+    Backend,
+    Conv2dQuery,
+    Query,
+    resolve,
+    willing,
+)
 from gdfast.errors import mismatch
 
 OFF, FORCE = "off", "force"
@@ -162,28 +179,40 @@ def bind(
     Raises what `resolve` raises.
     """
     backend = resolve(op, query, requested)
-    chooser = _CHOOSERS.get(backend.name)
-    if chooser is None or backend is not chooser.BACKEND or not isinstance(query, Conv2dQuery):
+    if not isinstance(query, Conv2dQuery) or _chooser(backend) is None:
         return backend.operations[op](query), backend.name
-    names = chooser.candidates(op, query)
+    backends = [backend]
     if requested == AUTO:
-        names = (*names, NATIVE)
-    key = _key(op, query, names, chooser.machine(query))
-    calls = {name: _kernel(backend, op, query, name) for name in names}
+        backends += [b for b in willing(op, query) if b is not backend and _chooser(b) is not None]
+    ways = {
+        _name(each, name, len(backends)): (each, name)
+        for each in backends
+        for name in _chooser(each).candidates(op, query)
+    }
+    calls = {name: each.operations[op](query, by) for name, (each, by) in ways.items()}
+    predicted = _name(backend, _chooser(backend).algorithm(op, query), len(backends))
+    if requested == AUTO:
+        calls[NATIVE] = resolve(op, query, REFERENCE).operations[op](query)
+        if query.device.type == "cuda":
+            predicted = NATIVE
+    machine = " ".join(_chooser(each).machine(query) for each in backends)
+    key = _key(op, query, tuple(calls), machine)
     with _lock:
-        timed: dict[str, Callable[[], Any]] = {n: partial(c, *arguments) for n, c in calls.items()}
-        choice = _choose(key, op, query, chooser.algorithm(op, query), timed)
+        choice = _choose(key, op, query, predicted, calls, arguments)
         if _session is not None and len(_session.choices) < MOST:
             _session.choices[key] = choice
-            _session.uses.append(Use(op, query, torch.get_num_threads(), names, choice))
+            _session.uses.append(Use(op, query, torch.get_num_threads(), tuple(calls), choice))
     return calls[choice.name], choice.name
 
 
-def _kernel(backend: Backend, op: str, query: Conv2dQuery, name: str) -> Callable[..., Any]:
-    if name == NATIVE:
-        return resolve(op, query, REFERENCE).operations[op](query)
-    kernel: Callable[..., Any] = backend.operations[op](query, name)
-    return kernel
+def _chooser(backend: Backend) -> Any:
+    chooser = _CHOOSERS.get(backend.name)
+    # Another backend may have been registered in the place of ours.
+    return chooser if chooser is not None and backend is chooser.BACKEND else None
+
+
+def _name(backend: Backend, candidate: str, backends: int) -> str:
+    return candidate if backends == 1 else f"{backend.name}/{candidate}"
 
 
 def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> str:
@@ -193,8 +222,9 @@ def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> s
 
 
 def _choose(
-    key: str, op: str, query: Conv2dQuery, algorithm: str, calls: dict[str, Callable[[], Any]]
-) -> Choice:
+    key: str, op: str, query: Conv2dQuery, algorithm: str,
+    calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...],
+) -> Choice:  # fmt: skip
     global _saved_at
     if _session is not None and (choice := _session.choices.get(key)) and choice.name in calls:
         return choice
@@ -211,8 +241,10 @@ def _choose(
     on_gpu = query.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return predicted
-    wait = partial(torch.cuda.synchronize, query.device) if on_gpu else None
-    choice = _timed(predicted.name, calls, wait)
+    if on_gpu:
+        choice = _timed_on_gpu(predicted.name, op, query, calls, arguments)
+    else:
+        choice = _timed(predicted.name, {n: partial(c, *arguments) for n, c in calls.items()})
     if _mode == FORCE:
         _forced.add(key)
     _made[key] = _unsaved[key] = choice
@@ -236,8 +268,21 @@ def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
     return _sizes[layer] <= _MOST_SIZES
 
 
+def _timed_on_gpu(
+    predicted: str, op: str, query: Conv2dQuery,
+    calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...],
+) -> Choice:  # fmt: skip
+    names = list(calls)
+    if native := calls.get(NATIVE):
+        ours = {name: call for name, call in calls.items() if name != NATIVE}
+        tf32 = torch.backends.cudnn.allow_tf32
+        names = [*tuning_check.agreeing(op, ours, native, arguments, tf32), NATIVE]
+    timed = {name: partial(calls[name], *arguments) for name in names}
+    return _timed(predicted, timed, partial(torch.cuda.synchronize, query.device))
+
+
 def _timed(
-    predicted: str, calls: dict[str, Callable[[], Any]], wait: Callable[[], Any] | None
+    predicted: str, calls: Mapping[str, Callable[[], Any]], wait: Callable[[], Any] | None = None
 ) -> Choice:
     measured = tuning_timer.measure(calls, wait)
     if not measured:

@@ -1,0 +1,83 @@
+"""Whether a candidate computes what native PyTorch does, before its times may count.
+
+GPUs, drivers and compilers are many, and what runs on one of them wrongly must not be chosen there
+for being fast.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast.errors import FallbackWarning
+
+# Of the sum of the products' magnitudes: what the order of sums, Winograd's transforms and, where
+# it is allowed, TF32 may cost. A wrong tap or border costs more.
+_SUM_ERROR = {torch.float64: 2.0**-40, torch.float32: 2.0**-13}
+_TF32_ERROR = _HALF_ERROR = 2.0**-10
+
+
+def agreeing(
+    op: str,
+    calls: Mapping[str, Callable[..., Any]],
+    native: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    tf32: bool,
+) -> list[str]:
+    """Names of the calls whose results are native's but for rounding, on these arguments.
+
+    Warns of every other one. A call that raises a RuntimeError is passed over, here as by the
+    timer; where native itself does, for want of memory say, none agrees.
+    """
+    try:
+        expected = native(*arguments)
+        magnitudes = native(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
+    except RuntimeError:
+        return []
+    names = []
+    for name, call in calls.items():
+        try:
+            excess = _excess(call(*arguments), expected, magnitudes, tf32)
+        except RuntimeError:
+            continue
+        if excess <= 1:
+            names.append(name)
+        else:
+            warnings.warn(
+                f"{op}: {name}: expected native PyTorch's result but for rounding, got one whose "
+                f"error is {excess:.3g} times what rounding allows; it is not used. Please report "
+                "this, with the output of `gdfast doctor`.",
+                FallbackWarning,
+                stacklevel=2,
+            )
+    return names
+
+
+def _excess(result: Any, expected: Any, magnitudes: Any, tf32: bool) -> float:
+    """The largest difference, over the largest that rounding explains."""
+    worst = 0.0
+    pairs = zip(_tensors(result), _tensors(expected), _tensors(magnitudes), strict=True)
+    for ours, theirs, magnitude in pairs:
+        dtype = theirs.dtype
+        sums = _SUM_ERROR.get(dtype, _HALF_ERROR)
+        if tf32 and dtype == torch.float32:
+            sums = _TF32_ERROR
+        wide = torch.promote_types(dtype, torch.float32)
+        ours, theirs, magnitude = ours.to(wide), theirs.to(wide), magnitude.to(wide)
+        # Where a value overflows or is no number, kernels may differ in which of these it is.
+        known = theirs.isfinite() & magnitude.isfinite()
+        bound = 2 * torch.finfo(dtype).eps * theirs.abs() + sums * magnitude
+        bound += torch.finfo(dtype).tiny
+        over = ((ours - theirs).abs() / bound)[known]
+        if over.numel():
+            worst = max(worst, float(over.nan_to_num(nan=float("inf")).max()))
+    return worst
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    parts = result if isinstance(result, tuple) else (result,)
+    return (part for part in parts if part is not None)
