@@ -9,7 +9,14 @@ import pytest
 import torch
 from triton_here import NEEDS_TRITON
 
-from gdfast.backends import Conv2dQuery, registry, triton_backend, tuning, tuning_check, tuning_timer
+from gdfast.backends import (
+    Conv2dQuery,
+    registry,
+    triton_backend,
+    tuning,
+    tuning_check,
+    tuning_timer,
+)
 from gdfast.bench.cases import MOBILENET, RESNET50, Conv2dCase
 from gdfast.geometry import Conv2dGeometry, dense_strides
 
