@@ -9,8 +9,9 @@
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
 
-// Output channels at once: each vector of pixels that is read serves as many.
-constexpr int kChannels = 4;
+// Output channels at once: each vector of pixels that is read serves as many. With the 4 places of
+// a 2x2 window that takes 16 accumulators of 32 registers, or 8 of 16.
+constexpr int kChannels = kVectorRegisters == 32 ? 4 : 2;
 
 template <typename T>
 class FusedPool {
@@ -29,6 +30,7 @@ class FusedPool {
         threads_(threads),
         lanes_(conv, pool),
         taps_(conv.C * conv.R * conv.S),
+        places_(pool.R * pool.S),
         blocks_(ceil_div(conv.K, kChannels)) {}
 
   void run() {
@@ -55,7 +57,7 @@ class FusedPool {
 
   void carve_shared(Carver& carver) {
     tap_offsets_ = carver.template take<int64_t>(taps_);
-    place_offsets_ = carver.template take<int64_t>(pool_.R * pool_.S);
+    place_offsets_ = carver.template take<int64_t>(places_);
     weights_ = carver.template take<A>(blocks_ * (taps_ + 1) * kChannels);
   }
 
@@ -93,8 +95,10 @@ class FusedPool {
       const A* from = scratch.lanes.stretches + i;
       for (int64_t k0 = 0; k0 < conv_.K; k0 += kChannels) {
         Best<A> best[kChannels];
-        if (pool_.R * pool_.S == 4) {
+        if (places_ % 4 == 0) {
           find_best<4>(from, k0, best);
+        } else if (places_ % 3 == 0) {
+          find_best<3>(from, k0, best);
         } else {
           find_best<1>(from, k0, best);
         }
@@ -118,13 +122,13 @@ class FusedPool {
     }
   }
 
-  // Values of kPlaces places of each window at a time.
+  // Values of kPlaces places of each window at a time, a divisor of their number.
   template <int kPlaces>
   GDFAST_INLINE void find_best(const A* from, int64_t k0, Best<A> (&best)[kChannels]) const {
     const A* weights = weights_ + k0 * (taps_ + 1);
 #pragma GCC unroll 4
     for (int k = 0; k < kChannels; ++k) best[k] = {Vec<A>{}, same_places<A>(kNowhere)};
-    for (int64_t place = 0; place < pool_.R * pool_.S; place += kPlaces) {
+    for (int64_t place = 0; place < places_; place += kPlaces) {
       const A* at[kPlaces];
       Vec<A> sum[kChannels][kPlaces];
 #pragma GCC unroll 4
@@ -140,7 +144,8 @@ class FusedPool {
         for (int j = 0; j < kPlaces; ++j) pixel[j] = load(at[j] + tap_offsets_[t]);
 #pragma GCC unroll 4
         for (int k = 0; k < kChannels; ++k) {
-          const Vec<A> weight = broadcast(tap[k]);
+          Vec<A> weight = broadcast(tap[k]);
+          keep_in_register<A>(weight);  // it serves kPlaces products
 #pragma GCC unroll 4
           for (int j = 0; j < kPlaces; ++j) sum[k][j] += weight * pixel[j];
         }
@@ -175,7 +180,7 @@ class FusedPool {
   uint8_t* argmax_;
   int threads_;
   WindowLanes<T> lanes_;
-  int64_t taps_, blocks_;
+  int64_t taps_, places_, blocks_;
   int64_t* tap_offsets_;
   int64_t* place_offsets_;
   A* weights_;

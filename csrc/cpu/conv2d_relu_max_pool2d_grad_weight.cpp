@@ -11,8 +11,10 @@ namespace {
 
 // Enough blocks for any number of threads, few enough that adding them up costs nothing.
 constexpr int64_t kBlocks = 16;
-// Taps at once: each vector of gradients that is read serves as many.
-constexpr int kTaps = 8;
+// Taps at once: each vector of gradients that is read serves as many. The 9 of a 3x3 kernel have
+// accumulators enough to hide the latency of a product; one alone would have to wait for each.
+constexpr int kTaps = 9;
+constexpr uint8_t kNowhereStored = static_cast<uint8_t>(kNowhere);
 
 template <typename T>
 class FusedGrad {
@@ -49,8 +51,8 @@ class FusedGrad {
         const int64_t end = min_of(pool_.P, begin + lanes_.band());
         lanes_.fill(input_ + n * conv_.input.n, begin, end, scratch.lanes);
         for (int64_t k = 0; k < conv_.K; ++k) {
-          sort_gradients(n, k, begin, end, scratch);
-          add_products((end - begin) * pool_.Q, scratch, sums + k * (taps_ + 1) * kLanes<A>);
+          const Gradients grads = gradients(n, k, begin, end, scratch.line);
+          add_products(grads, scratch, sums + k * (taps_ + 1) * kLanes<A>);
         }
       }
     });
@@ -60,8 +62,14 @@ class FusedGrad {
  private:
   struct Scratch {
     typename WindowLanes<T>::Scratch lanes;
-    A* grads;  // [places + 1][length] the gradient at each place of the windows, and their sum
-    A* line;   // one band of grad_output
+    A* line;  // one band of grad_output, where its own memory is not in that order and type
+  };
+
+  // One channel's band of grad_output, and the place in its window that each value goes to.
+  struct Gradients {
+    const A* values;
+    const uint8_t* places;
+    int64_t count;
   };
 
   int64_t sums_size() const { return conv_.K * (taps_ + 1) * kLanes<A>; }
@@ -75,74 +83,76 @@ class FusedGrad {
   Scratch carve(Carver& carver) const {
     Scratch scratch;
     scratch.lanes = lanes_.carve(carver);
-    scratch.grads = carver.template take<A>((places_ + 1) * lanes_.length());
     scratch.line = carver.template take<A>(lanes_.length());
     return scratch;
   }
 
-  // Gives each gradient to the place that argmax names, and zero to the others.
-  void sort_gradients(int64_t n, int64_t k, int64_t begin, int64_t end,
-                      const Scratch& scratch) const {
-    const int64_t count = (end - begin) * pool_.Q;
+  Gradients gradients(int64_t n, int64_t k, int64_t begin, int64_t end, A* line) const {
     const T* plane =
         grad_output_ + n * pool_.output.n + k * pool_.output.c + begin * pool_.output.h;
-    for (int64_t p = 0; p < end - begin; ++p) {
-      copy_widened(plane + p * pool_.output.h, pool_.output.w, pool_.Q, scratch.line + p * pool_.Q);
+    const A* values = line;
+    if constexpr (kSame<T, A>) {
+      if (pool_.output.w == 1 && pool_.output.h == pool_.Q) values = plane;
+    }
+    if (values == line) {
+      for (int64_t p = 0; p < end - begin; ++p) {
+        copy_widened(plane + p * pool_.output.h, pool_.output.w, pool_.Q, line + p * pool_.Q);
+      }
     }
     const uint8_t* places = argmax_ + (n * conv_.K + k) * pool_.P * pool_.Q + begin * pool_.Q;
-    for (int64_t i = 0; i < count; i += kLanes<A>) {
-      Places<A> place;
-      if (i + kLanes<A> <= count) {
-        place = load_places<A>(places + i);
-      } else {
-        uint8_t few[kLanes<A>];
-        for (int64_t x = 0; x < kLanes<A>; ++x) few[x] = i + x < count ? places[i + x] : 255;
-        place = load_places<A>(few);
-      }
-      const Vec<A> grad = load(scratch.line + i);
-      Vec<A> sum{};
-      for (int64_t j = 0; j < places_; ++j) {
-        const Vec<A> taken = place == same_places<A>(j) ? grad : Vec<A>{};
-        store<A>(scratch.grads + j * lanes_.length() + i, taken);
-        sum += taken;
-      }
-      store<A>(scratch.grads + places_ * lanes_.length() + i, sum);
-    }
+    return {values, places, (end - begin) * pool_.Q};
   }
 
   // Adds the products of one channel's gradients with what each tap saw: [bias, taps][kLanes].
-  void add_products(int64_t count, const Scratch& scratch, A* sums) const {
-    Vec<A> bias = load(sums);
-    for (int64_t i = 0; i < count; i += kLanes<A>) {
-      bias += load(scratch.grads + places_ * lanes_.length() + i);
-    }
-    store<A>(sums, bias);
+  void add_products(const Gradients& grads, const Scratch& scratch, A* sums) const {
     int64_t t = 0;
-    for (; t + kTaps <= taps_; t += kTaps) add_taps<kTaps>(count, scratch, t, sums);
-    for (; t < taps_; ++t) add_taps<1>(count, scratch, t, sums);
+    add_taps<0>(grads, scratch, t, sums);
+    for (; t + kTaps <= taps_; t += kTaps) add_taps<kTaps>(grads, scratch, t, sums);
+    for (; t + 4 <= taps_; t += 4) add_taps<4>(grads, scratch, t, sums);
+    for (; t < taps_; ++t) add_taps<1>(grads, scratch, t, sums);
   }
 
+  // kCount taps from the first on; of none, the bias.
   template <int kCount>
-  void add_taps(int64_t count, const Scratch& scratch, int64_t first, A* sums) const {
-    Vec<A> sum[kCount];
-    A* to = sums + (first + 1) * kLanes<A>;
-#pragma GCC unroll 8
-    for (int t = 0; t < kCount; ++t) sum[t] = load(to + t * kLanes<A>);
-    for (int64_t j = 0; j < places_; ++j) {
-      const A* at[kCount];
-#pragma GCC unroll 8
-      for (int t = 0; t < kCount; ++t) {
-        at[t] = scratch.lanes.stretches + tap_offsets_[first + t] + place_offsets_[j];
-      }
-      const A* grads = scratch.grads + j * lanes_.length();
-      for (int64_t i = 0; i < count; i += kLanes<A>) {
-        const Vec<A> grad = load(grads + i);
-#pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) sum[t] += grad * load(at[t] + i);
-      }
+  void add_taps(const Gradients& grads, const Scratch& scratch, int64_t first, A* sums) const {
+    constexpr int kSums = kCount == 0 ? 1 : kCount;
+    A* to = kCount == 0 ? sums : sums + (first + 1) * kLanes<A>;
+    const A* at[kSums];
+    Vec<A> sum[kSums];
+#pragma GCC unroll 9
+    for (int t = 0; t < kSums; ++t) {
+      at[t] = kCount == 0 ? nullptr : scratch.lanes.stretches + tap_offsets_[first + t];
+      sum[t] = load(to + t * kLanes<A>);
     }
-#pragma GCC unroll 8
-    for (int t = 0; t < kCount; ++t) store<A>(to + t * kLanes<A>, sum[t]);
+    const auto add = [&](Vec<A> grad, Places<A> place, int64_t i) __attribute__((always_inline)) {
+      if constexpr (kCount == 0) {
+        sum[0] += place == same_places<A>(kNowhereStored) ? Vec<A>{} : grad;
+      } else {
+        // Each gradient belongs to one place; at the others it counts as zero.
+        for (int64_t j = 0; j < places_; ++j) {
+          const Vec<A> taken = place == same_places<A>(j) ? grad : Vec<A>{};
+          const int64_t offset = place_offsets_[j] + i;
+#pragma GCC unroll 9
+          for (int t = 0; t < kCount; ++t) sum[t] += taken * load(at[t] + offset);
+        }
+      }
+    };
+    int64_t i = 0;
+    for (; i + kLanes<A> <= grads.count; i += kLanes<A>) {
+      add(load(grads.values + i), load_places<A>(grads.places + i), i);
+    }
+    if (i < grads.count) {
+      A values[kLanes<A>] = {};
+      uint8_t places[kLanes<A>];
+      for (int64_t x = 0; x < kLanes<A>; ++x) {
+        const bool is_one = i + x < grads.count;
+        if (is_one) values[x] = grads.values[i + x];
+        places[x] = is_one ? grads.places[i + x] : kNowhereStored;
+      }
+      add(load(values), load_places<A>(places), i);
+    }
+#pragma GCC unroll 9
+    for (int t = 0; t < kSums; ++t) store<A>(to + t * kLanes<A>, sum[t]);
   }
 
   void write_out(int64_t k, int64_t blocks) const {
