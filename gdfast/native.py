@@ -14,9 +14,11 @@ import torch  # noqa: F401  first, so that the kernels share the libgomp that to
 
 _failures: dict[str, str] = {}
 
+# Whether `cuda` is the simulator, which runs the CUDA kernels on tensors of the CPU, for tests.
+cuda_is_simulated = os.environ.get("GDFAST_CUDA_SIMULATE", "0") not in ("", "0")
 
-def _load(name: str) -> ModuleType | None:
-    full_name = f"gdfast._{name}"
+
+def _load(name: str, full_name: str) -> ModuleType | None:
     # Another build of the same modules, in place of the installed one: `make asan` sets it.
     folder = os.environ.get("GDFAST_NATIVE_DIR")
     try:
@@ -50,15 +52,17 @@ def summary() -> str:
         kernels = f"no CPU kernels: {failure('cpu')}"
     else:
         kernels = f"CPU kernels for {', '.join(cpu.supported_isas())}, using {cpu.isa()}"
-    return f"{kernels}; " + ("CUDA kernels" if cuda else f"no CUDA kernels: {failure('cuda')}")
+    if cuda is None:
+        return f"{kernels}; no CUDA kernels: {failure('cuda')}"
+    return f"{kernels}; CUDA kernels{' in the simulator' if cuda_is_simulated else ''}"
 
 
-cpu = _load("cpu")
-cuda = _load("cuda")
+cpu = _load("cpu", "gdfast._cpu")
+cuda = _load("cuda", "gdfast._cuda_simulated" if cuda_is_simulated else "gdfast._cuda")
 
 if cpu is not None:
     # The build knows better than the import why the CUDA module is not there.
-    if cuda is None and cpu.why_no_cuda:
+    if cuda is None and cpu.why_no_cuda and not cuda_is_simulated:
         _failures["cuda"] = cpu.why_no_cuda
     _isa = os.environ.get("GDFAST_CPU_ISA")
     if _isa and not cpu.select_isa(_isa):

@@ -1,5 +1,5 @@
-// The Python module gdfast._cuda: pointers, sizes and a stream in, nothing of torch. Importing it
-// needs no driver.
+// The Python module gdfast._cuda, or gdfast._cuda_simulated: pointers, sizes and a stream in,
+// nothing of torch. Importing it needs no driver.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -38,7 +38,7 @@ bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
 }  // namespace
 }  // namespace gdfast
 
-PYBIND11_MODULE(_cuda, m) {
+PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   m.doc() = "gdfast's CUDA kernels. They take raw pointers: call them through gdfast.ops.";
   m.def("sgd", &gdfast::sgd, py::arg("params"), py::arg("grads"), py::arg("momenta"),
         py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),

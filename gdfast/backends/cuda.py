@@ -1,4 +1,7 @@
-"""Our CUDA kernels: the fused SGD update; convolutions on a GPU run on native PyTorch."""
+"""Our CUDA kernels: the fused SGD update; convolutions on a GPU run on native PyTorch.
+
+With GDFAST_CUDA_SIMULATE=1 a simulator runs them, on tensors of the CPU alone: slowly, for tests.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,15 @@ from gdfast.backends.registry import Backend, Query
 def missing() -> str:
     if native.cuda is None:
         return f"gdfast._cuda: {native.failure('cuda')}"
+    if native.cuda_is_simulated:
+        return ""
     return "" if torch.cuda.is_available() else "needs CUDA: torch.cuda.is_available() is False"
 
 
 def why_not(query: Query) -> str:
-    if query.device.type != "cuda":
+    if native.cuda_is_simulated and query.device.type != "cpu":
+        return f"its simulator takes tensors on the CPU, not on {query.device.type}"
+    if not native.cuda_is_simulated and query.device.type != "cuda":
         return f"it takes tensors on a GPU, not on {query.device.type}"
     if query.dtype not in sgd.DTYPES:
         return f"it takes {', '.join(sgd.DTYPES.values())}, not {query.dtype}"

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd as native_sgd
 
 from gdfast import native
+from gdfast.backends import cuda_stream
 
 DTYPES = {
     torch.float32: "float32",
@@ -101,7 +102,7 @@ def cuda(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at:
         at.params, addresses(grads), at.momenta, at.numels, DTYPES[params[0].dtype], lr,
         hyper.momentum, hyper.dampening, hyper.weight_decay, hyper.nesterov, hyper.maximize,
         hyper.first_step, hyper.zero_grad, _address(lr_tensor), _address(grad_scale),
-        _address(found_inf), device.index, torch.cuda.current_stream(device).cuda_stream,
+        _address(found_inf), *cuda_stream.current(device),
     )  # fmt: skip
     if done:
         _increment_versions(params, grads, momenta, hyper)
