@@ -1,5 +1,7 @@
 // The Python module gdfast._cuda, or gdfast._cuda_simulated: pointers, sizes and a stream in,
 // nothing of torch. Importing it needs no driver.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -40,6 +42,7 @@ bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
 
 PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   m.doc() = "gdfast's CUDA kernels. They take raw pointers: call them through gdfast.ops.";
+  gdfast::cuda::bind_conv2d(m);
   m.def("sgd", &gdfast::sgd, py::arg("params"), py::arg("grads"), py::arg("momenta"),
         py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),
         py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),

@@ -58,8 +58,9 @@ conv2d_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
 
 }  // namespace
 
-void conv2d(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
-            void* output, Activation activation, double negative_slope, const Conv2dRun& run) {
+void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, const void* weight,
+            const void* bias, void* output, Activation activation, double negative_slope,
+            const Where& where) {
   const int64_t positions = p.N * p.P * p.Q, K = p.K / p.groups, C = p.C / p.groups;
   if (positions == 0) return;
   const int64_t bytes = bytes_of(p.dtype);
@@ -75,15 +76,15 @@ void conv2d(const Conv2dProblem& p, const void* input, const void* weight, const
       negative_slope};
   const bool chunked = has_chunks(input, p.input, C, p.N, p.H, p.W, bytes) &&
                        has_chunks(weight, p.weight, C, p.K, p.R, p.S, bytes);
-  const DeviceGuard guard("conv2d", run.device);
-  with_instance(p.dtype, run, chunked, [&](auto instance) {
+  const DeviceGuard guard("conv2d", where.device);
+  with_instance(p.dtype, way, chunked, [&](auto instance) {
     using Math = typename decltype(instance)::Math;
     Arguments a = arguments;
     a.column_tiles = static_cast<uint32_t>(blocks_for(K, Math::kN));
     const int64_t blocks = blocks_for(positions, Math::kM) * a.column_tiles;
     const dim3 grid(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(p.groups));
     launch("conv2d", conv2d_kernel<Math, decltype(instance)::kChunked>, grid, Math::kThreads,
-           Memory<Math>::kSize, run.stream, a);
+           Memory<Math>::kSize, where.stream, a);
   });
 }
 

@@ -10,33 +10,37 @@
 namespace gdfast::cuda {
 
 // How float32 numbers are multiplied: as one TF32 number, as the sum of two, or as they are.
-enum class Precision : int32_t { kTf32, kTf32x3, kExact };
+enum class Precision : int32_t { kTf32, kTf32x3, kIeee };
 
 // The sums that a block makes, rows x columns. Where operands cannot be read 16 bytes at a time, or
 // numbers are not multiplied on the tensor cores, k64x64 takes the place of the others.
 enum class BlockTile : int32_t { k128x128, k128x64, k64x64 };
 
-// How a kernel is run, beside what it computes.
-struct Conv2dRun {
+// How a kernel computes what it does.
+struct Conv2dWay {
   Precision precision;
   BlockTile tile;
+};
+
+struct Where {
   int device;
   uintptr_t stream;
 };
 
 // output = activation(conv2d(input, weight) + bias); bias may be null.
-void conv2d(const Conv2dProblem& problem, const void* input, const void* weight, const void* bias,
-            void* output, Activation activation, double negative_slope, const Conv2dRun& run);
+void conv2d(const Conv2dProblem& problem, const Conv2dWay& way, const void* input,
+            const void* weight, const void* bias, void* output, Activation activation,
+            double negative_slope, const Where& where);
 
-void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output, const void* weight,
-                       void* grad_input, const Conv2dRun& run);
+void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
+                       const void* weight, void* grad_input, const Where& where);
 
 // The bytes of workspace that conv2d_grad_weight needs for so many splits.
 int64_t conv2d_grad_weight_workspace(const Conv2dProblem& problem, int64_t splits, bool bias);
 
 // Positions are summed in `splits` parts, which are then added up in order; grad_bias may be null.
-void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output, const void* input,
-                        void* grad_weight, void* grad_bias, void* workspace, int64_t splits,
-                        const Conv2dRun& run);
+void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
+                        const void* input, void* grad_weight, void* grad_bias, void* workspace,
+                        int64_t splits, const Where& where);
 
 }  // namespace gdfast::cuda

@@ -125,14 +125,9 @@ inline int32_t small(int64_t number) { return static_cast<int32_t>(number); }
 
 // Where the windows of all output positions begin in the input.
 inline Positions window_positions(const Conv2dProblem& p) {
-  return {Divisor::of(p.P * p.Q),
-          Divisor::of(p.Q),
-          image_steps(p.input, bytes_of(p.dtype)),
-          small(p.stride_h),
-          small(p.stride_w),
-          small(-p.pad_h),
-          small(-p.pad_w),
-          p.N * p.P * p.Q};
+  return {Divisor::of(p.P * p.Q), Divisor::of(p.Q),  image_steps(p.input, bytes_of(p.dtype)),
+          small(p.stride_h),      small(p.stride_w), small(-p.pad_h),
+          small(-p.pad_w),        p.N * p.P * p.Q};
 }
 
 inline Positions output_positions(const Conv2dProblem& p) {
@@ -212,7 +207,7 @@ Operand<Rows, Columns> output_operand(const Conv2dProblem& p, const void* output
 struct PhaseAxis {
   int32_t stride, dilation, pad, taps;
   int32_t tap_step, output_step;  // stride and dilation over their greatest common divisor
-  Divisor most, fewest;        // the numbers of taps that phases have, if they have any
+  Divisor most, fewest;           // the numbers of taps that phases have, if they have any
 };
 
 struct Phase {

@@ -35,23 +35,23 @@ void with_tile(BlockTile tile, bool chunked, Launch&& launch) {
 }
 
 template <typename Launch>
-void with_instance(DType dtype, const Conv2dRun& run, bool chunked, Launch&& launch) {
+void with_instance(DType dtype, const Conv2dWay& way, bool chunked, Launch&& launch) {
   switch (dtype) {
     case DType::kBFloat16:
-      return with_tile<HalfOperands<BFloat16>>(run.tile, chunked, launch);
+      return with_tile<HalfOperands<BFloat16>>(way.tile, chunked, launch);
     case DType::kFloat16:
-      return with_tile<HalfOperands<Half>>(run.tile, chunked, launch);
+      return with_tile<HalfOperands<Half>>(way.tile, chunked, launch);
     case DType::kFloat64:
       return launch(Instance<Plain<double>, false>{});
     case DType::kFloat32:
       break;
   }
-  switch (run.precision) {
+  switch (way.precision) {
     case Precision::kTf32:
-      return with_tile<Tf32Operands>(run.tile, chunked, launch);
+      return with_tile<Tf32Operands>(way.tile, chunked, launch);
     case Precision::kTf32x3:
-      return with_tile<Tf32x3Operands>(run.tile, chunked, launch);
-    case Precision::kExact:
+      return with_tile<Tf32x3Operands>(way.tile, chunked, launch);
+    case Precision::kIeee:
       break;
   }
   launch(Instance<Plain<float>, false>{});

@@ -54,7 +54,7 @@ GDFAST_DEVICE void sum_products(
     const unsigned char* const tile = memory + step % kStages * Memory::kStageSize;
     look(tile);
     Math::template multiply_add<typename Memory::A, typename Memory::B>(sums, tile,
-                                                                       tile + Memory::A::kSize);
+                                                                        tile + Memory::A::kSize);
   }
   cp_async_wait<0>();
   sync_block();
@@ -100,9 +100,8 @@ GDFAST_DEVICE void write_results(const Output& to, const Positions& rows, int gr
   };
   if (to.in_chunks) {
     for (int i = this_thread(); i < Math::kM * kChunks; i += Math::kThreads) {
-      write(i / kChunks, i % kChunks * kLanes, [](unsigned char* to, const unsigned char* from) {
-        store_16(to, load_16(from));
-      });
+      write(i / kChunks, i % kChunks * kLanes,
+            [](unsigned char* to, const unsigned char* from) { store_16(to, load_16(from)); });
     }
   } else {
     for (int i = this_thread(); i < Math::kM * Math::kN; i += Math::kThreads) {

@@ -171,7 +171,7 @@ struct TensorCores {
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {
-        float(&sum)[4] = sums.values[i][j];
+        float (&sum)[4] = sums.values[i][j];
         f(row + i * 16, column + j * 8, sum[0], sum[1]);
         f(row + i * 16 + 8, column + j * 8, sum[2], sum[3]);
       }

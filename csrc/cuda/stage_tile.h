@@ -32,7 +32,9 @@ template <typename Tile>
 GDFAST_DEVICE int chunk_offset(int row, int chunk) {
   // Rows of 64 bytes: two of them share the 32 banks. Of wider ones each begins at bank 0. Elements
   // of four bytes of a transposed tile are read one by one, from four rows and two chunks of each.
-  const int turn = !Tile::kTransposed ? (row >> 1) & 3 : Tile::kBytes == 2 ? row & 7 : (row & 3) * 2;
+  const int turn = !Tile::kTransposed  ? (row >> 1) & 3
+                   : Tile::kBytes == 2 ? row & 7
+                                       : (row & 3) * 2;
   return row * Tile::kRowBytes + (chunk ^ turn) * 16;
 }
 
@@ -109,8 +111,7 @@ GDFAST_DEVICE void stage(const Staged<Tile, kThreads, kChunked, Rows, Columns>& 
   using Its = Share<Tile, kThreads>;
   const auto& from = operand.from;
   const int chunk = this_thread() % Its::kChunks, row = this_thread() / Its::kChunks;
-  const int32_t first_column =
-      (Tile::kTransposed ? operand.outer : depth) + chunk * Tile::kLanes;
+  const int32_t first_column = (Tile::kTransposed ? operand.outer : depth) + chunk * Tile::kLanes;
   const auto row_place = [&](int pass) {
     if constexpr (Tile::kTransposed) {
       return place_at(from.rows, depth + row + pass * Its::kRowsAtOnce);

@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 
 from gdfast import native
-from gdfast.backends import sgd
-from gdfast.backends.registry import Backend, Query
+from gdfast.backends import cuda_conv2d, sgd
+from gdfast.backends.cuda_conv2d import algorithm, candidates, machine
+from gdfast.backends.registry import Backend, Conv2dQuery, Query
+
+__all__ = ["BACKEND", "algorithm", "candidates", "machine", "missing", "why_not"]
 
 
 def missing() -> str:
@@ -27,7 +30,19 @@ def why_not(query: Query) -> str:
         return f"it takes tensors on a GPU, not on {query.device.type}"
     if query.dtype not in sgd.DTYPES:
         return f"it takes {', '.join(sgd.DTYPES.values())}, not {query.dtype}"
+    if query.layout is not torch.strided:
+        return f"it takes dense tensors, not {query.layout}"
+    if isinstance(query, Conv2dQuery):
+        return cuda_conv2d.why_not(query)
     return ""
 
 
-BACKEND = Backend(name="cuda", operations={"sgd_": sgd.cuda}, missing=missing, why_not=why_not)
+BACKEND = Backend(
+    name="cuda",
+    operations={
+        "conv2d": cuda_conv2d.conv2d,
+        "sgd_": sgd.cuda,
+    },
+    missing=missing,
+    why_not=why_not,
+)

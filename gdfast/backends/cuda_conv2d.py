@@ -1,0 +1,200 @@
+"""Convolution on our CUDA kernels: what they take, in which tiles, and on which tensors.
+
+The kernels read 16 bytes of channels at a time where those lie side by side, and number by number
+else. A tensor of another layout is copied to channels_last first, which costs a pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends import cuda_stream, sgd
+from gdfast.backends.precision import is_strict
+from gdfast.backends.registry import Conv2dQuery
+from gdfast.backends.triton.precision import input_precision
+from gdfast.backends.triton.windows import Windows
+from gdfast.geometry import dense_strides
+
+Copy = Callable[[Tensor], Tensor]
+
+# Rows x columns of the sums that one block makes.
+TILES = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}
+SMALLEST = "64x64"
+_FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
+_MOST = 2**31 - 1
+_MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
+_MOST_BLOCKS = 65535  # a grid's second and third axis
+_EFFICIENCY = {"128x128": 1.0, "128x64": 0.85, "64x64": 0.7}  # of a multiprocessor, guessed
+_STEP = 32  # products of one step in half types
+_LEAST_STEPS = 8  # of one split
+_MOST_SPLITS = 256
+_WAVES = 2  # blocks for each multiprocessor
+
+
+def why_not(query: Conv2dQuery) -> str:
+    """Why the kernels do not take a convolution, or ""."""
+    g, windows = query.geometry, Windows(query.geometry)
+    if g.C == 0:
+        return "it takes at least one input channel"
+    top, left, below, right = g.padding
+    spans = (g.R - 1) * windows.dilation[0], (g.S - 1) * windows.dilation[1]
+    if max(g.H + top + below, g.W + left + right, *spans) >= _MOST_STEP:
+        return "it takes padded images of less than 2^29 rows and columns"
+    if max(g.P * g.Q, windows.pixels, prod(g.weight_size)) >= _MOST // 2:
+        return "it takes images and weights of less than 2^30 pixels and elements"
+    if g.groups > _MOST_BLOCKS or prod(windows.phases) > _MOST_BLOCKS:
+        return f"it takes at most {_MOST_BLOCKS} groups and phases of the stride"
+    if any(_blocks(op, query, SMALLEST) > _MOST for op in ("conv2d", "conv2d_grad_input")):
+        return "it takes fewer images at a time"
+    return ""
+
+
+def _product(op: str, query: Conv2dQuery) -> tuple[int, int]:
+    """Rows and columns of the product that a pass is, for each group and phase of the stride."""
+    g = query.geometry
+    C, K = g.C // g.groups, g.K // g.groups
+    if op == "conv2d":
+        return g.N * g.P * g.Q, K
+    if op == "conv2d_grad_input":
+        return g.N * Windows(g).pixels, C
+    return K, C * g.R * g.S
+
+
+def _blocks(op: str, query: Conv2dQuery, tile: str) -> int:
+    """Blocks of each group, phase and split."""
+    sizes = zip(_product(op, query), TILES[tile], strict=True)
+    return prod(ceil(size / block) for size, block in sizes)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(query: Conv2dQuery, tile: str) -> int:
+    """In how many parts grad_weight sums positions: enough for every multiprocessor."""
+    g = query.geometry
+    blocks = g.groups * _blocks("conv2d_grad_weight", query, tile)
+    positions = g.N * g.P * g.Q
+    wanted = _WAVES * _multiprocessors(query.device) // blocks
+    most = min(positions // (_STEP * _LEAST_STEPS), _MOST_SPLITS)
+    return max(1, min(wanted, most), ceil(positions / (_MOST // 2)))
+
+
+def _precision(query: Conv2dQuery) -> str:
+    return input_precision(query.dtype, is_strict())
+
+
+def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
+    """The tiles of one pass that are worth timing, the one expected to be fastest first."""
+    # What is read number by number, or not multiplied on the tensor cores, has one tile.
+    g, lanes = query.geometry, 16 // query.dtype.itemsize
+    read = {"conv2d": (g.C,), "conv2d_grad_input": (g.C, g.K), "conv2d_grad_weight": (g.C, g.K)}
+    chunked = all(channels // g.groups % lanes == 0 for channels in read[op])
+    precision = "ieee" if query.dtype == torch.float64 else _precision(query)
+    # The simulator's times tell nothing.
+    if not chunked or query.device.type != "cuda":
+        return (SMALLEST,)
+    if query.dtype.itemsize >= 4 and precision == "ieee":
+        return (SMALLEST,)
+    few_sums = query.dtype == torch.float32 and precision == "tf32x3"
+    tiles = [name for name in TILES if not (few_sums and name == "128x128")]
+    columns = _product(op, query)[1]
+    tiles = [name for name in tiles if TILES[name][1] < 2 * columns or name == SMALLEST]
+    return tuple(sorted(tiles, key=lambda name: _time(op, query, name)))
+
+
+def _time(op: str, query: Conv2dQuery, tile: str) -> float:
+    """What a pass takes, in units that are the same for all tiles."""
+    g = query.geometry
+    copies = g.groups
+    if op == "conv2d_grad_input":
+        copies *= prod(Windows(g).phases)
+    if op == "conv2d_grad_weight":
+        copies *= splits(query, tile)
+    waves = ceil(copies * _blocks(op, query, tile) / _multiprocessors(query.device))
+    each = prod(TILES[tile]) / _EFFICIENCY[tile]
+    return waves * each / (splits(query, tile) if op == "conv2d_grad_weight" else 1)
+
+
+def algorithm(op: str, query: Conv2dQuery) -> str:
+    """The candidate that the cost model gives one pass."""
+    return candidates(op, query)[0]
+
+
+def machine(query: Conv2dQuery) -> str:
+    """What times of the query hold for, beside the query itself."""
+    name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else "no GPU"
+    return f"{name} {_precision(query)}"
+
+
+def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
+    """What kernels are told, at each call: whether TF32 is allowed may change between them."""
+    assert native.cuda is not None
+    strict, make = is_strict(), native.cuda.Conv2dWay
+    ways = {name: make(name, tile) for name in ("tf32", "tf32x3", "ieee")}
+    if query.dtype != torch.float32:
+        return lambda: ways["ieee"]
+    return lambda: ways[input_precision(torch.float32, strict)]
+
+
+def _problem(query: Conv2dQuery, *copied: str) -> tuple[Any, list[Copy]]:
+    """The problem on tensors in channels_last, and what copies those named, if need be."""
+    assert native.cuda is not None
+    g, windows = query.geometry, Windows(query.geometry)
+    sizes = {"input": g.input_size, "weight": g.weight_size, "output": g.output_size}
+    channels = {"input": g.C, "weight": g.C, "output": g.K}
+    strides = dict(zip(sizes, query.strides, strict=True))
+    copies: list[Copy] = []
+    for name in copied:
+        scattered = channels[name] // g.groups >= _FEW and strides[name][1] != 1
+        copies.append(_channels_last if scattered else _as_it_is)
+        if scattered:
+            strides[name] = dense_strides(sizes[name], True)
+    problem = native.cuda.Conv2dProblem(
+        (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), windows.stride, g.padding[:2],
+        windows.dilation, g.groups, sgd.DTYPES[query.dtype], *strides.values(),
+    )  # fmt: skip
+    return problem, copies
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# Each pass is run in the tile that is named, or in the cost model's.
+def conv2d(
+    query: Conv2dQuery, by: str = "", activation: str = "none", negative_slope: float = 0.0
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """A kernel for activation(conv2d(input, weight, bias))."""
+    assert native.cuda is not None
+    problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
+    way, run = _way(query, by or algorithm("conv2d", query)), native.cuda.conv2d
+    size, strides = query.geometry.output_size, query.strides[2]
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        input, weight = copy_input(input), copy_weight(weight)
+        if bias is not None:
+            bias = bias.contiguous()
+        run(
+            problem, way(), input.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(), activation,
+            negative_slope, *cuda_stream.current(input.device),
+        )  # fmt: skip
+        return output
+
+    return kernel
