@@ -56,6 +56,37 @@ void bind_conv2d(py::module_& m) {
       py::arg("stream"),
       "Writes activation(conv2d + bias) to output. Tensors are addresses on the device, bias 0 for "
       "none.");
+  m.def(
+      "conv2d_grad_input",
+      [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output,
+         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        conv2d_grad_input(problem, way, pointer(grad_output), pointer(weight), pointer(grad_input),
+                          {device, stream});
+      },
+      py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("weight"),
+      py::arg("grad_input"), py::arg("device"), py::arg("stream"), "Writes grad_input.");
+  m.def("conv2d_grad_weight_workspace", &conv2d_grad_weight_workspace, py::arg("problem"),
+        py::arg("splits"), py::arg("bias"),
+        "The bytes of workspace that conv2d_grad_weight needs for so many splits.");
+  m.def(
+      "conv2d_grad_weight",
+      [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output, uintptr_t input,
+         uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace, int64_t splits,
+         int device, uintptr_t stream) {
+        if (splits < 1 || splits > 65535) {
+          throw py::value_error("conv2d_grad_weight: splits: expected 1 to 65535, got " +
+                                std::to_string(splits));
+        }
+        py::gil_scoped_release release;
+        conv2d_grad_weight(problem, way, pointer(grad_output), pointer(input), pointer(grad_weight),
+                           pointer(grad_bias), pointer(workspace), splits, {device, stream});
+      },
+      py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
+      py::arg("grad_weight"), py::arg("grad_bias"), py::arg("workspace"), py::arg("splits"),
+      py::arg("device"), py::arg("stream"),
+      "Writes grad_weight and, unless its address is 0, grad_bias; positions are summed in splits, "
+      "which are then added up in order.");
 }
 
 }  // namespace gdfast::cuda

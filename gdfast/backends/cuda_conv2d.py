@@ -98,8 +98,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     """The tiles of one pass that are worth timing, the one expected to be fastest first."""
     # What is read number by number, or not multiplied on the tensor cores, has one tile.
     g, lanes = query.geometry, 16 // query.dtype.itemsize
-    read = {"conv2d": (g.C,), "conv2d_grad_input": (g.C, g.K), "conv2d_grad_weight": (g.C, g.K)}
-    chunked = all(channels // g.groups % lanes == 0 for channels in read[op])
+    read = (g.C,) if op == "conv2d" else (g.C, g.K)
+    chunked = all(channels // g.groups % lanes == 0 for channels in read)
     precision = "ieee" if query.dtype == torch.float64 else _precision(query)
     # The simulator's times tell nothing.
     if not chunked or query.device.type != "cuda":
@@ -196,5 +196,52 @@ def conv2d(
             negative_slope, *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
+
+    return kernel
+
+
+def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
+    assert native.cuda is not None
+    problem, (copy_weight, copy_grad) = _problem(query, "weight", "output")
+    way = _way(query, by or algorithm("conv2d_grad_input", query))
+    run = native.cuda.conv2d_grad_input
+    size, strides = query.geometry.input_size, query.strides[0]
+
+    def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
+        grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
+        grad_output, weight = copy_grad(grad_output), copy_weight(weight)
+        run(
+            problem, way(), grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
+            *cuda_stream.current(weight.device),
+        )  # fmt: skip
+        return grad_input
+
+    return kernel
+
+
+def conv2d_grad_weight(
+    query: Conv2dQuery, by: str = ""
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    assert native.cuda is not None
+    problem, (copy_input, copy_grad) = _problem(query, "input", "output")
+    tile = by or algorithm("conv2d_grad_weight", query)
+    way, run, parts = _way(query, tile), native.cuda.conv2d_grad_weight, splits(query, tile)
+    size, strides = query.geometry.weight_size, query.strides[1]
+    bytes_of = {
+        bias: native.cuda.conv2d_grad_weight_workspace(problem, parts, bias)
+        for bias in (False, True)
+    }
+
+    def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        grad_weight = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        grad_bias = input.new_empty(size[0]) if bias else None
+        grad_output, input = copy_grad(grad_output), copy_input(input)
+        workspace = input.new_empty(bytes_of[bias], dtype=torch.uint8)
+        run(
+            problem, way(), grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
+            0 if grad_bias is None else grad_bias.data_ptr(), workspace.data_ptr(), parts,
+            *cuda_stream.current(input.device),
+        )  # fmt: skip
+        return grad_weight, grad_bias
 
     return kernel
