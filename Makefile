@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.gdfast-ready
 ASAN := build/asan
+SIMULATOR := build/simulator
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test bench lint asan asan-build triton triton-aot clean
+.PHONY: help build train test bench lint asan asan-build cuda-simulator triton triton-aot clean
 
 help:
 	@echo "make train   set up .venv and train the CNN on handwritten digits; ARGS='--epochs 3' for more"
@@ -15,6 +16,7 @@ help:
 	@echo "make bench   compare the kernels with native PyTorch, side by side"
 	@echo "make lint    ruff, clang-format and mypy"
 	@echo "make asan    run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make cuda-simulator  run the tests of the CUDA kernels in their simulator, on the CPU"
 	@echo "make triton  run the tests of the Triton kernels in its interpreter, on the CPU"
 	@echo "make triton-aot  compile the Triton kernels for GPUs and tabulate what they take"
 	@echo "make clean   remove what was built; .venv stays"
@@ -66,6 +68,14 @@ asan: asan-build
 	GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`" \
 	  $(BIN)/python -m pytest -m kernels $(ARGS)
+
+cuda-simulator: $(READY)
+	$(BIN)/cmake -S . -B $(SIMULATOR) -G Ninja -DGDFAST_CUDA_SIMULATOR=ON -DGDFAST_BASELINE_ONLY=ON \
+	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
+	  -Dpybind11_DIR="`$(BIN)/python -m pybind11 --cmakedir`"
+	$(BIN)/cmake --build $(SIMULATOR)
+	GDFAST_NATIVE_DIR=$(SIMULATOR) GDFAST_CUDA_SIMULATE=1 \
+	  $(BIN)/python -m pytest -m cuda_simulator $(ARGS)
 
 triton: $(READY)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton $(ARGS)

@@ -61,6 +61,27 @@ def compiled_cpu() -> None:
         pytest.skip(f"needs the compiled module gdfast._cpu: {native.failure('cpu')}")
 
 
+@pytest.fixture
+def cuda_device() -> torch.device:
+    """Where the CUDA kernels run: a GPU, or the CPU where their simulator is loaded."""
+    if native.cuda is None:
+        pytest.skip(f"needs gdfast._cuda or `make cuda-simulator`: {native.failure('cuda')}")
+    if native.cuda_is_simulated:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA or `make cuda-simulator`")
+    return torch.device("cuda")
+
+
+@pytest.fixture(params=["ascending", "descending"])
+def thread_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In which order the simulator runs threads; results must not depend on it."""
+    if not native.cuda_is_simulated and request.param == "descending":
+        pytest.skip("needs `make cuda-simulator`")
+    monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", request.param)
+    return request.param
+
+
 @pytest.fixture(params=ISAS or ["none"])
 def isa(request: pytest.FixtureRequest, compiled_cpu: None) -> Iterator[str]:
     """Each instruction set that this machine runs, in turn."""

@@ -91,6 +91,15 @@ def test_a_broken_module_is_kept_as_a_reason(tmp_path: Path) -> None:
     assert "invalid ELF header" in result.stdout or "file too short" in result.stdout
 
 
+def test_the_cuda_simulator_is_loaded_in_the_place_of_cuda_where_asked_for(tmp_path: Path) -> None:
+    shutil.copy(native.cpu.__file__, tmp_path)
+    code = "from gdfast import native; print(native.summary())"
+    result = python(code, GDFAST_NATIVE_DIR=str(tmp_path), GDFAST_CUDA_SIMULATE="1")
+    assert f"no CUDA kernels: GDFAST_NATIVE_DIR: expected {tmp_path}/_cuda_simulated" in (
+        result.stdout
+    ), result.stderr
+
+
 def test_links_neither_torch_nor_python() -> None:
     dynamic = binutil("readelf", "-d", native.cpu.__file__)
     needed = [line for line in dynamic.splitlines() if "(NEEDED)" in line]

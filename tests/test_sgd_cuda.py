@@ -1,4 +1,4 @@
-"""SGD on the GPU; and without one, its share of elements among blocks and threads."""
+"""SGD by the CUDA kernel, on a GPU or in the simulator; and its share of elements among threads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from test_sgd_kernels import DTYPES, LR, SETTINGS, assert_as_close_as_native, na
 from torch.nn import Parameter
 
 from gdfast import native, ops, optim
+from gdfast.backends import backend
 
 NEEDS_MODULE = pytest.mark.skipif(
     native.cuda is None, reason=f"needs gdfast._cuda: {native.failure('cuda')}"
@@ -42,20 +43,21 @@ def test_the_module_loads_without_a_driver_and_refuses_what_does_not_fit() -> No
     with pytest.raises(ValueError, match="dtype: expected float32"):
         native.cuda.sgd([64], [64], [], [1], "int32", *arguments)
     assert not native.cuda.sgd([64, 64], [64, 64], [], [1, 1], "float32", *arguments)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not native.cuda_is_simulated:
         with pytest.raises(RuntimeError, match="sgd_: CUDA: "):
             native.cuda.sgd([64], [64], [], [1], "float32", *arguments)
 
 
-@pytest.mark.gpu
-@NEEDS_MODULE
+@pytest.mark.cuda_simulator
 @pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_setting_matches_the_default_loop(dtype: torch.dtype, first_step: bool) -> None:
+def test_every_setting_matches_the_default_loop(
+    dtype: torch.dtype, first_step: bool, cuda_device: torch.device, thread_order: str
+) -> None:
     sizes = [1, 7, 33, 8191, 8193, 100_003, *[5] * 120]
     for settings in SETTINGS:
         momentum = settings["momentum"]
-        whole = [torch.randn(sum(sizes), device="cuda").to(dtype) for _ in range(3)]
+        whole = [torch.randn(sum(sizes), device=cuda_device).to(dtype) for _ in range(3)]
         before = whole[2] if momentum and not first_step else None
         exact, _ = native_loop(*whole[:2], before, torch.float64, **settings)
         natives, _ = native_loop(*whole[:2], before, dtype, **settings)
@@ -68,15 +70,14 @@ def test_every_setting_matches_the_default_loop(dtype: torch.dtype, first_step: 
         assert_as_close_as_native(whole[0], natives, exact)
 
 
-@pytest.mark.gpu
-@NEEDS_MODULE
+@pytest.mark.cuda_simulator
 @pytest.mark.parametrize("zero_grad", [False, True])
 @pytest.mark.parametrize("infinite", [False, True])
-def test_scalars_on_the_device(zero_grad: bool, infinite: bool) -> None:
-    p, g = torch.randn(2, 20_000, device="cuda").unbind()
+def test_scalars_on_the_device(zero_grad: bool, infinite: bool, cuda_device: torch.device) -> None:
+    p, g = torch.randn(2, 20_000, device=cuda_device).unbind()
     before, gradient = p.clone(), g.clone()
-    lr, scale = torch.tensor(LR, device="cuda"), torch.tensor(4.0, device="cuda")
-    found = torch.tensor(float(infinite), device="cuda")
+    lr, scale = torch.tensor(LR, device=cuda_device), torch.tensor(4.0, device=cuda_device)
+    found = torch.tensor(float(infinite), device=cuda_device)
     ops.sgd_(p, g, lr=lr, grad_scale=scale, found_inf=found, zero_grad=zero_grad, backend="cuda")
     torch.testing.assert_close(p, before if infinite else before - LR * gradient / 4)
     kept = gradient if infinite else gradient / 4
@@ -96,22 +97,22 @@ def test_the_current_stream_is_used() -> None:
     assert result == -1_000_000
 
 
-@pytest.mark.gpu
-@NEEDS_MODULE
-def test_the_optimizer_with_a_grad_scaler() -> None:
+@pytest.mark.cuda_simulator
+def test_the_optimizer_with_a_grad_scaler(cuda_device: torch.device) -> None:
     results = []
     for make in (torch.optim.SGD, optim.SGD):
         torch.manual_seed(0)
-        params = [Parameter(torch.randn(n, device="cuda")) for n in (3, 1000)]
+        params = [Parameter(torch.randn(n, device=cuda_device)) for n in (3, 1000)]
         optimizer = make(params, lr=LR, momentum=0.9)
-        scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+        scaler = torch.amp.GradScaler(cuda_device.type, init_scale=8.0)
         for step in range(4):
-            scaler.scale(torch.ones((), device="cuda"))
+            scaler.scale(torch.ones((), device=cuda_device))
             for p in params:
                 p.grad = torch.randn_like(p) * scaler.get_scale()
             if step in (0, 3):
                 params[1].grad[2] = torch.inf
-            scaler.step(optimizer)
+            with backend("cuda"):
+                scaler.step(optimizer)
             scaler.update()
         results.append([p.detach() for p in params])
     torch.testing.assert_close(*results)
