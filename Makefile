@@ -57,17 +57,19 @@ lint: $(READY)
 	$(BIN)/mypy
 
 asan-build: $(READY)
-	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA=OFF \
+	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA_SIMULATOR=ON \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dpybind11_DIR="`$(BIN)/python -m pybind11 --cmakedir`"
 	$(BIN)/cmake --build $(ASAN)
 
 # Python itself is not instrumented, so the sanitizers' run-time comes first by LD_PRELOAD, and with
 # it libstdc++, whose exceptions they intercept. Python never frees all: no leak check.
+UNDER_ASAN = GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`"
+
 asan: asan-build
-	GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`" \
-	  $(BIN)/python -m pytest -m kernels $(ARGS)
+	$(UNDER_ASAN) $(BIN)/python -m pytest -m kernels $(ARGS)
+	$(UNDER_ASAN) GDFAST_CUDA_SIMULATE=1 $(BIN)/python -m pytest -m cuda_simulator $(ARGS)
 
 cuda-simulator: $(READY)
 	$(BIN)/cmake -S . -B $(SIMULATOR) -G Ninja -DGDFAST_CUDA_SIMULATOR=ON -DGDFAST_BASELINE_ONLY=ON \

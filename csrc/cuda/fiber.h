@@ -59,7 +59,11 @@ class Context {
   void begin(void (*entry)()) {
     if (memory_ == nullptr) allocate();
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(bottom_, kStack);
+    // Of one that ended only entry's own frame is left; all of it where it was given up on the way.
+    constexpr size_t kEntry = 4096;
+    const size_t used = ended_ ? kEntry : kStack;
+    __asan_unpoison_memory_region(static_cast<unsigned char*>(bottom_) + kStack - used, used);
+    ended_ = false;
 #endif
 #if defined(__x86_64__)
     // As if a caller at address 0 had called entry: the stack is 8 past a multiple of 16 there.
@@ -79,6 +83,7 @@ class Context {
   // Leaves this one for another; last where nobody comes back.
   void switch_to(Context& other, bool last = false) {
 #if defined(__SANITIZE_ADDRESS__)
+    ended_ = last;
     __sanitizer_start_switch_fiber(last ? nullptr : &fake_stack_, other.bottom_, other.size_);
 #else
     static_cast<void>(last);
@@ -134,6 +139,7 @@ class Context {
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack_ = nullptr;
+  bool ended_ = false;
 #endif
 };
 
