@@ -38,22 +38,17 @@ conv2d_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
       staged<typename Its::B, Math::kThreads, kChunked>(a.weight, group, first_column),
       a.image.columns.count, [](const unsigned char*) {});
 
-  if (a.bias != nullptr) {
-    const int32_t filters = a.weight.rows.count;
-    const Element* const bias = static_cast<const Element*>(a.bias) + int64_t{group} * filters;
-    const auto bias_of = [&](int filter) -> Sum {
-      return filter < filters ? to_float(bias[filter]) : Sum{0};
-    };
-    Math::for_each_pair(sums, [&](int, int column, Sum& first, Sum& second) {
-      first += bias_of(first_column + column);
-      second += bias_of(first_column + column + 1);
-    });
-  }
-  activate(Math::flat(sums), a.activation, static_cast<Sum>(a.negative_slope));
   keep_results<Math, Its>(sums);
   Positions rows = a.output.rows;
   start_at(rows, first_row, Math::kM);
-  write_results<Math, Its>(a.output, rows, group, first_column);
+  write_results<Math, Its>(a.output, rows, group, first_column, [&](auto& values, int filter) {
+    if (a.bias != nullptr) {
+      const Element* bias = static_cast<const Element*>(a.bias);
+      bias += int64_t{group} * a.weight.rows.count + filter;
+      for (Sum& value : values) value += to_float(*bias++);
+    }
+    activate(values, a.activation, static_cast<Sum>(a.negative_slope));
+  });
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ conv2d_grad_input_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
   pixels.first_h = row_phase;
   pixels.first_w = column_phase;
   start_at(pixels, first_row, Math::kM);
-  write_results<Math, Its>(a.grad_input, pixels, group, first_column);
+  write_results<Math, Its>(a.grad_input, pixels, group, first_column, [](auto&, int) {});
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ struct BlockMemory {
   static constexpr int kDepth = A::kDepth;
   static constexpr int kStageSize = A::kSize + B::kSize;
   static constexpr int kTiles = kStageSize * Math::kStages;
-  // 16 bytes more than a row has: what a warp writes at a time goes to all banks.
-  static constexpr int kResultRow = Math::kN * static_cast<int>(sizeof(Element)) + 16;
+  // 32 bytes more than a row has: what half a warp writes at a time goes to all banks.
+  static constexpr int kResultRow = Math::kN * static_cast<int>(sizeof(typename Math::Sum)) + 32;
   static constexpr int kResults = Math::kM * kResultRow;
   static constexpr int kSize = kTiles > kResults ? kTiles : kResults;
 };
@@ -60,56 +60,66 @@ GDFAST_DEVICE void sum_products(
   sync_block();
 }
 
-template <typename T, typename Sum>
-GDFAST_DEVICE void put_pair(unsigned char* to, Sum first, Sum second) {
-  if constexpr (sizeof(T) == 2) {
-    *reinterpret_cast<uint32_t*>(to) = pack_two<T>(first, second);
-  } else {
-    reinterpret_cast<T*>(to)[0] = first;
-    reinterpret_cast<T*>(to)[1] = second;
-  }
+// A row of the sums in shared memory.
+template <typename Math, typename Memory>
+GDFAST_DEVICE typename Math::Sum* result_row(int row) {
+  return reinterpret_cast<typename Math::Sum*>(shared_memory() + row * Memory::kResultRow);
 }
 
-// Rounds the sums and leaves them in shared memory, where all threads find them.
+// Leaves the sums in shared memory, where all threads find them.
 template <typename Math, typename Memory>
 GDFAST_DEVICE void keep_results(typename Math::Sums& sums) {
-  using T = typename Math::Element;
-  unsigned char* const memory = shared_memory();
-  Math::for_each_pair(sums, [&](int row, int column, auto& first, auto& second) {
-    unsigned char* const to =
-        memory + row * Memory::kResultRow + column * static_cast<int>(sizeof(T));
-    put_pair<T>(to, first, second);
+  using Sum = typename Math::Sum;
+  Math::for_each_pair(sums, [](int row, int column, Sum first, Sum second) {
+    struct alignas(2 * sizeof(Sum)) Pair {
+      Sum first, second;
+    };
+    *reinterpret_cast<Pair*>(result_row<Math, Memory>(row) + column) = {first, second};
   });
   sync_block();
 }
 
-// Writes the results that are kept to the tensor, neighbours in memory by neighbouring threads.
-template <typename Math, typename Memory>
+// Rounds and writes the results that are kept, neighbours in memory by neighbouring threads.
+// `finish` gets a few of a row, which it may change, and the column that they begin at.
+template <typename Math, typename Memory, typename Finish>
 GDFAST_DEVICE void write_results(const Output& to, const Positions& rows, int group,
-                                 int32_t first_column) {
+                                 int32_t first_column, Finish&& finish) {
   using T = typename Math::Element;
-  constexpr int kBytes = sizeof(T), kLanes = 16 / kBytes, kChunks = Math::kN / kLanes;
-  const unsigned char* const memory = shared_memory();
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T)), kChunks = Math::kN / kLanes;
   unsigned char* const data = to.data + group * to.group_bytes;
-  const auto write = [&](int row, int column, auto put) {
+  const auto address_of = [&](int row, int column) -> unsigned char* {
     const Place there = place_at(rows, row), beside = place_at(to.columns, first_column + column);
-    if (is_inside(to.height, to.width, there.h + beside.h, there.w + beside.w)) {
-      put(data + (there.offset + beside.offset),
-          memory + row * Memory::kResultRow + column * kBytes);
-    }
+    const bool inside = is_inside(to.height, to.width, there.h + beside.h, there.w + beside.w);
+    return inside ? data + (there.offset + beside.offset) : nullptr;
   };
   if (to.in_chunks) {
     for (int i = this_thread(); i < Math::kM * kChunks; i += Math::kThreads) {
-      write(i / kChunks, i % kChunks * kLanes,
-            [](unsigned char* to, const unsigned char* from) { store_16(to, load_16(from)); });
+      const int row = i / kChunks, column = i % kChunks * kLanes;
+      unsigned char* const address = address_of(row, column);
+      if (address == nullptr) continue;
+      typename Math::Sum values[kLanes];
+      union {
+        T elements[kLanes];
+        Pack16 pack;
+      } chunk;
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) {
+        values[lane] = result_row<Math, Memory>(row)[column + lane];
+      }
+      finish(values, first_column + column);
+#pragma unroll
+      for (int lane = 0; lane < kLanes; ++lane) chunk.elements[lane] = from_float<T>(values[lane]);
+      store_16(address, chunk.pack);
     }
   } else {
     for (int i = this_thread(); i < Math::kM * Math::kN; i += Math::kThreads) {
       const int row = to.columns_first ? i / Math::kN : i % Math::kM;
       const int column = to.columns_first ? i % Math::kN : i / Math::kM;
-      write(row, column, [](unsigned char* to, const unsigned char* from) {
-        *reinterpret_cast<T*>(to) = *reinterpret_cast<const T*>(from);
-      });
+      unsigned char* const address = address_of(row, column);
+      if (address == nullptr) continue;
+      typename Math::Sum value[1] = {result_row<Math, Memory>(row)[column]};
+      finish(value, first_column + column);
+      *reinterpret_cast<T*>(address) = from_float<T>(value[0]);
     }
   }
 }
