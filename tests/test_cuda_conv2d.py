@@ -17,7 +17,7 @@ from gdfast import native, ops
 from gdfast.backends import cuda_conv2d
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
-from gdfast.geometry import Conv2dGeometry, dense_strides
+from gdfast.geometry import Conv2dGeometry
 
 pytestmark = [
     pytest.mark.cuda_simulator,
@@ -83,9 +83,7 @@ def query_of(case: Conv2dCase, values: dict[str, Tensor]) -> gdfast.backends.Con
     )  # fmt: skip
     input, weight, _, grad = values.values()
     layout = input.stride(), weight.stride(), grad.stride()
-    return gdfast.backends.Conv2dQuery(
-        input.device, input.dtype, geometry=geometry, strides=layout
-    )
+    return gdfast.backends.Conv2dQuery(input.device, input.dtype, geometry=geometry, strides=layout)
 
 
 def by_tile(case: Conv2dCase, values: dict[str, Tensor], tile: str) -> tuple[Tensor, ...]:
@@ -137,9 +135,7 @@ def test_dtypes_and_layouts(
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
 @pytest.mark.parametrize("case", [BY_NAME["c17-k10"], BY_NAME["same-3x3"]], ids=str)
-def test_precisions_of_float32(
-    case: Conv2dCase, precision: str, cuda_device: torch.device
-) -> None:
+def test_precisions_of_float32(case: Conv2dCase, precision: str, cuda_device: torch.device) -> None:
     values = tensors_of(case, torch.float32, True, cuda_device)
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     with gdfast.precision("strict" if precision == "ieee" else "fast"):
@@ -284,9 +280,7 @@ def test_activations(activation: str, dtype: torch.dtype, cuda_device: torch.dev
         )  # fmt: skip
         expected = gdfast.backends.batch_norm.activate(plain, activation, 0.2).to(dtype)
         close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-4}
-        torch.testing.assert_close(
-            kernel(input, weight, bias), expected, equal_nan=True, **close
-        )
+        torch.testing.assert_close(kernel(input, weight, bias), expected, equal_nan=True, **close)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
