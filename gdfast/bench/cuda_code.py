@@ -1,0 +1,110 @@
+"""What nvcc made of the CUDA kernels: registers, stacks and instructions of a built module.
+
+It needs no GPU, but `cuobjdump`: that of the CUDA toolkit, or the one in Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdfast import native
+
+
+@dataclass(frozen=True)
+class Code:
+    """One compiled kernel: `arguments` are those of its template, `instructions` by name."""
+
+    kernel: str
+    arguments: tuple[str, ...]
+    architecture: str
+    registers: int
+    stack_bytes: int
+    instructions: Counter[str]
+
+    def count(self, pattern: str) -> int:
+        """How many instructions have a name that a regular expression matches from its start."""
+        found = re.compile(pattern)
+        return sum(n for name, n in self.instructions.items() if found.match(name))
+
+
+def module() -> Path | None:
+    """The file of gdfast._cuda, if it was built for GPUs."""
+    if native.cuda is not None and not native.cuda_is_simulated:
+        return Path(str(native.cuda.__file__))
+    return None
+
+
+def cuobjdump() -> str:
+    """The path of the disassembler, or "" where there is none."""
+    homes = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME",) if name in os.environ]
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        homes.append(Path(spec.origin).parent / "backends" / "nvidia" / "bin")
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, homes)])
+    return shutil.which("cuobjdump", path=path) or ""
+
+
+def kernels(file: Path) -> list[Code]:
+    """All kernels in a compiled file, for each architecture that it holds machine code of.
+
+    Raises RuntimeError where there is no cuobjdump.
+    """
+    tool = cuobjdump()
+    if not tool:
+        raise RuntimeError(
+            "cuda_code: cuobjdump: expected it in PATH, CUDA_HOME/bin or Triton's wheel, found none"
+        )
+
+    def run(option: str) -> str:
+        command = [tool, option, str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = {
+        (architecture, symbol): (int(registers), int(stack))
+        for architecture, text in _by_architecture(run("-res-usage"))
+        for symbol, registers, stack in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text
+        )
+    }
+    codes = []
+    for architecture, text in _by_architecture(run("-sass")):
+        for part in re.split(r"Function : ", text)[1:]:
+            symbol = part.split(None, 1)[0]
+            name, *arguments = _names(symbol)
+            instructions = re.findall(
+                r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part, re.MULTILINE
+            )
+            codes.append(
+                Code(name, tuple(arguments), architecture, *usage[architecture, symbol],
+                     Counter(instructions))
+            )  # fmt: skip
+    return sorted(codes, key=lambda code: (code.architecture, code.kernel, code.arguments))
+
+
+def _by_architecture(text: str) -> Iterator[tuple[str, str]]:
+    parts = re.split(r"^arch = (\w+)$", text, flags=re.MULTILINE)
+    yield from zip(parts[1::2], parts[2::2], strict=True)
+
+
+def _names(symbol: str) -> list[str]:
+    """The kernel's name and its template arguments, in the order of a mangled symbol."""
+    found, at = [], 0
+    token = re.compile(r"S[0-9A-Z]*_|L[a-z](\d+)E|(\d+)")
+    while at < len(symbol):
+        match = token.match(symbol, at)
+        at = match.end() if match else at + 1
+        if match and match[1]:
+            found.append(match[1])
+        elif match and match[2]:
+            found.append(symbol[at : at + int(match[2])])
+            at += int(match[2])
+    kernels = [i for i, name in enumerate(found) if name.endswith("_kernel")]
+    return found[kernels[0] :] if kernels else [symbol]

@@ -1,0 +1,54 @@
+"""What nvcc made of the CUDA kernels; nothing is run, and no GPU is needed."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from gdfast import native
+from gdfast.bench import cuda_code
+from gdfast.bench.cuda_code import Code
+
+pytestmark = [
+    pytest.mark.skipif(
+        cuda_code.module() is None,
+        reason=f"needs gdfast._cuda built by nvcc: {native.failure('cuda') or 'simulated'}",
+    ),
+    pytest.mark.skipif(not cuda_code.cuobjdump(), reason="needs cuobjdump"),
+]
+
+
+@cache
+def codes() -> list[Code]:
+    file = cuda_code.module()
+    assert file is not None
+    return cuda_code.kernels(file)
+
+
+def convolutions() -> list[Code]:
+    passes = ("conv2d_kernel", "conv2d_grad_input_kernel", "conv2d_grad_weight_kernel")
+    return [code for code in codes() if code.kernel in passes]
+
+
+def test_nothing_spills() -> None:
+    assert not [code for code in codes() if code.stack_bytes or code.count("LDL|STL")]
+
+
+def test_convolutions_multiply_on_the_tensor_cores() -> None:
+    on_tensor_cores = [code for code in convolutions() if "TensorCores" in code.arguments]
+    assert on_tensor_cores
+    for code in on_tensor_cores:
+        assert code.count("HMMA"), code
+        three = 3 if "Tf32x3Operands" in code.arguments else 1
+        # Warps of 32 x 32, 64 x 32 or 64 x 64; two instructions deep in each step.
+        assert code.count("HMMA") in [2 * n * three for n in (8, 16, 32)], code
+    assert all(code.count("HMMA") == 0 for code in convolutions() if "Plain" in code.arguments)
+
+
+def test_convolutions_copy_16_bytes_past_the_registers() -> None:
+    for code in convolutions():
+        if code.arguments[-1] == "1":
+            assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
+        else:
+            assert not code.count("LDGSTS"), code
