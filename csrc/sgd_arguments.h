@@ -37,14 +37,23 @@ inline void sgd_require_length(const pybind11::list& list, size_t expected, cons
   }
 }
 
-// The tensors that have elements. momenta is empty where there is no momentum.
+// The tensors that have elements. momenta is empty where there is no momentum, masters where there
+// are no master copies.
 inline std::vector<SgdTensor> sgd_tensors(const pybind11::list& params, const pybind11::list& grads,
                                           const pybind11::list& momenta,
-                                          const pybind11::list& numels, bool momentum) {
+                                          const pybind11::list& masters,
+                                          const pybind11::list& numels, const SgdHyper& hyper) {
   const size_t count = params.size();
+  const bool momentum = hyper.momentum != 0;
+  if (hyper.master && hyper.dtype != DType::kBFloat16 && hyper.dtype != DType::kFloat16) {
+    throw pybind11::value_error(
+        "sgd: masters: expected none, because only params of half types "
+        "have master copies");
+  }
   sgd_require_length(grads, count, "grads");
   sgd_require_length(numels, count, "numels");
   sgd_require_length(momenta, momentum ? count : 0, "momenta");
+  sgd_require_length(masters, hyper.master ? count : 0, "masters");
   std::vector<SgdTensor> tensors;
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -52,7 +61,8 @@ inline std::vector<SgdTensor> sgd_tensors(const pybind11::list& params, const py
     if (numel == -1 && PyErr_Occurred()) throw pybind11::error_already_set();
     if (numel <= 0) continue;
     tensors.push_back({sgd_address(params, i), sgd_address(grads, i),
-                       momentum ? sgd_address(momenta, i) : nullptr, numel});
+                       momentum ? sgd_address(momenta, i) : nullptr,
+                       hyper.master ? sgd_address(masters, i) : nullptr, numel});
   }
   return tensors;
 }

@@ -15,11 +15,13 @@
 
 namespace gdfast {
 
-// One parameter. All three have the same dtype and memory order, without gaps.
+// One parameter. All have the same memory order, without gaps, and the same dtype, but for a
+// parameter of a half type that has a master copy: then this and the momentum are float32.
 struct SgdTensor {
   void* param;
   void* grad;
   void* momentum;  // null where momentum is 0
+  void* master;    // null where there is none
   int64_t numel;
 };
 
@@ -31,6 +33,7 @@ struct SgdHyper {
   bool nesterov, maximize;
   bool first_step;  // the momentum buffers are new: they become the gradient, undamped
   bool zero_grad;   // gradients are zero afterwards
+  bool master;      // every tensor has a master copy
 };
 
 // What happens to the momentum buffer: there is none; it is written; it is read and written.
@@ -91,6 +94,13 @@ GDFAST_SGD_FUNCTION double sgd_multiply_add(double a, double b, double c) {
 #else
   return a * b + c;
 #endif
+}
+
+// The value that an update starts from where a parameter has a master copy: the master, as long as
+// it rounds to what the parameter is. Otherwise somebody has changed that since the last update.
+template <typename T>
+GDFAST_SGD_FUNCTION T sgd_master(T master, T rounded, T param) {
+  return rounded == param ? master : param;
 }
 
 // Updates one element in place, in the order of roundings of torch.optim.SGD's default loop. The

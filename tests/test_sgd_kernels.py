@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -25,14 +26,17 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def call(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], **settings: Any) -> bool:
+def call(
+    params: list[Tensor], grads: list[Tensor], momenta: list[Tensor],
+    masters: Sequence[Tensor] = (), **settings: Any,
+) -> bool:  # fmt: skip
     """One call of the kernel, on tensors rather than addresses."""
     arguments = {
         "lr": LR, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "grad_scale": 1.0,
         "nesterov": False, "maximize": False, "first_step": False, "zero_grad": False,
         "threads": 2,
     } | settings  # fmt: skip
-    addresses = ([t.data_ptr() for t in tensors] for tensors in (params, grads, momenta))
+    addresses = ([t.data_ptr() for t in tensors] for tensors in (params, grads, momenta, masters))
     numels = [p.numel() for p in params]
     dtype = str(params[0].dtype).removeprefix("torch.")
     done: bool = native.cpu.sgd(*addresses, numels, dtype, **arguments)

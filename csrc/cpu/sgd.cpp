@@ -4,6 +4,7 @@
 // equal part: a step on many small tensors costs one parallel region at most. Elements are
 // independent, so that any number of threads gives the same result bit for bit.
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
 #include "numeric.h"
@@ -95,6 +96,40 @@ void update_half(const SgdFactors<float>& factors, Half* param, Half* grad, Half
   }
 }
 
+// Gives the master copy what somebody changed in the parameter since the last update.
+template <typename Half>
+void follow(float* master, const Half* param, int64_t count) {
+  Half rounded[kBlock];
+  narrow_all(master, rounded, count);
+  if (std::memcmp(rounded, param, count * sizeof(Half)) == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    master[i] = sgd_master(master[i], widen(rounded[i]), widen(param[i]));
+  }
+}
+
+// The same where momentum and a master copy of the parameter are float: only the gradient is
+// widened.
+template <SgdMomentum kMomentum, SgdGrad kGrad, typename Half>
+void update_master(const SgdFactors<float>& factors, Half* param, Half* grad, float* momentum,
+                   float* master, int64_t count) {
+  float g[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t n = min_of(kBlock, count - i);
+    follow(master + i, param + i, n);
+    widen_all(grad + i, g, n);
+    float* const m = kMomentum == SgdMomentum::kNone ? nullptr : momentum + i;
+    update<kMomentum, kGrad>(factors, master + i, g, m, n);
+    narrow_all(master + i, param + i, n);
+    if (kGrad != SgdGrad::kRead) narrow_all(g, grad + i, n);
+  }
+}
+
+// Where element `from` of a momentum buffer lies, or null where there is none.
+template <SgdMomentum kMomentum, typename T>
+T* at(void* momentum, int64_t from) {
+  return kMomentum == SgdMomentum::kNone ? nullptr : static_cast<T*>(momentum) + from;
+}
+
 // Updates elements [begin, end) of the sequence that the tensors make end to end.
 template <SgdMomentum kMomentum, SgdGrad kGrad, typename T>
 void update_part(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int64_t begin,
@@ -106,13 +141,19 @@ void update_part(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper,
     const int64_t from = max_of(begin - first, 0);
     const int64_t to = min_of(end - first, tensor.numel);
     if (from >= to) continue;
-    T* momentum =
-        kMomentum == SgdMomentum::kNone ? nullptr : static_cast<T*>(tensor.momentum) + from;
     T* param = static_cast<T*>(tensor.param) + from;
     T* grad = static_cast<T*>(tensor.grad) + from;
     if constexpr (sizeof(T) == 2) {
-      update_half<kMomentum, kGrad>(factors, param, grad, momentum, to - from);
+      if (hyper.master) {
+        float* momentum = at<kMomentum, float>(tensor.momentum, from);
+        float* master = static_cast<float*>(tensor.master) + from;
+        update_master<kMomentum, kGrad>(factors, param, grad, momentum, master, to - from);
+      } else {
+        T* momentum = at<kMomentum, T>(tensor.momentum, from);
+        update_half<kMomentum, kGrad>(factors, param, grad, momentum, to - from);
+      }
     } else {
+      T* momentum = at<kMomentum, T>(tensor.momentum, from);
       update<kMomentum, kGrad>(factors, param, grad, momentum, to - from);
     }
   }
