@@ -3,11 +3,22 @@
 #include "../csrc/cuda/sgd_chunks.h"
 
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
+#include "../csrc/cpu/numeric.h"
+
 using namespace gdfast;
 using namespace gdfast::cuda;
+using cpu::BFloat16;
+
+template <>
+struct gdfast::cuda::SgdElement<BFloat16> {
+  using Math = float;
+  GDFAST_SGD_FUNCTION float widen(BFloat16 value) { return cpu::widen(value); }
+  GDFAST_SGD_FUNCTION BFloat16 narrow(float value) { return cpu::narrow<BFloat16>(value); }
+};
 
 namespace {
 
@@ -20,25 +31,75 @@ void expect(bool holds, const char* what) {
   }
 }
 
-template <SgdMomentum kMomentum, SgdGrad kGrad, typename T>
+constexpr int kGuard = 8;
+
+template <typename T>
+std::vector<T> randoms(int64_t size) {
+  static std::mt19937 random(0);
+  std::normal_distribution<float> normal;
+  std::vector<T> values(size + 2 * kGuard);
+  for (T& value : values) {
+    value = SgdElement<T>::narrow(static_cast<typename SgdElement<T>::Math>(normal(random)));
+  }
+  return values;
+}
+
+template <typename T>
+bool same(const std::vector<T>& left, const std::vector<T>& right) {
+  return std::memcmp(left.data(), right.data(), left.size() * sizeof(T)) == 0;
+}
+
+// A parameter with what belongs to it, each between guards; elements begin `offset` further on.
+template <typename T, typename State>
+struct Memory {
+  std::vector<T> param, grad;
+  std::vector<State> momentum, master;
+
+  explicit Memory(int64_t size)
+      : param(randoms<T>(size)),
+        grad(randoms<T>(size)),
+        momentum(randoms<State>(size)),
+        master(randoms<State>(size)) {
+    // Every third parameter is not what its master rounds to.
+    for (size_t i = 0; i < param.size(); ++i) {
+      const auto kept = SgdElement<State>::widen(master[i]);
+      param[i] = SgdElement<T>::narrow(i % 3 == 0 ? kept + 8 : kept);
+    }
+  }
+
+  bool operator==(const Memory& other) const {
+    return same(param, other.param) && same(grad, other.grad) && same(momentum, other.momentum) &&
+           same(master, other.master);
+  }
+};
+
+// What one element becomes, written down without packs, chunks and templates for the storage.
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T, typename State,
+          typename Math>
+void update_one(const SgdFactors<Math>& factors, Memory<T, State>& memory, int64_t i) {
+  Math param = SgdElement<T>::widen(memory.param[i]), grad = SgdElement<T>::widen(memory.grad[i]);
+  Math momentum = SgdElement<State>::widen(memory.momentum[i]);
+  if (kMaster && i % 3 != 0) param = SgdElement<State>::widen(memory.master[i]);
+  sgd_update<kMomentum, kGrad>(factors, param, grad, momentum);
+  memory.param[i] = SgdElement<T>::narrow(param);
+  if (kMaster) memory.master[i] = SgdElement<State>::narrow(param);
+  memory.grad[i] = SgdElement<T>::narrow(grad);
+  if (kMomentum != SgdMomentum::kNone) {
+    memory.momentum[i] = SgdElement<State>::narrow(momentum);
+  }
+}
+
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T>
 void check_update(int offset) {
+  using State = SgdState<T, kMaster>;
   // More tensors than one launch takes, around the sizes of a pack and of a chunk.
   std::vector<int64_t> sizes;
   for (int i = 0; i < kMaxTensors - 3; ++i) sizes.push_back(1 + i % 9);
   for (const int64_t size : {kChunk - 1, kChunk, kChunk + 1, 3 * kChunk + 5, int64_t{1}}) {
     sizes.push_back(size);
   }
-  constexpr int kGuard = 8;
-  std::mt19937 random(0);
-  std::normal_distribution<double> normal;
-  std::vector<std::vector<T>> memory;
-  for (const int64_t size : sizes) {
-    for (int role = 0; role < 3; ++role) {
-      std::vector<T> values(size + 2 * kGuard);
-      for (T& value : values) value = static_cast<T>(normal(random));
-      memory.push_back(values);
-    }
-  }
+  std::vector<Memory<T, State>> memory;
+  for (const int64_t size : sizes) memory.emplace_back(size);
   auto expected = memory;
 
   SgdHyper hyper{};
@@ -48,17 +109,15 @@ void check_update(int offset) {
   hyper.weight_decay = 0.05;
   hyper.grad_scale = 4;
   hyper.maximize = true;
-  const auto factors = sgd_factors<T>(hyper);
+  const auto factors = sgd_factors<typename SgdElement<T>::Math>(hyper);
   std::vector<SgdTensor> tensors;
   for (size_t i = 0; i < sizes.size(); ++i) {
-    T* const roles[3] = {memory[3 * i].data() + offset, memory[3 * i + 1].data() + offset,
-                         memory[3 * i + 2].data() + offset};
-    tensors.push_back({roles[0], roles[1], roles[2], sizes[i]});
+    Memory<T, State>& of = memory[i];
+    tensors.push_back({of.param.data() + offset, of.grad.data() + offset,
+                       of.momentum.data() + offset, kMaster ? of.master.data() + offset : nullptr,
+                       sizes[i]});
     for (int64_t j = offset; j < offset + sizes[i]; ++j) {
-      T unused = 0;
-      sgd_update<kMomentum, kGrad>(
-          factors, expected[3 * i][j], expected[3 * i + 1][j],
-          kMomentum == SgdMomentum::kNone ? unused : expected[3 * i + 2][j]);
+      update_one<kMomentum, kGrad, kMaster>(factors, expected[i], j);
     }
   }
 
@@ -68,7 +127,7 @@ void check_update(int offset) {
     done += sgd_fill(tensors.data() + done, count - done, batch);
     for (int64_t chunk = 0; chunk < batch.first_chunk[batch.count]; ++chunk) {
       for (int thread = 0; thread < kThreads; ++thread) {
-        sgd_chunk<kMomentum, kGrad, T>(batch, chunk, factors, thread);
+        sgd_chunk<kMomentum, kGrad, kMaster, T>(batch, chunk, factors, thread);
       }
     }
   }
@@ -81,24 +140,26 @@ void check_update(int offset) {
     }
   }
   for (size_t i = 0; i < sizes.size(); ++i) {
-    for (int64_t j = offset; j < offset + sizes[i]; ++j) expected[3 * i + 1][j] = 0;
+    for (int64_t j = offset; j < offset + sizes[i]; ++j) {
+      expected[i].grad[j] = SgdElement<T>::narrow(0);
+    }
   }
   expect(memory == expected, "a skipped step zeroes every gradient and nothing else");
 }
 
-template <typename T>
+template <bool kMaster, typename T>
 void check_kinds(int offset) {
-  check_update<SgdMomentum::kNone, SgdGrad::kRead, T>(offset);
-  check_update<SgdMomentum::kFirst, SgdGrad::kZero, T>(offset);
-  check_update<SgdMomentum::kRunning, SgdGrad::kUnscale, T>(offset);
-  check_update<SgdMomentum::kRunning, SgdGrad::kRead, T>(offset);
+  check_update<SgdMomentum::kNone, SgdGrad::kRead, kMaster, T>(offset);
+  check_update<SgdMomentum::kFirst, SgdGrad::kZero, kMaster, T>(offset);
+  check_update<SgdMomentum::kRunning, SgdGrad::kUnscale, kMaster, T>(offset);
+  check_update<SgdMomentum::kRunning, SgdGrad::kRead, kMaster, T>(offset);
 }
 
 void check_large_tensors() {
   const int64_t huge = (int64_t{1} << 33) + 3;
-  const SgdTensor tensors[] = {{nullptr, nullptr, nullptr, huge},
-                               {nullptr, nullptr, nullptr, 1},
-                               {nullptr, nullptr, nullptr, huge}};
+  const SgdTensor tensors[] = {{nullptr, nullptr, nullptr, nullptr, huge},
+                               {nullptr, nullptr, nullptr, nullptr, 1},
+                               {nullptr, nullptr, nullptr, nullptr, huge}};
   SgdBatch batch;
   expect(sgd_fill(tensors, 3, batch) == 3, "all three fit into a launch");
   const int64_t chunks = huge / kChunk + 1;
@@ -113,8 +174,10 @@ void check_large_tensors() {
 
 int main() {
   for (const int offset : {0, 1, 4}) {
-    check_kinds<float>(offset);
-    check_kinds<double>(offset);
+    check_kinds<false, float>(offset);
+    check_kinds<false, double>(offset);
+    check_kinds<false, BFloat16>(offset);
+    check_kinds<true, BFloat16>(offset);
   }
   check_large_tensors();
   return failures == 0 ? 0 : 1;

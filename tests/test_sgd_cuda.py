@@ -39,13 +39,13 @@ def test_the_module_loads_without_a_driver_and_refuses_what_does_not_fit() -> No
     assert native.cuda is not None
     arguments: list[Any] = [LR, 0.0, 0.0, 0.0, False, False, False, False, 0, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="grads: expected 1 entries"):
-        native.cuda.sgd([64], [], [], [1], "float32", *arguments)
+        native.cuda.sgd([64], [], [], [], [1], "float32", *arguments)
     with pytest.raises(ValueError, match="dtype: expected float32"):
-        native.cuda.sgd([64], [64], [], [1], "int32", *arguments)
-    assert not native.cuda.sgd([64, 64], [64, 64], [], [1, 1], "float32", *arguments)
+        native.cuda.sgd([64], [64], [], [], [1], "int32", *arguments)
+    assert not native.cuda.sgd([64, 64], [64, 64], [], [], [1, 1], "float32", *arguments)
     if not torch.cuda.is_available() and not native.cuda_is_simulated:
         with pytest.raises(RuntimeError, match="sgd_: CUDA: "):
-            native.cuda.sgd([64], [64], [], [1], "float32", *arguments)
+            native.cuda.sgd([64], [64], [], [], [1], "float32", *arguments)
 
 
 @pytest.mark.cuda_simulator

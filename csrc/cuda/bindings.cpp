@@ -21,14 +21,15 @@ const T* pointer(uintptr_t address) {
 }
 
 bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
-         const py::list& numels, const std::string& dtype, double lr, double momentum,
-         double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step,
-         bool zero_grad, uintptr_t lr_address, uintptr_t grad_scale, uintptr_t found_inf,
-         int device, uintptr_t stream) {
+         const py::list& masters, const py::list& numels, const std::string& dtype, double lr,
+         double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+         bool first_step, bool zero_grad, uintptr_t lr_address, uintptr_t grad_scale,
+         uintptr_t found_inf, int device, uintptr_t stream) {
   const auto [type, element_size] = sgd_dtype(dtype);
-  const SgdHyper hyper{type, lr,       momentum, dampening,  weight_decay,
-                       1.0,  nesterov, maximize, first_step, zero_grad};
-  const std::vector<SgdTensor> tensors = sgd_tensors(params, grads, momenta, numels, momentum != 0);
+  const SgdHyper hyper{type,     lr,       momentum,   dampening, weight_decay,    1.0,
+                       nesterov, maximize, first_step, zero_grad, !masters.empty()};
+  const std::vector<SgdTensor> tensors =
+      sgd_tensors(params, grads, momenta, masters, numels, hyper);
   if (!sgd_disjoint(tensors, element_size)) return false;
   const cuda::SgdScalars scalars{pointer<double>(lr_address), pointer<float>(grad_scale),
                                  pointer<float>(found_inf)};
@@ -44,12 +45,13 @@ PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   m.doc() = "gdfast's CUDA kernels. They take raw pointers: call them through gdfast.ops.";
   gdfast::cuda::bind_conv2d(m);
   m.def("sgd", &gdfast::sgd, py::arg("params"), py::arg("grads"), py::arg("momenta"),
-        py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),
+        py::arg("masters"), py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),
         py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),
         py::arg("first_step"), py::arg("zero_grad"), py::arg("lr_address"), py::arg("grad_scale"),
         py::arg("found_inf"), py::arg("device"), py::arg("stream"),
-        "Updates all params in one pass. They, grads and momenta (none where momentum is 0) are "
-        "lists of addresses on the device; lr_address (float64, instead of lr), grad_scale and "
+        "Updates all params in one pass. They, grads, momenta (none where momentum is 0) and "
+        "masters (none but for half types: then they and momenta are float32) are lists of "
+        "addresses on the device; lr_address (float64, instead of lr), grad_scale and "
         "found_inf (float32) addresses there, 0 for none. False, with nothing done, where two "
         "params share memory.");
 }

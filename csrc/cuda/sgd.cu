@@ -1,4 +1,4 @@
-// SGD on the GPU: up to 96 tensors per launch, whose metadata travel as kernel arguments, so that
+// SGD on the GPU: up to 82 tensors per launch, whose metadata travel as kernel arguments, so that
 // a step allocates nothing, copies nothing and waits for nothing.
 #include "device.h"
 #include "kernels.h"
@@ -21,7 +21,7 @@ namespace {
 
 constexpr char kOp[] = "sgd_";
 
-template <SgdMomentum kMomentum, SgdGrad kGrad, typename T>
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T>
 GDFAST_KERNEL(kThreads, 1)
 sgd_kernel(const GDFAST_GRID_CONSTANT SgdBatch batch,
            SgdFactors<typename SgdElement<T>::Math> factors, SgdScalars scalars) {
@@ -37,11 +37,11 @@ sgd_kernel(const GDFAST_GRID_CONSTANT SgdBatch batch,
   if (scalars.lr != nullptr) factors.minus_lr = static_cast<Math>(-*scalars.lr);
   if (kGrad == SgdGrad::kUnscale) factors.grad_scale = static_cast<Math>(*scalars.grad_scale);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    sgd_chunk<kMomentum, kGrad, T>(batch, chunk, factors, threadIdx.x);
+    sgd_chunk<kMomentum, kGrad, kMaster, T>(batch, chunk, factors, threadIdx.x);
   }
 }
 
-template <SgdMomentum kMomentum, SgdGrad kGrad, typename T>
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T>
 void sgd_launch(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper,
                 const SgdScalars& scalars, uintptr_t stream) {
   using Math = typename SgdElement<T>::Math;
@@ -54,51 +54,57 @@ void sgd_launch(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper,
     done += sgd_fill(tensors + done, count - done, batch);
     const int64_t chunks = batch.first_chunk[batch.count];
     const auto blocks = static_cast<unsigned>(chunks < kMaxBlocks ? chunks : kMaxBlocks);
-    launch(kOp, sgd_kernel<kMomentum, kGrad, T>, blocks, kThreads, 0, stream, batch, factors,
-           scalars);
+    launch(kOp, sgd_kernel<kMomentum, kGrad, kMaster, T>, blocks, kThreads, 0, stream, batch,
+           factors, scalars);
   }
 }
 
 using Launch = void (*)(const SgdTensor*, int64_t, const SgdHyper&, const SgdScalars&, uintptr_t);
 
-template <SgdMomentum kMomentum, typename T>
+template <SgdMomentum kMomentum, bool kMaster, typename T>
 Launch choose(SgdGrad grad) {
   switch (grad) {
     case SgdGrad::kRead:
-      return sgd_launch<kMomentum, SgdGrad::kRead, T>;
+      return sgd_launch<kMomentum, SgdGrad::kRead, kMaster, T>;
     case SgdGrad::kZero:
-      return sgd_launch<kMomentum, SgdGrad::kZero, T>;
+      return sgd_launch<kMomentum, SgdGrad::kZero, kMaster, T>;
     case SgdGrad::kUnscale:
       break;
   }
-  return sgd_launch<kMomentum, SgdGrad::kUnscale, T>;
+  return sgd_launch<kMomentum, SgdGrad::kUnscale, kMaster, T>;
 }
 
-template <typename T>
+template <bool kMaster, typename T>
 Launch choose(SgdMomentum momentum, SgdGrad grad) {
   switch (momentum) {
     case SgdMomentum::kNone:
-      return choose<SgdMomentum::kNone, T>(grad);
+      return choose<SgdMomentum::kNone, kMaster, T>(grad);
     case SgdMomentum::kFirst:
-      return choose<SgdMomentum::kFirst, T>(grad);
+      return choose<SgdMomentum::kFirst, kMaster, T>(grad);
     case SgdMomentum::kRunning:
       break;
   }
-  return choose<SgdMomentum::kRunning, T>(grad);
+  return choose<SgdMomentum::kRunning, kMaster, T>(grad);
 }
 
-Launch choose(DType dtype, SgdMomentum momentum, SgdGrad grad) {
-  switch (dtype) {
+template <typename T>
+Launch choose_half(const SgdHyper& hyper, SgdGrad grad) {
+  const SgdMomentum momentum = sgd_momentum_kind(hyper);
+  return hyper.master ? choose<true, T>(momentum, grad) : choose<false, T>(momentum, grad);
+}
+
+Launch choose(const SgdHyper& hyper, SgdGrad grad) {
+  switch (hyper.dtype) {
     case DType::kFloat32:
-      return choose<float>(momentum, grad);
+      return choose<false, float>(sgd_momentum_kind(hyper), grad);
     case DType::kFloat64:
-      return choose<double>(momentum, grad);
+      return choose<false, double>(sgd_momentum_kind(hyper), grad);
     case DType::kBFloat16:
-      return choose<BFloat16>(momentum, grad);
+      return choose_half<BFloat16>(hyper, grad);
     case DType::kFloat16:
       break;
   }
-  return choose<Half>(momentum, grad);
+  return choose_half<Half>(hyper, grad);
 }
 
 }  // namespace
@@ -109,7 +115,7 @@ void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, const S
                        : hyper.zero_grad             ? SgdGrad::kZero
                                                      : SgdGrad::kRead;
   const DeviceGuard guard(kOp, device);
-  choose(hyper.dtype, sgd_momentum_kind(hyper), grad)(tensors, count, hyper, scalars, stream);
+  choose(hyper, grad)(tensors, count, hyper, scalars, stream);
 }
 
 }  // namespace gdfast::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../sgd_math.h"
 
@@ -14,7 +15,7 @@ constexpr int64_t kChunk = 8192;
 constexpr int kThreads = 256;
 
 // Kernel arguments have 4096 bytes; the batch leaves 128 of them to the rest.
-constexpr int kMaxTensors = 96;
+constexpr int kMaxTensors = 82;
 
 // The tensors of one launch, end to end: tensor t has the chunks [first_chunk[t],
 // first_chunk[t + 1]).
@@ -57,10 +58,9 @@ GDFAST_SGD_FUNCTION int sgd_tensor_of(const SgdBatch& batch, int64_t chunk) {
   return low;
 }
 
-// As many elements as one 16-byte access moves.
-template <typename T>
-struct alignas(16) SgdPack {
-  static constexpr int kWidth = 16 / sizeof(T);
+// Elements that one access moves.
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) SgdPack {
   T values[kWidth];
 };
 
@@ -72,24 +72,38 @@ struct SgdElement {
   GDFAST_SGD_FUNCTION T narrow(T value) { return value; }
 };
 
-template <SgdMomentum kMomentum, SgdGrad kGrad, typename T, typename Math>
+// How momentum buffers and master copies are stored.
+template <typename T, bool kMaster>
+using SgdState = std::conditional_t<kMaster, typename SgdElement<T>::Math, T>;
+
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T, typename State,
+          typename Math>
 GDFAST_SGD_FUNCTION void sgd_update_stored(const SgdFactors<Math>& factors, T& param, T& grad,
-                                           T& momentum) {
+                                           State& momentum, State& master) {
   using Element = SgdElement<T>;
   Math p = Element::widen(param), g = Element::widen(grad), m = Math(0);
-  if (kMomentum == SgdMomentum::kRunning) m = Element::widen(momentum);
+  if (kMaster) {
+    const Math kept = SgdElement<State>::widen(master);
+    p = sgd_master(kept, Element::widen(Element::narrow(kept)), p);
+  }
+  if (kMomentum == SgdMomentum::kRunning) m = SgdElement<State>::widen(momentum);
   sgd_update<kMomentum, kGrad>(factors, p, g, m);
   param = Element::narrow(p);
+  if (kMaster) master = SgdElement<State>::narrow(p);
   if (kGrad != SgdGrad::kRead) grad = Element::narrow(g);
-  if (kMomentum != SgdMomentum::kNone) momentum = Element::narrow(m);
+  if (kMomentum != SgdMomentum::kNone) momentum = SgdElement<State>::narrow(m);
 }
 
 // What one thread does in one chunk: whole packs first, where addresses allow, then what is left.
 // Neighbouring threads take neighbouring packs, so that a warp's accesses make full cache lines.
-template <SgdMomentum kMomentum, SgdGrad kGrad, typename T, typename Math>
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T, typename Math>
 GDFAST_SGD_FUNCTION void sgd_chunk(const SgdBatch& batch, int64_t chunk,
                                    const SgdFactors<Math>& factors, int thread) {
-  using Pack = SgdPack<T>;
+  // 16 bytes of the wider type make the widest access there is.
+  using State = SgdState<T, kMaster>;
+  constexpr int kWidth = 16 / sizeof(State);
+  using Pack = SgdPack<T, kWidth>;
+  using StatePack = SgdPack<State, kWidth>;
   const int t = sgd_tensor_of(batch, chunk);
   const SgdTensor& tensor = batch.tensors[t];
   const int64_t begin = (chunk - batch.first_chunk[t]) * kChunk;
@@ -98,28 +112,34 @@ GDFAST_SGD_FUNCTION void sgd_chunk(const SgdBatch& batch, int64_t chunk,
   constexpr bool kHasMomentum = kMomentum != SgdMomentum::kNone;
   T* const param = static_cast<T*>(tensor.param) + begin;
   T* const grad = static_cast<T*>(tensor.grad) + begin;
-  T* const momentum = kHasMomentum ? static_cast<T*>(tensor.momentum) + begin : nullptr;
+  State* const momentum = kHasMomentum ? static_cast<State*>(tensor.momentum) + begin : nullptr;
+  State* const master = kMaster ? static_cast<State*>(tensor.master) + begin : nullptr;
 
-  const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) |
-                              reinterpret_cast<uintptr_t>(grad) |
-                              reinterpret_cast<uintptr_t>(momentum);
-  const int packs = addresses % sizeof(Pack) == 0 ? count / Pack::kWidth : 0;
+  const uintptr_t addresses =
+      reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(grad);
+  const uintptr_t states =
+      reinterpret_cast<uintptr_t>(momentum) | reinterpret_cast<uintptr_t>(master);
+  const bool aligned = addresses % sizeof(Pack) == 0 && states % sizeof(StatePack) == 0;
+  const int packs = aligned ? count / kWidth : 0;
   for (int i = thread; i < packs; i += kThreads) {
     Pack p = reinterpret_cast<Pack*>(param)[i];
     Pack g = reinterpret_cast<Pack*>(grad)[i];
-    Pack m{};
-    if (kMomentum == SgdMomentum::kRunning) m = reinterpret_cast<Pack*>(momentum)[i];
-    for (int lane = 0; lane < Pack::kWidth; ++lane) {
-      sgd_update_stored<kMomentum, kGrad>(factors, p.values[lane], g.values[lane], m.values[lane]);
+    StatePack m{}, w{};
+    if (kMomentum == SgdMomentum::kRunning) m = reinterpret_cast<StatePack*>(momentum)[i];
+    if (kMaster) w = reinterpret_cast<StatePack*>(master)[i];
+    for (int lane = 0; lane < kWidth; ++lane) {
+      sgd_update_stored<kMomentum, kGrad, kMaster>(factors, p.values[lane], g.values[lane],
+                                                   m.values[lane], w.values[lane]);
     }
     reinterpret_cast<Pack*>(param)[i] = p;
     if (kGrad != SgdGrad::kRead) reinterpret_cast<Pack*>(grad)[i] = g;
-    if (kHasMomentum) reinterpret_cast<Pack*>(momentum)[i] = m;
+    if (kHasMomentum) reinterpret_cast<StatePack*>(momentum)[i] = m;
+    if (kMaster) reinterpret_cast<StatePack*>(master)[i] = w;
   }
-  for (int i = packs * Pack::kWidth + thread; i < count; i += kThreads) {
-    T none{};
-    sgd_update_stored<kMomentum, kGrad>(factors, param[i], grad[i],
-                                        kHasMomentum ? momentum[i] : none);
+  for (int i = packs * kWidth + thread; i < count; i += kThreads) {
+    State none{};
+    sgd_update_stored<kMomentum, kGrad, kMaster>(
+        factors, param[i], grad[i], kHasMomentum ? momentum[i] : none, kMaster ? master[i] : none);
   }
 }
 
