@@ -245,11 +245,13 @@ def test_the_dispatcher_operation_passes_opcheck() -> None:
 
     operation = torch.ops.gdfast.sgd_.default
     lists = tuple([*tensors(1, 3, 2), *tensors(1, 5)] for _ in range(3))
-    torch.library.opcheck(operation, lists, arguments())
+    torch.library.opcheck(operation, (*lists, []), arguments())
     torch.library.opcheck(
-        operation, (*lists[:2], []),
+        operation, (*lists[:2], [], []),
         arguments(momentum=0.0, lr_tensor=torch.tensor(LR), grad_scale=torch.tensor(2.0)),
     )  # fmt: skip
+    half = [[t.bfloat16() for t in lists[0]] for _ in range(2)]
+    torch.library.opcheck(operation, (*half, *lists[1:]), arguments())
 
 
 @pytest.mark.parametrize("lr", [LR, torch.tensor(LR)], ids=["float", "tensor"])

@@ -1,14 +1,15 @@
 """The in-place SGD update on each backend.
 
-The tensors of one call share a device and a dtype. For the CPU and CUDA kernels each is one stretch
-of memory, a gradient and a momentum buffer in the order of their parameter.
+The tensors of one call share a device and a dtype, but where parameters of a half type have master
+copies: then those and the momentum buffers are float32. For kernels each is one stretch of memory,
+with a gradient, a momentum buffer and a master copy in the order of their parameter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+HALF_TYPES = {torch.bfloat16, torch.float16}  # those that may have master copies
 
 Tensors = Sequence[Tensor]
 _data_ptr = torch._C.TensorBase.data_ptr
@@ -50,46 +52,63 @@ class SgdHyper(NamedTuple):
         return self.zero_grad or self.grad_scale is not None
 
 
+class SgdTensors(NamedTuple):
+    """What one call updates: lists of one length, or empty where there is no such thing."""
+
+    params: Tensors
+    grads: Tensors
+    momenta: Tensors
+    masters: Tensors
+
+    def only(self, chosen: Sequence[bool]) -> SgdTensors:
+        """Those whose flag is set."""
+        return SgdTensors(*(list(compress(each, chosen)) for each in self))
+
+
 class Memory(NamedTuple):
     """Where the elements are: addresses, and how many elements lie at each."""
 
     params: list[int]
     momenta: list[int]
+    masters: list[int]
     numels: list[int]
 
     @classmethod
-    def of(cls, params: Tensors, momenta: Tensors) -> Memory:
-        return cls(addresses(params), addresses(momenta), list(map(_numel, params)))
+    def of(cls, tensors: SgdTensors) -> Memory:
+        params, _, momenta, masters = tensors
+        numels = list(map(_numel, params))
+        return cls(addresses(params), addresses(momenta), addresses(masters), numels)
 
 
 def addresses(tensors: Tensors) -> list[int]:
     return list(map(_data_ptr, tensors))
 
 
-def cpu(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at: Memory) -> None:
+def cpu(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     """Runs the CPU kernel, in one parallel region for all tensors."""
     if hyper.found_inf is not None and hyper.found_inf.item():
         if hyper.zero_grad:
-            torch._foreach_zero_(list(grads))
+            torch._foreach_zero_(list(tensors.grads))
         return
     assert native.cpu is not None
     done = native.cpu.sgd(
-        at.params, addresses(grads), at.momenta, at.numels, DTYPES[params[0].dtype],
-        float(hyper.lr), hyper.momentum, hyper.dampening, hyper.weight_decay,
-        1.0 if hyper.grad_scale is None else hyper.grad_scale.item(), hyper.nesterov,
-        hyper.maximize, hyper.first_step, hyper.zero_grad, torch.get_num_threads(),
+        at.params, addresses(tensors.grads), at.momenta, at.masters, at.numels,
+        DTYPES[tensors.params[0].dtype], float(hyper.lr), hyper.momentum, hyper.dampening,
+        hyper.weight_decay, 1.0 if hyper.grad_scale is None else hyper.grad_scale.item(),
+        hyper.nesterov, hyper.maximize, hyper.first_step, hyper.zero_grad, torch.get_num_threads(),
     )  # fmt: skip
     if done:
-        _increment_versions(params, grads, momenta, hyper)
+        _increment_versions(tensors, hyper)
     else:  # parameters share memory, so that their order matters
-        reference(params, grads, momenta, hyper)
+        reference(tensors, hyper)
 
 
-def cuda(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at: Memory) -> None:
+def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     """Runs the CUDA kernel on the current stream. Nothing waits for the GPU."""
     assert native.cuda is not None
-    device = params[0].device
-    lr, lr_tensor = (0.0, hyper.lr) if isinstance(hyper.lr, Tensor) else (hyper.lr, None)
+    device = tensors.params[0].device
+    on_device = _lr_on(device, hyper.lr)
+    lr, lr_tensor = (0.0, on_device) if isinstance(on_device, Tensor) else (on_device, None)
     lr_tensor, grad_scale, found_inf = (
         None if value is None else value.to(device, dtype)
         for value, dtype in (
@@ -99,34 +118,42 @@ def cuda(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at:
         )
     )
     done = native.cuda.sgd(
-        at.params, addresses(grads), at.momenta, at.numels, DTYPES[params[0].dtype], lr,
-        hyper.momentum, hyper.dampening, hyper.weight_decay, hyper.nesterov, hyper.maximize,
-        hyper.first_step, hyper.zero_grad, _address(lr_tensor), _address(grad_scale),
-        _address(found_inf), *cuda_stream.current(device),
+        at.params, addresses(tensors.grads), at.momenta, at.masters, at.numels,
+        DTYPES[tensors.params[0].dtype], lr, hyper.momentum, hyper.dampening, hyper.weight_decay,
+        hyper.nesterov, hyper.maximize, hyper.first_step, hyper.zero_grad,
+        _address(lr_tensor), _address(grad_scale), _address(found_inf),
+        *cuda_stream.current(device),
     )  # fmt: skip
     if done:
-        _increment_versions(params, grads, momenta, hyper)
+        _increment_versions(tensors, hyper)
     else:
-        reference(params, grads, momenta, hyper)
+        reference(tensors, hyper)
 
 
-def triton(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at: Memory) -> None:
+def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     """Runs the Triton kernel on the current stream. Nothing waits for the GPU."""
     from gdfast.backends.triton import bind_sgd
 
-    like = params[0]
+    like = tensors.params[0]
     if _share_memory((*at.params,), (*at.numels,), like.element_size()):
-        reference(params, grads, momenta, hyper)
+        reference(tensors, hyper)
         return
-    grad_scale, found_inf = hyper.grad_scale, hyper.found_inf
+    lr, grad_scale, found_inf = _lr_on(like.device, hyper.lr), hyper.grad_scale, hyper.found_inf
     hyper = hyper._replace(
-        lr=hyper.lr.to(like.device, torch.float32) if isinstance(hyper.lr, Tensor) else hyper.lr,
+        lr=lr.to(torch.float32) if isinstance(lr, Tensor) else lr,
         grad_scale=None if grad_scale is None else grad_scale.to(like.device, torch.float32),
         found_inf=None if found_inf is None else found_inf.to(like.device, torch.float32),
     )
     settings = bind_sgd.Settings(*hyper)
-    bind_sgd.update(like, at.params, addresses(grads), at.momenta, at.numels, settings)
-    _increment_versions(params, grads, momenta, hyper)
+    bind_sgd.update(
+        like, at.params, addresses(tensors.grads), at.momenta, at.masters, at.numels, settings
+    )
+    _increment_versions(tensors, hyper)
+
+
+def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
+    """lr as a tensor only where it lies on the device: one elsewhere is read without a copy."""
+    return lr.item() if isinstance(lr, Tensor) and lr.device != device else lr
 
 
 @lru_cache(maxsize=64)
@@ -136,19 +163,26 @@ def _share_memory(starts: tuple[int, ...], numels: tuple[int, ...], itemsize: in
     return any(a[1] > b[0] for a, b in pairwise(stretches))
 
 
-def reference(
-    params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, at: Memory | None = None
-) -> None:
+def reference(tensors: SgdTensors, hyper: SgdHyper, at: Memory | None = None) -> None:
     """Runs native PyTorch's default loop."""
+    params, grads, momenta, masters = tensors
     with torch.no_grad():
         if hyper.found_inf is None or not hyper.found_inf.item():
+            wide_grads = grads
+            if masters:
+                wide_grads = [grad.float() for grad in grads]
+                for param, master in zip(params, masters, strict=True):
+                    changed = master.to(param.dtype) != param
+                    master.copy_(torch.where(changed, param.float(), master))
             if hyper.grad_scale is not None:
-                for grad in grads:
-                    grad.div_(hyper.grad_scale)
+                for grad, wide in zip(grads, wide_grads, strict=True):
+                    wide.div_(hyper.grad_scale)
+                    if grad is not wide:
+                        grad.copy_(wide)
             buffers = [None if hyper.first_step else buffer for buffer in momenta]
             buffers = buffers or [None] * len(params)
             native_sgd(
-                list(params), list(grads), buffers, foreach=False, fused=False,
+                list(masters or params), list(wide_grads), buffers, foreach=False, fused=False,
                 lr=hyper.lr,  # type: ignore[arg-type]  # it takes a tensor too
                 momentum=hyper.momentum, dampening=hyper.dampening,
                 weight_decay=hyper.weight_decay, nesterov=hyper.nesterov,
@@ -158,6 +192,8 @@ def reference(
                 for buffer, made in zip(momenta, buffers, strict=False):
                     assert made is not None  # the loop put it there
                     buffer.copy_(made)
+            for param, master in zip(params, masters, strict=False):
+                param.copy_(master)
         if hyper.zero_grad:
             for grad in grads:
                 grad.zero_()
@@ -167,6 +203,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _increment_versions(params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper) -> None:
+def _increment_versions(tensors: SgdTensors, hyper: SgdHyper) -> None:
     """Tells autograd what a kernel wrote through pointers."""
-    increment_version([*params, *momenta, *(grads if hyper.writes_grads else ())])
+    params, grads, momenta, masters = tensors
+    increment_version([*params, *momenta, *masters, *(grads if hyper.writes_grads else ())])

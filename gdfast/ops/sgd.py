@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gdfast.backends import fall_back
-from gdfast.backends.sgd import SgdHyper
+from gdfast.backends.sgd import SgdHyper, SgdTensors
 from gdfast.ops.sgd_dispatch import SUBCLASS, as_tensors, is_plain, run_sgd, update
 
 
@@ -35,6 +35,7 @@ def sgd_(
     maximize: bool = False,
     first_step: bool = False,
     zero_grad: bool = False,
+    master_weights: Tensor | Sequence[Tensor] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -45,6 +46,14 @@ def sgd_(
     gradient and a momentum buffer are as their parameter is. `momentum_buffers` is empty where
     momentum is 0; with `first_step` its content does not matter, because it becomes the gradient.
     Autograd does not record the update, but sees that the tensors have changed.
+
+    lr may be a one-element tensor. Kernels read it where it is, if it is on the device of the
+    parameters: nothing waits for its value, and a CUDA graph follows it.
+
+    `master_weights` are float32 copies of parameters that are all float16 or bfloat16, with float32
+    momentum buffers. The update starts from them and ends in them, and a parameter is what its
+    master copy rounds to. An element of a parameter that is anything else before, because somebody
+    changed it, is taken into the master copy first.
 
     `zero_grad` leaves the gradients zero. Gradients are divided by `grad_scale`, a one-element
     tensor, and stay so unless zeroed. Where the one-element tensor `found_inf` is not 0, nothing is
@@ -57,11 +66,12 @@ def sgd_(
     """
     params, grads = as_tensors("params", params), as_tensors("grads", grads)
     momenta = as_tensors("momentum_buffers", momentum_buffers)
+    masters = as_tensors("master_weights", master_weights)
     hyper = SgdHyper(
         lr, momentum, dampening, weight_decay, nesterov, maximize, first_step, zero_grad,
         grad_scale, found_inf,
     )  # fmt: skip
-    run_sgd(params, grads, momenta, hyper, backend)
+    run_sgd(SgdTensors(params, grads, momenta, masters), hyper, backend)
 
 
 def sgd(
@@ -135,7 +145,7 @@ class SgdFunction(torch.autograd.Function):
             lr, how.momentum, how.dampening, float(weight_decay), how.nesterov, how.maximize,
             momentum_buffer is None, False, None, None,
         )  # fmt: skip
-        update([new], [grad.detach()], buffers, hyper, backend)
+        update(SgdTensors([new], [grad.detach()], buffers, []), hyper, backend)
         return new, buffers[0] if buffers else None
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The in-place update: torch.ops.gdfast.sgd_, its checks, and what it does with odd memory layouts.
 
-Kernels walk through a parameter, its gradient and its momentum buffer as through three arrays. A
-tensor that is not one stretch of memory in the parameter's order is copied there and back.
+Kernels walk through a parameter, its gradient, its momentum buffer and its master copy as through
+arrays. What is not one stretch of memory in the parameter's order is copied there and back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from gdfast.backends import Query, chosen, fall_back, resolve
 from gdfast.backends.registry import AUTO
-from gdfast.backends.sgd import Memory, SgdHyper, Tensors, addresses, reference
+from gdfast.backends.sgd import (
+    HALF_TYPES,
+    Memory,
+    SgdHyper,
+    SgdTensors,
+    Tensors,
+    addresses,
+    reference,
+)
 from gdfast.errors import mismatch
 from gdfast.ops.conv2d_dispatch import library
 
@@ -29,19 +37,20 @@ _stride = torch._C.TensorBase.stride
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 library.define(
-    "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, float lr, "
-    "Tensor? lr_tensor, float momentum, float dampening, float weight_decay, bool nesterov, "
-    "bool maximize, bool first_step, bool zero_grad, Tensor? grad_scale, Tensor? found_inf, "
-    "str backend) -> ()"
+    "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, "
+    "Tensor(d!)[] master_weights, *, float lr, Tensor? lr_tensor, float momentum, "
+    "float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step, "
+    "bool zero_grad, Tensor? grad_scale, Tensor? found_inf, str backend) -> ()"
 )
 
 
 def _sgd_kernel(
-    params: Tensors, grads: Tensors, momentum_buffers: Tensors, *, lr: float,
-    lr_tensor: Tensor | None, backend: str, **hyper: Any,
+    params: Tensors, grads: Tensors, momentum_buffers: Tensors, master_weights: Tensors, *,
+    lr: float, lr_tensor: Tensor | None, backend: str, **hyper: Any,
 ) -> None:  # fmt: skip
     lr_or_tensor = lr if lr_tensor is None else lr_tensor
-    update(params, grads, momentum_buffers, SgdHyper(lr=lr_or_tensor, **hyper), backend)
+    settings = SgdHyper(lr=lr_or_tensor, **hyper)
+    update(SgdTensors(params, grads, momentum_buffers, master_weights), settings, backend)
 
 
 def _fake_sgd(*_: Any, **__: Any) -> None:
@@ -72,25 +81,24 @@ def is_plain(tensors: Tensors) -> bool:
 
 
 def run_sgd(
-    params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, backend: str = AUTO,
-    checked: Checked | None = None,
-) -> Checked | None:  # fmt: skip
+    tensors: SgdTensors, hyper: SgdHyper, backend: str = AUTO, checked: Checked | None = None
+) -> Checked | None:
     """Updates in place, past the dispatcher where nobody watches it.
 
     For many small tensors most of a step is checks. The result, given back in the next step, saves
-    those of the parameters and momentum buffers.
+    those of all but the gradients.
     """
     if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
-        return update(params, grads, momenta, hyper, backend, checked)
+        return update(tensors, hyper, backend, checked)
     lr, lr_tensor = (0.0, hyper.lr) if isinstance(hyper.lr, Tensor) else (hyper.lr, None)
     settings = hyper._asdict() | {"lr": lr, "lr_tensor": lr_tensor, "backend": backend}
     with torch.no_grad():
-        torch.ops.gdfast.sgd_(params, grads, momenta, **settings)
+        torch.ops.gdfast.sgd_(*tensors, **settings)
     return None
 
 
 class Checked(NamedTuple):
-    """Parameters and momentum buffers that kernels can walk through together.
+    """Parameters, momentum buffers and master copies that kernels can walk through together.
 
     It holds as long as the addresses are the same: `kept` keeps the memory there from being freed,
     so that nothing else can have come to lie there.
@@ -104,19 +112,20 @@ class Checked(NamedTuple):
     kept: list[Tensor]
 
     @classmethod
-    def of(
-        cls, backend: str, run: Callable[..., None], params: Tensors, momenta: Tensors
-    ) -> Checked:
+    def of(cls, backend: str, run: Callable[..., None], tensors: SgdTensors) -> Checked:
+        params, _, momenta, masters = tensors
         return cls(
             chosen(backend), run, list(map(_stride, params)), list(map(_dtype_and_device, params)),
-            Memory.of(params, momenta), [tensor.detach() for tensor in (*params, *momenta)],
+            Memory.of(tensors), [tensor.detach() for tensor in (*params, *momenta, *masters)],
         )  # fmt: skip
 
-    def holds(self, backend: str, params: Tensors, grads: Tensors, momenta: Tensors) -> bool:
+    def holds(self, backend: str, tensors: SgdTensors) -> bool:
+        params, grads, momenta, masters = tensors
         return (
             chosen(backend) == self.backend
             and addresses(params) == self.memory.params
             and addresses(momenta) == self.memory.momenta
+            and addresses(masters) == self.memory.masters
             and list(map(_stride, grads)) == self.strides
             and list(map(_numel, grads)) == self.memory.numels
             and list(map(_dtype_and_device, grads)) == self.kinds
@@ -124,55 +133,66 @@ class Checked(NamedTuple):
 
 
 def update(
-    params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper, backend: str,
-    checked: Checked | None = None,
-) -> Checked | None:  # fmt: skip
+    tensors: SgdTensors, hyper: SgdHyper, backend: str, checked: Checked | None = None
+) -> Checked | None:
     """Runs one update on the backends that take it, device by device and dtype by dtype."""
-    if checked is not None and checked.holds(backend, params, grads, momenta):
-        checked.run(params, grads, momenta, hyper, checked.memory)
+    if checked is not None and checked.holds(backend, tensors):
+        checked.run(tensors, hyper, checked.memory)
         return checked
+    params, grads, momenta, masters = tensors
     count = len(params)
     _check_length("grads", grads, count)
     _check_length("momentum_buffers", momenta, count if hyper.momentum else 0)
+    if masters:
+        _check_length("master_weights", masters, count)
+        _check_half_types(params)
     if not count:
         return None
     kinds = list(map(_dtype_and_device, params))
     if kinds.count(kinds[0]) != count:
         for kind in dict.fromkeys(kinds):
-            members = [i for i in range(count) if kinds[i] == kind]
-            part, part_grads = [params[i] for i in members], [grads[i] for i in members]
-            part_momenta = [momenta[i] for i in members] if momenta else []
-            update(part, part_grads, part_momenta, hyper, backend)
+            update(tensors.only([each == kind for each in kinds]), hyper, backend)
         return None
 
-    if not (is_plain(params) and is_plain(grads) and is_plain(momenta)):
+    if not all(map(is_plain, tensors)):
         fall_back("sgd_", backend, SUBCLASS)
         run = reference
     else:
-        dtype, device = kinds[0]
+        dtype, device = kind = kinds[0]
+        state_kind = (torch.float32, device) if masters else kind
         run = resolve("sgd_", Query(device, dtype), backend).operations["sgd_"]
-        if _walk_together(params, grads) and (not momenta or _walk_together(params, momenta)):
-            checked = Checked.of(backend, run, params, momenta)
-            run(params, grads, momenta, hyper, checked.memory)
+        if (
+            _walk_together(params, grads, kind)
+            and (not momenta or _walk_together(params, momenta, state_kind))
+            and (not masters or _walk_together(params, masters, state_kind))
+        ):
+            checked = Checked.of(backend, run, tensors)
+            run(tensors, hyper, checked.memory)
             return checked
     for i, param in enumerate(params):
         _check_writable("params", i, param)
         _check_fits("grads", i, grads[i], param)
-        if momenta:
-            _check_fits("momentum_buffers", i, momenta[i], param)
-            _check_writable("momentum_buffers", i, momenta[i])
+        for name, state in (("momentum_buffers", momenta), ("master_weights", masters)):
+            if state:
+                _check_fits(name, i, state[i], param, has_master=bool(masters))
+                _check_writable(name, i, state[i])
     if run is reference:
-        run(params, grads, momenta, hyper)
+        run(tensors, hyper)
     else:
-        _update_copies(run, params, grads, momenta, hyper)
+        _update_copies(run, tensors, hyper)
     return None
 
 
-def _walk_together(params: Tensors, others: Tensors) -> bool:
-    """Whether each param and its other are one stretch of memory, in the same order of elements."""
+def _walk_together(
+    params: Tensors, others: Tensors, kind: tuple[torch.dtype, torch.device]
+) -> bool:
+    """Whether each param and its other are one stretch of memory, in the same order of elements.
+
+    `kind` is the dtype and the device that the others should have.
+    """
     return (
         list(map(_numel, params)) == list(map(_numel, others))
-        and list(map(_dtype_and_device, params)) == list(map(_dtype_and_device, others))
+        and list(map(_dtype_and_device, others)) == [kind] * len(params)
         and all(
             _same_order(param.shape, param.stride(), other.stride())
             for param, other in zip(params, others, strict=True)
@@ -208,27 +228,25 @@ def _same_order(shape: torch.Size, strides: tuple[int, ...], other: tuple[int, .
     )
 
 
-def _update_copies(
-    run: Callable[..., None], params: Tensors, grads: Tensors, momenta: Tensors, hyper: SgdHyper
-) -> None:
+def _update_copies(run: Callable[..., None], tensors: SgdTensors, hyper: SgdHyper) -> None:
     """Updates copies in one memory order where the tensors themselves are not, and copies back."""
+    params, *others = tensors
     with torch.no_grad():
         dense = [p if _is_dense(p.shape, p.stride()) else p.contiguous() for p in params]
-        dense_grads = [_laid_out(g, p) for g, p in zip(grads, dense, strict=True)]
-        dense_momenta = [_laid_out(m, p) for m, p in zip(momenta, dense, strict=False)]
-        run(dense, dense_grads, dense_momenta, hyper, Memory.of(dense, dense_momenta))
-        written = [*zip(params, dense, strict=True), *zip(momenta, dense_momenta, strict=True)]
-        if hyper.writes_grads:
-            written += zip(grads, dense_grads, strict=True)
-        for original, copy in written:
-            if original is not copy:
-                original.copy_(copy)
+        laid_out = ([_laid_out(t, p) for t, p in zip(ts, dense, strict=False)] for ts in others)
+        copies = SgdTensors(dense, *laid_out)
+        run(copies, hyper, Memory.of(copies))
+        for originals, written in zip(tensors, copies, strict=True):
+            if originals is not tensors.grads or hyper.writes_grads:
+                for original, copy in zip(originals, written, strict=True):
+                    if original is not copy:
+                        original.copy_(copy)
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     if _same_order(tensor.shape, tensor.stride(), like.stride()):
         return tensor
-    return torch.empty_like(like).copy_(tensor)
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _check_length(name: str, tensors: Tensors, expected: int) -> None:
@@ -237,17 +255,29 @@ def _check_length(name: str, tensors: Tensors, expected: int) -> None:
         raise ValueError(mismatch("sgd_", name, words, len(tensors)))
 
 
-def _check_fits(name: str, index: int, tensor: Tensor, param: Tensor) -> None:
+def _check_half_types(params: Tensors) -> None:
+    for index, param in enumerate(params):
+        if param.dtype not in HALF_TYPES:
+            expected = "float16 or bfloat16, which alone have master copies"
+            raise RuntimeError(mismatch("sgd_", f"params[{index}]", expected, param.dtype))
+
+
+def _check_fits(
+    name: str, index: int, tensor: Tensor, param: Tensor, has_master: bool = False
+) -> None:
+    """`has_master` is for what is float32 where parameters have master copies."""
     if tensor.layout != torch.strided:
         raise RuntimeError("`_fused_sgd` does not support sparse gradients")
+    dtype, whose = (
+        (torch.float32, "a master copy") if has_master else (param.dtype, "its parameter")
+    )
     for what, got, expected in (
-        ("shape", list(tensor.shape), list(param.shape)),
-        ("dtype", tensor.dtype, param.dtype),
-        ("device", tensor.device, param.device),
+        ("shape of its parameter", list(tensor.shape), list(param.shape)),
+        (f"dtype of {whose}", tensor.dtype, dtype),
+        ("device of its parameter", tensor.device, param.device),
     ):
         if got != expected:
-            words = f"the {what} of its parameter, {expected}"
-            raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", words, got))
+            raise RuntimeError(mismatch("sgd_", f"{name}[{index}]", f"the {what}, {expected}", got))
 
 
 def _check_writable(name: str, index: int, tensor: Tensor) -> None:

@@ -46,21 +46,23 @@ def encoded(number: int) -> int:
 
 def update(
     like: Tensor, params: Sequence[int], grads: Sequence[int], momenta: Sequence[int],
-    numels: Sequence[int], settings: Settings,
+    masters: Sequence[int], numels: Sequence[int], settings: Settings,
 ) -> None:  # fmt: skip
     """Updates what lies at the addresses; `like` tells the dtype and the device."""
     s = settings
     kind = "none" if s.momentum == 0 else "first" if s.first_step else "running"
     flags = (
         kind, s.nesterov, s.maximize, s.weight_decay != 0, s.zero_grad, isinstance(s.lr, Tensor),
-        s.grad_scale is not None, s.found_inf is not None,
+        s.grad_scale is not None, s.found_inf is not None, bool(masters),
     )  # fmt: skip
     lr = 0.0 if isinstance(s.lr, Tensor) else float(s.lr)
     numbers = lr, float(s.momentum), float(1 - s.dampening), float(s.weight_decay)
     # A tensor that is not read stands for one that is not there.
     scalars = [x if isinstance(x, Tensor) else like for x in (s.lr, s.grad_scale, s.found_inf)]
     # Tables hold for as long as the addresses do: from step to step, where memory is reused.
-    key = (*params,), (*grads,), (*(momenta or params),), (*numels,), like.element_size()
+    lists = params, grads, momenta or params, masters or params, numels
+    sizes = like.element_size(), 4 if masters else like.element_size()
+    key = *map(tuple, lists), *sizes
     for programs, aligned, tables in _tables(*key):
         run = _launch(programs, like.dtype, like.device, flags, aligned)
         run(like, *scalars, changing=(*tables, *numbers))
@@ -71,10 +73,11 @@ Table = tuple[int, ...]
 
 @lru_cache(maxsize=64)
 def _tables(
-    params: Table, grads: Table, momenta: Table, numels: Table, itemsize: int
-) -> list[tuple[int, bool, list[Table]]]:
+    params: Table, grads: Table, momenta: Table, masters: Table, numels: Table, size: int,
+    state_size: int,
+) -> list[tuple[int, bool, list[Table]]]:  # fmt: skip
     """For each launch: programs, whether addresses are multiples of 16, the kernel's tuples."""
-    entries = list(_pieces(params, grads, momenta, numels, itemsize))
+    entries = list(_pieces(params, grads, momenta, masters, numels, size, state_size))
     launches = []
     for at in range(0, len(entries), _TENSORS):
         chosen = entries[at : at + _TENSORS]
@@ -83,7 +86,7 @@ def _tables(
         for *_, numel in chosen:
             starts.append(programs)
             programs += ceil(numel / _BLOCK)
-        chosen += [(_NOWHERE, _NOWHERE, _NOWHERE, 0)] * (_TENSORS - len(chosen))
+        chosen += [(_NOWHERE, _NOWHERE, _NOWHERE, _NOWHERE, 0)] * (_TENSORS - len(chosen))
         starts += [_NEVER] * (_TENSORS - len(starts))
         columns = [*zip(*chosen, strict=True), starts]
         launches.append((programs, aligned, [tuple(map(encoded, each)) for each in columns]))
@@ -91,13 +94,16 @@ def _tables(
 
 
 def _pieces(
-    params: Table, grads: Table, momenta: Table, numels: Table, itemsize: int
-) -> Iterator[tuple[int, int, int, int]]:
+    params: Table, grads: Table, momenta: Table, masters: Table, numels: Table, size: int,
+    state_size: int,
+) -> Iterator[tuple[int, int, int, int, int]]:  # fmt: skip
     """Addresses and numbers of elements, each of which 32 bits can count when encoded."""
-    for param, grad, momentum, numel in zip(params, grads, momenta, numels, strict=True):
+    tables = params, grads, momenta, masters, numels
+    for param, grad, momentum, master, numel in zip(*tables, strict=True):
         for first in range(0, numel, _PIECE):
-            by = first * itemsize
-            yield param + by, grad + by, momentum + by, min(_PIECE, numel - first)
+            by, state_by = first * size, first * state_size
+            left = min(_PIECE, numel - first)
+            yield param + by, grad + by, momentum + state_by, master + state_by, left
 
 
 @lru_cache(maxsize=1024)
@@ -107,6 +113,7 @@ def _launch(
 ) -> Launch:  # fmt: skip
     names = (
         "MOMENTUM", "NESTEROV", "MAXIMIZE", "DECAY", "ZERO_GRAD", "LR_AT", "SCALE", "FOUND_INF",
+        "MASTER",
     )  # fmt: skip
     settings = {**dict(zip(names, flags, strict=True)), "ALIGNED": aligned, "BLOCK": _BLOCK}
     return Launch(sgd.sgd_kernel, (programs,), device, (), settings)
