@@ -176,7 +176,7 @@ int main() {
   for (const int offset : {0, 1, 4}) {
     check_kinds<false, float>(offset);
     check_kinds<false, double>(offset);
-    check_kinds<false, BFloat16>(offset);
+    check_update<SgdMomentum::kRunning, SgdGrad::kUnscale, false, BFloat16>(offset);
     check_kinds<true, BFloat16>(offset);
   }
   check_large_tensors();

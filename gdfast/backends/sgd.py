@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import compress, pairwise
+from itertools import compress, pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -165,38 +165,39 @@ def _share_memory(starts: tuple[int, ...], numels: tuple[int, ...], itemsize: in
 
 def reference(tensors: SgdTensors, hyper: SgdHyper, at: Memory | None = None) -> None:
     """Runs native PyTorch's default loop."""
-    params, grads, momenta, masters = tensors
     with torch.no_grad():
         if hyper.found_inf is None or not hyper.found_inf.item():
-            wide_grads = grads
-            if masters:
-                wide_grads = [grad.float() for grad in grads]
-                for param, master in zip(params, masters, strict=True):
-                    changed = master.to(param.dtype) != param
-                    master.copy_(torch.where(changed, param.float(), master))
-            if hyper.grad_scale is not None:
-                for grad, wide in zip(grads, wide_grads, strict=True):
-                    wide.div_(hyper.grad_scale)
-                    if grad is not wide:
-                        grad.copy_(wide)
-            buffers = [None if hyper.first_step else buffer for buffer in momenta]
-            buffers = buffers or [None] * len(params)
-            native_sgd(
-                list(masters or params), list(wide_grads), buffers, foreach=False, fused=False,
-                lr=hyper.lr,  # type: ignore[arg-type]  # it takes a tensor too
-                momentum=hyper.momentum, dampening=hyper.dampening,
-                weight_decay=hyper.weight_decay, nesterov=hyper.nesterov,
-                maximize=hyper.maximize,
-            )  # fmt: skip
-            if hyper.first_step:
-                for buffer, made in zip(momenta, buffers, strict=False):
-                    assert made is not None  # the loop put it there
-                    buffer.copy_(made)
-            for param, master in zip(params, masters, strict=False):
-                param.copy_(master)
+            for param, grad, momentum, master in zip_longest(*tensors):
+                _reference_one(param, grad, momentum, master, hyper)
         if hyper.zero_grad:
-            for grad in grads:
+            for grad in tensors.grads:
                 grad.zero_()
+
+
+def _reference_one(
+    param: Tensor, grad: Tensor, momentum: Tensor | None, master: Tensor | None, hyper: SgdHyper
+) -> None:
+    updated, wide_grad = param, grad
+    if master is not None:
+        wide_grad = grad.float()
+        master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
+        updated = master
+    if hyper.grad_scale is not None:
+        wide_grad.div_(hyper.grad_scale)
+        if wide_grad is not grad:
+            grad.copy_(wide_grad)
+    buffers = [None if hyper.first_step else momentum]
+    native_sgd(
+        [updated], [wide_grad], buffers, foreach=False, fused=False,
+        lr=hyper.lr,  # type: ignore[arg-type]  # it takes a tensor too
+        momentum=hyper.momentum, dampening=hyper.dampening, weight_decay=hyper.weight_decay,
+        nesterov=hyper.nesterov, maximize=hyper.maximize,
+    )  # fmt: skip
+    if hyper.first_step and momentum is not None:
+        assert buffers[0] is not None  # the loop put it there
+        momentum.copy_(buffers[0])
+    if master is not None:
+        param.copy_(master)
 
 
 def _address(tensor: Tensor | None) -> int:
