@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gdfast import ops
-from gdfast.backends.sgd import SgdHyper
+from gdfast.backends.sgd import HALF_TYPES, SgdHyper, SgdTensors
 from gdfast.ops.sgd_dispatch import Checked, run_sgd
+from gdfast.optim.in_backward import InBackward
 
 
 class SGD(torch.optim.SGD):
@@ -24,6 +26,23 @@ class SGD(torch.optim.SGD):
     `fused_zero_grad` sets the gradients to zero in the same pass, as `zero_grad(set_to_none=False)`
     would after the step: the training loop then leaves `zero_grad` out. It takes effect in skipped
     steps too.
+
+    `master_weights` keeps float32 copies and float32 momentum buffers of float16 and bfloat16
+    parameters (Micikevicius et al., "Mixed Precision Training", ICLR 2018). The update starts from
+    the copy and ends in it; the parameter, what it rounds to, is written in the same pass. Elements
+    of a parameter that are anything else before a step, because weights were loaded, clamped or
+    pruned meanwhile, are taken into the copy first, by whatever way they were changed; all others
+    keep their lower bits. State_dicts have a "master_weight" beside the "momentum_buffer".
+    `torch.optim.SGD` loads them; after one of its own the copies begin as the parameters are.
+
+    `in_backward` updates each parameter during backward, as soon as its gradient is complete, and
+    keeps no gradient: `.grad` stays None, and its memory is free before the next one is computed.
+    The weights are the same bits as without. `step` updates what has a gradient nevertheless and
+    ends the step: it must follow each backward, and hyperparameters change after it. Refused with
+    RuntimeError are a second backward before `step`, `zero_grad` between the two, create_graph,
+    other post-accumulate-grad hooks on a parameter, GradScaler, DistributedDataParallel and several
+    processes. What reads or changes `.grad` between backward and step by hand can't be seen, and
+    does nothing: clipping by norm, above all. Hooks of `Tensor.register_hook` work.
 
     `torch.amp.GradScaler` needs no pass of its own: the step divides gradients by the scale, and
     they stay so, as native's fused step leaves them. Where it found an infinity, nothing changes.
@@ -48,26 +67,79 @@ class SGD(torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         fused_zero_grad: bool = False,
+        master_weights: bool = False,
+        in_backward: bool = False,
     ) -> None:
         super().__init__(
             params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize,
             foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        if fused_zero_grad and differentiable:
-            raise RuntimeError("`fused_zero_grad` does not support `differentiable`")
-        # Not in the groups: whose task zeroing is belongs to the training loop, which a state_dict
-        # from elsewhere must not change.
+        # Not in the groups: these go with the training loop, which a state_dict from elsewhere must
+        # not change.
         self.fused_zero_grad = fused_zero_grad
-        self._checked: dict[int, Checked] = {}  # by group
-        self._step_supports_amp_scaling = not differentiable
+        self.master_weights = master_weights
+        self.in_backward = in_backward
+        for name in ("fused_zero_grad", "master_weights", "in_backward"):
+            if getattr(self, name) and differentiable:
+                raise RuntimeError(f"`{name}` does not support `differentiable`")
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """What is made anew wherever the optimizer comes from, and after a state is loaded."""
+        self._checked: dict[tuple[int, bool], Checked] = {}
+        self._step_supports_amp_scaling = not self.defaults["differentiable"]
+        if self.in_backward:
+            if "_backward" not in vars(self):
+                self._backward = InBackward(self._update_in_backward)
+            self._backward.watch(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fused_zero_grad": self.fused_zero_grad}
+        own = ("fused_zero_grad", "master_weights", "in_backward")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._checked = {}
-        self._step_supports_amp_scaling = not self.defaults["differentiable"]
+        self._set_up()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, with hyperparameters of its own where it has some."""
+        super().add_param_group(param_group)
+        if "_backward" in vars(self):  # not yet in torch's own constructor
+            self._backward.watch(self.param_groups)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this optimizer or of `torch.optim.SGD`."""
+        if not self.master_weights:
+            super().load_state_dict(state_dict)
+            return
+        # Behind all other hooks before loading, which may replace the state_dict, and in front of
+        # those after it, which may look at the state.
+        given: list[dict[str, Any]] = []
+        before = self.register_load_state_dict_pre_hook(lambda _, final: given.append(final))
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._load_float32(given[0]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _load_float32(self, state_dict: dict[str, Any]) -> None:
+        """Loads again what torch has rounded to the dtype of a parameter of a half type."""
+        indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(indices, params, strict=True):
+            if p.dtype in HALF_TYPES:
+                for name, value in state_dict["state"].get(index, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets the gradients to None, or to zero."""
+        if self.in_backward:
+            self._backward.refuse_unfinished()
+        super().zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient.
@@ -78,6 +150,9 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.in_backward:
+            scaled = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+            self._backward.finish(self.param_groups, any(x is not None for x in scaled))
         for index, group in enumerate(self.param_groups):
             if self.defaults["differentiable"]:
                 self._step_differentiable(group)
@@ -90,6 +165,16 @@ class SGD(torch.optim.SGD):
         if type(None) in map(type, grads):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
+        self._update(index, group, params, grads)
+
+    def _update_in_backward(self, index: int, param: Tensor, grad: Tensor) -> None:
+        with torch.no_grad():
+            self._update(id(param), self.param_groups[index], [param], [grad])
+
+    def _update(
+        self, key: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        """Updates parameters of a group; `key` finds again what was checked of them before."""
         if group["fused"] and not all(map(torch.is_floating_point, params)):
             raise RuntimeError("`fused=True` requires all the params to be floating point Tensors")
         hyper = SgdHyper(
@@ -97,32 +182,46 @@ class SGD(torch.optim.SGD):
             group["nesterov"], group["maximize"], False, self.fused_zero_grad,
             getattr(self, "grad_scale", None), getattr(self, "found_inf", None),
         )  # fmt: skip
-        buffers: list[Tensor] = []
-        if hyper.momentum:
-            buffers = [self.state[p].get("momentum_buffer") for p in params]
-            if type(None) in map(type, buffers):
-                self._first_step(params, grads, buffers, hyper)
-                return
-        checked = self._checked.pop(index, None)
-        checked = run_sgd(params, grads, buffers, hyper, checked=checked)
-        if checked is not None:
-            self._checked[index] = checked
+        tensors = SgdTensors(params, grads, [], [])
+        if self.master_weights:
+            is_half = [p.dtype in HALF_TYPES for p in params]
+            half = tensors.only(is_half)
+            self._run(key, half._replace(masters=list(map(self._master, half.params))), hyper)
+            tensors = tensors.only([not each for each in is_half])
+        if tensors.params or not self.master_weights:
+            self._run(key, tensors, hyper)
 
-    def _first_step(
-        self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], hyper: SgdHyper
-    ) -> None:
+    def _master(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "master_weight" not in state:
+            state["master_weight"] = param.detach().float()
+        master: Tensor = state["master_weight"]
+        return master
+
+    def _run(self, key: int, tensors: SgdTensors, hyper: SgdHyper) -> None:
+        if hyper.momentum:
+            buffers = [self.state[p].get("momentum_buffer") for p in tensors.params]
+            tensors = tensors._replace(momenta=buffers)
+            if type(None) in map(type, buffers):
+                self._first_step(tensors, hyper)
+                return
+        place = key, bool(tensors.masters)
+        checked = run_sgd(tensors, hyper, checked=self._checked.pop(place, None))
+        if checked is not None:
+            self._checked[place] = checked
+
+    def _first_step(self, tensors: SgdTensors, hyper: SgdHyper) -> None:
         """Updates parameters of which some have no momentum buffer yet."""
-        old = [i for i, buffer in enumerate(buffers) if buffer is not None]
-        run_sgd([params[i] for i in old], [grads[i] for i in old], [buffers[i] for i in old], hyper)
-        new = [i for i, buffer in enumerate(buffers) if buffer is None]
-        params, grads = [params[i] for i in new], [grads[i] for i in new]
+        run_sgd(tensors.only([buffer is not None for buffer in tensors.momenta]), hyper)
+        tensors = tensors.only([buffer is None for buffer in tensors.momenta])
         if hyper.found_inf is not None and hyper.found_inf.item():
             # Nothing is updated, so that no buffer may come into being.
-            run_sgd(params, grads, [], hyper._replace(momentum=0.0))
+            run_sgd(tensors._replace(momenta=[]), hyper._replace(momentum=0.0))
             return
-        buffers = [torch.empty_like(p, requires_grad=False) for p in params]
-        run_sgd(params, grads, buffers, hyper._replace(first_step=True))
-        for p, buffer in zip(params, buffers, strict=True):
+        like = tensors.masters or tensors.params
+        buffers = [torch.empty_like(p, requires_grad=False) for p in like]
+        run_sgd(tensors._replace(momenta=buffers), hyper._replace(first_step=True))
+        for p, buffer in zip(tensors.params, buffers, strict=True):
             self.state[p]["momentum_buffer"] = buffer
 
     def _step_differentiable(self, group: dict[str, Any]) -> None:
