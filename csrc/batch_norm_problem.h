@@ -8,8 +8,6 @@
 
 namespace gdfast {
 
-enum class Activation : int32_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
-
 // input, residual, output [N, C, S], S the pixels of an image, all in one dense memory order.
 //
 //   output = activation((input - mean) * invstd * weight + bias + residual)

@@ -18,6 +18,16 @@ inline DType dtype_named(const std::string& owner, const std::string& name) {
       owner + ": dtype: expected float32, float64, bfloat16 or float16, got " + name);
 }
 
+inline Activation activation_named(const std::string& owner, const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  if (name == "silu") return Activation::kSilu;
+  throw pybind11::value_error(
+      owner + ": activation: expected none, relu, relu6, leaky_relu or silu, got " + name);
+}
+
 inline void check_threads(const char* op, int threads) {
   if (threads >= 1) return;
   throw pybind11::value_error(std::string(op) + ": threads: expected >= 1, got " +

@@ -24,16 +24,6 @@ DType dtype_named(const char* argument, const std::string& name) {
                         ": expected float32, float64, bfloat16 or float16, got " + name);
 }
 
-Activation activation_named(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "relu6") return Activation::kRelu6;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  if (name == "silu") return Activation::kSilu;
-  throw py::value_error(
-      "BatchNormProblem: activation: expected none, relu, relu6, leaky_relu or silu, got " + name);
-}
-
 PreActivation pre_activation_named(const std::string& name, Activation activation) {
   const bool relu = activation == Activation::kRelu || activation == Activation::kRelu6;
   const bool leaky = activation == Activation::kLeakyRelu;
@@ -56,7 +46,7 @@ BatchNormProblem make_problem(int64_t N, int64_t C, int64_t S, bool channels_las
           channels_last,
           dtype_named("dtype", dtype),
           dtype_named("param_dtype", param_dtype),
-          activation_named(activation),
+          activation_named("BatchNormProblem", activation),
           negative_slope,
           eps};
 }

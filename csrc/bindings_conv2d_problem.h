@@ -31,7 +31,8 @@ void require(bool holds, const char* what) {
 Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stride,
                            const Pair& padding, const Pair& dilation, int64_t groups,
                            const std::string& dtype, const Four& input, const Four& weight,
-                           const Four& output, const std::string& algorithm) {
+                           const Four& output, const std::string& algorithm,
+                           const std::string& activation, double negative_slope) {
   const auto [N, C, H, W, K, R, S, P, Q] = sizes;
   require(N >= 0, "sizes: expected N >= 0");
   require(C > 0 && H > 0 && W > 0 && K > 0 && R > 0 && S > 0 && P > 0 && Q > 0,
@@ -61,16 +62,20 @@ Conv2dProblem make_problem(const std::array<int64_t, 9>& sizes, const Pair& stri
           {input[0], input[1], input[2], input[3]},
           {weight[0], weight[1], weight[2], weight[3]},
           {output[0], output[1], output[2], output[3]},
-          algorithm_named(algorithm)};
+          algorithm_named(algorithm),
+          activation_named("Conv2dProblem", activation),
+          negative_slope};
 }
 
 void bind_conv2d_problem(py::module_& m) {
   py::class_<Conv2dProblem>(m, "Conv2dProblem",
-                            "The geometry, dtype and element strides of one convolution.",
+                            "The geometry, dtype and element strides of one convolution, and the "
+                            "activation of its forward pass.",
                             py::module_local())
       .def(py::init(&make_problem), py::arg("sizes"), py::arg("stride"), py::arg("padding"),
            py::arg("dilation"), py::arg("groups"), py::arg("dtype"), py::arg("input_strides"),
-           py::arg("weight_strides"), py::arg("output_strides"), py::arg("algorithm") = "direct");
+           py::arg("weight_strides"), py::arg("output_strides"), py::arg("algorithm") = "direct",
+           py::arg("activation") = "none", py::arg("negative_slope") = 0.0);
 }
 
 }  // namespace

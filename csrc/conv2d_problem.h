@@ -11,6 +11,8 @@ enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // refuses falls to kDirect. The choice is a matter of speed and error.
 enum class Algorithm : int32_t { kDirect, kWinograd };
 
+enum class Activation : int32_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
+
 // Element strides of a 4-D tensor, in the order of its logical axes. Any value is legal, 0 too:
 // the gradient of y.sum() comes with strides 0, 0, 0, 0.
 struct Strides4 {
@@ -21,10 +23,10 @@ struct Strides4 {
 // weight      [K, C / groups, R, S]
 // output      [N, K, P, Q]
 //
-//   output[n, k, p, q] = sum over c, r, s of
+//   output[n, k, p, q] = activation(sum over c, r, s of
 //       weight[k, c, r, s] * input[n, c + group(k) * C / groups,
 //                                  p * stride_h - pad_h + r * dilation_h,
-//                                  q * stride_w - pad_w + s * dilation_w]
+//                                  q * stride_w - pad_w + s * dilation_w])
 //
 // pad_h and pad_w are the rows above and the columns to the left. What lies below and to the right
 // follows from P and Q: reads outside of the input give zero wherever they fall.
@@ -41,6 +43,9 @@ struct Conv2dProblem {
   // `output` those of grad_output where that tensor takes the place of its primal.
   Strides4 input, weight, output;
   Algorithm algorithm;
+  // Of the forward pass; the gradients are those of a convolution without one.
+  Activation activation = Activation::kNone;
+  double negative_slope = 0;
 };
 
 }  // namespace gdfast

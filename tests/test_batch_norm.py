@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, ops
-from gdfast.backends.batch_norm import ACTIVATIONS, activate
+from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench.workload import allowed_error, relative_error
 from gdfast.errors import BackendError, FallbackWarning
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton_here import IN_INTERPRETER, INTERPRETED
 
 from gdfast import ops
-from gdfast.backends.batch_norm import ACTIVATIONS
+from gdfast.backends.activation import ACTIVATIONS
 from gdfast.bench.workload import allowed_error, relative_error
 
 if INTERPRETED:

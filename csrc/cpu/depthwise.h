@@ -6,6 +6,7 @@
 //                 zeros and its columns sorted by w % step; vectors then run along the line.
 #pragma once
 
+#include "activate_rows.h"
 #include "band.h"
 
 namespace gdfast::cpu {
@@ -114,6 +115,7 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
           for (; j + kLanes<A> <= conv.width; j += kLanes<A>) {
             plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, to + j);
           }
+          activate_rows(conv, &to, 1, j);
         }
       }
       const int64_t rest = j;
@@ -121,7 +123,9 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
         plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, scratch.line + j);
       }
       if (rest < conv.width) {
-        copy_narrowed(scratch.line + rest, conv.width - rest, to + rest * conv.dest.w, conv.dest.w);
+        A* line = scratch.line + rest;
+        activate_rows(conv, &line, 1, conv.width - rest);
+        copy_narrowed(line, conv.width - rest, to + rest * conv.dest.w, conv.dest.w);
       }
     }
   });
@@ -223,6 +227,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
                              out, conv.dest.w);
         }
       }
+      activate_rows<kPixels>(conv, to + j * conv.dest.w, conv.dest.w, count, channels);
       j += count;
     }
   });

@@ -13,7 +13,7 @@ namespace gdfast::cpu {
 
 #define GDFAST_DECLARE_KERNELS(isa)                                                                \
   namespace isa {                                                                                  \
-  /* output = conv2d(input, weight) + bias; bias [K] may be null. */                               \
+  /* output = activation(conv2d(input, weight) + bias); bias [K] may be null. */                   \
   void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,                 \
               const void* bias, void* output, int threads);                                        \
   /* grad_input = the transpose of conv2d in its input, applied to grad_output. */                 \

@@ -1,7 +1,7 @@
 // A convolution as a list of taps: what the forward pass and grad_input have in common.
 //
-//   dest[n, o, i, j] = start[o] + sum over taps t and channels c of
-//       weight[o, c, t] * source[n, c, i * step_h + t.dh, j * step_w + t.dw]
+//   dest[n, o, i, j] = activation(start[o] + sum over taps t and channels c of
+//       weight[o, c, t] * source[n, c, i * step_h + t.dh, j * step_w + t.dw])
 //
 // The forward pass is one of these. grad_input of a strided convolution is stride_h * stride_w of
 // them, one for each phase (h % stride_h, w % stride_w) of the image: all pixels of a phase see the
@@ -32,6 +32,8 @@ struct TapConv {
   int64_t source_group, dest_group, weight_group;
   const Tap* taps;
   int64_t tap_count;
+  Activation activation = Activation::kNone;
+  double negative_slope = 0;
 
   int64_t pixels() const { return batch * height * width; }
 };
@@ -64,6 +66,8 @@ inline TapConv forward_tap_conv(const Conv2dProblem& p, Tap* taps) {
   conv.weight_group = conv.produced * p.weight.n;
   conv.taps = taps;
   conv.tap_count = p.R * p.S;
+  conv.activation = p.activation;
+  conv.negative_slope = p.negative_slope;
   return conv;
 }
 

@@ -159,6 +159,7 @@ class ChannelTiles {
     for (int64_t c = 0; c == 0 || c < conv_.reduced; c += channels_at_once_) {
       const int64_t channels =
           conv_.tap_count == 0 ? 0 : min_of(channels_at_once_, conv_.reduced - c);
+      const bool last = conv_.tap_count == 0 || c + channels == conv_.reduced;
       pack_lines(source + c * conv_.source.c, channels, scratch, runs, pixels, vectors);
       TileArgs<A> args;
       const A* rows[kTileRows];
@@ -183,6 +184,7 @@ class ChannelTiles {
           }
         }
         multiply_tile<A>(vectors, args);
+        if (last) activate_rows(conv_, args.out, kTileRows, args.panel_step);
       }
       if (conv_.tap_count == 0) break;
     }

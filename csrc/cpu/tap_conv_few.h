@@ -233,6 +233,7 @@ class FewChannels {
             args.start = x == 0 ? biases_ + number * width_ : nullptr;
             multiply_few<A>(vectors_, args.pixels, args);
           }
+          activate_rows<few_pixels(1)>(conv_, args.out, args.out_step, args.pixels, width_);
           if (in_dest) continue;
           for (int i = 0; i < args.pixels; ++i) {
             copy_narrowed(args.out + i * width_, valid, out + i * conv_.dest.w, 1);

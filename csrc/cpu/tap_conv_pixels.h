@@ -8,8 +8,8 @@
 // channels are few, the taps of one line of the kernel are read as one.
 #pragma once
 
+#include "activate_rows.h"
 #include "pack.h"
-#include "tap_conv.h"
 #include "tile.h"
 
 namespace gdfast::cpu {
@@ -242,7 +242,8 @@ class PixelTiles {
     T* dest = dest_ + group * conv_.dest_group;
     const Scratch scratch = scratch_of(thread);
 
-    for (int64_t part_index = 0; part_index < max_of(1, reduction_.parts()); ++part_index) {
+    const int64_t parts = max_of(1, reduction_.parts());
+    for (int64_t part_index = 0; part_index < parts; ++part_index) {
       const ReductionPart part =
           reduction_.taps == 0 ? ReductionPart{0, 0, 0, 0} : reduction_.part(part_index);
       point_rows(part, source, first, pixels, scratch);
@@ -264,6 +265,7 @@ class PixelTiles {
           args.rows_ahead = more ? args.rows + args.segments * kTileRows : nullptr;
           args.out = scratch.out + tile * kTileRows;
           multiply_tile<A>(panels_.vectors, args);
+          if (part_index == parts - 1) activate_rows(conv_, args.out, kTileRows, panels_.width);
         }
       }
     }

@@ -7,6 +7,7 @@
 // a line ends at the last pixel, and computes some pixels again.
 #pragma once
 
+#include "activate_rows.h"
 #include "band.h"
 
 namespace gdfast::cpu {
@@ -273,6 +274,10 @@ class PlaneTiles {
           args.start = x == 0 ? biases_ + number * rows_ : nullptr;
           multiply_planes<A>(rows_, static_cast<int>(end - first), args);
         }
+        // The tile's columns follow each other; those that it computed again, it began again.
+        const int64_t columns = args.out_at[end - first - 1] + kLanes<A> - args.out_at[0];
+        activate_rows<kMostPlaneRows>(conv_, args.out + args.out_at[0], out_row, args.rows,
+                                      columns);
       }
     }
   }

@@ -346,6 +346,8 @@ class WinogradTiles {
 #pragma GCC unroll 4
       for (int j = 0; j < kTileOut; ++j) out[i * kTileOut + j] += bias;
     }
+    T* values = reinterpret_cast<T*>(out);
+    activate_rows(conv_, &values, 1, kTileOut * kTileOut * kWidth);
   }
 
   const TapConv& conv_;

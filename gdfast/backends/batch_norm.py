@@ -16,12 +16,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
 from gdfast.backends import memory
+from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
 
@@ -29,25 +29,10 @@ Wanted = tuple[bool, bool, bool, bool]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu")
-
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that sums over tensors of a dtype are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def activate(value: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """Native PyTorch's activation of that name."""
-    if activation == "relu":
-        return F.relu(value)
-    if activation == "relu6":
-        return F.relu6(value)
-    if activation == "leaky_relu":
-        return F.leaky_relu(value, negative_slope)
-    if activation == "silu":
-        return F.silu(value)
-    return value
 
 
 def _problem(query: BatchNormQuery) -> Any:
@@ -283,7 +268,7 @@ def gradients(
             z = normalised if weight is None else normalised * by_channel(weight)
             z = z if bias is None else z + by_channel(bias)
             z = z if other is None else z + other.to(dtype)
-        grad = _activation_gradient(grad, z, query.activation, query.negative_slope)
+        grad = activation_gradient(grad, z, query.activation, query.negative_slope)
     grad_input = grad_weight = grad_bias = None
     want_input, want_weight, want_bias, want_residual = wanted
     if want_input:
@@ -298,14 +283,3 @@ def gradients(
     if want_bias:
         grad_bias = grad.sum(over).to(query.param_dtype)
     return grad_input, grad_weight, grad_bias, grad.to(query.dtype) if want_residual else None
-
-
-def _activation_gradient(grad: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
-    if activation == "relu":
-        return torch.where(z <= 0, 0, grad)
-    if activation == "relu6":
-        return torch.where((z <= 0) | (z >= 6), 0, grad)
-    if activation == "leaky_relu":
-        return torch.where(z > 0, grad, grad * slope)
-    sigmoid = z.sigmoid()
-    return grad * (sigmoid * (1 + z * (1 - sigmoid)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import batch_norm, cpu_algorithms, fused_pool, max_pool2d, memory, sgd
 from gdfast.backends.precision import is_strict
-from gdfast.backends.registry import Backend, Conv2dQuery, Query
+from gdfast.backends.registry import Backend, Conv2dActQuery, Conv2dQuery, Query
 
 _DTYPES = {
     torch.float32: "float32",
@@ -42,9 +42,12 @@ def _problem(query: Conv2dQuery, algorithm: str) -> Any:
     # A step over nothing may be larger than memory: kernels get 1 in its place.
     stride = _steps(g.stride, (g.P, g.Q))
     dilation = _steps(g.dilation, (g.R, g.S))
+    ending = ()
+    if isinstance(query, Conv2dActQuery):
+        ending = query.activation, query.negative_slope
     return native.cpu.Conv2dProblem(
         (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), stride, g.padding[:2], dilation,
-        g.groups, _DTYPES[query.dtype], *query.strides, algorithm,
+        g.groups, _DTYPES[query.dtype], *query.strides, algorithm, *ending,
     )  # fmt: skip
 
 
@@ -72,7 +75,8 @@ def machine(query: Conv2dQuery) -> str:
     return f"{native.cpu.isa()} threads={torch.get_num_threads()}"
 
 
-# Each pass is run by the algorithm that is named, or by the cost model's.
+# Each pass is run by the algorithm that is named, or by the cost model's. Forward ends with the
+# activation that the query has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cpu is not None
     problem, run = _problem(query, by or algorithm("conv2d", query)), native.cpu.conv2d
@@ -142,6 +146,7 @@ BACKEND = Backend(
         "batch_norm_act": batch_norm.cpu,
         "batch_norm_act_backward": batch_norm.cpu_backward,
         "conv2d": conv2d,
+        "conv2d_act": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
         "conv2d_relu_max_pool2d": fused_pool.cpu,

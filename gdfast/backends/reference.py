@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gdfast.backends import batch_norm, max_pool2d, sgd
-from gdfast.backends.registry import REFERENCE, Backend, Conv2dQuery
+from gdfast.backends.activation import activate
+from gdfast.backends.registry import REFERENCE, Backend, Conv2dActQuery, Conv2dQuery
 from gdfast.geometry import Padding, dense_strides, is_channels_last
 
 _convolution = torch.ops.aten.convolution.default
@@ -44,6 +45,17 @@ def conv2d(query: Conv2dQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tens
                 False, [0, 0], geometry.groups,
             )  # fmt: skip
         return _laid_out(output, query.strides[2])
+
+    return kernel
+
+
+def conv2d_act(query: Conv2dActQuery) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    convolve = conv2d(query)
+    activation, negative_slope = query.activation, query.negative_slope
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = convolve(input, weight, bias)
+        return activate(output, activation, negative_slope, inplace=True)
 
     return kernel
 
@@ -95,6 +107,7 @@ BACKEND = Backend(
         "batch_norm_act": batch_norm.reference,
         "batch_norm_act_backward": batch_norm.reference_backward,
         "conv2d": conv2d,
+        "conv2d_act": conv2d_act,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
         "max_pool2d": max_pool2d.reference,

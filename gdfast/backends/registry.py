@@ -50,6 +50,14 @@ class Conv2dQuery(Query):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conv2dActQuery(Conv2dQuery):
+    """The query of a convolution with an activation behind it."""
+
+    activation: str
+    negative_slope: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchNormQuery(Query):
     """The query of a batch normalisation with activation, or of its gradients.
 

@@ -20,7 +20,13 @@ from torch import Tensor
 from gdfast.backends import batch_norm, max_pool2d, sgd
 from gdfast.backends.max_pool2d import MaxPool2dQuery
 from gdfast.backends.precision import is_strict
-from gdfast.backends.registry import Backend, BatchNormQuery, Conv2dQuery, Query
+from gdfast.backends.registry import (
+    Backend,
+    BatchNormQuery,
+    Conv2dActQuery,
+    Conv2dQuery,
+    Query,
+)
 
 if TYPE_CHECKING:
     from gdfast.backends.triton.bind_conv2d import Problem
@@ -116,12 +122,16 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
     tile: Tile | None = None if name == DEPTHWISE else Tile.named(name)
     binds: dict[str, Callable[..., Callable[..., Any]]] = {
         "conv2d": bind_conv2d.bind_forward,
+        "conv2d_act": bind_conv2d.bind_forward,
         "conv2d_grad_input": bind_conv2d.bind_grad_input,
         "conv2d_grad_weight": bind_conv2d.bind_grad_weight,
     }
     bind, strict = binds[op], is_strict()
+    ending: tuple[Any, ...] = ()
+    if isinstance(query, Conv2dActQuery):
+        ending = query.activation, query.negative_slope
     if query.dtype != torch.float32:
-        return bind(_problem(query, strict), tile)
+        return bind(_problem(query, strict), tile, *ending)
     kernels: dict[str, Callable[..., Any]] = {}
 
     def kernel(*tensors: Any) -> Any:
@@ -129,7 +139,7 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
         precision = _precision(torch.float32, strict)
         run = kernels.get(precision)
         if run is None:
-            run = kernels[precision] = bind(_problem_with(query, precision), tile)
+            run = kernels[precision] = bind(_problem_with(query, precision), tile, *ending)
         return run(*tensors)
 
     return kernel
@@ -137,6 +147,12 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
 
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     return _bind("conv2d", query, by)
+
+
+def conv2d_act(
+    query: Conv2dActQuery, by: str = ""
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return _bind("conv2d_act", query, by)
 
 
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
@@ -155,6 +171,7 @@ BACKEND = Backend(
         "batch_norm_act": batch_norm.triton,
         "batch_norm_act_backward": batch_norm.triton_backward,
         "conv2d": conv2d,
+        "conv2d_act": conv2d_act,
         "conv2d_grad_input": conv2d_grad_input,
         "conv2d_grad_weight": conv2d_grad_weight,
         "max_pool2d": max_pool2d.triton,

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.fx
-import torch.nn.modules.module as _module
 from torch import Tensor
 
 from gdfast import ops
-from gdfast.errors import mismatch
+from gdfast.nn.block import (
+    ACTIVATIONS,
+    NAMES,
+    check_activation,
+    has_hooks,
+    is_traced,
+    same_padding,
+    slope_of,
+    traced,
+)
 from gdfast.nn.conv import Conv2d
-
-_ACTIVATIONS: dict[str, Callable[[float], torch.nn.Module]] = {
-    "none": lambda _: torch.nn.Identity(),
-    "relu": lambda _: torch.nn.ReLU(),
-    "relu6": lambda _: torch.nn.ReLU6(),
-    "leaky_relu": lambda slope: torch.nn.LeakyReLU(slope),
-    "silu": lambda _: torch.nn.SiLU(),
-}
-
-
-def _check_activation(owner: str, activation: str) -> None:
-    if activation not in _ACTIVATIONS:
-        expected = f"one of {', '.join(_ACTIVATIONS)}"
-        raise ValueError(mismatch(owner, "activation", expected, repr(activation)))
-
-
-def _is_traced(module: torch.nn.Module, input: Any) -> bool:
-    """Whether torch.fx traces a model that has this layer within."""
-    return isinstance(input, torch.fx.Proxy) and getattr(input.tracer, "root", None) is not module
-
-
-def _traced(module: torch.nn.Module, input: Any, *more: Any) -> Any:
-    """A call of the layer itself, as torch.fx records it for native's: its mode stays free."""
-    path = input.tracer.path_of_module(module)
-    return input.tracer.create_proxy("call_module", path, (input, *more), {})
 
 
 def normalise(
@@ -88,8 +69,8 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if _is_traced(self, input):
-            return _traced(self, input)
+        if is_traced(self, input):
+            return traced(self, input)
         return normalise(self, input, None, "none", 0.0)
 
 
@@ -105,14 +86,14 @@ class BatchNormAct2d(BatchNorm2d):
         self, num_features: int, *args: Any, activation: str = "relu",
         negative_slope: float = 0.01, **kwargs: Any,
     ) -> None:  # fmt: skip
-        _check_activation("BatchNormAct2d", activation)
+        check_activation("BatchNormAct2d", activation)
         super().__init__(num_features, *args, **kwargs)
         self.activation = activation
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _is_traced(self, input):
-            return _traced(self, input, residual)
+        if is_traced(self, input):
+            return traced(self, input, residual)
         return normalise(self, input, residual, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
@@ -150,39 +131,24 @@ class ConvNormAct(torch.nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_activation("ConvNormAct", activation)
+        check_activation("ConvNormAct", activation)
         super().__init__()
         if padding is None:
-            kernel, steps = (
-                (value, value) if isinstance(value, int) else value
-                for value in (kernel_size, dilation)
-            )
-            padding = (steps[0] * (kernel[0] - 1) // 2, steps[1] * (kernel[1] - 1) // 2)
+            padding = same_padding(kernel_size, dilation)
         self.conv = Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             device=device, dtype=dtype,
         )  # fmt: skip
         self.norm = BatchNorm2d(out_channels, eps, momentum, device=device, dtype=dtype)
-        self.act = _ACTIVATIONS[activation](negative_slope)
+        self.act = ACTIVATIONS[activation](negative_slope)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if _is_traced(self, input):
-            return _traced(self, input, residual)
+        if is_traced(self, input):
+            return traced(self, input, residual)
         output = self.conv(input)
         norm, act = self.norm, self.act
-        name = _NAMES.get(type(act))
-        if name is not None and type(norm) is BatchNorm2d and not _has_hooks(norm, act):
-            slope = act.negative_slope if isinstance(act, torch.nn.LeakyReLU) else 0.0
-            return normalise(norm, output, residual, name, slope)
+        name = NAMES.get(type(act))
+        if name is not None and type(norm) is BatchNorm2d and not has_hooks(norm, act):
+            return normalise(norm, output, residual, name, slope_of(act))
         output = norm(output)
         return act(output if residual is None else output + residual)
-
-
-_NAMES = {type(make(0.0)): name for name, make in _ACTIVATIONS.items()}
-
-
-def _has_hooks(*modules: torch.nn.Module) -> bool:
-    return _module._has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )

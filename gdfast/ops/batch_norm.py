@@ -16,12 +16,13 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from gdfast.backends import chosen, fall_back
-from gdfast.backends.batch_norm import ACTIVATIONS, activate, gradients
+from gdfast.backends.activation import ACTIVATIONS, activate
+from gdfast.backends.batch_norm import gradients
 from gdfast.errors import mismatch
 from gdfast.geometry import is_channels_last
 from gdfast.ops import batch_norm_dispatch
 from gdfast.ops.batch_norm_dispatch import OP, pre_activation
-from gdfast.ops.conv2d import _DTYPES, _are_ordinary, batched_gradients
+from gdfast.ops.conv2d import _DTYPES, are_ordinary, batched_gradients
 from gdfast.ops.conv2d_dispatch import library
 
 
@@ -143,7 +144,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
         # Differentiable again, and made of operators that vmap knows.
         query = batch_norm_dispatch.backward_query(*arguments[1:4], *settings[:-1])
         results = gradients(query, *arguments)
-    elif torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(arguments[:-1]):
+    elif torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(arguments[:-1]):
         results = batch_norm_dispatch.backward(*arguments, *settings)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -180,7 +181,7 @@ _backward_op = torch.ops.gdfast.batch_norm_act_backward.default
 def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Runs forward without recording a gradient formula."""
     # Where the dispatcher would only find our kernel again, the way through it is saved.
-    if torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(inputs[:6]):
+    if torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(inputs[:6]):
         return batch_norm_dispatch.forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _run_op(*inputs)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gdfast.backends import BatchNormQuery, chosen, resolve
-from gdfast.backends.batch_norm import ACTIVATIONS, sum_dtype
+from gdfast.backends.activation import ACTIVATIONS, output_tells
+from gdfast.backends.batch_norm import sum_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import dense_strides, is_channels_last
 from gdfast.ops.conv2d_dispatch import library
@@ -51,9 +52,7 @@ def pre_activation(activation: str, negative_slope: float, residual: Tensor | No
     """Where the backward pass finds the activation's argument, by what costs fewest bytes."""
     if residual is None or activation == "none":
         return "input"
-    if activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope >= 0):
-        return "output"
-    return "residual"
+    return "output" if output_tells(activation, negative_slope) else "residual"
 
 
 def _bind(key: tuple[Any, ...], op: str, query: BatchNormQuery, backend: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ as much per call and is what eager code runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,6 +125,12 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     input, weight, _, *ctx.arguments = inputs
     need_input, need_weight, _ = ctx.needs_input_grad[:3]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+    note_sizes(ctx, input, weight)
+
+
+def note_sizes(ctx: Any, input: Tensor, weight: Tensor) -> None:
+    """Keeps the sizes and layouts that the gradients of a convolution get."""
+    need_input, need_weight = ctx.needs_input_grad[:2]
     if need_input:
         ctx.input_size = input.shape
         ctx.input_channels_last = conv2d_is_channels_last(
@@ -135,12 +142,13 @@ def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward_conv2d(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, grad_output, *ctx.saved_tensors)
+    return *conv_gradients(ctx, grad_output, *ctx.saved_tensors), *[None] * 5
 
 
-def _gradients(
+def conv_gradients(
     ctx: Any, grad_output: Tensor, input: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias that a context asks for, None for others."""
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
     if need_input:
@@ -154,7 +162,7 @@ def _gradients(
         )  # fmt: skip
     elif need_bias:
         grad_bias = grad_output.sum((0, 2, 3))
-    return grad_input, grad_weight, grad_bias, None, None, None, None, None
+    return grad_input, grad_weight, grad_bias
 
 
 def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -216,10 +224,14 @@ class Conv2dFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors  # once: checkpointing allows no second time
-        gradients = _gradients(ctx, grad_output, input, weight)
+        gradients = conv_gradients(ctx, grad_output, input, weight)
         if all(ctx.needs_input_grad[:2]) and ctx.arguments[-1] == AUTO:
-            _learn_whether_native(ctx, grad_output, input, weight)
-        return gradients
+            key_of_layer = partial(_layer_key, input, weight, ctx.arguments)
+            key_of_forward = partial(
+                conv2d_dispatch.conv2d_key, input, weight, None, *ctx.arguments
+            )
+            learn_whether_native(ctx, grad_output, input, weight, key_of_layer, key_of_forward)
+        return *gradients, *[None] * 5
 
 
 def _layer_key(input: Tensor, weight: Tensor, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -230,12 +242,16 @@ def _layer_key(input: Tensor, weight: Tensor, arguments: Sequence[Any]) -> tuple
     )  # fmt: skip
 
 
-def _learn_whether_native(ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor) -> None:
-    if torch.compiler.is_compiling() or not _are_ordinary((grad_output, input, weight)):
+def learn_whether_native(
+    ctx: Any, grad_output: Tensor, input: Tensor, weight: Tensor,
+    key_of_layer: Callable[[], Any], key_of_forward: Callable[[], Any],
+) -> None:  # fmt: skip
+    """Notes, by the key of a layer, whether native was chosen for all three passes of it."""
+    if torch.compiler.is_compiling() or not are_ordinary((grad_output, input, weight)):
         return
     dispatch, arguments = conv2d_dispatch, ctx.arguments
-    key = _layer_key(input, weight, arguments)
-    if key in dispatch.all_native:
+    layer = key_of_layer()
+    if layer in dispatch.all_native:
         return
     if len(dispatch.all_native) >= dispatch.KERNELS_LIMIT:
         dispatch.all_native.clear()
@@ -248,9 +264,9 @@ def _learn_whether_native(ctx: Any, grad_output: Tensor, input: Tensor, weight: 
             grad_output, input, ctx.weight_size, ctx.weight_channels_last, False, *arguments
         ),
     )
-    dispatch.all_native[key] = (
+    dispatch.all_native[layer] = (
         (top, left) == (below, right)
-        and dispatch.runs_native(dispatch.conv2d_key(input, weight, None, *arguments))
+        and dispatch.runs_native(key_of_forward())
         and all(map(dispatch.runs_native, of_gradients))
     )
 
@@ -260,7 +276,7 @@ def _conv2d_native(inputs: tuple[Any, ...]) -> Tensor | None:
     input, weight, bias, *arguments = inputs
     if not (conv2d_dispatch.all_native and bias is None and arguments[-1] == AUTO):
         return None
-    if not (input.requires_grad and weight.requires_grad and _are_ordinary((input, weight))):
+    if not (input.requires_grad and weight.requires_grad and are_ordinary((input, weight))):
         return None
     if not conv2d_dispatch.all_native.get(_layer_key(input, weight, arguments)):
         return None
@@ -315,13 +331,14 @@ def run_operation(
     Where the dispatcher would only find our kernel again, the way through it is saved: a third of a
     call's overhead.
     """
-    if torch._C._len_torch_dispatch_stack() == 0 and _are_ordinary(tensors):
+    if torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(tensors):
         return kernel(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*inputs)
 
 
-def _are_ordinary(values: tuple[Any, ...]) -> bool:
+def are_ordinary(values: tuple[Any, ...]) -> bool:
+    """Whether all tensors among some values lie on the CPU and are nothing special."""
     for value in values:
         if isinstance(value, Tensor) and _dispatch_keys(value).raw_repr() not in _ORDINARY:
             return False

@@ -39,6 +39,7 @@ library.define(
 # The kernel for each combination of sizes, strides, dtypes and what else decides which one it is:
 # a call costs one look-up. Bounded, because images may come in ever new sizes.
 _kernels: dict[tuple[Any, ...], Callable[..., Any]] = {}
+known_kernel = _kernels.get
 _native: set[tuple[Any, ...]] = set()  # the keys of those that are native PyTorch's, by choice
 KERNELS_LIMIT = 4096
 # Layers, and whether native PyTorch was chosen for all three passes of theirs. Then one call of its
@@ -58,9 +59,12 @@ def runs_native(key: tuple[Any, ...]) -> bool:
     return key in _native
 
 
-def _bind(
+def bind(
     key: tuple[Any, ...], op: str, query: Conv2dQuery, backend: str, *arguments: Any
 ) -> Callable[..., Any]:
+    """The kernel that runs `op` for a query, which `known_kernel` finds by `key` from now on;
+    `arguments` are those of this call.
+    """
     if len(_kernels) >= KERNELS_LIMIT:
         forget_kernels()
     kernel, name = tuning.bind(op, query, backend, arguments)
@@ -120,10 +124,10 @@ def conv2d(
     """Runs a forward pass on the backend that takes it; see torch.ops.gdfast.conv2d."""
     backend = chosen(backend)
     key = conv2d_key(input, weight, bias, stride, padding, dilation, groups, backend)
-    kernel = _kernels.get(key)
+    kernel = known_kernel(key)
     if kernel is None:
-        query = _conv2d_query(input, weight, bias, stride, padding, dilation, groups)
-        kernel = _bind(key, "conv2d", query, backend, input, weight, bias)
+        query = conv2d_query("conv2d", input, weight, bias, stride, padding, dilation, groups)
+        kernel = bind(key, "conv2d", query, backend, input, weight, bias)
     return kernel(input, weight, bias)
 
 
@@ -137,12 +141,12 @@ def conv2d_grad_input(
     key = conv2d_grad_input_key(
         grad_output, weight, input_size, channels_last, stride, padding, dilation, groups, backend
     )
-    kernel = _kernels.get(key)
+    kernel = known_kernel(key)
     if kernel is None:
         query = _grad_input_query(
             grad_output, weight, input_size, channels_last, stride, padding, dilation, groups
         )
-        kernel = _bind(key, "conv2d_grad_input", query, backend, grad_output, weight)
+        kernel = bind(key, "conv2d_grad_input", query, backend, grad_output, weight)
     return kernel(grad_output, weight)
 
 
@@ -157,21 +161,22 @@ def conv2d_grad_weight(
         grad_output, input, weight_size, channels_last, bias, stride, padding, dilation, groups,
         backend,
     )  # fmt: skip
-    kernel = _kernels.get(key)
+    kernel = known_kernel(key)
     if kernel is None:
         query = _grad_weight_query(
             grad_output, input, weight_size, channels_last, stride, padding, dilation, groups
         )
-        kernel = _bind(key, "conv2d_grad_weight", query, backend, grad_output, input, bias)
+        kernel = bind(key, "conv2d_grad_weight", query, backend, grad_output, input, bias)
     return kernel(grad_output, input, bias)
 
 
-def _conv2d_query(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+def conv2d_query(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
 ) -> Conv2dQuery:
-    geometry = Conv2dGeometry.of("conv2d", input.shape, weight.shape, *arguments)
-    check_alike("conv2d", "input", input, weight=weight, bias=bias)
-    check_bias("conv2d", bias, geometry)
+    """The query of a forward pass. Raises what `ops.conv2d` raises, in the name of `op`."""
+    geometry = Conv2dGeometry.of(op, input.shape, weight.shape, *arguments)
+    check_alike(op, "input", input, weight=weight, bias=bias)
+    check_bias(op, bias, geometry)
     channels_last = conv2d_is_channels_last(
         input.shape, input.stride(), weight.shape, weight.stride()
     )
@@ -240,7 +245,7 @@ def check_alike(op: str, first: str, tensor: Tensor, **others: Tensor | None) ->
 
 def _fake_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     *geometry, _ = arguments
-    query = _conv2d_query(input, weight, bias, *geometry)
+    query = conv2d_query("conv2d", input, weight, bias, *geometry)
     return input.new_empty_strided(query.geometry.output_size, query.strides[2])
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdfast import ops
+from gdfast.nn.conv_act import convolve, padded
 from gdfast.nn.norm import normalise
 
 
@@ -26,10 +27,7 @@ def norm_act(
     `slope` is leaky_relu's or the module that has it; `in_place` says that the residual is added
     to the normalized input in place, which decides the dtype where the two have different ones.
     """
-    if slope is None:
-        slope = 0.01
-    elif not isinstance(slope, (int, float)):
-        slope = slope.negative_slope
+    slope = _number(slope)
     if residual is None or (
         isinstance(residual, Tensor)
         and residual.dtype == input.dtype
@@ -41,12 +39,17 @@ def norm_act(
     return _activate(output, activation, slope)
 
 
+def conv_act(conv: Any, input: Tensor, activation: str, slope: Any = None) -> Tensor:
+    """activation(conv(input)) for a `gdfast.nn.Conv2d`; `slope` as in `norm_act`."""
+    return convolve(conv, input, activation, _number(slope))
+
+
 def conv_relu_pool(conv: Any, input: Tensor, *pool: Any) -> Tensor:
     """max_pool(relu(conv(input))) for a `gdfast.nn.Conv2d`; `pool` as in `max_pool`."""
     size, stride, padding, dilation, ceil_mode = _pool_arguments(pool)
     if dilation not in (1, (1, 1), [1, 1]) or ceil_mode:
         return ops.max_pool2d(F.relu(conv(input)), size, stride, padding, dilation, ceil_mode)
-    input, sides = _padded(conv, input)
+    input, sides = padded(conv, input)
     return ops.conv2d_relu_max_pool2d(
         input, conv.weight, conv.bias, conv.stride, sides, conv.dilation, conv.groups,
         pool_size=size, pool_stride=stride, pool_padding=padding,
@@ -72,11 +75,11 @@ def _pool_arguments(pool: tuple[Any, ...]) -> tuple[Any, ...]:
     return module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
 
 
-def _padded(conv: Any, input: Tensor) -> tuple[Tensor, Any]:
-    if conv.padding_mode == "zeros":
-        return input, conv.padding
-    padded = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-    return padded, (0, 0)
+def _number(slope: Any) -> float:
+    if slope is None:
+        return 0.01
+    number: float = slope if isinstance(slope, (int, float)) else slope.negative_slope
+    return number
 
 
 def _activate(input: Tensor, activation: str, slope: float) -> Tensor:

@@ -136,7 +136,14 @@ class Matcher:
                     [convolution, first, second], convolution, "conv2d_relu_max_pool2d",
                     layers.conv_relu_pool, args, [path, *activation[2], *paths],
                 )  # fmt: skip
-        return None
+        activation = self._activation(first)
+        if activation is None or not self._may_keep_result(first, activation[0]):
+            return None
+        name, slope, paths = activation
+        return Group(
+            [convolution, first], convolution, f"conv2d_act({name})", layers.conv_act,
+            (path, input, name, slope), [path, *paths],
+        )  # fmt: skip
 
     def _pool_function(self, node: Node) -> Group | None:
         pooling = self._pooling(node)
@@ -188,6 +195,26 @@ class Matcher:
             if isinstance(slope, bool) or not isinstance(slope, (int, float)):
                 return None
         return name, slope, []
+
+    def _may_keep_result(self, act: Node, name: str) -> bool:
+        """Whether nobody changes the result of an activation: its gradient needs it, where native's
+        needs the argument.
+        """
+        if name in ("relu", "silu") or _is_in_place(act) or self._is_in_place_module(act):
+            return True  # as natively
+        return not any(self._may_change(user) for user in act.users)
+
+    def _may_change(self, node: Node) -> bool:
+        if node.op == "call_module":
+            cls = type(self._modules[str(node.target)])
+            known = cls.__module__.startswith(("torch.nn.", "gdfast.nn."))
+            return not known or self._is_in_place_module(node)
+        return node.op == "output" or _is_in_place(node)
+
+    def _is_in_place_module(self, node: Node) -> bool:
+        if node.op != "call_module":
+            return False
+        return bool(vars(self._modules[str(node.target)]).get("inplace"))
 
     def _pooling(self, node: Node | None) -> tuple[tuple[Any, ...], list[str]] | None:
         """Arguments (or the module that has them) and modules of a max pooling."""
@@ -281,6 +308,7 @@ def _is_in_place(node: Node) -> bool:
         name.endswith("_") or name in ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv",
         "imod", "ipow", "imatmul", "iand", "ior")
         or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+        or (node.target in _ACTIVATION_FUNCTIONS and any(arg is True for arg in node.args))
     )  # fmt: skip
 
 

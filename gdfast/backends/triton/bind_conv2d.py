@@ -99,7 +99,7 @@ class Problem:
         """The matrix product that a pass is."""
         g, C, K = self.geometry, self.channels, self.filters
         rows = g.N * g.P * g.Q
-        if op == "conv2d":
+        if op in ("conv2d", "conv2d_act"):
             if C < _FEW:
                 return Product(g.groups, rows, K, 1, C * g.R * g.S, folded="rows")
             return Product(g.groups, rows, K, g.R * g.S, C)
