@@ -152,6 +152,24 @@ class Loop(nn.Module):
         return F.leaky_relu(x, self.slopes[0]) * self.scale
 
 
+class Vgg(nn.Module):
+    """Convolutions with activations and no norm between, as modules and as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+            nn.Conv2d(4, 6, 3, 2, padding=1, groups=2), nn.LeakyReLU(0.2),
+            nn.Conv2d(6, 5, (1, 2), padding=1, padding_mode="replicate", bias=False), nn.ReLU6(),
+        )  # fmt: skip
+        self.conv, self.last = nn.Conv2d(5, 4, 3, padding="same"), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(self.features(x)))
+        return F.silu(self.last(x)).mean((2, 3))
+
+
 def sequential() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(4), nn.ReLU(),
@@ -166,6 +184,7 @@ def blocks() -> nn.Module:
 
 
 NORM, POOL, TRIPLE = "batch_norm_act", "max_pool2d", "conv2d_relu_max_pool2d"
+CONV = "conv2d_act"
 Row = tuple[str, list[str], str]
 
 # What makes the model, and what the report should say of it.
@@ -222,6 +241,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
     ),
     "yolo": (Yolo, [("", ["norm", "act"], f"{NORM}(leaky_relu)")]),
     "loop": (Loop, [("", ["layers.1", "F.leaky_relu"], f"{NORM}(leaky_relu)")]),
+    "vgg": (
+        Vgg,
+        [
+            ("features", ["0", "1"], f"{CONV}(relu)"),
+            ("features", ["2", "3", "4"], TRIPLE),
+            ("features", ["5", "6"], f"{CONV}(leaky_relu)"),
+            ("features", ["7", "8"], f"{CONV}(relu6, without gradients)"),
+            ("", ["conv", "torch.relu"], f"{CONV}(relu)"),
+            ("", ["last", "F.silu"], f"{CONV}(silu)"),
+        ],
+    ),
     "sequential": (
         sequential,
         [
@@ -229,6 +259,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
             ("3", ["0", "1", "2"], TRIPLE),
             ("", ["4.1.0", "5"], f"{NORM}(silu)"),
             ("", ["6"], NORM),
+            ("", ["7", "8"], f"{CONV}(leaky_relu, without gradients)"),
         ],
     ),
 }

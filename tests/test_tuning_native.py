@@ -11,6 +11,7 @@ from test_tuning import Stopwatch, stopwatch, tensors  # noqa: F401  (a fixture)
 
 import gdfast
 from gdfast import ops
+from gdfast.backends import tuning
 from gdfast.ops import conv2d_dispatch
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu", "threads")
@@ -93,3 +94,47 @@ def test_autocast_and_gradients_of_gradients(stopwatch: Stopwatch) -> None:  # n
     (grad,) = torch.autograd.grad(output.pow(2).sum(), arguments[0], create_graph=True)
     (again,) = torch.autograd.grad(grad.sum(), arguments[1])
     assert again.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_activation_follows_in_place(
+    activation: str,
+    with_bias: bool,
+    stopwatch: Stopwatch,  # noqa: F811
+) -> None:
+    stopwatch.seconds = NATIVE
+    arguments = [*tensors(), *[torch.randn(16, requires_grad=True)] * with_bias]
+    results = []
+    for convolve in (ops.conv2d_act, ops.conv2d_act, composed):
+        output = convolve(*arguments, padding=1, activation=activation)
+        results.append((output, *torch.autograd.grad(output.sin().sum(), arguments)))
+    first, second, native = results
+    assert function(first[0]) == "Conv2dActFunctionBackward"
+    assert function(second[0]) == function(native[0])
+    assert all(torch.equal(a, b) for a, b in zip(second, native, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(first, native, strict=True))
+    with torch.no_grad():
+        output = ops.conv2d_act(*arguments, padding=1, activation=activation)
+    assert torch.equal(output, native[0])
+    # Other activations, backends and plain convolutions are layers of their own.
+    other = ops.conv2d_act(*arguments, padding=1, activation="leaky_relu", negative_slope=0.5)
+    assert function(other) == "Conv2dActFunctionBackward"
+    named = ops.conv2d_act(*arguments, padding=1, activation=activation, backend="cpu")
+    assert function(named) == "Conv2dActFunctionBackward"
+
+
+def composed(*arguments: torch.Tensor, padding: int, activation: str) -> torch.Tensor:
+    return getattr(F, activation)(F.conv2d(*arguments, padding=padding), inplace=True)
+
+
+def test_a_convolution_is_chosen_with_its_activation(stopwatch: Stopwatch) -> None:  # noqa: F811
+    arguments = tensors()
+    with tuning.recorded({}) as uses:
+        stopwatch.seconds = NATIVE
+        ops.conv2d(*arguments, padding=1)
+        stopwatch.seconds = {**NATIVE, "direct": 0.1}
+        ops.conv2d_act(*arguments, padding=1)
+    assert [(use.op, use.choice.name) for use in uses] == [
+        ("conv2d", "native"), ("conv2d_act", "direct"),
+    ]  # fmt: skip

@@ -42,7 +42,7 @@ def _problem(query: Conv2dQuery, algorithm: str) -> Any:
     # A step over nothing may be larger than memory: kernels get 1 in its place.
     stride = _steps(g.stride, (g.P, g.Q))
     dilation = _steps(g.dilation, (g.R, g.S))
-    ending = ()
+    ending: tuple[Any, ...] = ()
     if isinstance(query, Conv2dActQuery):
         ending = query.activation, query.negative_slope
     return native.cpu.Conv2dProblem(

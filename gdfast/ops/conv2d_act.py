@@ -140,6 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, *ctx.arguments, ctx.activation, ctx.negative_slope, backend = inputs
     ctx.arguments.append(backend)
     need_input, need_weight, _ = ctx.needs_input_grad[:3]
+    saved: tuple[Tensor | None, ...]
     if output_tells(ctx.activation, ctx.negative_slope):
         saved = input if need_weight else None, weight if need_input else None, None, output
     else:
@@ -198,10 +199,9 @@ class Conv2dActFunction(torch.autograd.Function):
         gradients = conv_gradients(ctx, grad, input, weight)
         *arguments, backend = ctx.arguments
         if all(ctx.needs_input_grad[:2]) and backend == AUTO:
-            key = partial(
-                dispatch.conv2d_act_key, input, weight, ctx.bias, *arguments, ctx.activation,
-                ctx.negative_slope, backend,
-            )  # fmt: skip
+            settings = ctx.activation, ctx.negative_slope, backend
+            inputs = input, weight, ctx.bias, *arguments, *settings
+            key = partial(dispatch.conv2d_act_key, *inputs)
             learn_whether_native(ctx, grad, input, weight, key, key)
         return *gradients, *[None] * 7
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gdfast import ops
+from gdfast.backends.activation import activate
 from gdfast.nn.conv_act import convolve, padded
 from gdfast.nn.norm import normalise
 
@@ -36,12 +38,21 @@ def norm_act(
         return normalise(norm, input, residual, activation, slope)
     output = normalise(norm, input, None, "none", slope)
     output = output.add_(residual) if in_place else output + residual
-    return _activate(output, activation, slope)
+    return activate(output, activation, slope)
 
 
-def conv_act(conv: Any, input: Tensor, activation: str, slope: Any = None) -> Tensor:
-    """activation(conv(input)) for a `gdfast.nn.Conv2d`; `slope` as in `norm_act`."""
-    return convolve(conv, input, activation, _number(slope))
+def conv_act(
+    conv: Any, input: Tensor, activation: str, slope: Any = None, result_may_change: bool = False
+) -> Tensor:
+    """activation(conv(input)) for a `gdfast.nn.Conv2d`; `slope` as in `norm_act`.
+
+    `result_may_change` says that somebody may write to the result before backward: then the
+    activation keeps its argument, as native's does.
+    """
+    slope = _number(slope)
+    if result_may_change and torch.is_grad_enabled():
+        return activate(conv(input), activation, slope)
+    return convolve(conv, input, activation, slope)
 
 
 def conv_relu_pool(conv: Any, input: Tensor, *pool: Any) -> Tensor:
@@ -80,11 +91,3 @@ def _number(slope: Any) -> float:
         return 0.01
     number: float = slope if isinstance(slope, (int, float)) else slope.negative_slope
     return number
-
-
-def _activate(input: Tensor, activation: str, slope: float) -> Tensor:
-    if activation == "none":
-        return input
-    if activation == "leaky_relu":
-        return F.leaky_relu(input, slope)
-    return getattr(F, activation)(input)

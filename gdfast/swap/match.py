@@ -137,13 +137,13 @@ class Matcher:
                     layers.conv_relu_pool, args, [path, *activation[2], *paths],
                 )  # fmt: skip
         activation = self._activation(first)
-        if activation is None or not self._may_keep_result(first, activation[0]):
+        if activation is None:
             return None
         name, slope, paths = activation
-        return Group(
-            [convolution, first], convolution, f"conv2d_act({name})", layers.conv_act,
-            (path, input, name, slope), [path, *paths],
-        )  # fmt: skip
+        result_may_change = self._result_may_change(first, name)
+        op = "conv2d_act" + _braces(name, result_may_change and "without gradients")
+        args = (path, input, name, slope, result_may_change)
+        return Group([convolution, first], convolution, op, layers.conv_act, args, [path, *paths])
 
     def _pool_function(self, node: Node) -> Group | None:
         pooling = self._pooling(node)
@@ -196,13 +196,13 @@ class Matcher:
                 return None
         return name, slope, []
 
-    def _may_keep_result(self, act: Node, name: str) -> bool:
-        """Whether nobody changes the result of an activation: its gradient needs it, where native's
-        needs the argument.
+    def _result_may_change(self, act: Node, name: str) -> bool:
+        """Whether somebody may write to the result of an activation before backward, which native's
+        allows and ours does not: native's keeps the argument, and ours the result.
         """
         if name in ("relu", "silu") or _is_in_place(act) or self._is_in_place_module(act):
-            return True  # as natively
-        return not any(self._may_change(user) for user in act.users)
+            return False  # it is the same for both
+        return any(self._may_change(user) for user in act.users)
 
     def _may_change(self, node: Node) -> bool:
         if node.op == "call_module":
