@@ -181,6 +181,8 @@ def test_the_operation(setting: str) -> None:
     op, arguments = torch.ops.gdfast.conv2d_act, checked_arguments(CASE, setting)
     assert gradcheck(lambda *tensors: op(*tensors, *arguments), tensors_of(CASE))
     assert gradgradcheck(lambda *tensors: op(*tensors, *arguments), tensors_of(CASE))
+    if setting not in ("relu", "silu"):
+        return  # for each way to its gradient once
     for layout, dtype in (("NCHW", torch.float64), ("channels_last", torch.float32)):
         torch.library.opcheck(op.default, (*tensors_of(CASE, dtype, layout), *arguments))
 

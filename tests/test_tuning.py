@@ -303,7 +303,9 @@ class TestPolicy:
 def query_of(input: torch.Tensor, weight: torch.Tensor) -> Any:
     from gdfast.ops import conv2d_dispatch
 
-    return conv2d_dispatch.conv2d_query("conv2d", input, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+    return conv2d_dispatch.conv2d_query(
+        "conv2d", input, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), 1
+    )
 
 
 class TestTimer:
