@@ -2,6 +2,7 @@
 #include "../bindings_conv2d_problem.h"
 #include "bindings.h"
 #include "conv2d.h"
+#include "conv2d_hopper.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -28,6 +29,38 @@ Activation activation_named(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   throw py::value_error("conv2d: activation: expected none, relu, relu6, leaky_relu or silu, got " +
                         name);
+}
+
+void bind_hopper(py::module_& m) {
+  m.def("hopper_missing", &hopper_missing, py::arg("device"),
+        "Why the kernels for Hopper do not run on a device, or an empty string.");
+  m.def(
+      "conv2d_hopper_why_not", &conv2d_hopper_why_not, py::arg("problem"), py::arg("gradient"),
+      "Why conv2d_hopper, or its gradient, does not take a problem, or an empty string. Addresses "
+      "must be multiples of 16 too.");
+  m.def(
+      "conv2d_hopper",
+      [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
+         uintptr_t output, const std::string& activation, double negative_slope, int device,
+         uintptr_t stream) {
+        const Activation what = activation_named(activation);
+        py::gil_scoped_release release;
+        conv2d_hopper(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                      what, negative_slope, {device, stream});
+      },
+      py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
+      py::arg("activation"), py::arg("negative_slope"), py::arg("device"), py::arg("stream"),
+      "As conv2d, for problems that conv2d_hopper_why_not has nothing against.");
+  m.def(
+      "conv2d_grad_input_hopper",
+      [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
+         uintptr_t grad_input, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        conv2d_grad_input_hopper(problem, pointer(grad_output), pointer(weight),
+                                 pointer(grad_input), {device, stream});
+      },
+      py::arg("problem"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"),
+      py::arg("device"), py::arg("stream"), "As conv2d_grad_input, likewise.");
 }
 
 }  // namespace
@@ -87,6 +120,7 @@ void bind_conv2d(py::module_& m) {
       py::arg("device"), py::arg("stream"),
       "Writes grad_weight and, unless its address is 0, grad_bias; positions are summed in splits, "
       "which are then added up in order.");
+  bind_hopper(m);
 }
 
 }  // namespace gdfast::cuda

@@ -64,6 +64,7 @@ unsigned char* shared = nullptr;
 size_t shared_size = 0;
 int thread_count = 0;
 bool descending = false;
+int64_t begun = 0;
 Barrier barriers[kBarriers];
 
 int nth(int i, int count) { return descending ? count - 1 - i : i; }
@@ -173,6 +174,7 @@ bool all_ended() {
 }
 
 void run_block() {
+  ++begun;
   std::memset(shared, kNaN, shared_size);
   std::memset(shared + shared_size, kGuardByte, kGuard);
   for (Barrier& barrier : barriers) barrier = Barrier{};
@@ -212,6 +214,8 @@ void require(bool holds, const std::string& what) {
 }
 
 }  // namespace
+
+int64_t block_number() { return begun; }
 
 void fail(const std::string& what) {
   if (running == nullptr) throw std::runtime_error(what);

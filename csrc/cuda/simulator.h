@@ -62,6 +62,9 @@ void meet_threads(int barrier, int threads);
 // Waits until ready says so; name is for the error where that never happens.
 void wait_until(const char* name, bool (*ready)(const void*), const void* argument);
 
+// How many blocks have begun in all, the one that runs included.
+int64_t block_number();
+
 // Ends the launch with an error.
 [[noreturn]] void fail(const std::string& what);
 

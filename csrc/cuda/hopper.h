@@ -1,0 +1,45 @@
+// What device.h is for every GPU, for Hopper's (sm_90a): boxes of a tensor copied to shared memory
+// by the TMA unit, barriers that count what has arrived, and products by a warpgroup (four warps).
+//
+// Only kernels whose body stands under GDFAST_HOPPER may use it: other architectures, for which the
+// same file is compiled, have none of it.
+//
+//   TensorMap, tensor_map(op, address, axes, box)    host: a tensor of four axes in half types
+//   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
+//                                          zero. A box is rows of 128 bytes, the first axis; within
+//                                          each 1024 bytes, where it must begin, the 16-byte chunk
+//                                          c of row r lies in the place of chunk c ^ r
+//   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
+//   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
+//   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
+//   rows_matrix(shared, byte), columns_matrix(shared, byte, next)
+//                                          what a product reads: rows of a box that hold the axis
+//                                          summed over, from a byte of each on; or columns, the
+//                                          axis summed over going down the rows: the box of the
+//                                          next 64 columns is `next` bytes away
+//   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB>(d, a, b, accumulate),
+//   warpgroup_commit(), warpgroup_wait<kPending>()
+//                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
+//                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15
+//   give_registers<kCount>(), take_registers<kCount>()        of each thread of a warpgroup
+#pragma once
+
+#include "device.h"
+
+namespace gdfast::cuda {
+
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kBoxRow = 128;  // bytes
+
+// One axis of a tensor. Bytes between its elements: a multiple of 16 but in the first axis.
+struct Axis {
+  int64_t size, bytes;
+};
+
+}  // namespace gdfast::cuda
+
+#if defined(__CUDACC__)
+#include "hopper_cuda.h"
+#else
+#include "hopper_simulator.h"
+#endif

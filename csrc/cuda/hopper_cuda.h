@@ -1,0 +1,194 @@
+// hopper.h for nvcc. Sources: PTX ISA 9.0, "mbarrier", "cp.async.bulk.tensor", "wgmma"; CUDA Driver
+// API, cuTensorMapEncodeTiled.
+#pragma once
+
+#include <cuda.h>
+
+#include <type_traits>
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GDFAST_HOPPER
+#endif
+
+namespace gdfast::cuda {
+
+using TensorMap = CUtensorMap;
+
+// The driver's function is looked up at run time, so that the module loads without a driver.
+template <typename T>
+TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
+                     const int (&box)[4]) {
+  static const auto encode = [op] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    check(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                               cudaEnableDefault, &found));
+#else
+    check(op,
+          cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+    if (function == nullptr || found != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(
+          std::string(op) + ": CUDA: the driver has no cuTensorMapEncodeTiled: it needs CUDA 12");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  cuuint64_t sizes[4], bytes[3];
+  cuuint32_t boxes[4], steps[4];
+  for (int i = 0; i < 4; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(axes[i].size);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+    if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(axes[i].bytes);
+  }
+  constexpr auto kType =
+      std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  TensorMap map;
+  const CUresult result =
+      encode(&map, kType, 4, const_cast<void*>(address), sizes, bytes, boxes, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string(op) + ": CUDA: cuTensorMapEncodeTiled: error " +
+                             std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+// --- Barriers ---------------------------------------------------------------------------------
+
+GDFAST_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+
+GDFAST_DEVICE void barriers_ready() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+GDFAST_DEVICE void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+GDFAST_DEVICE void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{ .reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (over == 0);
+}
+
+// --- Memory -----------------------------------------------------------------------------------
+
+GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[4],
+                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// --- Products ---------------------------------------------------------------------------------
+
+// A matrix descriptor: addresses and distances in units of 16 bytes, and the 128-byte swizzle.
+// Eight rows of a box are 1024 bytes apart from the next eight, whichever axis goes along them.
+GDFAST_DEVICE uint64_t matrix_at(uint32_t address, int next) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{1024 / 16} << 32 | static_cast<uint64_t>(next / 16) << 16 |
+         (address & 0x3ffffu) / 16;
+}
+
+GDFAST_DEVICE uint64_t rows_matrix(const void* shared, int byte) {
+  return matrix_at(shared_address(shared) + byte, 0);
+}
+
+GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {
+  return matrix_at(shared_address(shared) + byte, next);
+}
+
+GDFAST_DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+GDFAST_DEVICE void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int kPending>
+GDFAST_DEVICE void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#define GDFAST_SUMS_8(d, i)                                                                   \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define GDFAST_SUMS_32(d, i) \
+  GDFAST_SUMS_8(d, i), GDFAST_SUMS_8(d, i + 8), GDFAST_SUMS_8(d, i + 16), GDFAST_SUMS_8(d, i + 24)
+
+#define GDFAST_WGMMA_64(type)                                                             \
+  asm volatile(                                                                           \
+      "{ .reg .pred accumulate;\n"                                                        \
+      "setp.ne.b32 accumulate, %34, 0;\n"                                                 \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                         \
+      " {"                                                                                \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "            \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
+      "%32, %33, accumulate, 1, 1, 0, %35; }"                                             \
+      : GDFAST_SUMS_32(d, 0)                                                              \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsB ? 1 : 0))
+#define GDFAST_WGMMA_128(type)                                                            \
+  asm volatile(                                                                           \
+      "{ .reg .pred accumulate;\n"                                                        \
+      "setp.ne.b32 accumulate, %66, 0;\n"                                                 \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
+      " {"                                                                                \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "            \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+      "%64, %65, accumulate, 1, 1, 0, %67; }"                                             \
+      : GDFAST_SUMS_32(d, 0), GDFAST_SUMS_32(d, 32)                                       \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsB ? 1 : 0))
+
+template <typename T, int kN, bool kColumnsB>
+GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kN == 64 || kN == 128, "the shapes that kernels use");
+  constexpr bool kHalf = std::is_same_v<T, Half>;
+  if constexpr (kN == 64 && kHalf) GDFAST_WGMMA_64("f16");
+  if constexpr (kN == 64 && !kHalf) GDFAST_WGMMA_64("bf16");
+  if constexpr (kN == 128 && kHalf) GDFAST_WGMMA_128("f16");
+  if constexpr (kN == 128 && !kHalf) GDFAST_WGMMA_128("bf16");
+}
+
+#undef GDFAST_WGMMA_128
+#undef GDFAST_WGMMA_64
+#undef GDFAST_SUMS_32
+#undef GDFAST_SUMS_8
+
+// --- Registers --------------------------------------------------------------------------------
+
+template <int kCount>
+GDFAST_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+template <int kCount>
+GDFAST_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,292 @@
+// hopper.h without a GPU. As far as a kernel can tell: boxes come with the swizzle, at the latest
+// moment, when somebody waits for their barrier, and until then their place is poisoned; products
+// read shared memory through their descriptors, in the layouts of the PTX ISA ("Canonical Layouts"
+// of wgmma), only at the wait that covers them. Written from that text alone, so that a
+// misunderstanding of it would be in the kernel and here alike: only a GPU can tell. Not simulated:
+// the fences between kinds of memory access, the count of registers, several blocks at once.
+#pragma once
+
+#include <vector>
+
+#include "../conv2d_problem.h"
+#include "simulator.h"
+
+#define GDFAST_HOPPER
+
+namespace gdfast::cuda {
+
+struct TensorMap {
+  const unsigned char* address;
+  Axis axes[4];
+  int box[4];
+};
+
+template <typename T>
+TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
+                     const int (&box)[4]) {
+  static_assert(sizeof(T) == 2, "half types");
+  const auto require = [op](bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(std::string(op) + ": CUDA simulator: tensor_map: " + what);
+  };
+  TensorMap map{static_cast<const unsigned char*>(address), {}, {}};
+  require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
+  require(box[0] * 2 == kBoxRow, "box: expected rows of 128 bytes");
+  for (int i = 0; i < 4; ++i) {
+    require(axes[i].size > 0 && axes[i].size <= int64_t{1} << 32, "size: expected 1 to 2^32");
+    require(box[i] > 0 && box[i] <= 256, "box: expected 1 to 256");
+    require(i == 0 || (axes[i].bytes % 16 == 0 && axes[i].bytes < int64_t{1} << 40),
+            "bytes: expected multiples of 16 below 2^40");
+    map.axes[i] = axes[i];
+    map.box[i] = box[i];
+  }
+  return map;
+}
+
+namespace simulator {
+
+// In the 8 bytes that a barrier has.
+struct Barrier {
+  uint16_t expected, missing;
+  int32_t bytes_and_phase;  // bytes to come, times 2, and the phase's parity
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t), "a barrier has 8 bytes");
+
+struct Box {
+  unsigned char* to;
+  const TensorMap* map;
+  int at[4];
+  uint64_t* barrier;
+};
+
+struct Multiplication {
+  float* d;
+  uint64_t a, b;
+  bool accumulate;
+  void (*run)(const Multiplication&, int thread);
+  int group;
+};
+
+// What is under way in the block that runs.
+struct UnderWay {
+  int64_t block = -1;
+  std::vector<Box> boxes;
+  std::vector<Multiplication> products[1024];
+  int committed[1024] = {};
+};
+
+inline UnderWay& under_way() {
+  static UnderWay now;
+  if (now.block != block_number()) {
+    now.block = block_number();
+    now.boxes.clear();
+    for (auto& products : now.products) products.clear();
+    for (int& committed : now.committed) committed = 0;
+  }
+  return now;
+}
+
+inline Barrier read_barrier(const uint64_t* from) {
+  Barrier barrier;
+  std::memcpy(&barrier, from, sizeof barrier);
+  return barrier;
+}
+
+inline void write_barrier(uint64_t* to, Barrier barrier) {
+  if (barrier.missing == 0 && barrier.bytes_and_phase / 2 == 0) {
+    barrier.missing = barrier.expected;
+    barrier.bytes_and_phase ^= 1;
+  }
+  std::memcpy(to, &barrier, sizeof barrier);
+}
+
+inline void arrive(uint64_t* at, int bytes) {
+  Barrier barrier = read_barrier(at);
+  if (barrier.missing == 0 || barrier.missing > barrier.expected) {
+    fail("barrier: expected a barrier_init before, and no more arrivals than it said");
+  }
+  --barrier.missing;
+  barrier.bytes_and_phase += 2 * bytes;
+  write_barrier(at, barrier);
+}
+
+// The place of a byte of a box: chunks of 16 bytes change places within their row.
+inline size_t swizzled(size_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
+
+inline int box_rows(const TensorMap& map) { return map.box[1] * map.box[2] * map.box[3]; }
+
+inline void deliver(const Box& box) {
+  const TensorMap& map = *box.map;
+  const size_t start = static_cast<size_t>(box.to - shared_memory());
+  for (int row = 0; row < box_rows(map); ++row) {
+    const int in_box[4] = {0, row % map.box[1], row / map.box[1] % map.box[2],
+                           row / map.box[1] / map.box[2]};
+    bool inside = true;
+    int64_t from = 0;
+    for (int i = 1; i < 4; ++i) {
+      const int64_t at = int64_t{box.at[i]} + in_box[i];
+      inside = inside && at >= 0 && at < map.axes[i].size;
+      from += at * map.axes[i].bytes;
+    }
+    for (int i = 0; i < map.box[0]; ++i) {
+      const int64_t at = int64_t{box.at[0]} + i;
+      unsigned char* const to =
+          shared_memory() + swizzled(start + static_cast<size_t>(row) * kBoxRow + 2 * i);
+      if (inside && at >= 0 && at < map.axes[0].size) {
+        std::memcpy(to, map.address + from + 2 * at, 2);
+      } else {
+        std::memset(to, 0, 2);
+      }
+    }
+  }
+  Barrier barrier = read_barrier(box.barrier);
+  barrier.bytes_and_phase -= 2 * box_rows(map) * kBoxRow;
+  write_barrier(box.barrier, barrier);
+}
+
+struct Wait {
+  uint64_t* barrier;
+  int parity;
+};
+
+inline bool is_over(const void* argument) {
+  const auto& wait = *static_cast<const Wait*>(argument);
+  std::vector<Box>& boxes = under_way().boxes;
+  size_t kept = 0;
+  for (const Box& box : boxes) {
+    if (box.barrier == wait.barrier) {
+      deliver(box);
+    } else {
+      boxes[kept++] = box;
+    }
+  }
+  boxes.resize(kept);
+  return (read_barrier(wait.barrier).bytes_and_phase & 1) != wait.parity;
+}
+
+// Where element (row, k) of a matrix lies, rows being those of the product for a and its columns
+// for b. The swizzle is applied to the address itself, after all distances have been added.
+template <bool kColumns>
+size_t place(uint64_t descriptor, int row, int k) {
+  const auto field = [descriptor](int bit) {
+    return static_cast<size_t>(descriptor >> bit & 0x3fff) * 16;
+  };
+  const size_t start = field(0), next_64 = field(16), next_8 = field(32);
+  const size_t r = static_cast<size_t>(row), i = static_cast<size_t>(k);
+  if (kColumns) {
+    return swizzled(start + r % 64 * 2 + r / 64 * next_64 + i % 8 * kBoxRow + i / 8 * next_8);
+  }
+  return swizzled(start + i * 2 + r % 8 * kBoxRow + r / 8 * next_8);
+}
+
+template <typename T>
+float element_at(size_t offset) {
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory() + offset, sizeof bits);
+  return element(T{}, bits, 0);
+}
+
+// One thread's part of a product.
+template <typename T, int kN, bool kColumnsB>
+void multiply_part(const Multiplication& product, int thread) {
+  const int warp = thread % kWarpgroup / kWarp, lane = thread % kWarp;
+  float a[2][16];
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 2; ++i) {
+      a[i][k] = element_at<T>(place<false>(product.a, 16 * warp + lane / 4 + 8 * i, k));
+    }
+  }
+  for (int column = 0; column < kN / 4; ++column) {
+    const int n = column / 2 * 8 + lane % 4 * 2 + column % 2;
+    double sums[2] = {0, 0};
+    for (int k = 0; k < 16; ++k) {
+      const double b = element_at<T>(place<kColumnsB>(product.b, n, k));
+      for (int i = 0; i < 2; ++i) sums[i] += a[i][k] * b;
+    }
+    for (int i = 0; i < 2; ++i) {
+      float& d = product.d[column / 2 * 4 + 2 * i + column % 2];
+      d = static_cast<float>(product.accumulate ? d + sums[i] : sums[i]);
+    }
+  }
+}
+
+}  // namespace simulator
+
+// --- Barriers ---------------------------------------------------------------------------------
+
+GDFAST_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  const auto count = static_cast<uint16_t>(arrivals);
+  simulator::write_barrier(barrier, {count, count, 0});
+}
+
+GDFAST_DEVICE void barriers_ready() {}
+GDFAST_DEVICE void barrier_arrive(uint64_t* barrier) { simulator::arrive(barrier, 0); }
+
+GDFAST_DEVICE void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
+  simulator::arrive(barrier, bytes);
+}
+
+GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+  const simulator::Wait wait{barrier, parity};
+  simulator::wait_until("barrier_wait", simulator::is_over, &wait);
+}
+
+// --- Memory -----------------------------------------------------------------------------------
+
+GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[4],
+                            uint64_t* barrier) {
+  auto* const to = static_cast<unsigned char*>(shared);
+  if ((to - shared_memory()) % 1024 != 0) simulator::fail("load_box: expected a multiple of 1024");
+  std::memset(to, 0xff, static_cast<size_t>(simulator::box_rows(map)) * kBoxRow);
+  simulator::under_way().boxes.push_back({to, &map, {at[0], at[1], at[2], at[3]}, barrier});
+}
+
+// --- Products ---------------------------------------------------------------------------------
+
+GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {
+  const auto address =
+      static_cast<uint64_t>(static_cast<const unsigned char*>(shared) - shared_memory() + byte);
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{1024 / 16} << 32 | static_cast<uint64_t>(next / 16) << 16 |
+         address / 16;
+}
+
+GDFAST_DEVICE uint64_t rows_matrix(const void* shared, int byte) {
+  return columns_matrix(shared, byte, 0);
+}
+
+GDFAST_DEVICE void warpgroup_begin() {
+  simulator::meet_warp("warpgroup_begin", nullptr, [](void* const*) {});
+}
+
+template <typename T, int kN, bool kColumnsB>
+GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
+  simulator::UnderWay& now = simulator::under_way();
+  now.products[threadIdx.x].push_back({d, a, b, accumulate,
+                                       simulator::multiply_part<T, kN, kColumnsB>,
+                                       now.committed[threadIdx.x]});
+}
+
+GDFAST_DEVICE void warpgroup_commit() { ++simulator::under_way().committed[threadIdx.x]; }
+
+template <int kPending>
+GDFAST_DEVICE void warpgroup_wait() {
+  simulator::UnderWay& now = simulator::under_way();
+  std::vector<simulator::Multiplication>& products = now.products[threadIdx.x];
+  size_t done = 0;
+  for (; done < products.size(); ++done) {
+    if (products[done].group >= now.committed[threadIdx.x] - kPending) break;
+    products[done].run(products[done], static_cast<int>(threadIdx.x));
+  }
+  products.erase(products.begin(), products.begin() + static_cast<std::ptrdiff_t>(done));
+  simulator::meet_warp("warpgroup_wait", nullptr, [](void* const*) {});
+}
+
+// --- Registers --------------------------------------------------------------------------------
+
+template <int kCount>
+GDFAST_DEVICE void give_registers() {}
+
+template <int kCount>
+GDFAST_DEVICE void take_registers() {}
+
+}  // namespace gdfast::cuda
