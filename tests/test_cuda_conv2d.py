@@ -272,15 +272,17 @@ def test_activations(activation: str, dtype: torch.dtype, cuda_device: torch.dev
         values = tensors_of(case, dtype, True, cuda_device)
         input, weight, bias, _ = values.values()
         input[0, 0, 0, 0] = torch.nan
-        query = query_of(case, values)
-        kernel = cuda_conv2d.conv2d(query, "", activation, 0.2)
         plain = torch.ops.gdfast.conv2d(
             input.float(), weight.float(), bias.float(), case.stride, case.padding * 2,
             case.dilation, case.groups, "reference",
         )  # fmt: skip
-        expected = gdfast.backends.batch_norm.activate(plain, activation, 0.2).to(dtype)
+        expected = activate(plain, activation, 0.2).to(dtype)
+        result = gdfast.ops.conv2d_act(
+            input, weight, bias, case.stride, case.padding, case.dilation, case.groups,
+            activation=activation, negative_slope=0.2, backend="cuda",
+        )  # fmt: skip
         close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-4}
-        torch.testing.assert_close(kernel(input, weight, bias), expected, equal_nan=True, **close)
+        torch.testing.assert_close(result, expected, equal_nan=True, **close)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -373,5 +375,3 @@ def test_what_bindings_refuse(cuda_device: torch.device) -> None:
     way = native.cuda.Conv2dWay("tf32", "64x64")
     with pytest.raises(ValueError, match="splits: expected 1 to 65535, got 0"):
         native.cuda.conv2d_grad_weight(problem, way, 0, 0, 0, 0, 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="activation: expected none, relu"):
-        native.cuda.conv2d(problem, way, 0, 0, 0, 0, "tanh", 0.0, 0, 0)

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "../batch_norm_problem.h"
+#include "../conv2d_problem.h"
 #include "device.h"
 
 namespace gdfast::cuda {

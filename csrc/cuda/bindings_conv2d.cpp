@@ -21,16 +21,6 @@ BlockTile tile_named(const std::string& name) {
   throw py::value_error("Conv2dRun: tile: expected 128x128, 128x64 or 64x64, got " + name);
 }
 
-Activation activation_named(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "relu6") return Activation::kRelu6;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  if (name == "silu") return Activation::kSilu;
-  throw py::value_error("conv2d: activation: expected none, relu, relu6, leaky_relu or silu, got " +
-                        name);
-}
-
 void bind_hopper(py::module_& m) {
   m.def("hopper_missing", &hopper_missing, py::arg("device"),
         "Why the kernels for Hopper do not run on a device, or an empty string.");
@@ -41,15 +31,13 @@ void bind_hopper(py::module_& m) {
   m.def(
       "conv2d_hopper",
       [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
-         uintptr_t output, const std::string& activation, double negative_slope, int device,
-         uintptr_t stream) {
-        const Activation what = activation_named(activation);
+         uintptr_t output, int device, uintptr_t stream) {
         py::gil_scoped_release release;
         conv2d_hopper(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
-                      what, negative_slope, {device, stream});
+                      {device, stream});
       },
       py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
-      py::arg("activation"), py::arg("negative_slope"), py::arg("device"), py::arg("stream"),
+      py::arg("device"), py::arg("stream"),
       "As conv2d, for problems that conv2d_hopper_why_not has nothing against.");
   m.def(
       "conv2d_grad_input_hopper",
@@ -77,16 +65,13 @@ void bind_conv2d(py::module_& m) {
   m.def(
       "conv2d",
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t input, uintptr_t weight,
-         uintptr_t bias, uintptr_t output, const std::string& activation, double negative_slope,
-         int device, uintptr_t stream) {
-        const Activation what = activation_named(activation);
+         uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
         py::gil_scoped_release release;
-        conv2d(problem, way, pointer(input), pointer(weight), pointer(bias), pointer(output), what,
-               negative_slope, {device, stream});
+        conv2d(problem, way, pointer(input), pointer(weight), pointer(bias), pointer(output),
+               {device, stream});
       },
       py::arg("problem"), py::arg("way"), py::arg("input"), py::arg("weight"), py::arg("bias"),
-      py::arg("output"), py::arg("activation"), py::arg("negative_slope"), py::arg("device"),
-      py::arg("stream"),
+      py::arg("output"), py::arg("device"), py::arg("stream"),
       "Writes activation(conv2d + bias) to output. Tensors are addresses on the device, bias 0 for "
       "none.");
   m.def(

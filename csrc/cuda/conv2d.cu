@@ -54,8 +54,7 @@ conv2d_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
 }  // namespace
 
 void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, const void* weight,
-            const void* bias, void* output, Activation activation, double negative_slope,
-            const Where& where) {
+            const void* bias, void* output, const Where& where) {
   const int64_t positions = p.N * p.P * p.Q, K = p.K / p.groups, C = p.C / p.groups;
   if (positions == 0) return;
   const int64_t bytes = bytes_of(p.dtype);
@@ -67,8 +66,8 @@ void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, con
        has_chunks(output, p.output, K, p.N, p.P, p.Q, bytes), p.output.c <= p.output.w},
       bias,
       0,
-      activation,
-      negative_slope};
+      p.activation,
+      p.negative_slope};
   const bool chunked = has_chunks(input, p.input, C, p.N, p.H, p.W, bytes) &&
                        has_chunks(weight, p.weight, C, p.K, p.R, p.S, bytes);
   const DeviceGuard guard("conv2d", where.device);

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "../batch_norm_problem.h"
 #include "../conv2d_problem.h"
 
 namespace gdfast::cuda {
@@ -29,8 +28,7 @@ struct Where {
 
 // output = activation(conv2d(input, weight) + bias); bias may be null.
 void conv2d(const Conv2dProblem& problem, const Conv2dWay& way, const void* input,
-            const void* weight, const void* bias, void* output, Activation activation,
-            double negative_slope, const Where& where);
+            const void* weight, const void* bias, void* output, const Where& where);
 
 void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                        const void* weight, void* grad_input, const Where& where);

@@ -295,8 +295,7 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const v
 
 template <typename T, bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const void* image, const void* weight,
-         const void* bias, void* output, Activation activation, double negative_slope,
-         const Where& where) {
+         const void* bias, void* output, const Where& where) {
   const HopperPass pass = hopper_pass(p, kGradient);
   const HopperImage& out = pass.out;
   const PixelBox box = choose_pixel_box(out, kPixels);
@@ -312,7 +311,7 @@ void run(const char* op, const Conv2dProblem& p, const void* image, const void* 
   a.sums = small(tiles_for(pass.in.channels, kChannels));
   a.first_h = small(pass.first_h), a.first_w = small(pass.first_w);
   a.step_h = small(pass.step_h), a.step_w = small(pass.step_w);
-  a.activation = activation, a.negative_slope = static_cast<float>(negative_slope);
+  a.activation = p.activation, a.negative_slope = static_cast<float>(p.negative_slope);
   // Half as many channels cost more than half the time, but may fill more multiprocessors.
   const int64_t blocks = multiprocessors(op), boxes = pixel_tiles(out, box);
   const auto turns = [&](int channels) {
@@ -365,11 +364,11 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& p, bool gradient) {
 }
 
 void conv2d_hopper(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
-                   void* output, Activation activation, double negative_slope, const Where& where) {
+                   void* output, const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, input, weight, bias, output, activation, negative_slope, where);
+  chosen(kOp, p, input, weight, bias, output, where);
 }
 
 void conv2d_grad_input_hopper(const Conv2dProblem& p, const void* grad_output, const void* weight,
@@ -377,7 +376,7 @@ void conv2d_grad_input_hopper(const Conv2dProblem& p, const void* grad_output, c
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, grad_output, weight, nullptr, grad_input, Activation::kNone, 0, where);
+  chosen(kOp, p, grad_output, weight, nullptr, grad_input, where);
 }
 
 std::string hopper_missing(int device) {

@@ -17,8 +17,7 @@ std::string hopper_missing(int device);
 
 // output = activation(conv2d(input, weight) + bias); bias may be null.
 void conv2d_hopper(const Conv2dProblem& problem, const void* input, const void* weight,
-                   const void* bias, void* output, Activation activation, double negative_slope,
-                   const Where& where);
+                   const void* bias, void* output, const Where& where);
 
 void conv2d_grad_input_hopper(const Conv2dProblem& problem, const void* grad_output,
                               const void* weight, void* grad_input, const Where& where);

@@ -41,6 +41,7 @@ BACKEND = Backend(
     name="cuda",
     operations={
         "conv2d": cuda_conv2d.conv2d,
+        "conv2d_act": cuda_conv2d.conv2d,
         "conv2d_grad_input": cuda_conv2d.conv2d_grad_input,
         "conv2d_grad_weight": cuda_conv2d.conv2d_grad_weight,
         "sgd_": sgd.cuda,

@@ -17,7 +17,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_stream, sgd
 from gdfast.backends.precision import is_strict
-from gdfast.backends.registry import Conv2dQuery
+from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.backends.triton.precision import input_precision
 from gdfast.backends.triton.windows import Windows
 from gdfast.geometry import dense_strides
@@ -60,7 +60,7 @@ def _product(op: str, query: Conv2dQuery) -> tuple[int, int]:
     """Rows and columns of the product that a pass is, for each group and phase of the stride."""
     g = query.geometry
     C, K = g.C // g.groups, g.K // g.groups
-    if op == "conv2d":
+    if op in ("conv2d", "conv2d_act"):
         return g.N * g.P * g.Q, K
     if op == "conv2d_grad_input":
         return g.N * Windows(g).pixels, C
@@ -98,7 +98,7 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     """The tiles of one pass that are worth timing, the one expected to be fastest first."""
     # What is read number by number, or not multiplied on the tensor cores, has one tile.
     g, lanes = query.geometry, 16 // query.dtype.itemsize
-    read = (g.C,) if op == "conv2d" else (g.C, g.K)
+    read = (g.C,) if op in ("conv2d", "conv2d_act") else (g.C, g.K)
     chunked = all(channels // g.groups % lanes == 0 for channels in read)
     precision = "ieee" if query.dtype == torch.float64 else _precision(query)
     # The simulator's times tell nothing.
@@ -160,9 +160,12 @@ def _problem(query: Conv2dQuery, *copied: str) -> tuple[Any, list[Copy]]:
         copies.append(_channels_last if scattered else _as_it_is)
         if scattered:
             strides[name] = dense_strides(sizes[name], True)
+    ending: tuple[Any, ...] = ()
+    if isinstance(query, Conv2dActQuery):
+        ending = "direct", query.activation, query.negative_slope
     problem = native.cuda.Conv2dProblem(
         (g.N, g.C, g.H, g.W, g.K, g.R, g.S, g.P, g.Q), windows.stride, g.padding[:2],
-        windows.dilation, g.groups, sgd.DTYPES[query.dtype], *strides.values(),
+        windows.dilation, g.groups, sgd.DTYPES[query.dtype], *strides.values(), *ending,
     )  # fmt: skip
     return problem, copies
 
@@ -175,11 +178,9 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-# Each pass is run in the tile that is named, or in the cost model's.
-def conv2d(
-    query: Conv2dQuery, by: str = "", activation: str = "none", negative_slope: float = 0.0
-) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A kernel for activation(conv2d(input, weight, bias))."""
+# Each pass is run in the tile that is named, or in the cost model's. Forward ends with the
+# activation that the query has, if any.
+def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
     way, run = _way(query, by or algorithm("conv2d", query)), native.cuda.conv2d
@@ -192,8 +193,8 @@ def conv2d(
             bias = bias.contiguous()
         run(
             problem, way(), input.data_ptr(), weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(), activation,
-            negative_slope, *cuda_stream.current(input.device),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(),
+            *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
 

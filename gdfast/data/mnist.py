@@ -59,7 +59,7 @@ def load(folder: str | Path, download: bool = False) -> ImageData:
     else:
         train, test = _split_in_order(folder, next(iter(pairs.values())))
     classes = tuple(str(digit) for digit in range(CLASSES))
-    return ImageData("mnist", train, test, classes, epochs=5)
+    return ImageData("mnist", train, test, classes, epochs=10)
 
 
 def read_pair(folder: Path, split: str) -> ImageSet:
