@@ -6,8 +6,8 @@
 //                 zeros and its columns sorted by w % step; vectors then run along the line.
 #pragma once
 
-#include "activate_rows.h"
 #include "band.h"
+#include "ending.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -51,7 +51,7 @@ int64_t band_size(const TapConv& conv) {
 // One line of dest: sums of kVectors vectors from column j on.
 template <typename A, int kVectors>
 GDFAST_INLINE void plane_sums(const A* const* lines, const A* weights, int64_t taps, int64_t j,
-                              A start, A* to) {
+                              A start, const Ending<A>& ending, A* to) {
   Vec<A> sum[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) sum[v] = broadcast(start);
@@ -60,6 +60,7 @@ GDFAST_INLINE void plane_sums(const A* const* lines, const A* weights, int64_t t
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(lines[t] + j + v * kLanes<A>);
   }
+  finish_sums<1, kVectors>(ending, &sum);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store<A>(to + v * kLanes<A>, sum[v]);
 }
@@ -84,6 +85,7 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
   carve(counter);
   Workspace workspace(counter.used() * threads);
   const int64_t bands = ceil_div(conv.height, lines);
+  const Ending<A> ending = Ending<A>::of(conv);
 
   parallel_for(conv.batch * conv.groups * bands, threads, [&](int64_t index, int thread) {
     Carver carver(workspace.data() + counter.used() * thread);
@@ -110,21 +112,21 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
       if constexpr (kSame<T, A>) {
         if (conv.dest.w == 1) {
           for (; j + kStep <= conv.width; j += kStep) {
-            plane_sums<A, 4>(scratch.at, scratch.weights, taps, j, start, to + j);
+            plane_sums<A, 4>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
           }
           for (; j + kLanes<A> <= conv.width; j += kLanes<A>) {
-            plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, to + j);
+            plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
           }
-          activate_rows(conv, &to, 1, j);
+          finish_rows(ending, &to, 1, j);
         }
       }
       const int64_t rest = j;
       for (; j < conv.width; j += kLanes<A>) {
-        plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, scratch.line + j);
+        plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, ending, scratch.line + j);
       }
       if (rest < conv.width) {
         A* line = scratch.line + rest;
-        activate_rows(conv, &line, 1, conv.width - rest);
+        finish_rows(ending, &line, 1, conv.width - rest);
         copy_narrowed(line, conv.width - rest, to + rest * conv.dest.w, conv.dest.w);
       }
     }
@@ -135,7 +137,7 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
 template <typename T, int kPixels>
 GDFAST_INLINE void channel_sums(const T* const* at, const T* weights, int64_t weight_step,
                                 const int64_t* order, int64_t taps, int64_t pixel_step, int64_t c,
-                                Vec<T> start, T* to, int64_t to_step) {
+                                Vec<T> start, const Ending<T>& ending, T* to, int64_t to_step) {
   Vec<T> sum[kPixels];
 #pragma GCC unroll 8
   for (int x = 0; x < kPixels; ++x) sum[x] = start;
@@ -145,6 +147,7 @@ GDFAST_INLINE void channel_sums(const T* const* at, const T* weights, int64_t we
 #pragma GCC unroll 8
     for (int x = 0; x < kPixels; ++x) sum[x] += weight * load(from + x * pixel_step);
   }
+  finish_sums<1, kPixels>(ending, &sum);
 #pragma GCC unroll 8
   for (int x = 0; x < kPixels; ++x) store<T>(to + x * to_step + c, sum[x]);
 }
@@ -155,6 +158,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
                              T* dest, int threads) {
   constexpr int kPixels = 4;
   const int64_t channels = conv.groups;
+  const Ending<T> ending = Ending<T>::of(conv);
   struct Scratch {
     const T** at;
     int64_t* order;
@@ -221,13 +225,13 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
         T* out = to + j * conv.dest.w;
         if (count == kPixels) {
           channel_sums<T, kPixels>(scratch.at, weights, channels, scratch.order, taps, step, first,
-                                   start, out, conv.dest.w);
+                                   start, ending, out, conv.dest.w);
         } else {
           channel_sums<T, 1>(scratch.at, weights, channels, scratch.order, taps, step, first, start,
-                             out, conv.dest.w);
+                             ending, out, conv.dest.w);
         }
       }
-      activate_rows<kPixels>(conv, to + j * conv.dest.w, conv.dest.w, count, channels);
+      finish_rows<kPixels>(ending, to + j * conv.dest.w, conv.dest.w, count, channels);
       j += count;
     }
   });

@@ -159,7 +159,6 @@ class ChannelTiles {
     for (int64_t c = 0; c == 0 || c < conv_.reduced; c += channels_at_once_) {
       const int64_t channels =
           conv_.tap_count == 0 ? 0 : min_of(channels_at_once_, conv_.reduced - c);
-      const bool last = conv_.tap_count == 0 || c + channels == conv_.reduced;
       pack_lines(source + c * conv_.source.c, channels, scratch, runs, pixels, vectors);
       TileArgs<A> args;
       const A* rows[kTileRows];
@@ -172,6 +171,7 @@ class ChannelTiles {
       args.segments = 1;
       args.length = channels * conv_.tap_count;
       args.how = c == 0 ? Start::kRows : Start::kAccumulate;
+      if (c + channels == conv_.reduced || conv_.tap_count == 0) args.ending = Ending<A>::of(conv_);
       for (int64_t row = row0; row < row_end; row += kTileRows) {
         args.start = biases_ + group * rows_ + row;
         for (int i = 0; i < kTileRows; ++i) {
@@ -184,7 +184,6 @@ class ChannelTiles {
           }
         }
         multiply_tile<A>(vectors, args);
-        if (last) activate_rows(conv_, args.out, kTileRows, args.panel_step);
       }
       if (conv_.tap_count == 0) break;
     }

@@ -35,6 +35,7 @@ struct FewTileArgs {
   A* out;
   int64_t out_step;  // from one pixel to the next
   int pixels;        // of kPixels that are stored
+  Ending<A> ending;
 };
 
 template <typename A, int kPixels, int kVectors>
@@ -70,20 +71,28 @@ void multiply_few(const FewTileArgs<A>& args) {
   A* out = args.out;
   const int64_t out_step = args.out_step;
   const int pixels = args.pixels;
+  const Ending<A> ending = args.ending;
   Vec<A> first[kVectors] = {};
   if (start != nullptr) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) first[v] = load(start + v * kWidth);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i, out += out_step) {
-    if (i >= pixels) break;
+  for (int i = 0; i < kPixels; ++i) {
+    if (start == nullptr && i >= pixels) break;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const Vec<A> before = start == nullptr ? load(out + v * kWidth) : first[v];
-      store<A>(out + v * kWidth, before + sum[i][v]);
+      sum[i][v] += start == nullptr ? load(out + i * out_step + v * kWidth) : first[v];
     }
   }
+  finish_sums<kPixels, kVectors>(ending, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i) {
+    if (i >= pixels) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store<A>(out + i * out_step + v * kWidth, sum[i][v]);
+  }
+  finish_rows<kPixels>(ending, out, out_step, pixels, kVectors * kWidth);
 }
 
 // The smallest tile that holds so many pixels.
@@ -231,9 +240,9 @@ class FewChannels {
             args.depth = min_of(part_depth_, depth_ - x);
             args.panel = weights_ + (number * depth_ + x) * width_;
             args.start = x == 0 ? biases_ + number * width_ : nullptr;
+            args.ending = x + args.depth == depth_ ? Ending<A>::of(conv_) : Ending<A>();
             multiply_few<A>(vectors_, args.pixels, args);
           }
-          activate_rows<few_pixels(1)>(conv_, args.out, args.out_step, args.pixels, width_);
           if (in_dest) continue;
           for (int i = 0; i < args.pixels; ++i) {
             copy_narrowed(args.out + i * width_, valid, out + i * conv_.dest.w, 1);

@@ -8,8 +8,8 @@
 // channels are few, the taps of one line of the kernel are read as one.
 #pragma once
 
-#include "activate_rows.h"
 #include "pack.h"
+#include "tap_conv.h"
 #include "tile.h"
 
 namespace gdfast::cpu {
@@ -253,6 +253,7 @@ class PixelTiles {
       args.segments = in_place_ ? part.taps : min_of(part.taps, 1);
       args.length = in_place_ ? part.channels : part.taps * part.channels;
       args.how = part_index == 0 ? Start::kColumns : Start::kAccumulate;
+      if (part_index == parts - 1) args.ending = Ending<A>::of(conv_);
       for (int64_t panel = panel0; panel < panel_end; ++panel) {
         const int64_t number = group * panels_.count + panel;
         args.panel = weights_ + number * panel_size() +
@@ -265,7 +266,6 @@ class PixelTiles {
           args.rows_ahead = more ? args.rows + args.segments * kTileRows : nullptr;
           args.out = scratch.out + tile * kTileRows;
           multiply_tile<A>(panels_.vectors, args);
-          if (part_index == parts - 1) activate_rows(conv_, args.out, kTileRows, panels_.width);
         }
       }
     }

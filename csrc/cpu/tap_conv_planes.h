@@ -7,7 +7,6 @@
 // a line ends at the last pixel, and computes some pixels again.
 #pragma once
 
-#include "activate_rows.h"
 #include "band.h"
 
 namespace gdfast::cpu {
@@ -42,6 +41,7 @@ struct PlaneTileArgs {
   int64_t out_at[kMostPlaneVectors];
   int64_t out_row;  // from one output channel to the next
   int rows;         // of kRows that are stored
+  Ending<A> ending;
 };
 
 // out[i][v] (+)= start[i] + sum over x of weights[x][i] * image[offsets[x] + image_at[v]]
@@ -73,8 +73,12 @@ void multiply_planes(const PlaneTileArgs<A>& args) {
     for (int v = 0; v < kVectors; ++v) {
       sum[i][v] += args.start == nullptr ? load(out + args.out_at[v]) : broadcast(args.start[i]);
     }
+    finish_sums<1, kVectors>(args.ending, sum + i);
 #pragma GCC unroll 6
     for (int v = 0; v < kVectors; ++v) store<A>(out + args.out_at[v], sum[i][v]);
+    // The vectors follow each other, but where the last one overlaps.
+    A* row = out + args.out_at[0];
+    finish_rows(args.ending, &row, 1, args.out_at[kVectors - 1] + kLanes<A> - args.out_at[0]);
   }
 }
 
@@ -272,12 +276,9 @@ class PlaneTiles {
           args.depth = min_of(part_depth_, depth_ - x);
           args.weights = weights_ + (number * depth_ + x) * rows_;
           args.start = x == 0 ? biases_ + number * rows_ : nullptr;
+          args.ending = x + args.depth == depth_ ? Ending<A>::of(conv_) : Ending<A>();
           multiply_planes<A>(rows_, static_cast<int>(end - first), args);
         }
-        // The tile's columns follow each other; those that it computed again, it began again.
-        const int64_t columns = args.out_at[end - first - 1] + kLanes<A> - args.out_at[0];
-        activate_rows<kMostPlaneRows>(conv_, args.out + args.out_at[0], out_row, args.rows,
-                                      columns);
       }
     }
   }

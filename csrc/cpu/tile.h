@@ -3,14 +3,16 @@
 //   out[i][j] (+)= start(i, j) + sum over segments g and steps x of
 //       rows[g][i][x * row_step] * panel[(g * length + x) * panel_step + j]
 //
+// and the activation of that, where it is complete.
+//
 // The row operand is broadcast, one element at a time, from kTileRows pointers of which each
 // segment has its own set: that is how a convolution reads an image in place, a segment per tap.
 // Where segments lie a constant step apart one set serves them all.
 // The column operand is a panel whose lines are vectors.
 #pragma once
 
+#include "ending.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -44,6 +46,7 @@ struct TileArgs {
   const T* start;
   Start how;
   T* const* out;  // [kTileRows], each to kVectors whole vectors
+  Ending<T> ending;
 };
 
 template <typename T, int kVectors>
@@ -90,15 +93,20 @@ void multiply_tile(const TileArgs<T>& args) {
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      T* out = args.out[i] + j * kWidth;
       // Sums of a part are added to what came before as a whole: two levels of summation keep the
       // error of long reductions small.
-      const Vec<T> before = args.how == Start::kAccumulate ? load<T>(out)
-                            : args.how == Start::kColumns  ? load(args.start + j * kWidth)
-                                                           : broadcast(args.start[i]);
-      store<T>(out, before + sum[i][j]);
+      sum[i][j] += args.how == Start::kAccumulate ? load<T>(args.out[i] + j * kWidth)
+                   : args.how == Start::kColumns  ? load(args.start + j * kWidth)
+                                                  : broadcast(args.start[i]);
     }
   }
+  finish_sums<kTileRows, kVectors>(args.ending, sum);
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) store<T>(args.out[i] + j * kWidth, sum[i][j]);
+  }
+  finish_rows(args.ending, args.out, kTileRows, kVectors * kWidth);
 }
 
 // Calls the tile of the given number of vectors, 1 to kMaxVectors.

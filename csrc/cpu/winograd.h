@@ -56,6 +56,7 @@ class WinogradTiles {
         bias_(bias),
         dest_(dest),
         threads_(threads),
+        ending_(Ending<T>::of(conv)),
         grid_(conv.batch, conv.height, conv.width),
         panels_(conv.produced),
         channels_(round_up(conv.reduced, kWidth)) {
@@ -284,7 +285,7 @@ class WinogradTiles {
       const TileGrid::At at = grid_.at(tile);
       T* to = dest + at.n * conv_.dest.n + at.h * conv_.dest.h + at.w * conv_.dest.w;
       for (int64_t o = 0; o < in_place; o += kWidth) {
-        Vec<T> out[kTileOut * kTileOut];
+        Outputs out;
         transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
         for (int64_t i = 0; i < at.rows; ++i) {
           for (int64_t j = 0; j < at.columns; ++j) {
@@ -300,7 +301,7 @@ class WinogradTiles {
         int64_t columns = 0;
         for (int64_t x = 0; x < run; ++x, ++tile) {
           const TileGrid::At at = grid_.at(tile);
-          Vec<T> out[kTileOut * kTileOut];
+          Outputs out;
           transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
           for (int64_t i = 0; i < at.rows; ++i) {
             for (int64_t j = 0; j < at.columns; ++j) {
@@ -330,7 +331,9 @@ class WinogradTiles {
     }
   }
 
-  GDFAST_INLINE void transform_sums(const T* from, Vec<T> bias, Vec<T>* out) const {
+  using Outputs = Vec<T>[kTileOut * kTileOut];
+
+  GDFAST_INLINE void transform_sums(const T* from, Vec<T> bias, Outputs& out) const {
     const int64_t product_step = block_tiles_ * panels_.width;
     Vec<T> half[kTileOut * kTileIn];
 #pragma GCC unroll 6
@@ -346,8 +349,9 @@ class WinogradTiles {
 #pragma GCC unroll 4
       for (int j = 0; j < kTileOut; ++j) out[i * kTileOut + j] += bias;
     }
+    finish_sums<1, kTileOut * kTileOut>(ending_, &out);
     T* values = reinterpret_cast<T*>(out);
-    activate_rows(conv_, &values, 1, kTileOut * kTileOut * kWidth);
+    finish_rows(ending_, &values, 1, kTileOut * kTileOut * kWidth);
   }
 
   const TapConv& conv_;
@@ -356,6 +360,7 @@ class WinogradTiles {
   const T* bias_;
   T* dest_;
   int threads_;
+  Ending<T> ending_;
   TileGrid grid_;
   Panels<T> panels_;
   int64_t channels_;  // reduced ones, padded to whole vectors
