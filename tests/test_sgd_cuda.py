@@ -86,6 +86,45 @@ def test_scalars_on_the_device(zero_grad: bool, infinite: bool, cuda_device: tor
 
 @pytest.mark.gpu
 @NEEDS_MODULE
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_copies_are_updated_as_on_the_cpu(dtype: torch.dtype) -> None:
+    sizes = [1, 7, 33, 8191, 8193, 100_003, *[5] * 120]
+    for settings in SETTINGS:
+        master, buffer = torch.randn(2, sum(sizes)).unbind()
+        param, grad = master.to(dtype), torch.randn(sum(sizes)).to(dtype)
+        param[::7] = 3
+        results = []
+        for device in ("cpu", "cuda"):
+            whole = [t.to(device, copy=True) for t in (param, grad, buffer, master)]
+            params, grads, buffers, masters = (list(t.split(sizes)) for t in whole)
+            ops.sgd_(
+                params, grads, buffers if settings["momentum"] else [], lr=LR,
+                master_weights=masters, **settings,
+            )  # fmt: skip
+            results.append([t.cpu() for t in whole])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.gpu
+@NEEDS_MODULE
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_cuda_graph_follows_lr(backend: str) -> None:
+    p, g = torch.ones(1000, device="cuda"), torch.ones(1000, device="cuda")
+    lr = torch.tensor(0.5, device="cuda")
+    for _ in range(2):
+        ops.sgd_(p, g, lr=lr, backend=backend)  # what is compiled and cached is so before
+    p.fill_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.sgd_(p, g, lr=lr, backend=backend)
+    graph.replay()
+    lr.fill_(0.25)
+    graph.replay()
+    assert (p == 0.25).all()
+
+
+@pytest.mark.gpu
+@NEEDS_MODULE
 def test_the_current_stream_is_used() -> None:
     p, g = torch.zeros(1_000_000, device="cuda"), torch.zeros(1_000_000, device="cuda")
     torch.cuda.synchronize()

@@ -139,3 +139,56 @@ def test_the_optimizer_steps_on_it() -> None:
                 layer(input).square().sum().backward()
                 optimizer.step()
     torch.testing.assert_close(*(list(layer.parameters()) for layer in layers))
+
+
+@pytest.mark.parametrize("name", ["dampened", "nesterov", "plain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_copies_are_updated_in_float32(
+    dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bind_sgd, "_BLOCK", 512)
+    forget()
+    settings: dict[str, dict[str, float | bool]] = {
+        "dampened": {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.05, "maximize": True},
+        "nesterov": {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True},
+        "plain": {"momentum": 0.0},
+    }
+    how = settings[name]
+    (param,) = randoms(1, 1003, dtype)
+    master, wide, buffer, its_buffer = param.float(), param.float(), torch.zeros(1003), None
+    for step in range(3):
+        (grad,) = randoms(1, 1003, dtype)
+        if step == 2:
+            param[::5] = 2
+            wide[::5] = 2
+        wide, its_buffer = native_loop(wide, grad.float(), its_buffer, torch.float32, **how)
+        ops.sgd_(
+            param, grad * 4, [buffer] if how["momentum"] else [], lr=torch.tensor(LR),
+            master_weights=master, grad_scale=torch.tensor(4.0), found_inf=torch.tensor(0.0),
+            first_step=step == 0 and how["momentum"] > 0, backend="triton", **how,
+        )  # fmt: skip
+        torch.testing.assert_close(master, wide)
+        # The interpreter may cut off where a GPU rounds.
+        torch.testing.assert_close(param.float(), wide, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    before = param.clone(), master.clone()
+    ops.sgd_(
+        param, grad, lr=LR, master_weights=master, found_inf=torch.tensor(1.0), zero_grad=True,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(param, before[0]) and torch.equal(master, before[1])
+    assert not grad.any()
+    forget()
+
+
+def test_many_tensors_with_master_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bind_sgd, "_PIECE", 64)
+    forget()
+    sizes = [1, 7, 0, 100, *range(30, 64)]
+    params = [p.half() for p in randoms(1, sum(sizes), torch.float32)[0].split(sizes)]
+    masters, grads = [p.float() for p in params], [torch.full_like(p, 2) for p in params]
+    expected = [p.float() - LR * 2 for p in params]
+    ops.sgd_(params, grads, lr=LR, master_weights=masters, backend="triton", zero_grad=True)
+    torch.testing.assert_close(masters, expected)
+    torch.testing.assert_close([p.float() for p in params], [m.half().float() for m in masters])
+    assert not any(g.any() for g in grads)
+    forget()
