@@ -40,7 +40,9 @@ def compiled(every_tile: bool) -> Iterator[tuple[str, Code]]:
                 triton_code.launch_max_pool2d((256, 64, 112, 112), dtype)
                 triton_code.launch_sgd(dtype)
             kind = str(dtype).removeprefix("torch.")
-            yield from ((f"ResNet-50, {kind}", code) for code in codes)
+            for code in codes:
+                master = ", master copies" if code.settings.get("MASTER") else ""
+                yield f"ResNet-50, {kind}{master}", code
 
 
 def row(task: str, code: Code) -> str:

@@ -276,6 +276,13 @@ def test_an_optimizer_that_is_gone_updates_nothing() -> None:
     assert (p == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_refused() -> None:
+    p = Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="expected each parameter once, got one twice"):
+        optim.SGD([p, p], lr=LR, in_backward=True)
+
+
 def test_it_does_not_go_with_differentiable() -> None:
     with pytest.raises(RuntimeError, match="`in_backward` does not support `differentiable`"):
         optim.SGD([Parameter(torch.ones(3))], in_backward=True, differentiable=True)

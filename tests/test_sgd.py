@@ -18,6 +18,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import ops
+from gdfast.backends.sgd import lr_on
 from gdfast.errors import BackendError, FallbackWarning
 
 FULL = {"momentum": 0.9, "dampening": 0.25, "weight_decay": 0.05, "maximize": True}
@@ -59,12 +60,19 @@ def test_float32_is_bitwise_that_of_the_default_loop_where_both_have_fma() -> No
         assert torch.equal(param, expected)
 
 
-def test_lr_as_a_tensor() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_lr_as_a_tensor(backend: str) -> None:
     for lr in (torch.tensor(LR), torch.tensor([LR], dtype=torch.float64)):
         param, grad = tensors(2, 9)
         expected = param - lr.item() * grad
-        ops.sgd_(param, grad, lr=lr)
+        ops.sgd_(param, grad, lr=lr, backend=backend)
         torch.testing.assert_close(param, expected)
+
+
+def test_a_gpu_reads_lr_where_it_is_and_is_told_what_lies_elsewhere() -> None:
+    lr = torch.tensor(0.5)
+    assert lr_on(torch.device("cpu"), lr) is lr
+    assert lr_on(torch.device("cuda", 0), lr) == lr_on(torch.device("cpu"), 0.5) == 0.5
 
 
 def test_first_step_writes_the_buffer(nan_filled_memory: None) -> None:

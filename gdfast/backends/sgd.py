@@ -107,7 +107,7 @@ def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     """Runs the CUDA kernel on the current stream. Nothing waits for the GPU."""
     assert native.cuda is not None
     device = tensors.params[0].device
-    on_device = _lr_on(device, hyper.lr)
+    on_device = lr_on(device, hyper.lr)
     lr, lr_tensor = (0.0, on_device) if isinstance(on_device, Tensor) else (on_device, None)
     lr_tensor, grad_scale, found_inf = (
         None if value is None else value.to(device, dtype)
@@ -138,7 +138,7 @@ def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     if _share_memory((*at.params,), (*at.numels,), like.element_size()):
         reference(tensors, hyper)
         return
-    lr, grad_scale, found_inf = _lr_on(like.device, hyper.lr), hyper.grad_scale, hyper.found_inf
+    lr, grad_scale, found_inf = lr_on(like.device, hyper.lr), hyper.grad_scale, hyper.found_inf
     hyper = hyper._replace(
         lr=lr.to(torch.float32) if isinstance(lr, Tensor) else lr,
         grad_scale=None if grad_scale is None else grad_scale.to(like.device, torch.float32),
@@ -151,7 +151,7 @@ def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     _increment_versions(tensors, hyper)
 
 
-def _lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
+def lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
     """lr as a tensor only where it lies on the device: one elsewhere is read without a copy."""
     return lr.item() if isinstance(lr, Tensor) and lr.device != device else lr
 

@@ -23,7 +23,8 @@ class InBackward:
     parameter has run its backward by then, and needs it no longer. The gradient is handed on rather
     than kept, so that its memory is free before the next one is computed.
 
-    Raises RuntimeError for what it sees and would get wrong.
+    Raises RuntimeError, or ValueError for a parameter that is listed twice, where it sees what it
+    would get wrong.
     """
 
     def __init__(self, update: Callable[[int, Tensor, Tensor], None]) -> None:
@@ -46,10 +47,14 @@ class InBackward:
             if live is not None:
                 live._on_gradient(param)
 
+        new: set[Tensor] = set()
         for index, group in enumerate(groups):
             for param in group["params"]:
+                if param in new:
+                    raise ValueError(mismatch(_OP, "params", "each parameter once", "one twice"))
                 if param.requires_grad and param not in self._handles:
                     _refuse_hooks(param, ours=0)
+                    new.add(param)
                     self._handles[param] = param.register_post_accumulate_grad_hook(hook)
                     self._groups[param] = index
 

@@ -50,7 +50,8 @@ class SGD(torch.optim.SGD):
     With `differentiable` the update goes through autograd, by `gdfast.ops.sgd`.
 
     Raises as `torch.optim.SGD` does: ValueError for hyperparameters out of range, RuntimeError for
-    clashing flags and, in `step`, for sparse gradients.
+    clashing flags and, in `step`, for sparse gradients. With `in_backward` ValueError for a
+    parameter that is listed twice.
     """
 
     def __init__(
@@ -188,8 +189,7 @@ class SGD(torch.optim.SGD):
             half = tensors.only(is_half)
             self._run(key, half._replace(masters=list(map(self._master, half.params))), hyper)
             tensors = tensors.only([not each for each in is_half])
-        if tensors.params or not self.master_weights:
-            self._run(key, tensors, hyper)
+        self._run(key, tensors, hyper)
 
     def _master(self, param: Tensor) -> Tensor:
         state = self.state[param]
