@@ -84,25 +84,66 @@ def test_scalars_on_the_device(zero_grad: bool, infinite: bool, cuda_device: tor
     torch.testing.assert_close(g, torch.zeros_like(g) if zero_grad else kept)
 
 
-@pytest.mark.gpu
-@NEEDS_MODULE
+@pytest.mark.cuda_simulator
+@pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_master_copies_are_updated_as_on_the_cpu(dtype: torch.dtype) -> None:
-    sizes = [1, 7, 33, 8191, 8193, 100_003, *[5] * 120]
-    for settings in SETTINGS:
+def test_master_copies_are_updated_as_by_the_reference(
+    dtype: torch.dtype, first_step: bool, cuda_device: torch.device
+) -> None:
+    sizes = [1, 7, 33, 8191, 8193, *[5] * 120]
+    for settings in SETTINGS[::3]:
+        momentum = settings["momentum"]
         master, buffer = torch.randn(2, sum(sizes)).unbind()
         param, grad = master.to(dtype), torch.randn(sum(sizes)).to(dtype)
         param[::7] = 3
         results = []
-        for device in ("cpu", "cuda"):
-            whole = [t.to(device, copy=True) for t in (param, grad, buffer, master)]
+        for name, device in (("reference", torch.device("cpu")), ("cuda", cuda_device)):
+            whole = [t.to(device, copy=True) for t in (param, grad * 4, buffer, master)]
             params, grads, buffers, masters = (list(t.split(sizes)) for t in whole)
             ops.sgd_(
-                params, grads, buffers if settings["momentum"] else [], lr=LR,
-                master_weights=masters, **settings,
+                params, grads, buffers if momentum else [], lr=torch.tensor(LR, device=device),
+                master_weights=masters, first_step=bool(momentum) and first_step, backend=name,
+                grad_scale=torch.tensor(4.0, device=device), **settings,
             )  # fmt: skip
             results.append([t.cpu() for t in whole])
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.cuda_simulator
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_a_skipped_step_leaves_master_copies_alone(
+    zero_grad: bool, cuda_device: torch.device
+) -> None:
+    master = torch.randn(9000, device=cuda_device)
+    p, g = master.half(), torch.ones(9000, device=cuda_device).half()
+    p[3] = 77  # which only an update would take over
+    before = p.clone(), master.clone()
+    found = torch.tensor(1.0, device=cuda_device)
+    ops.sgd_(
+        p, g, lr=LR, master_weights=master, found_inf=found, zero_grad=zero_grad, backend="cuda"
+    )
+    assert torch.equal(p, before[0]) and torch.equal(master, before[1])
+    assert g.any() != zero_grad
+
+
+@pytest.mark.cuda_simulator
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_the_optimizer_with_master_weights(in_backward: bool, cuda_device: torch.device) -> None:
+    results = []
+    for name in ("cuda", "native"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(50, 40).to(cuda_device).half()
+        optimizer = optim.SGD(
+            layer.parameters(), lr=LR, momentum=0.9, master_weights=True, in_backward=in_backward
+        )
+        for _ in range(3):
+            input = torch.randn(4, 50, device=cuda_device).half()
+            with backend(name):
+                (layer(input) * 1.5).sum().backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        results.append([optimizer.state[p]["master_weight"] for p in layer.parameters()])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.gpu
