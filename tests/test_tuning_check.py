@@ -25,7 +25,7 @@ def arguments(dtype: torch.dtype = torch.float32, channels: int = 64) -> tuple[A
 
 
 def agreeing(call: Callable[..., Any], *args: Any, tf32: bool = False) -> list[str]:
-    return tuning_check.agreeing("conv2d", {"ours": call}, native, args, tf32)
+    return tuning_check.agreeing("conv2d", {"ours": call}, native, native, args, tf32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -83,9 +83,25 @@ def test_no_numbers_are_compared_where_native_has_none() -> None:
     assert agreeing(ours, input, weight, bias) == ["ours"]
 
 
+def test_an_activation_does_not_hide_the_size_of_what_it_was_given() -> None:
+    def relu6(*args: Any) -> tuple[Tensor, Tensor | None]:
+        return F.relu6(native(*args)[0]), None
+
+    def ours(input: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        return relu6(input + 3e-5 * input.abs().max(), weight, bias)
+
+    def products(*args: Any) -> tuple[Tensor, Tensor | None]:
+        return native(*args)[0], None
+
+    args = arguments(channels=512)
+    assert tuning_check.agreeing("conv2d_act", {"ours": ours}, relu6, products, args, False)
+    with pytest.warns(FallbackWarning):
+        assert not tuning_check.agreeing("conv2d_act", {"ours": ours}, relu6, relu6, args, False)
+
+
 def test_what_raises_is_passed_over() -> None:
     def ours(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
     assert agreeing(ours, *arguments()) == []
-    assert tuning_check.agreeing("conv2d", {"ours": native}, ours, arguments(), False) == []
+    assert tuning_check.agreeing("conv2d", {"ours": native}, ours, ours, arguments(), False) == []

@@ -276,7 +276,9 @@ def _timed_on_gpu(
     if native := calls.get(NATIVE):
         ours = {name: call for name, call in calls.items() if name != NATIVE}
         tf32 = torch.backends.cudnn.allow_tf32
-        names = [*tuning_check.agreeing(op, ours, native, arguments, tf32), NATIVE]
+        plain = "conv2d" if op == "conv2d_act" else op
+        products = resolve(plain, query, REFERENCE).operations[plain](query)
+        names = [*tuning_check.agreeing(op, ours, native, products, arguments, tf32), NATIVE]
     timed = {name: partial(calls[name], *arguments) for name in names}
     return _timed(predicted, timed, partial(torch.cuda.synchronize, query.device))
 

@@ -25,17 +25,19 @@ def agreeing(
     op: str,
     calls: Mapping[str, Callable[..., Any]],
     native: Callable[..., Any],
+    products: Callable[..., Any],
     arguments: tuple[Any, ...],
     tf32: bool,
 ) -> list[str]:
     """Names of the calls whose results are native's but for rounding, on these arguments.
 
+    `products` is native's sum of products alone, without an activation that hides their size.
     Warns of every other one. A call that raises a RuntimeError is passed over, here as by the
     timer; where native itself does, for want of memory say, none agrees.
     """
     try:
         expected = native(*arguments)
-        magnitudes = native(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
+        magnitudes = products(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
     except RuntimeError:
         return []
     names = []

@@ -70,9 +70,7 @@ def kernels(file: Path) -> list[Code]:
     usage = {
         (architecture, symbol): (int(registers), int(stack))
         for architecture, text in _by_architecture(run("-res-usage"))
-        for symbol, registers, stack in re.findall(
-            r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text
-        )
+        for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
     }
     codes = []
     for architecture, text in _by_architecture(run("-sass")):
