@@ -15,6 +15,7 @@ from torch import Tensor
 import gdfast
 from gdfast import native, ops
 from gdfast.backends import cuda_conv2d
+from gdfast.backends.activation import activate
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
 from gdfast.geometry import Conv2dGeometry

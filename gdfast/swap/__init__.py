@@ -63,10 +63,11 @@ def swap_(
     one of our operations computes: BatchNorm2d with a residual and an activation, convolution with
     an activation or with ReLU and max pooling, in `Sequential`s and in forwards written out. They
     are attributes of the instances, read parameters and modes at the call, and run the class's
-    forward where a hook was added or something replaced. BatchNorm2d and MaxPool2d that have no such neighbours run
-    on our operations too, where `filter_fn` is true for them. The report lists what was fused, and
-    the forwards that could not be, with the reason. Where a convolution's ReLU6 or LeakyReLU might
-    be written to before backward, which native's allow, the two are one only "without gradients".
+    forward where a hook was added or something replaced. BatchNorm2d and MaxPool2d without such
+    neighbours run on our operations too, where `filter_fn` is true for them. The report lists what
+    was fused, and the forwards that could not be, with the reason. Where a convolution's ReLU6 or
+    LeakyReLU might be written to before backward, which native's allow, the two are one only
+    "without gradients".
 
     Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function.
     """
