@@ -286,6 +286,27 @@ def test_activations(activation: str, dtype: torch.dtype, cuda_device: torch.dev
         torch.testing.assert_close(result, expected, equal_nan=True, **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [WHOLE, BY_NAME["c17-k10"], BY_NAME["batch-33"]], ids=str)
+def test_sums_for_a_batch_normalisation(
+    case: Conv2dCase, dtype: torch.dtype, cuda_device: torch.device
+) -> None:
+    values = tensors_of(case, dtype, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    bias += 100  # means that would cancel the squares without a shift
+    query = query_of(case, values)
+    shift = bias.double() + 0.5
+    output, sum, squares = cuda_conv2d.conv2d_with_sums(query)(input, weight, bias, shift)
+    assert torch.equal(output, cuda_conv2d.conv2d(query)(input, weight, bias))
+    rest = output.double() - shift[:, None, None]
+    close = {"rtol": 1e-5, "atol": 1e-3 * rest.abs().max().item()}
+    torch.testing.assert_close(sum, rest.sum((0, 2, 3)), **close)
+    torch.testing.assert_close(squares, rest.square().sum((0, 2, 3)), **close)
+    variance = squares / (rest.numel() / case.K) - (sum / (rest.numel() / case.K)).square()
+    expected = output.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(variance, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_in_strict_precision_what_is_not_finite_goes_where_native_has_it(
@@ -324,8 +345,9 @@ def test_nothing_is_written_beside_the_outputs(name: str, cuda_device: torch.dev
         stream = gdfast.backends.cuda_stream.current(cuda_device)
         if place == 2:
             native.cuda.conv2d(
-                problem, way, input, weight, bias, view.data_ptr(), "none", 0.0, *stream
-            )
+                problem, way, input, weight, bias, view.data_ptr(), "none", 0.0, 0, 0, 0, 0,
+                *stream,
+            )  # fmt: skip
         elif place == 0:
             native.cuda.conv2d_grad_input(problem, way, grad, weight, view.data_ptr(), *stream)
         else:
@@ -349,6 +371,62 @@ def with_gaps(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     whole = torch.empty((n + 2, c + 2, h + 2, 2 * w + 1), device=device).fill_(7.0)
     view = whole[1:-1, 1:-1, 1:-1, 1:-1:2]
     return whole, view.fill_(math.nan)
+
+
+def on_a_gpu(case: Conv2dCase, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A query of tensors in channels_last that need not exist."""
+    empty = {"input": case.input_shape, "weight": case.weight_shape, "bias": (1,),
+             "grad": case.output_shape}  # fmt: skip
+    values = {
+        name: torch.empty(size, dtype=dtype, device="meta").to(
+            memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format
+        )
+        for name, size in empty.items()
+    }
+    return replace(query_of(case, values), device=torch.device("cuda", 0))
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_conv2d, "_multiprocessors", lambda device: 132)
+
+
+def test_candidates_on_a_gpu(h100: None) -> None:
+    large = Conv2dCase("", 256, 256, 28, 28, 256, 3, 3, padding=(1, 1))
+    assert cuda_conv2d.candidates("conv2d", on_a_gpu(large))[0] == "128x128"
+    assert "128x128" not in cuda_conv2d.candidates("conv2d", on_a_gpu(replace(large, K=56)))
+    assert set(cuda_conv2d.candidates("conv2d", on_a_gpu(large))) == set(cuda_conv2d.TILES)
+    small = replace(large, N=1, H=7, W=7)
+    assert cuda_conv2d.candidates("conv2d", on_a_gpu(small))[0] == "64x64"
+    assert cuda_conv2d.candidates("conv2d", on_a_gpu(replace(large, C=30))) == ("64x64",)
+    for op in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"):
+        three = cuda_conv2d.candidates(op, on_a_gpu(large, torch.float32))
+        assert set(three) == {"128x64", "64x64"}, op
+        assert cuda_conv2d.candidates(op, on_a_gpu(large, torch.float64)) == ("64x64",)
+        assert cuda_conv2d.algorithm(op, on_a_gpu(large, torch.float32)) == three[0]
+
+
+def test_splits_fill_a_gpu(h100: None) -> None:
+    stem = on_a_gpu(Conv2dCase("", 256, 64, 56, 56, 64, 1, 1))
+    assert cuda_conv2d.splits(stem, "64x64") == 256
+    wide = on_a_gpu(Conv2dCase("", 256, 512, 7, 7, 512, 3, 3, padding=(1, 1)))
+    assert cuda_conv2d.splits(wide, "128x128") == 1  # 144 blocks without
+    single = on_a_gpu(Conv2dCase("", 1, 64, 7, 7, 64, 1, 1))
+    assert cuda_conv2d.splits(single, "64x64") == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Conv2dCase("", 1, 1, 1, 4, 1, 1, 1, padding=(2**29, 0)), "2^29 rows"),
+        (Conv2dCase("", 1, 1, 2**15, 2**15, 1, 1, 1), "2^30 pixels"),
+        (Conv2dCase("", 1, 65536, 1, 1, 65536, 1, 1, groups=65536), "65535 groups"),
+        (Conv2dCase("", 1, 1, 600, 600, 1, 1, 1, stride=(300, 300)), "65535 groups and phases"),
+        (Conv2dCase("", 2**30, 1, 16, 16, 1, 1, 1), "fewer images"),
+    ],
+)
+def test_what_the_kernels_do_not_count(case: Conv2dCase, reason: str) -> None:
+    assert reason in cuda_conv2d.why_not(on_a_gpu(case))
 
 
 def test_gradients_through_autograd_and_of_gradients(cuda_device: torch.device) -> None:

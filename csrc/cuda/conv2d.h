@@ -26,9 +26,22 @@ struct Where {
   uintptr_t stream;
 };
 
+// For a batch normalisation that follows: sums over images and pixels of output - shift and of its
+// square, [K]. None are taken where workspace is null.
+struct Conv2dSums {
+  void* workspace;
+  const double* shift;
+  double* sum;
+  double* sum_of_squares;
+};
+
+// The bytes of workspace that these sums need.
+int64_t conv2d_sums_workspace(const Conv2dProblem& problem);
+
 // output = activation(conv2d(input, weight) + bias); bias may be null.
 void conv2d(const Conv2dProblem& problem, const Conv2dWay& way, const void* input,
-            const void* weight, const void* bias, void* output, const Where& where);
+            const void* weight, const void* bias, void* output, const Conv2dSums& sums,
+            const Where& where);
 
 void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                        const void* weight, void* grad_input, const Where& where);

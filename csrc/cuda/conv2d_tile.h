@@ -79,6 +79,35 @@ GDFAST_DEVICE void keep_results(typename Math::Sums& sums) {
   sync_block();
 }
 
+// How many threads share a column of the results when these are added up.
+template <typename Math>
+constexpr int kThreadsOfColumn = Math::kThreads / Math::kN;
+
+// Adds up the results that are kept, as write_results will write them, over `rows` rows: of each
+// column value - shift and its square, to `sums`: [thread of a column, column, 2]. Columns of all
+// groups are `stride` apart from the next thread's.
+template <typename Math, typename Memory, typename Finish>
+GDFAST_DEVICE void sum_results(typename Math::Sum* sums, int64_t stride, const double* shift,
+                               int32_t rows, int32_t first_column, int32_t columns,
+                               Finish&& finish) {
+  using Sum = typename Math::Sum;
+  constexpr int kRows = Math::kM / kThreadsOfColumn<Math>;
+  const int column = this_thread() % Math::kN, part = this_thread() / Math::kN;
+  if (first_column + column >= columns) return;
+  const auto middle = static_cast<Sum>(shift[first_column + column]);
+  Sum sum = 0, squares = 0;
+  for (int row = part * kRows; row < (part + 1) * kRows && row < rows; ++row) {
+    Sum value[1] = {result_row<Math, Memory>(row)[column]};
+    finish(value, first_column + column);
+    const Sum rest = to_float(from_float<typename Math::Element>(value[0])) - middle;
+    sum += rest;
+    squares += rest * rest;
+  }
+  Sum* const to = sums + (part * stride + first_column + column) * 2;
+  to[0] = sum;
+  to[1] = squares;
+}
+
 // Rounds and writes the results that are kept, neighbours in memory by neighbouring threads.
 // `finish` gets a few of a row, which it may change, and the column that they begin at.
 template <typename Math, typename Memory, typename Finish>

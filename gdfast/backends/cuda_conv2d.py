@@ -36,6 +36,7 @@ _STEP = 32  # products of one step in half types
 _LEAST_STEPS = 8  # of one split
 _MOST_SPLITS = 256
 _WAVES = 2  # blocks for each multiprocessor
+_NO_SUMS = 0, 0, 0, 0
 
 
 def why_not(query: Conv2dQuery) -> str:
@@ -194,9 +195,44 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         run(
             problem, way(), input.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), output.data_ptr(),
-            *cuda_stream.current(input.device),
+            *_NO_SUMS, *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
+
+    return kernel
+
+
+def conv2d_with_sums(
+    query: Conv2dQuery, by: str = ""
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A kernel for conv2d and what a batch normalisation that follows needs of its output.
+
+    It takes input, weight, bias and a shift, float64 [K], near the output's means: sums of squares
+    cancel the less the nearer it is. Returns the output, and the sums over images and pixels of
+    output - shift and of its square, float64 [K].
+    """
+    assert native.cuda is not None
+    problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
+    way, run = _way(query, by or algorithm("conv2d", query)), native.cuda.conv2d
+    size, strides = query.geometry.output_size, query.strides[2]
+    workspace_bytes = native.cuda.conv2d_sums_workspace(problem)
+
+    def kernel(
+        input: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        sums = shift.new_zeros(2, size[1])
+        input, weight, shift = copy_input(input), copy_weight(weight), shift.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        workspace = input.new_empty(workspace_bytes, dtype=torch.uint8)
+        run(
+            problem, way(), input.data_ptr(), weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), output.data_ptr(),
+            workspace.data_ptr(), shift.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr(),
+            *cuda_stream.current(input.device),
+        )  # fmt: skip
+        return output, sums[0], sums[1]
 
     return kernel
 

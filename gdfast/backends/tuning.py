@@ -40,6 +40,7 @@ from gdfast.backends import (
     choices_file,
     cpu,
     cpu_algorithms,
+    cuda,
     triton_backend,
     tuning_check,
     tuning_timer,
@@ -61,7 +62,7 @@ OFF, FORCE = "off", "force"
 NATIVE = "native"
 
 # The backends with several ways of running a convolution.
-_CHOOSERS: dict[str, Any] = {"cpu": cpu, "triton": triton_backend}
+_CHOOSERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton_backend}
 # A modest core, and a GPU: what it needs less time for than this is not worth choosing.
 _FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
 _GPU_FLOPS, _GPU_BANDWIDTH, _GPU_LEAST_SECONDS = 200e12, 2e12, 5e-6
