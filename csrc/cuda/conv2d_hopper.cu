@@ -57,7 +57,8 @@ struct Memory {
   static constexpr int kResults = kStages * kStage;  // 16 rows of 64 channels for each warp
   static constexpr int kWarpResults = kWarpRows * kBoxRow;
   static constexpr int kBarriers = kResults + kConsumers * 4 * kWarpResults;
-  static constexpr int kSize = kBarriers + 2 * kStages * static_cast<int>(sizeof(uint64_t));
+  static constexpr int kSize =
+      kBarriers + (2 * kStages + kConsumers) * static_cast<int>(sizeof(uint64_t));
   static_assert(kStage % 1024 == 0 && kSize <= 227 * 1024, "what a block may have");
 };
 
@@ -82,6 +83,11 @@ GDFAST_DEVICE uint64_t* full_barrier(unsigned char* barriers, unsigned position)
 
 GDFAST_DEVICE uint64_t* empty_barrier(unsigned char* barriers, unsigned position) {
   return reinterpret_cast<uint64_t*>(barriers) + kStages + position % kStages;
+}
+
+// Says that a consumer may begin its next tile.
+GDFAST_DEVICE uint64_t* turn_barrier(unsigned char* barriers, int consumer) {
+  return reinterpret_cast<uint64_t*>(barriers) + 2 * kStages + consumer;
 }
 
 GDFAST_DEVICE int parity_of(unsigned position) { return static_cast<int>(position / kStages & 1); }
@@ -148,7 +154,7 @@ template <typename T, int kN>
 GDFAST_DEVICE void write_rows(const Arguments& a, const Tile& tile, const float (&sums)[kN / 2],
                               int first_row, unsigned char* results) {
   constexpr int kPack = 16 / sizeof(T);
-  const int lane = warp_lane();
+  const int lane = computed_again(warp_lane());
   unsigned char* pixels[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -187,9 +193,10 @@ GDFAST_DEVICE void write_rows(const Arguments& a, const Tile& tile, const float 
 template <typename T, int kN>
 GDFAST_DEVICE void add_bias(const Arguments& a, int first_channel, float (&sums)[2][kN / 2]) {
   const T* const bias = static_cast<const T*>(a.bias);
+  const int lane = computed_again(warp_lane());
 #pragma unroll
   for (int i = 0; i < kN / 4; ++i) {
-    const int channel = first_channel + i / 2 * 8 + warp_lane() % 4 * 2 + i % 2;
+    const int channel = first_channel + i / 2 * 8 + lane % 4 * 2 + i % 2;
     const float value = channel < a.channels ? to_float(bias[channel]) : 0.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -210,11 +217,15 @@ GDFAST_DEVICE void multiply_tiles(const Arguments& a, int consumer) {
   const auto leave = [&](unsigned position) {
     if (warp_lane() == 0) barrier_arrive(empty_barrier(barriers, position));
   };
+  int turn = consumer ^ 1;  // the first has not to wait in its first tile
   float sums[2][kN / 2];
   const int grid = static_cast<int>(gridDim.x);
   unsigned first = static_cast<unsigned>(consumer) * steps;
   for (int index = static_cast<int>(blockIdx.x) + consumer * grid; index < a.tiles;
-       index += kConsumers * grid, first += kConsumers * steps) {
+       index += kConsumers * grid, first += kConsumers * steps, turn ^= 1) {
+    // Parities tell one turn of the ring from the next, not from the one after that: stages are
+    // waited for in their order, by one consumer after the other.
+    barrier_wait(turn_barrier(barriers, consumer), turn);
     for (unsigned step = 0; step < steps; ++step) {
       const unsigned position = first + step;
       barrier_wait(full_barrier(barriers, position), parity_of(position));
@@ -223,7 +234,10 @@ GDFAST_DEVICE void multiply_tiles(const Arguments& a, int consumer) {
       warpgroup_wait<1>();
       if (step > 0) leave(position - 1);
     }
+    if (warp_lane() == 0) barrier_arrive(turn_barrier(barriers, consumer ^ 1));
     warpgroup_wait<0>();
+    warpgroup_take(sums[0]);
+    warpgroup_take(sums[1]);
     leave(first + steps - 1);
 
     const Tile tile = tile_at<kN>(a, index);
@@ -249,6 +263,9 @@ conv2d_hopper_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
     for (unsigned stage = 0; stage < kStages; ++stage) {
       barrier_init(full_barrier(barriers, stage), 1);
       barrier_init(empty_barrier(barriers, stage), 4);  // a consumer's warps
+    }
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      barrier_init(turn_barrier(barriers, consumer), 4);
     }
     barriers_ready();
   }

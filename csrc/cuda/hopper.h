@@ -18,10 +18,12 @@
 //                                          axis summed over going down the rows: the box of the
 //                                          next 64 columns is `next` bytes away
 //   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB>(d, a, b, accumulate),
-//   warpgroup_commit(), warpgroup_wait<kPending>()
+//   warpgroup_commit(), warpgroup_wait<kPending>(), and then warpgroup_take(d) before d is read
 //                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
 //                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15
 //   give_registers<kCount>(), take_registers<kCount>()        of each thread of a warpgroup
+//   computed_again(value)                  the value; what follows from it is not kept in registers
+//                                          from one turn of a loop to the next
 #pragma once
 
 #include "device.h"

@@ -133,6 +133,13 @@ GDFAST_DEVICE void warpgroup_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The compiler sees no connection between a wait and the registers that are ready after it.
+template <int kCount>
+GDFAST_DEVICE void warpgroup_take(float (&d)[kCount]) {
+#pragma unroll
+  for (float& value : d) asm volatile("" : "+f"(value)::"memory");
+}
+
 #define GDFAST_SUMS_8(d, i)                                                                   \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -180,6 +187,11 @@ GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b
 #undef GDFAST_SUMS_8
 
 // --- Registers --------------------------------------------------------------------------------
+
+GDFAST_DEVICE int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 template <int kCount>
 GDFAST_DEVICE void give_registers() {

@@ -281,7 +281,12 @@ GDFAST_DEVICE void warpgroup_wait() {
   simulator::meet_warp("warpgroup_wait", nullptr, [](void* const*) {});
 }
 
+template <int kCount>
+GDFAST_DEVICE void warpgroup_take(float (&)[kCount]) {}
+
 // --- Registers --------------------------------------------------------------------------------
+
+GDFAST_DEVICE int computed_again(int value) { return value; }
 
 template <int kCount>
 GDFAST_DEVICE void give_registers() {}
