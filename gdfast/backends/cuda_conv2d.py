@@ -27,6 +27,9 @@ Copy = Callable[[Tensor], Tensor]
 # Rows x columns of the sums that one block makes.
 TILES = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}
 SMALLEST = "64x64"
+# By TMA and wgmma, on GPUs of compute capability 9.0. Not among the candidates: whoever asks for it
+# compares its results first.
+HOPPER = "hopper"
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -148,7 +151,33 @@ def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
     return lambda: ways[input_precision(torch.float32, strict)]
 
 
-def _problem(query: Conv2dQuery, *copied: str) -> tuple[Any, list[Copy]]:
+def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """A binding, and what it is told at each call between the problem and the addresses."""
+    if by == HOPPER:
+        return getattr(native.cuda, f"{op}_hopper"), tuple
+    way = _way(query, by)
+    return getattr(native.cuda, op), lambda: (way(),)
+
+
+def hopper_why_not(op: str, query: Conv2dQuery) -> str:
+    """Why the kernel for Hopper does not run one pass here, or ""."""
+    assert native.cuda is not None
+    if op not in ("conv2d", "conv2d_grad_input"):
+        return f"it has no {op} kernel"
+    if reason := _hopper_missing(query.device):
+        return reason
+    gradient = op == "conv2d_grad_input"
+    problem, _ = _problem(query, "weight", "output" if gradient else "input")
+    return str(native.cuda.conv2d_hopper_why_not(problem, gradient))
+
+
+@lru_cache(maxsize=64)
+def _hopper_missing(device: torch.device) -> str:
+    assert native.cuda is not None
+    return str(native.cuda.hopper_missing(device.index or 0))
+
+
+def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[Copy]]:
     """The problem on tensors in channels_last, and what copies those named, if need be."""
     assert native.cuda is not None
     g, windows = query.geometry, Windows(query.geometry)
@@ -156,9 +185,10 @@ def _problem(query: Conv2dQuery, *copied: str) -> tuple[Any, list[Copy]]:
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
+    unscattered = _at_16 if by == HOPPER else _as_it_is
     for name in copied:
         scattered = channels[name] // g.groups >= _FEW and strides[name][1] != 1
-        copies.append(_channels_last if scattered else _as_it_is)
+        copies.append(_channels_last if scattered else unscattered)
         if scattered:
             strides[name] = dense_strides(sizes[name], True)
     ending: tuple[Any, ...] = ()
@@ -179,12 +209,23 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _at_16(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where 16 does not divide its address."""
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    like = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return like.copy_(tensor)
+
+
 # Each pass is run in the tile that is named, or in the cost model's. Forward ends with the
 # activation that the query has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
-    problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
-    way, run = _way(query, by or algorithm("conv2d", query)), native.cuda.conv2d
+    problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
+    run, how = _kernel("conv2d", query, by or algorithm("conv2d", query))
+    no_sums: tuple[int, ...] = () if by == HOPPER else _NO_SUMS
     size, strides = query.geometry.output_size, query.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -193,9 +234,9 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, way(), input.data_ptr(), weight.data_ptr(),
+            problem, *how(), input.data_ptr(), weight.data_ptr(),
             0 if bias is None else bias.data_ptr(), output.data_ptr(),
-            *_NO_SUMS, *cuda_stream.current(input.device),
+            *no_sums, *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
 
@@ -239,16 +280,15 @@ def conv2d_with_sums(
 
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
-    problem, (copy_weight, copy_grad) = _problem(query, "weight", "output")
-    way = _way(query, by or algorithm("conv2d_grad_input", query))
-    run = native.cuda.conv2d_grad_input
+    problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
+    run, how = _kernel("conv2d_grad_input", query, by or algorithm("conv2d_grad_input", query))
     size, strides = query.geometry.input_size, query.strides[0]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
         grad_output, weight = copy_grad(grad_output), copy_weight(weight)
         run(
-            problem, way(), grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
+            problem, *how(), grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
             *cuda_stream.current(weight.device),
         )  # fmt: skip
         return grad_input

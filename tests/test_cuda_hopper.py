@@ -1,0 +1,136 @@
+"""The convolution for Hopper, on such a GPU or in the simulator: exact sums of small integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cuda_conv2d import query_of
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends import cuda_conv2d
+from gdfast.backends.cuda_conv2d import HOPPER
+from gdfast.bench.cases import Conv2dCase
+
+pytestmark = [
+    pytest.mark.cuda_simulator,
+    pytest.mark.usefixtures("nan_filled_memory", "fresh_registry"),
+]
+
+CASES = [
+    # Parts of tiles in every axis, channels that fill neither a box nor a tile.
+    Conv2dCase("3x3", 2, 72, 9, 10, 72, 3, 3, padding=(1, 1)),
+    Conv2dCase("asymmetric", 1, 8, 13, 20, 64, 3, 2, padding=(1, 0), dilation=(2, 1)),
+    # More padding than the window: pixels that sum nothing but padding.
+    Conv2dCase("wide-padding", 1, 16, 3, 5, 8, 2, 2, padding=(3, 4)),
+    # All pixels are one row; without padding they are not once the output is smaller.
+    Conv2dCase("1x1", 3, 72, 7, 7, 136, 1, 1),
+    Conv2dCase("1x1-padding", 2, 16, 5, 6, 24, 1, 1, padding=(1, 0)),
+    # Blocks go on from tile to tile, with as many steps as stages, fewer and more.
+    Conv2dCase("one-step", 9, 64, 16, 16, 64, 1, 1),
+    Conv2dCase("six-steps", 4, 16, 16, 16, 128, 2, 3, padding=(1, 1)),
+    Conv2dCase("many-steps", 8, 72, 12, 12, 64, 3, 3, padding=(1, 1)),
+]
+# The simulator runs one of them in each order of threads.
+DTYPES = [(torch.bfloat16, "ascending"), (torch.float16, "descending")]
+
+
+@pytest.fixture
+def hopper(cuda_device: torch.device) -> torch.device:
+    if reason := native.cuda.hopper_missing(cuda_device.index or 0):
+        pytest.skip(f"needs a Hopper GPU: {reason}")
+    return cuda_device
+
+
+def small_integers(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Half types hold them exactly, and float32 their sums: what is rounded is the result alone."""
+    values = torch.randint(-2, 3, size, device=device).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last) if len(size) == 4 else values
+
+
+def tensors(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    sizes = {
+        "input": case.input_shape, "weight": case.weight_shape, "bias": (case.K,),
+        "grad": case.output_shape,
+    }  # fmt: skip
+    return {name: small_integers(size, dtype, device) for name, size in sizes.items()}
+
+
+def window(case: Conv2dCase) -> dict[str, Any]:
+    return {"padding": case.padding, "dilation": case.dilation}
+
+
+@pytest.mark.parametrize("dtype, order", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_computes_what_native_does(
+    case: Conv2dCase, dtype: torch.dtype, order: str, hopper: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", order)
+    values = tensors(case, dtype, hopper)
+    input, weight, bias, grad = values.values()
+    query = query_of(case, values)
+    assert cuda_conv2d.hopper_why_not("conv2d", query) == ""
+    output = cuda_conv2d.conv2d(query, HOPPER)(input, weight, bias)
+    exact = F.conv2d(input.double(), weight.double(), bias.double(), **window(case))
+    assert torch.equal(output, exact.to(dtype))
+    assert cuda_conv2d.hopper_why_not("conv2d_grad_input", query) == ""
+    grad_input = cuda_conv2d.conv2d_grad_input(query, HOPPER)(grad, weight)
+    exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double(), **window(case))
+    assert torch.equal(grad_input, exact.to(dtype))
+
+
+def test_activations_and_no_bias(hopper: torch.device) -> None:
+    case = CASES[0]
+    values = tensors(case, torch.bfloat16, hopper)
+    input, weight, *_ = values.values()
+    query = query_of(case, values)
+    plain = F.conv2d(input.double(), weight.double(), **window(case))
+    for activation, expected in (
+        ("relu6", F.relu6(plain)),
+        ("leaky_relu", F.leaky_relu(plain, 0.125)),
+    ):
+        output = cuda_conv2d.conv2d(query, HOPPER, activation, 0.125)(input, weight, None)
+        assert torch.equal(output, expected.to(torch.bfloat16))
+
+
+def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
+    case = Conv2dCase("layouts", 2, 16, 6, 5, 16, 3, 3, padding=(1, 1))
+    values = tensors(case, torch.float16, hopper)
+    exact = F.conv2d(values["input"].double(), values["weight"].double(), **window(case))
+    odd = torch.empty(values["input"].numel() + 1, dtype=torch.float16, device=hopper)[1:]
+    odd = odd.as_strided(values["input"].shape, values["input"].stride(), 1)
+    values["input"] = odd.copy_(values["input"])
+    values["weight"] = values["weight"].contiguous()
+    query = query_of(case, values)
+    assert cuda_conv2d.hopper_why_not("conv2d", query) == ""
+    output = cuda_conv2d.conv2d(query, HOPPER)(values["input"], values["weight"], None)
+    assert torch.equal(output, exact.half())
+
+
+REFUSED = {
+    "a stride of 1": Conv2dCase("stride", 1, 16, 8, 8, 16, 3, 3, stride=(2, 1)),
+    "one group": Conv2dCase("groups", 1, 16, 8, 8, 16, 3, 3, groups=2),
+    "input: channels in eights": Conv2dCase("C", 1, 12, 8, 8, 16, 3, 3),
+    "output: channels in eights": Conv2dCase("K", 1, 16, 8, 8, 12, 3, 3),
+    "at least one image": Conv2dCase("N", 0, 16, 8, 8, 16, 3, 3),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) -> None:
+    query = query_of(REFUSED[words], tensors(REFUSED[words], torch.bfloat16, hopper))
+    for op in ("conv2d", "conv2d_grad_input"):
+        assert cuda_conv2d.hopper_why_not(op, query) == f"it takes {words}"
+    assert "no conv2d_grad_weight kernel" in cuda_conv2d.hopper_why_not("conv2d_grad_weight", query)
+
+
+def test_it_takes_half_types_alone_and_is_never_a_candidate(hopper: torch.device) -> None:
+    values = tensors(CASES[0], torch.float32, hopper)
+    query = query_of(CASES[0], values)
+    assert cuda_conv2d.hopper_why_not("conv2d", query) == "it takes half types"
+    query = query_of(CASES[0], tensors(CASES[0], torch.bfloat16, hopper))
+    assert HOPPER not in cuda_conv2d.candidates("conv2d", query)
