@@ -52,3 +52,15 @@ def test_convolutions_copy_16_bytes_past_the_registers() -> None:
             assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
         else:
             assert not code.count("LDGSTS"), code
+
+
+def test_the_hopper_convolution_uses_what_hopper_has_and_is_empty_elsewhere() -> None:
+    kernels = [code for code in codes() if code.kernel == "conv2d_hopper_kernel"]
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        assert code.count("HGMMA") == 8, code  # 64 channels of two products
+        assert code.count("UTMALDG") in (2, 3), code
+        assert code.count("USETMAXREG") == 2, code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code

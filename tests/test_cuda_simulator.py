@@ -14,7 +14,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "tests" / "cuda_simulator_test.cpp", ROOT / "csrc" / "cuda" / "simulator.cpp"]
+SOURCES = [
+    ROOT / "tests" / "cuda_simulator_test.cpp",
+    ROOT / "tests" / "cuda_hopper_test.cpp",
+    ROOT / "csrc" / "cuda" / "simulator.cpp",
+]
 LANES = np.arange(32)
 
 Call = Callable[..., str]
@@ -25,7 +29,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
-    if not SOURCES[1].exists():
+    if not SOURCES[-1].exists():
         pytest.skip("needs the sources beside the tests")
     path = tmp_path_factory.mktemp("simulator") / "test.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
@@ -226,3 +230,37 @@ def test_an_unknown_order_is_refused(
     monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", "random")
     message = call("take_turns", 1, nan(32))
     assert "GDFAST_CUDA_SIMULATOR_ORDER: expected ascending or descending, got random" in message
+
+
+def bfloat16(*size: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Random numbers, and the same as the bits of a bfloat16 at an address that 16 divides."""
+    values = torch.randn(size).bfloat16()
+    return values.double(), aligned(values.view(torch.int16).numpy().view(np.uint16))
+
+
+def test_a_box_arrives_with_zeros_around_and_its_chunks_in_their_places(call: Call) -> None:
+    size, of_box, w, channel = (3, 5, 6, 72), (2, 4, 5), 3, 16
+    image = aligned(np.random.randint(1, 1 << 15, size).astype(np.uint16))
+    out = np.zeros((40, 8, 8), np.uint16)
+    shapes = [np.array(shape, np.int32) for shape in (size, of_box)]
+    assert call("box", image, *shapes, w, channel, 1, out) == ""
+    around = np.zeros((3, 1 + 5, 6 + 9, 72 + 16), np.uint16)
+    around[:, 1:, :6, :72] = image
+    expected = around[:2, :4, w : w + 5, channel : channel + 64].reshape(40, 8, 8)
+    row, chunk = np.ogrid[:40, :8]
+    np.testing.assert_array_equal(out[row, chunk ^ row % 8], expected)
+    assert call("box", image, *shapes, w, channel, 0, out) == ""
+    assert (out == 0xFFFF).all(), "not waited for"
+
+
+@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_a_warpgroup_multiplies_boxes(call: Call, n: int, columns: bool) -> None:
+    a, a_bits = bfloat16(64, 64)
+    b, b_bits = bfloat16(64, n) if columns else bfloat16(n, 64)
+    out = nan(64, n)
+    assert call("product", a_bits, b_bits, n, int(columns), 1, out) == ""
+    expected = a @ (b if columns else b.T)
+    np.testing.assert_allclose(out, expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert call("product", a_bits, b_bits, n, int(columns), 0, out) == ""
+    assert (out == -1).all(), "not waited for"

@@ -1,0 +1,125 @@
+// Kernels of Hopper's primitives alone, for tests/test_cuda_simulator.py.
+#include <cstdio>
+#include <exception>
+
+#include "../csrc/cuda/hopper.h"
+
+namespace gdfast::cuda {
+namespace {
+
+#if defined(GDFAST_HOPPER)
+
+constexpr int kRows = 128;  // at most, of a box
+
+// Copies a box and writes out shared memory as it lies there, after or before it has arrived.
+GDFAST_KERNEL(32, 1)
+box_kernel(GDFAST_GRID_CONSTANT const TensorMap map, int rows, int w, int channel, bool waits,
+           uint16_t* out) {
+  auto* const barrier = reinterpret_cast<uint64_t*>(shared_memory() + kRows * kBoxRow);
+  if (warp_lane() == 0) {
+    barrier_init(barrier, 1);
+    barriers_ready();
+    barrier_arrive_expecting(barrier, rows * kBoxRow);
+    load_box(shared_memory(), map, {channel, w, -1, 0}, barrier);
+  }
+  sync_warp();
+  if (waits) barrier_wait(barrier, 0);
+  const auto* const arrived = reinterpret_cast<const uint16_t*>(shared_memory());
+  for (int i = warp_lane(); i < rows * kBoxRow / 2; i += kWarp) out[i] = arrived[i];
+}
+
+// d = a b of two boxes: a [64, 64] with rows of what is summed; b [64 or 128, 64] likewise, or with
+// columns as boxes of [64, 64].
+template <int kN, bool kColumnsB>
+GDFAST_KERNEL(128, 1)
+product_kernel(GDFAST_GRID_CONSTANT const TensorMap a, GDFAST_GRID_CONSTANT const TensorMap b,
+               int waits, float* out) {
+  constexpr int kBox = 64 * kBoxRow;
+  unsigned char* const of_b = shared_memory() + kBox;
+  auto* const barrier = reinterpret_cast<uint64_t*>(of_b + 2 * kBox);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barriers_ready();
+    barrier_arrive_expecting(barrier, kBox + kN * kBoxRow);
+    load_box(shared_memory(), a, {0, 0, 0, 0}, barrier);
+    for (int part = 0; part < kN / 64; ++part) {
+      if (kColumnsB) load_box(of_b + part * kBox, b, {64 * part, 0, 0, 0}, barrier);
+    }
+    if (!kColumnsB) load_box(of_b, b, {0, 0, 0, 0}, barrier);
+  }
+  sync_block();
+  barrier_wait(barrier, 0);
+  float d[kN / 2];
+  for (float& value : d) value = -1;
+  warpgroup_begin();
+  for (int k = 0; k < 64; k += 16) {
+    const uint64_t from_b =
+        kColumnsB ? columns_matrix(of_b, k * kBoxRow, kBox) : rows_matrix(of_b, 2 * k);
+    warpgroup_multiply<BFloat16, kN, kColumnsB>(d, rows_matrix(shared_memory(), 2 * k), from_b,
+                                                k > 0);
+  }
+  warpgroup_commit();
+  if (waits) {
+    warpgroup_wait<0>();
+  } else {
+    warpgroup_wait<1>();
+  }
+  warpgroup_take(d);
+  for (int i = 0; i < kN / 2; ++i) {
+    const int row = warp_index() * 16 + warp_lane() / 4 + i / 2 % 2 * 8;
+    const int column = i / 4 * 8 + warp_lane() % 4 * 2 + i % 2;
+    out[row * kN + column] = d[i];
+  }
+}
+
+char error[4096];
+
+template <typename... Parameters, typename... Arguments>
+const char* run(void (*kernel)(Parameters...), unsigned threads, Arguments... arguments) {
+  try {
+    launch("test", kernel, 1, threads, 4 * 64 * kBoxRow, 0, arguments...);
+  } catch (const std::exception& thrown) {
+    std::snprintf(error, sizeof error, "%s", thrown.what());
+    return error;
+  }
+  return "";
+}
+
+// [rows, channels], as one line of pixels.
+TensorMap matrix(const uint16_t* address, int rows, int channels, int box_rows) {
+  const int64_t bytes = 2 * channels;
+  return tensor_map<BFloat16>("test", address,
+                              {{channels, 2}, {rows, bytes}, {1, rows * bytes}, {1, rows * bytes}},
+                              {64, box_rows, 1, 1});
+}
+
+#endif
+
+}  // namespace
+}  // namespace gdfast::cuda
+
+#if defined(GDFAST_HOPPER)
+using namespace gdfast::cuda;
+
+extern "C" {
+// A box of [n, h, w, 64] of an image [N, H, W, channels] from row -1, a column and a channel on.
+const char* box(const uint16_t* image, const int* size, const int* of_box, int w, int channel,
+                int waits, uint16_t* out) {
+  const int64_t C = size[3], W = size[2], H = size[1];
+  const TensorMap map = tensor_map<BFloat16>(
+      "test", image, {{C, 2}, {W, 2 * C}, {H, 2 * C * W}, {size[0], 2 * C * W * H}},
+      {64, of_box[2], of_box[1], of_box[0]});
+  return run(box_kernel, 32, map, of_box[0] * of_box[1] * of_box[2], w, channel, waits != 0, out);
+}
+
+// b is [n, 64], or where `columns` [64, n].
+const char* product(const uint16_t* a, const uint16_t* b, int n, int columns, int waits,
+                    float* out) {
+  const TensorMap of_a = matrix(a, 64, 64, 64);
+  const TensorMap of_b = columns ? matrix(b, 64, n, 64) : matrix(b, n, 64, n);
+  const auto kernel = n == 64 ? (columns ? product_kernel<64, true> : product_kernel<64, false>)
+                              : (columns ? product_kernel<128, true> : product_kernel<128, false>);
+  return run(kernel, 128, of_a, of_b, waits, out);
+}
+}
+#endif
