@@ -114,7 +114,11 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     tiles = [name for name in TILES if not (few_sums and name == "128x128")]
     columns = _product(op, query)[1]
     tiles = [name for name in tiles if TILES[name][1] < 2 * columns or name == SMALLEST]
-    return tuple(sorted(tiles, key=lambda name: _time(op, query, name)))
+    tiles.sort(key=lambda name: _time(op, query, name))
+    # Behind the others: its speed is not known before the tuner has timed it.
+    if native.cuda is not None and not native.cuda_is_simulated and not hopper_why_not(op, query):
+        tiles.append(HOPPER)
+    return tuple(tiles)
 
 
 def _time(op: str, query: Conv2dQuery, tile: str) -> float:
@@ -162,7 +166,7 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
 def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernel for Hopper does not run one pass here, or ""."""
     assert native.cuda is not None
-    if op not in ("conv2d", "conv2d_grad_input"):
+    if op not in ("conv2d", "conv2d_act", "conv2d_grad_input"):
         return f"it has no {op} kernel"
     if reason := _hopper_missing(query.device):
         return reason
