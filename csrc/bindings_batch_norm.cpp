@@ -1,66 +1,15 @@
-// Binds the batch normalisation kernels: problems are checked once, when they are made.
+// Binds the batch normalisation kernels.
 #include <pybind11/pybind11.h>
 
 #include <string>
 
 #include "bindings.h"
+#include "bindings_batch_norm_problem.h"
 #include "cpu/kernels.h"
 
-namespace py = pybind11;
-
 namespace gdfast {
-namespace {
-
-void require(bool holds, const std::string& what) {
-  if (!holds) throw py::value_error("BatchNormProblem: " + what);
-}
-
-DType dtype_named(const char* argument, const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float64") return DType::kFloat64;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw py::value_error(std::string("BatchNormProblem: ") + argument +
-                        ": expected float32, float64, bfloat16 or float16, got " + name);
-}
-
-PreActivation pre_activation_named(const std::string& name, Activation activation) {
-  const bool relu = activation == Activation::kRelu || activation == Activation::kRelu6;
-  const bool leaky = activation == Activation::kLeakyRelu;
-  if (name == "input") return PreActivation::kInput;
-  if (name == "residual" && !relu) return PreActivation::kResidual;
-  if (name == "output" && (relu || leaky)) return PreActivation::kOutput;
-  throw py::value_error(
-      "batch_norm_backward: pre_activation: expected input, residual (not for relu and relu6) or "
-      "output (for these and leaky_relu), got " +
-      name);
-}
-
-BatchNormProblem make_problem(int64_t N, int64_t C, int64_t S, bool channels_last,
-                              const std::string& dtype, const std::string& param_dtype,
-                              const std::string& activation, double negative_slope, double eps) {
-  require(N > 0 && C > 0 && S > 0, "N, C, S: expected all > 0");
-  return {N,
-          C,
-          S,
-          channels_last,
-          dtype_named("dtype", dtype),
-          dtype_named("param_dtype", param_dtype),
-          activation_named("BatchNormProblem", activation),
-          negative_slope,
-          eps};
-}
-
-}  // namespace
-
 void bind_batch_norm(py::module_& m) {
-  py::class_<BatchNormProblem>(m, "BatchNormProblem",
-                               "Sizes, memory order, dtypes and activation of one batch "
-                               "normalisation.")
-      .def(py::init(&make_problem), py::arg("N"), py::arg("C"), py::arg("S"),
-           py::arg("channels_last"), py::arg("dtype"), py::arg("param_dtype"),
-           py::arg("activation"), py::arg("negative_slope"), py::arg("eps"));
-
+  bind_batch_norm_problem(m);
   m.def(
       "batch_norm",
       [](const BatchNormProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
@@ -91,10 +40,7 @@ void bind_batch_norm(py::module_& m) {
          uintptr_t grad_residual, bool training, const std::string& pre_activation, int threads) {
         check_threads("batch_norm_backward", threads);
         const PreActivation from = pre_activation_named(pre_activation, problem.activation);
-        if (grad_residual != 0 && from == PreActivation::kInput) {
-          throw py::value_error(
-              "batch_norm_backward: grad_residual: expected none where pre_activation is input");
-        }
+        check_grad_residual(grad_residual, from);
         const BatchNormBackward to{
             pointer(grad_output), pointer(input),        pointer(residual_or_output),
             pointer(weight),      pointer(bias),         pointer(mean),

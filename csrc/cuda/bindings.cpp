@@ -44,6 +44,9 @@ bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
 PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   m.doc() = "gdfast's CUDA kernels. They take raw pointers: call them through gdfast.ops.";
   gdfast::cuda::bind_conv2d(m);
+  gdfast::cuda::bind_batch_norm(m);
+  gdfast::cuda::bind_depthwise(m);
+  gdfast::cuda::bind_max_pool2d(m);
   m.def("sgd", &gdfast::sgd, py::arg("params"), py::arg("grads"), py::arg("momenta"),
         py::arg("masters"), py::arg("numels"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"),
         py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),

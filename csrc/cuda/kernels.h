@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../batch_norm_problem.h"
+#include "../max_pool2d_problem.h"
 #include "../sgd_math.h"
 #include "sgd_chunks.h"
 
@@ -12,5 +14,21 @@ namespace gdfast::cuda {
 // One SGD update of several tensors on a stream of a device; hyper.grad_scale is not looked at.
 void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, const SgdScalars& scalars,
          int device, uintptr_t stream);
+
+// Batch normalisation as in ../cpu/kernels.h. N S, C <= 65535 and N S < 2^31. The workspace has as
+// many bytes as batch_norm_workspace_bytes says, from an address that 16 divides.
+int64_t batch_norm_workspace_bytes(const BatchNormProblem& problem);
+void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
+                double momentum, const BatchNormSums* sums, void* workspace, int device,
+                uintptr_t stream);
+void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,
+                         bool training, PreActivation from, void* workspace, int device,
+                         uintptr_t stream);
+
+// Max pooling; images of less than 2^31 elements.
+void max_pool2d(const MaxPool2dProblem& problem, const void* input, void* output, void* argmax,
+                int device, uintptr_t stream);
+void max_pool2d_grad(const MaxPool2dProblem& problem, const void* grad_output, const void* argmax,
+                     void* grad_input, int device, uintptr_t stream);
 
 }  // namespace gdfast::cuda

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
-from gdfast.backends import memory
+from gdfast.backends import cuda_stream, memory
 from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
@@ -29,16 +29,20 @@ Wanted = tuple[bool, bool, bool, bool]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
+# What the CUDA kernels count in 32 bits, with room for a split beyond it, and on a grid's axis.
+_MOST_PIXELS = 2**30
+_MOST_CHANNELS = 2**16 - 1
+
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type that sums over tensors of a dtype are taken in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _problem(query: BatchNormQuery) -> Any:
-    assert native.cpu is not None
+def _problem(query: BatchNormQuery, kernels: Any) -> Any:
+    """The description of a query that a compiled module takes."""
     N, C, H, W = query.size
-    return native.cpu.BatchNormProblem(
+    return kernels.BatchNormProblem(
         N, C, H * W, query.channels_last, DTYPES[query.dtype], DTYPES[query.param_dtype],
         query.activation, query.negative_slope, query.eps,
     )  # fmt: skip
@@ -74,7 +78,7 @@ def _written(running: Tensor | None, packed: Tensor | None) -> None:
 def cpu(query: BatchNormQuery) -> Forward:
     """The CPU kernel for one shape; input has the strides of the query."""
     assert native.cpu is not None
-    run, problem = native.cpu.batch_norm, _problem(query)
+    run, problem = native.cpu.batch_norm, _problem(query, native.cpu)
     size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
     stats_dtype, training = sum_dtype(dtype), query.training
 
@@ -105,7 +109,7 @@ def cpu(query: BatchNormQuery) -> Forward:
 def cpu_backward(query: BatchNormQuery) -> Backward:
     """The CPU kernel for the gradients; input has the strides of the query."""
     assert native.cpu is not None
-    run, problem = native.cpu.batch_norm_backward, _problem(query)
+    run, problem = native.cpu.batch_norm_backward, _problem(query, native.cpu)
     size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
     training, pre_activation = query.training, query.pre_activation
     hands_on = query.activation == "none"
@@ -131,6 +135,90 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
             _address(bias), mean.data_ptr(), invstd.data_ptr(), _address(grad_input),
             _address(grad_weight), _address(grad_bias), _address(grad_residual), training,
             pre_activation, torch.get_num_threads(),
+        )  # fmt: skip
+        if want_residual and hands_on:
+            grad_residual = grad_output
+        return grad_input, grad_weight, grad_bias, grad_residual
+
+    return kernel
+
+
+def cuda_why_not(query: BatchNormQuery) -> str:
+    """Why the CUDA kernels do not take it, or ""."""
+    N, C, H, W = query.size
+    if N * H * W > _MOST_PIXELS:
+        return f"it normalises over at most {_MOST_PIXELS} values"
+    if C > _MOST_CHANNELS:
+        return f"it takes at most {_MOST_CHANNELS} channels"
+    return ""
+
+
+def cuda(query: BatchNormQuery) -> Forward:
+    """The CUDA kernels for one shape; input has the strides of the query."""
+    assert native.cuda is not None
+    run, problem = native.cuda.batch_norm, _problem(query, native.cuda)
+    size, strides, dtype, device = query.size, query.strides, query.dtype, query.device
+    stats_dtype, training = sum_dtype(dtype), query.training
+    workspace_bytes = native.cuda.batch_norm_workspace_bytes(problem)
+
+    def kernel(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+        running_var: Tensor | None, residual: Tensor | None, momentum: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        mean = torch.empty(size[1], dtype=stats_dtype, device=device)
+        invstd = torch.empty_like(mean)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        if residual is not None:
+            residual = _laid_out(residual, query)
+        weight, bias = _packed(weight), _packed(bias)
+        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
+        run(
+            problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
+            _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
+            invstd.data_ptr(), training, momentum, 0, 0, 0, workspace.data_ptr(),
+            *cuda_stream.current(device),
+        )  # fmt: skip
+        if training:
+            _written(running_mean, packed_mean)
+            _written(running_var, packed_var)
+        return output, mean, invstd
+
+    return kernel
+
+
+def cuda_backward(query: BatchNormQuery) -> Backward:
+    """The CUDA kernels for the gradients; input has the strides of the query."""
+    assert native.cuda is not None
+    run, problem = native.cuda.batch_norm_backward, _problem(query, native.cuda)
+    size, strides, dtype, device = query.size, query.strides, query.dtype, query.device
+    training, pre_activation = query.training, query.pre_activation
+    hands_on = query.activation == "none"
+    workspace_bytes = native.cuda.batch_norm_workspace_bytes(problem)
+
+    def image(wanted: bool) -> Tensor | None:
+        return torch.empty_strided(size, strides, dtype=dtype, device=device) if wanted else None
+
+    def channels(wanted: bool) -> Tensor | None:
+        return torch.empty(size[1], dtype=query.param_dtype, device=device) if wanted else None
+
+    def kernel(
+        grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+        other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        want_input, want_weight, want_bias, want_residual = wanted
+        grad = _laid_out(grad_output, query)
+        grad_input, grad_residual = image(want_input), image(want_residual and not hands_on)
+        grad_weight, grad_bias = channels(want_weight), channels(want_bias)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        if other is not None:
+            other = _laid_out(other, query)
+        weight, bias = _packed(weight), _packed(bias)
+        run(
+            problem, grad.data_ptr(), input.data_ptr(), _address(other), _address(weight),
+            _address(bias), mean.data_ptr(), invstd.data_ptr(), _address(grad_input),
+            _address(grad_weight), _address(grad_bias), _address(grad_residual), training,
+            pre_activation, workspace.data_ptr(), *cuda_stream.current(device),
         )  # fmt: skip
         if want_residual and hands_on:
             grad_residual = grad_output

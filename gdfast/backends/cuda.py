@@ -1,4 +1,4 @@
-"""Our CUDA kernels: the fused SGD update; convolutions on a GPU run on native PyTorch.
+"""Our CUDA kernels: convolution, normalisation, pooling and the fused SGD update.
 
 With GDFAST_CUDA_SIMULATE=1 a simulator runs them, on tensors of the CPU alone: slowly, for tests.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 
 from gdfast import native
-from gdfast.backends import cuda_conv2d, sgd
+from gdfast.backends import batch_norm, cuda_conv2d, max_pool2d, sgd
 from gdfast.backends.cuda_conv2d import algorithm, candidates, machine
-from gdfast.backends.registry import Backend, Conv2dQuery, Query
+from gdfast.backends.max_pool2d import MaxPool2dQuery
+from gdfast.backends.registry import Backend, BatchNormQuery, Conv2dQuery, Query
 
 __all__ = ["BACKEND", "algorithm", "candidates", "machine", "missing", "why_not"]
 
@@ -34,16 +35,24 @@ def why_not(query: Query) -> str:
         return f"it takes dense tensors, not {query.layout}"
     if isinstance(query, Conv2dQuery):
         return cuda_conv2d.why_not(query)
+    if isinstance(query, BatchNormQuery):
+        return batch_norm.cuda_why_not(query)
+    if isinstance(query, MaxPool2dQuery):
+        return max_pool2d.cuda_why_not(query)
     return ""
 
 
 BACKEND = Backend(
     name="cuda",
     operations={
+        "batch_norm_act": batch_norm.cuda,
+        "batch_norm_act_backward": batch_norm.cuda_backward,
         "conv2d": cuda_conv2d.conv2d,
         "conv2d_act": cuda_conv2d.conv2d,
         "conv2d_grad_input": cuda_conv2d.conv2d_grad_input,
         "conv2d_grad_weight": cuda_conv2d.conv2d_grad_weight,
+        "max_pool2d": max_pool2d.cuda,
+        "max_pool2d_grad": max_pool2d.cuda_grad,
         "sgd_": sgd.cuda,
     },
     missing=missing,

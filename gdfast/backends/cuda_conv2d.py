@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_stream, sgd
+from gdfast.backends import cuda_depthwise, cuda_stream, sgd
+from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.backends.triton.precision import input_precision
@@ -100,6 +101,8 @@ def _precision(query: Conv2dQuery) -> str:
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     """The tiles of one pass that are worth timing, the one expected to be fastest first."""
+    if depthwise_fits(query):
+        return (cuda_depthwise.NAME,)
     # What is read number by number, or not multiplied on the tensor cores, has one tile.
     g, lanes = query.geometry, 16 // query.dtype.itemsize
     read = (g.C,) if op in ("conv2d", "conv2d_act") else (g.C, g.K)
@@ -223,12 +226,15 @@ def _at_16(tensor: Tensor) -> Tensor:
     return like.copy_(tensor)
 
 
-# Each pass is run in the tile that is named, or in the cost model's. Forward ends with the
-# activation that the query has, if any.
+# Each pass is run in the tile that is named, or in the cost model's; a depthwise layer has kernels
+# of its own. Forward ends with the activation that the query has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
+    by = by or algorithm("conv2d", query)
+    if by == cuda_depthwise.NAME:
+        return cuda_depthwise.conv2d(query, _problem(query)[0])
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
-    run, how = _kernel("conv2d", query, by or algorithm("conv2d", query))
+    run, how = _kernel("conv2d", query, by)
     no_sums: tuple[int, ...] = () if by == HOPPER else _NO_SUMS
     size, strides = query.geometry.output_size, query.strides[2]
 
@@ -284,8 +290,11 @@ def conv2d_with_sums(
 
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
+    by = by or algorithm("conv2d_grad_input", query)
+    if by == cuda_depthwise.NAME:
+        return cuda_depthwise.conv2d_grad_input(query, _problem(query)[0])
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
-    run, how = _kernel("conv2d_grad_input", query, by or algorithm("conv2d_grad_input", query))
+    run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -304,8 +313,10 @@ def conv2d_grad_weight(
     query: Conv2dQuery, by: str = ""
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cuda is not None
-    problem, (copy_input, copy_grad) = _problem(query, "input", "output")
     tile = by or algorithm("conv2d_grad_weight", query)
+    if tile == cuda_depthwise.NAME:
+        return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    problem, (copy_input, copy_grad) = _problem(query, "input", "output")
     way, run, parts = _way(query, tile), native.cuda.conv2d_grad_weight, splits(query, tile)
     size, strides = query.geometry.weight_size, query.strides[1]
     bytes_of = {

@@ -58,7 +58,7 @@ def _problems(query: FusedPoolQuery) -> tuple[Any, Any]:
     pooling = MaxPool2dQuery(
         query.device, query.dtype, geometry=query.pool, strides=(between, output, argmax), relu=True
     )
-    return conv, max_pool2d.problem(pooling)
+    return conv, max_pool2d.problem(pooling, native.cpu)
 
 
 def cpu(

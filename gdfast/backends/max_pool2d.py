@@ -1,4 +1,4 @@
-"""Max pooling on the CPU and Triton kernels and on native PyTorch's operators.
+"""Max pooling on the CPU, CUDA and Triton kernels and on native PyTorch's operators.
 
 argmax says where in its window each value was: r * S + s in uint8, or in int32 for windows of more
 than 255 places, with all bits set where no value was taken.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import memory
+from gdfast.backends import cuda_stream, memory
 from gdfast.backends.registry import Query
 from gdfast.geometry import MaxPool2dGeometry
 
@@ -25,6 +26,7 @@ DTYPES = {
     torch.float16: "float16",
 }
 
+_MOST = 2**31 - 2**16  # offsets of 32 bits, with room for a step beyond the end
 _NOWHERE = {torch.uint8: 255, torch.int32: -1}
 
 
@@ -51,16 +53,15 @@ def nowhere(argmax: Tensor) -> int:
     return _NOWHERE[argmax.dtype]
 
 
-def problem(query: MaxPool2dQuery) -> Any:
-    """The compiled kernels' description of a query."""
-    assert native.cpu is not None
+def problem(query: MaxPool2dQuery, kernels: Any) -> Any:
+    """The description of a query that a compiled module takes."""
     g = query.geometry
     # A step over nothing may be larger than memory: kernels get 1 in its place.
     stride, dilation = (
         tuple(1 if n == 1 else step for step, n in zip(steps, counts, strict=True))
         for steps, counts in ((g.stride, (g.P, g.Q)), (g.dilation, (g.R, g.S)))
     )
-    return native.cpu.MaxPool2dProblem(
+    return kernels.MaxPool2dProblem(
         (g.N, g.C, g.H, g.W, g.R, g.S, g.P, g.Q), stride, g.padding, dilation,
         DTYPES[query.dtype], *query.strides, query.relu,
     )  # fmt: skip
@@ -68,7 +69,7 @@ def problem(query: MaxPool2dQuery) -> Any:
 
 def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     assert native.cpu is not None
-    made, run = problem(query), native.cpu.max_pool2d
+    made, run = problem(query, native.cpu), native.cpu.max_pool2d
     size, (_, strides, place_strides) = query.geometry.output_size, query.strides
     dtype, places = query.dtype, place_dtype(query.geometry)
 
@@ -86,7 +87,7 @@ def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cpu is not None
-    made, run = problem(query), native.cpu.max_pool2d_grad
+    made, run = problem(query, native.cpu), native.cpu.max_pool2d_grad
     size, strides, dtype = query.geometry.input_size, query.strides[0], query.dtype
 
     def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
@@ -94,6 +95,52 @@ def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
         run(
             made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
             torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_input
+
+    return kernel
+
+
+def cuda_why_not(query: MaxPool2dQuery) -> str:
+    """Why the CUDA kernels do not take it, or ""."""
+    g, (x, *outputs) = query.geometry, query.strides
+    padded = g.C, g.H + 2 * g.padding[0], g.W + 2 * g.padding[1]
+    sizes = padded, *[g.output_size[1:]] * len(outputs)
+    # Offsets within an image have 32 bits.
+    for size, strides in zip(sizes, (x, *outputs), strict=True):
+        if max(prod(size), sum(n * s for n, s in zip(size, strides[1:], strict=True))) > _MOST:
+            return "it takes images of less than 2^31 elements"
+    return ""
+
+
+def cuda(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    assert native.cuda is not None
+    made, run = problem(query, native.cuda), native.cuda.max_pool2d
+    size, (_, strides, place_strides) = query.geometry.output_size, query.strides
+    dtype, places, device = query.dtype, place_dtype(query.geometry), query.device
+
+    def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
+        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
+        argmax = torch.empty_strided(size, place_strides, dtype=places, device=device)
+        run(
+            made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(),
+            *cuda_stream.current(device),
+        )  # fmt: skip
+        return output, argmax
+
+    return kernel
+
+
+def cuda_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
+    assert native.cuda is not None
+    made, run = problem(query, native.cuda), native.cuda.max_pool2d_grad
+    size, strides, device = query.geometry.input_size, query.strides[0], query.device
+
+    def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
+        grad_input = torch.empty_strided(size, strides, dtype=query.dtype, device=device)
+        run(
+            made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
+            *cuda_stream.current(device),
         )  # fmt: skip
         return grad_input
 

@@ -1,0 +1,302 @@
+// Batch normalisation, residual and activation, forward: three kernels.
+//
+//   output = activation((input - mean) * invstd * weight + bias + residual)
+//
+// 1. moments_kernel     mean and sum of squared deviations of each channel in each split. Threads
+//                       keep their own by Welford's update and join them by Chan's formula, which
+//                       loses nothing to a large mean.
+// 2. statistics_kernel  joins the splits, or takes sums that others have made or the running
+//                       statistics; moves the latter; turns all into the factors of one pass.
+// 3. normalise_kernel   that pass.
+//
+// Source: Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm".
+#include "activation.h"
+#include "batch_norm.h"
+#include "kernels.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr char kOp[] = "batch_norm_act";
+
+// Of kCount channels side by side: over `count` values of each their mean, and the sum of the
+// squares of what they differ from it.
+template <typename A, int kCount>
+struct Moments {
+  A count;
+  A mean[kCount];
+  A squares[kCount];
+
+  GDFAST_DEVICE void join(Moments& to, const Moments& other) {
+    const A total = to.count + other.count;
+    const A share = total > 0 ? other.count / total : A(0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const A away = other.mean[i] - to.mean[i];
+      to.squares[i] += other.squares[i] + away * away * (to.count * share);
+      to.mean[i] += away * share;
+    }
+    to.count = total;
+  }
+};
+
+template <typename T, int kVector, bool kAcross>
+GDFAST_KERNEL(kBatchNormThreads, 2)
+moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, SumOf<T>* partial) {
+  using A = SumOf<T>;
+  const WalkPlace place = WalkPlace::of(walk, false);
+  Moments<A, kVector> own{};
+  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kAtOnce) {
+    PackOf<T, kVector> packs[kAtOnce] = {};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = row + i * walk.tile_rows;
+      if (at < place.last_row) {
+        packs[i] = load_pack<kVector>(input + element_of(walk, at, place.column));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row + i * walk.tile_rows >= place.last_row) break;
+      A values[kVector];
+      unpack<T, kVector>(packs[i], values);
+      own.count += A(1);
+      const A share = A(1) / own.count;
+#pragma unroll
+      for (int lane = 0; lane < kVector; ++lane) {
+        const A away = values[lane] - own.mean[lane];
+        own.mean[lane] += away * share;
+        own.squares[lane] += away * (values[lane] - own.mean[lane]);
+      }
+    }
+  }
+
+  constexpr int kChannels = kAcross ? kVector : 1;
+  Moments<A, kChannels> joint;
+  if constexpr (kChannels == kVector) {
+    joint = own;
+  } else {
+    joint = {own.count, {own.mean[0]}, {own.squares[0]}};
+#pragma unroll
+    for (int lane = 1; lane < kVector; ++lane) {
+      Moments<A, 1>::join(joint, {own.count, {own.mean[lane]}, {own.squares[lane]}});
+    }
+  }
+  join_rows(joint, place.tile_row, walk.tile_rows, walk.tile_columns);
+  if (place.tile_row > 0 || !place.exists) return;
+  A* const to = partial + int64_t{2} * blockIdx.x * walk.C + place.column * kChannels;
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) {
+    to[i] = joint.mean[i];
+    to[walk.C + i] = joint.squares[i];
+  }
+}
+
+// What statistics_kernel takes them from.
+enum class Source : int32_t { kSplits, kSums, kRunning };
+
+struct StatisticsArguments {
+  Source source;
+  BatchNormForward to;
+  BatchNormSums sums;
+  bool wide_params;
+  double momentum, eps;
+  // The splits' rows, each of `per_row` values of a channel.
+  int C, rows, rows_per_split, splits, per_row;
+};
+
+template <typename T>
+GDFAST_KERNEL(kJoinChannels* kJoinThreads, 1)
+statistics_kernel(const GDFAST_GRID_CONSTANT StatisticsArguments a, const SumOf<T>* partial,
+                  SumOf<T>* factors) {
+  using A = SumOf<T>;
+  const int c =
+      static_cast<int>(blockIdx.x) * kJoinChannels + static_cast<int>(threadIdx.x) % kJoinChannels;
+  const int thread = static_cast<int>(threadIdx.x) / kJoinChannels;
+  Moments<double, 1> joint{};
+  if (a.source == Source::kSplits) {
+    if (c < a.C) {
+      for (int split = thread; split < a.splits; split += kJoinThreads) {
+        const int left = a.rows - split * a.rows_per_split;
+        const int rows = left < a.rows_per_split ? left : a.rows_per_split;
+        const A* const from = partial + int64_t{2} * split * a.C + c;
+        Moments<double, 1>::join(joint,
+                                 {static_cast<double>(rows) * a.per_row, {from[0]}, {from[a.C]}});
+      }
+    }
+    join_rows(joint, thread, kJoinThreads, kJoinChannels);
+  }
+  if (thread > 0 || c >= a.C) return;
+
+  const double count = static_cast<double>(a.rows) * a.per_row;
+  double mean, variance;
+  if (a.source == Source::kRunning) {
+    mean = param_at<T>(a.to.running_mean, a.wide_params, c, A(0));
+    variance = param_at<T>(a.to.running_var, a.wide_params, c, A(1));
+  } else {
+    if (a.source == Source::kSplits) {
+      mean = joint.mean[0];
+      variance = joint.squares[0] / count;
+    } else {
+      const double distance = a.sums.sum[c] / count;
+      mean = a.sums.shift[c] + distance;
+      variance = a.sums.sum_of_squares[c] / count - distance * distance;
+      if (variance < 0) variance = 0;  // by rounding; a NaN stays one
+    }
+    const auto move = [&](void* running, double value) {
+      const double before = param_at<T>(running, a.wide_params, c, A(0));
+      set_param<T>(running, a.wide_params, c, (1 - a.momentum) * before + a.momentum * value);
+    };
+    move(a.to.running_mean, mean);
+    move(a.to.running_var, variance * (count / (count - 1)));
+  }
+  const A invstd = static_cast<A>(1 / std::sqrt(variance + a.eps));
+  static_cast<A*>(a.to.mean)[c] = static_cast<A>(mean);
+  static_cast<A*>(a.to.invstd)[c] = invstd;
+  factors[c] = static_cast<A>(mean);
+  factors[a.C + c] = invstd * param_at<T>(a.to.weight, a.wide_params, c, A(1));
+  factors[2 * a.C + c] = param_at<T>(a.to.bias, a.wide_params, c, A(0));
+}
+
+template <typename T>
+struct NormaliseArguments {
+  const T* input;
+  const T* residual;
+  T* output;
+  const SumOf<T>* factors;
+  Activation activation;
+  SumOf<T> negative_slope;
+};
+
+template <typename T, int kVector, bool kAcross>
+GDFAST_KERNEL(kBatchNormThreads, 2)
+normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
+                 const GDFAST_GRID_CONSTANT NormaliseArguments<T> a) {
+  using A = SumOf<T>;
+  const WalkPlace place = WalkPlace::of(walk, true);
+  if (!place.exists) return;
+  constexpr int kChannels = kAcross ? kVector : 1;
+  A mean[kChannels], scale[kChannels], bias[kChannels];
+  const A* const factors = a.factors + place.column * kChannels;
+  load_factors(factors, mean);
+  load_factors(factors + walk.C, scale);
+  load_factors(factors + 2 * walk.C, bias);
+  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kAtOnce) {
+    PackOf<T, kVector> inputs[kAtOnce] = {}, residuals[kAtOnce] = {};
+    int64_t element[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = row + i * walk.tile_rows;
+      element[i] = element_of(walk, at, place.column);
+      if (at < place.last_row) {
+        inputs[i] = load_pack<kVector>(a.input + element[i]);
+        if (a.residual != nullptr) residuals[i] = load_pack<kVector>(a.residual + element[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (row + i * walk.tile_rows >= place.last_row) break;
+      A values[kVector];
+      unpack<T, kVector>(inputs[i], values);
+#pragma unroll
+      for (int lane = 0; lane < kVector; ++lane) {
+        const int c = kAcross ? lane : 0;
+        values[lane] = (values[lane] - mean[c]) * scale[c] + bias[c];
+      }
+      if (a.residual != nullptr) {
+        A more[kVector];
+        unpack<T, kVector>(residuals[i], more);
+#pragma unroll
+        for (int lane = 0; lane < kVector; ++lane) values[lane] += more[lane];
+      }
+      activate(values, a.activation, a.negative_slope);
+      store_values<kVector>(a.output + element[i], values);
+    }
+  }
+}
+
+template <typename T>
+void forward(const BatchNormProblem& p, const BatchNormForward& to, Source source, double momentum,
+             const BatchNormSums& sums, void* memory, uintptr_t stream) {
+  using A = SumOf<T>;
+  const BatchNormWorkspace<T> workspace(p, memory);
+  const auto* const input = static_cast<const T*>(to.input);
+  StatisticsArguments statistics{source,
+                                 to,
+                                 sums,
+                                 p.param_dtype != p.dtype,
+                                 momentum,
+                                 p.eps,
+                                 static_cast<int>(p.C),
+                                 static_cast<int>(p.N * p.S),
+                                 0,
+                                 0,
+                                 1};
+  with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
+    constexpr int kVector = decltype(kind)::kVector;
+    constexpr bool kAcross = decltype(kind)::kAcross;
+    if (source == Source::kSplits) {
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, true);
+      launch(kOp, moments_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads,
+             kBatchNormThreads * kValuesStep<Moments<A, kAcross ? kVector : 1>>, stream, walk,
+             input, workspace.partial);
+      statistics.rows = walk.rows;
+      statistics.rows_per_split = walk.rows_per_split;
+      statistics.splits = walk.splits;
+      statistics.per_row = kAcross ? 1 : kVector;
+    }
+  });
+  launch(kOp, statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.C, kJoinChannels))),
+         kJoinChannels * kJoinThreads,
+         kJoinChannels * kJoinThreads * kValuesStep<Moments<double, 1>>, stream, statistics,
+         workspace.partial, workspace.factors);
+  with_vectors<T>(p, are_aligned(to.input, to.residual, to.output), [&](auto kind) {
+    constexpr int kVector = decltype(kind)::kVector;
+    constexpr bool kAcross = decltype(kind)::kAcross;
+    const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, false);
+    const NormaliseArguments<T> arguments{input,
+                                          static_cast<const T*>(to.residual),
+                                          static_cast<T*>(to.output),
+                                          workspace.factors,
+                                          p.activation,
+                                          static_cast<A>(p.negative_slope)};
+    launch(kOp, normalise_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads, 0,
+           stream, walk, arguments);
+  });
+}
+
+}  // namespace
+
+int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
+  int64_t bytes = 0;
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    int64_t splits = 1;
+    // Which vectors a pass takes depends on addresses too: room for either.
+    for (const bool aligned : {false, true}) {
+      with_vectors<T>(p, aligned, [&](auto kind) {
+        using Kind = decltype(kind);
+        const auto walk = batch_norm_walk(p, Kind::kVector, Kind::kAcross, true);
+        if (walk.splits > splits) splits = walk.splits;
+      });
+    }
+    const auto tables = (ceil_div(p.C, 4) * 4 * kFactorTables + 2 * splits * p.C);
+    bytes = tables * static_cast<int64_t>(sizeof(SumOf<T>));
+  });
+  return bytes;
+}
+
+void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
+                double momentum, const BatchNormSums* sums, void* workspace, int device,
+                uintptr_t stream) {
+  const DeviceGuard guard(kOp, device);
+  const Source source = !training         ? Source::kRunning
+                        : sums == nullptr ? Source::kSplits
+                                          : Source::kSums;
+  with_dtype(problem.dtype, [&](auto zero) {
+    forward<decltype(zero)>(problem, to, source, momentum,
+                            sums == nullptr ? BatchNormSums{} : *sums, workspace, stream);
+  });
+}
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,59 @@
+// Binds the batch normalisation kernels.
+#include "../bindings_batch_norm_problem.h"
+#include "bindings.h"
+#include "kernels.h"
+
+namespace gdfast::cuda {
+
+void bind_batch_norm(py::module_& m) {
+  bind_batch_norm_problem(m);
+  m.def("batch_norm_workspace_bytes", &batch_norm_workspace_bytes, py::arg("problem"),
+        "How much memory on the device either direction needs for itself.");
+  m.def(
+      "batch_norm",
+      [](const BatchNormProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
+         uintptr_t running_mean, uintptr_t running_var, uintptr_t residual, uintptr_t output,
+         uintptr_t mean, uintptr_t invstd, bool training, double momentum, uintptr_t shift,
+         uintptr_t sum, uintptr_t sum_of_squares, uintptr_t workspace, int device,
+         uintptr_t stream) {
+        const BatchNormForward to{pointer(input),    pointer(weight),       pointer(bias),
+                                  pointer(residual), pointer(running_mean), pointer(running_var),
+                                  pointer(output),   pointer(mean),         pointer(invstd)};
+        const BatchNormSums sums{pointer<double>(shift), pointer<double>(sum),
+                                 pointer<double>(sum_of_squares)};
+        py::gil_scoped_release release;
+        batch_norm(problem, to, training, momentum, sum == 0 ? nullptr : &sums, pointer(workspace),
+                   device, stream);
+      },
+      py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+      py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("output"),
+      py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("momentum"),
+      py::arg("shift"), py::arg("sum"), py::arg("sum_of_squares"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"),
+      "Writes output, mean and invstd and, in training, the running statistics. Arguments are "
+      "addresses, 0 for none; the sums, float64 [C], take the place of a pass over the input.");
+  m.def(
+      "batch_norm_backward",
+      [](const BatchNormProblem& problem, uintptr_t grad_output, uintptr_t input,
+         uintptr_t residual_or_output, uintptr_t weight, uintptr_t bias, uintptr_t mean,
+         uintptr_t invstd, uintptr_t grad_input, uintptr_t grad_weight, uintptr_t grad_bias,
+         uintptr_t grad_residual, bool training, const std::string& pre_activation,
+         uintptr_t workspace, int device, uintptr_t stream) {
+        const PreActivation from = pre_activation_named(pre_activation, problem.activation);
+        check_grad_residual(grad_residual, from);
+        const BatchNormBackward to{
+            pointer(grad_output), pointer(input),        pointer(residual_or_output),
+            pointer(weight),      pointer(bias),         pointer(mean),
+            pointer(invstd),      pointer(grad_input),   pointer(grad_weight),
+            pointer(grad_bias),   pointer(grad_residual)};
+        py::gil_scoped_release release;
+        batch_norm_backward(problem, to, training, from, pointer(workspace), device, stream);
+      },
+      py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("residual_or_output"),
+      py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("grad_input"),
+      py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"), py::arg("training"),
+      py::arg("pre_activation"), py::arg("workspace"), py::arg("device"), py::arg("stream"),
+      "Writes those gradients whose address is not 0.");
+}
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,32 @@
+// Binds the pooling kernels.
+#include "../bindings_max_pool2d_problem.h"
+#include "bindings.h"
+#include "kernels.h"
+
+namespace gdfast::cuda {
+
+void bind_max_pool2d(py::module_& m) {
+  bind_max_pool2d_problem(m);
+  m.def(
+      "max_pool2d",
+      [](const MaxPool2dProblem& problem, uintptr_t input, uintptr_t output, uintptr_t argmax,
+         int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        max_pool2d(problem, pointer(input), pointer(output), pointer(argmax), device, stream);
+      },
+      py::arg("problem"), py::arg("input"), py::arg("output"), py::arg("argmax"), py::arg("device"),
+      py::arg("stream"), "Writes output and argmax; arguments after problem are addresses.");
+  m.def(
+      "max_pool2d_grad",
+      [](const MaxPool2dProblem& problem, uintptr_t grad_output, uintptr_t argmax,
+         uintptr_t grad_input, int device, uintptr_t stream) {
+        py::gil_scoped_release release;
+        max_pool2d_grad(problem, pointer(grad_output), pointer(argmax), pointer(grad_input), device,
+                        stream);
+      },
+      py::arg("problem"), py::arg("grad_output"), py::arg("argmax"), py::arg("grad_input"),
+      py::arg("device"), py::arg("stream"),
+      "Writes grad_input; arguments after problem are addresses.");
+}
+
+}  // namespace gdfast::cuda
