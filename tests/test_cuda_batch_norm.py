@@ -10,8 +10,8 @@ import torch
 from test_batch_norm import DTYPES, LAYOUTS, native_norm, randoms, run, strides
 from torch import Tensor
 
-from gdfast import native, ops
-from gdfast.backends import batch_norm, cuda_stream
+from gdfast import ops
+from gdfast.backends import batch_norm
 from gdfast.backends.activation import ACTIVATIONS
 from gdfast.bench.workload import allowed_error, relative_error
 from gdfast.ops import batch_norm_dispatch
@@ -158,21 +158,10 @@ def test_sums_from_elsewhere(layout: str, cuda_device: torch.device) -> None:
     query = batch_norm_dispatch.forward_query(
         input, weight, bias, None, None, None, True, 1e-5, "relu", 0.0
     )
-    problem = batch_norm._problem(query, native.cuda)
     shift = torch.randn(8, dtype=torch.float64, device=cuda_device)
     away = input.double() - shift.view(8, 1, 1)
     sums = shift, away.sum((0, 2, 3)), away.square().sum((0, 2, 3))
-    output = torch.empty_like(input)
-    mean, invstd = torch.empty(2, 8, device=cuda_device)
-    assert native.cuda is not None
-    workspace = torch.empty(
-        native.cuda.batch_norm_workspace_bytes(problem), dtype=torch.uint8, device=cuda_device
-    )
-    native.cuda.batch_norm(
-        problem, input.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0, 0, 0, output.data_ptr(),
-        mean.data_ptr(), invstd.data_ptr(), True, 0.1, *(t.data_ptr() for t in sums),
-        workspace.data_ptr(), *cuda_stream.current(cuda_device),
-    )  # fmt: skip
+    output, mean, _ = batch_norm.cuda(query)(input, weight, bias, None, None, None, 0.1, sums)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(mean.double(), input.double().mean((0, 2, 3)))
 

@@ -28,6 +28,8 @@ from gdfast.backends.sgd import DTYPES
 Wanted = tuple[bool, bool, bool, bool]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
+Sums = tuple[Tensor, Tensor, Tensor]
+_NO_SUMS = None, None, None
 
 # What the CUDA kernels count in 32 bits, with room for a split beyond it, and on a grid's axis.
 _MOST_PIXELS = 2**30
@@ -154,7 +156,11 @@ def cuda_why_not(query: BatchNormQuery) -> str:
 
 
 def cuda(query: BatchNormQuery) -> Forward:
-    """The CUDA kernels for one shape; input has the strides of the query."""
+    """The CUDA kernels for one shape; input has the strides of the query.
+
+    They also take sums that the kernel which wrote the input has taken, in the place of a pass over
+    it: a shift, and the sums of input - shift and of its square, float64 [C].
+    """
     assert native.cuda is not None
     run, problem = native.cuda.batch_norm, _problem(query, native.cuda)
     size, strides, dtype, device = query.size, query.strides, query.dtype, query.device
@@ -164,6 +170,7 @@ def cuda(query: BatchNormQuery) -> Forward:
     def kernel(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
         running_var: Tensor | None, residual: Tensor | None, momentum: float,
+        sums: Sums | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         output = torch.empty_strided(size, strides, dtype=dtype, device=device)
         mean = torch.empty(size[1], dtype=stats_dtype, device=device)
@@ -176,7 +183,8 @@ def cuda(query: BatchNormQuery) -> Forward:
         run(
             problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
             _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
-            invstd.data_ptr(), training, momentum, 0, 0, 0, workspace.data_ptr(),
+            invstd.data_ptr(), training, momentum, *map(_address, sums or _NO_SUMS),
+            workspace.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
         if training:
