@@ -11,7 +11,7 @@ import torch
 from test_cuda_conv2d import check, passes, query_of, tensors_of
 
 import gdfast
-from gdfast.backends import cuda_depthwise
+from gdfast.backends import cuda_conv2d, cuda_depthwise
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench.cases import ODD, Conv2dCase
 
