@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, ops
-from gdfast.backends import cuda_conv2d
+from gdfast.backends import cuda_conv2d, cuda_tiles
 from gdfast.backends.activation import activate
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
@@ -155,7 +155,7 @@ def test_precisions_of_float32(case: Conv2dCase, precision: str, cuda_device: to
      (torch.float32, False)],
     ids=["bfloat16", "float16", "tf32", "tf32x3"],
 )  # fmt: skip
-@pytest.mark.parametrize("tile", cuda_conv2d.TILES)
+@pytest.mark.parametrize("tile", cuda_tiles.TILES)
 def test_every_tile(tile: str, dtype: torch.dtype, tf32: bool, cuda_device: torch.device) -> None:
     values = tensors_of(WHOLE, dtype, True, cuda_device)
     torch.backends.cudnn.allow_tf32 = tf32
@@ -180,6 +180,21 @@ def test_numbers_one_by_one_give_the_bits_of_16_bytes_at_a_time(
         by_tile(WHOLE, values, "64x64"), by_tile(WHOLE, shifted, "64x64"), strict=True
     ):
         assert torch.equal(chunks, one_by_one)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_few_channels_with_zeros_beside_them(
+    dtype: torch.dtype, channels_last: bool, cuda_device: torch.device
+) -> None:
+    case = Conv2dCase("stem", 2, 3, 11, 9, 24, 5, 3, (2, 1), (2, 1))
+    values = tensors_of(case, dtype, channels_last, cuda_device)
+    input, weight, bias, grad = values.values()
+    query, tile = query_of(case, values), "64x64" + cuda_tiles.PADDED
+    _, grad_input, *_ = passes(case, values, "cuda")
+    output = cuda_conv2d.conv2d(query, tile)(input, weight, bias)
+    grads = cuda_conv2d.conv2d_grad_weight(query, tile)(grad, input, True)
+    check(case, values, (output, grad_input, *grads))
 
 
 def test_any_strides(cuda_device: torch.device) -> None:
@@ -371,62 +386,6 @@ def with_gaps(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     whole = torch.empty((n + 2, c + 2, h + 2, 2 * w + 1), device=device).fill_(7.0)
     view = whole[1:-1, 1:-1, 1:-1, 1:-1:2]
     return whole, view.fill_(math.nan)
-
-
-def on_a_gpu(case: Conv2dCase, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A query of tensors in channels_last that need not exist."""
-    empty = {"input": case.input_shape, "weight": case.weight_shape, "bias": (1,),
-             "grad": case.output_shape}  # fmt: skip
-    values = {
-        name: torch.empty(size, dtype=dtype, device="meta").to(
-            memory_format=torch.channels_last if len(size) == 4 else torch.contiguous_format
-        )
-        for name, size in empty.items()
-    }
-    return replace(query_of(case, values), device=torch.device("cuda", 0))
-
-
-@pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_conv2d, "_multiprocessors", lambda device: 132)
-
-
-def test_candidates_on_a_gpu(h100: None) -> None:
-    large = Conv2dCase("", 256, 256, 28, 28, 256, 3, 3, padding=(1, 1))
-    assert cuda_conv2d.candidates("conv2d", on_a_gpu(large))[0] == "128x128"
-    assert "128x128" not in cuda_conv2d.candidates("conv2d", on_a_gpu(replace(large, K=56)))
-    assert set(cuda_conv2d.candidates("conv2d", on_a_gpu(large))) == set(cuda_conv2d.TILES)
-    small = replace(large, N=1, H=7, W=7)
-    assert cuda_conv2d.candidates("conv2d", on_a_gpu(small))[0] == "64x64"
-    assert cuda_conv2d.candidates("conv2d", on_a_gpu(replace(large, C=30))) == ("64x64",)
-    for op in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"):
-        three = cuda_conv2d.candidates(op, on_a_gpu(large, torch.float32))
-        assert set(three) == {"128x64", "64x64"}, op
-        assert cuda_conv2d.candidates(op, on_a_gpu(large, torch.float64)) == ("64x64",)
-        assert cuda_conv2d.algorithm(op, on_a_gpu(large, torch.float32)) == three[0]
-
-
-def test_splits_fill_a_gpu(h100: None) -> None:
-    stem = on_a_gpu(Conv2dCase("", 256, 64, 56, 56, 64, 1, 1))
-    assert cuda_conv2d.splits(stem, "64x64") == 256
-    wide = on_a_gpu(Conv2dCase("", 256, 512, 7, 7, 512, 3, 3, padding=(1, 1)))
-    assert cuda_conv2d.splits(wide, "128x128") == 1  # 144 blocks without
-    single = on_a_gpu(Conv2dCase("", 1, 64, 7, 7, 64, 1, 1))
-    assert cuda_conv2d.splits(single, "64x64") == 1
-
-
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (Conv2dCase("", 1, 1, 1, 4, 1, 1, 1, padding=(2**29, 0)), "2^29 rows"),
-        (Conv2dCase("", 1, 1, 2**15, 2**15, 1, 1, 1), "2^30 pixels"),
-        (Conv2dCase("", 1, 65536, 1, 1, 65536, 1, 1, groups=65536), "65535 groups"),
-        (Conv2dCase("", 1, 1, 600, 600, 1, 1, 1, stride=(300, 300)), "65535 groups and phases"),
-        (Conv2dCase("", 2**30, 1, 16, 16, 1, 1, 1), "fewer images"),
-    ],
-)
-def test_what_the_kernels_do_not_count(case: Conv2dCase, reason: str) -> None:
-    assert reason in cuda_conv2d.why_not(on_a_gpu(case))
 
 
 def test_gradients_through_autograd_and_of_gradients(cuda_device: torch.device) -> None:

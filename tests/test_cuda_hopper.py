@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_conv2d
 from gdfast.backends.cuda_conv2d import HOPPER
+from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -87,13 +89,14 @@ def test_activations_and_no_bias(hopper: torch.device) -> None:
     case = CASES[0]
     values = tensors(case, torch.bfloat16, hopper)
     input, weight, *_ = values.values()
-    query = query_of(case, values)
     plain = F.conv2d(input.double(), weight.double(), **window(case))
     for activation, expected in (
         ("relu6", F.relu6(plain)),
         ("leaky_relu", F.leaky_relu(plain, 0.125)),
     ):
-        output = cuda_conv2d.conv2d(query, HOPPER, activation, 0.125)(input, weight, None)
+        plainly = {f.name: getattr(query_of(case, values), f.name) for f in fields(Conv2dQuery)}
+        query = Conv2dActQuery(**plainly, activation=activation, negative_slope=0.125)
+        output = cuda_conv2d.conv2d(query, HOPPER)(input, weight, None)
         assert torch.equal(output, expected.to(torch.bfloat16))
 
 

@@ -9,7 +9,8 @@ import torch
 
 from gdfast import native
 from gdfast.backends import batch_norm, cuda_conv2d, max_pool2d, sgd
-from gdfast.backends.cuda_conv2d import algorithm, candidates, machine
+from gdfast.backends.cuda_conv2d import algorithm, candidates
+from gdfast.backends.cuda_tiles import machine
 from gdfast.backends.max_pool2d import MaxPool2dQuery
 from gdfast.backends.registry import Backend, BatchNormQuery, Conv2dQuery, Query
 

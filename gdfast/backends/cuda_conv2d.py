@@ -1,22 +1,24 @@
 """Convolution on our CUDA kernels: what they take, in which tiles, and on which tensors.
 
 The kernels read 16 bytes of channels at a time where those lie side by side, and number by number
-else. A tensor of another layout is copied to channels_last first, which costs a pass over it.
+else. A tensor of another layout is copied to channels_last first, which costs a pass over it. A few
+channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_depthwise, cuda_stream, sgd
+from gdfast.backends import cuda_depthwise, cuda_stream, cuda_tiles, sgd
 from gdfast.backends.cuda_depthwise import depthwise_fits
+from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.backends.triton.precision import input_precision
@@ -25,21 +27,12 @@ from gdfast.geometry import dense_strides
 
 Copy = Callable[[Tensor], Tensor]
 
-# Rows x columns of the sums that one block makes.
-TILES = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}
-SMALLEST = "64x64"
-# By TMA and wgmma, on GPUs of compute capability 9.0. Not among the candidates: whoever asks for it
-# compares its results first.
+# By TMA and wgmma, on GPUs of compute capability 9.0.
 HOPPER = "hopper"
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
 _MOST_BLOCKS = 65535  # a grid's second and third axis
-_EFFICIENCY = {"128x128": 1.0, "128x64": 0.85, "64x64": 0.7}  # of a multiprocessor, guessed
-_STEP = 32  # products of one step in half types
-_LEAST_STEPS = 8  # of one split
-_MOST_SPLITS = 256
-_WAVES = 2  # blocks for each multiprocessor
 _NO_SUMS = 0, 0, 0, 0
 
 
@@ -56,96 +49,25 @@ def why_not(query: Conv2dQuery) -> str:
         return "it takes images and weights of less than 2^30 pixels and elements"
     if g.groups > _MOST_BLOCKS or prod(windows.phases) > _MOST_BLOCKS:
         return f"it takes at most {_MOST_BLOCKS} groups and phases of the stride"
-    if any(_blocks(op, query, SMALLEST) > _MOST for op in ("conv2d", "conv2d_grad_input")):
+    if any(blocks_of(op, query, SMALLEST) > _MOST for op in ("conv2d", "conv2d_grad_input")):
         return "it takes fewer images at a time"
     return ""
 
 
-def _product(op: str, query: Conv2dQuery) -> tuple[int, int]:
-    """Rows and columns of the product that a pass is, for each group and phase of the stride."""
-    g = query.geometry
-    C, K = g.C // g.groups, g.K // g.groups
-    if op in ("conv2d", "conv2d_act"):
-        return g.N * g.P * g.Q, K
-    if op == "conv2d_grad_input":
-        return g.N * Windows(g).pixels, C
-    return K, C * g.R * g.S
-
-
-def _blocks(op: str, query: Conv2dQuery, tile: str) -> int:
-    """Blocks of each group, phase and split."""
-    sizes = zip(_product(op, query), TILES[tile], strict=True)
-    return prod(ceil(size / block) for size, block in sizes)
-
-
-@lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def splits(query: Conv2dQuery, tile: str) -> int:
-    """In how many parts grad_weight sums positions: enough for every multiprocessor."""
-    g = query.geometry
-    blocks = g.groups * _blocks("conv2d_grad_weight", query, tile)
-    positions = g.N * g.P * g.Q
-    wanted = _WAVES * _multiprocessors(query.device) // blocks
-    most = min(positions // (_STEP * _LEAST_STEPS), _MOST_SPLITS)
-    return max(1, min(wanted, most), ceil(positions / (_MOST // 2)))
-
-
-def _precision(query: Conv2dQuery) -> str:
-    return input_precision(query.dtype, is_strict())
-
-
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
-    """The tiles of one pass that are worth timing, the one expected to be fastest first."""
+    """The ways of running one pass that are worth timing, the one expected to be fastest first."""
     if depthwise_fits(query):
         return (cuda_depthwise.NAME,)
-    # What is read number by number, or not multiplied on the tensor cores, has one tile.
-    g, lanes = query.geometry, 16 // query.dtype.itemsize
-    read = (g.C,) if op in ("conv2d", "conv2d_act") else (g.C, g.K)
-    chunked = all(channels // g.groups % lanes == 0 for channels in read)
-    precision = "ieee" if query.dtype == torch.float64 else _precision(query)
-    # The simulator's times tell nothing.
-    if not chunked or query.device.type != "cuda":
-        return (SMALLEST,)
-    if query.dtype.itemsize >= 4 and precision == "ieee":
-        return (SMALLEST,)
-    few_sums = query.dtype == torch.float32 and precision == "tf32x3"
-    tiles = [name for name in TILES if not (few_sums and name == "128x128")]
-    columns = _product(op, query)[1]
-    tiles = [name for name in tiles if TILES[name][1] < 2 * columns or name == SMALLEST]
-    tiles.sort(key=lambda name: _time(op, query, name))
+    op = "conv2d" if op == "conv2d_act" else op
+    tiles = cuda_tiles.candidates(op, query)
     # Behind the others: its speed is not known before the tuner has timed it.
-    if native.cuda is not None and not native.cuda_is_simulated and not hopper_why_not(op, query):
-        tiles.append(HOPPER)
-    return tuple(tiles)
-
-
-def _time(op: str, query: Conv2dQuery, tile: str) -> float:
-    """What a pass takes, in units that are the same for all tiles."""
-    g = query.geometry
-    copies = g.groups
-    if op == "conv2d_grad_input":
-        copies *= prod(Windows(g).phases)
-    if op == "conv2d_grad_weight":
-        copies *= splits(query, tile)
-    waves = ceil(copies * _blocks(op, query, tile) / _multiprocessors(query.device))
-    each = prod(TILES[tile]) / _EFFICIENCY[tile]
-    return waves * each / (splits(query, tile) if op == "conv2d_grad_weight" else 1)
+    on_gpu = query.device.type == "cuda" and native.cuda is not None
+    return (*tiles, HOPPER) if on_gpu and not hopper_why_not(op, query) else tiles
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
     """The candidate that the cost model gives one pass."""
     return candidates(op, query)[0]
-
-
-def machine(query: Conv2dQuery) -> str:
-    """What times of the query hold for, beside the query itself."""
-    name = torch.cuda.get_device_name(query.device) if query.device.type == "cuda" else "no GPU"
-    return f"{name} {_precision(query)}"
 
 
 def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
@@ -169,7 +91,7 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
 def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernel for Hopper does not run one pass here, or ""."""
     assert native.cuda is not None
-    if op not in ("conv2d", "conv2d_act", "conv2d_grad_input"):
+    if op not in ("conv2d", "conv2d_grad_input"):
         return f"it has no {op} kernel"
     if reason := _hopper_missing(query.device):
         return reason
@@ -226,6 +148,15 @@ def _at_16(tensor: Tensor) -> Tensor:
     return like.copy_(tensor)
 
 
+def _pad(tensor: Tensor, channels: int) -> Tensor:
+    n, c, h, w = tensor.shape
+    size = n, channels, h, w
+    padded = tensor.new_empty_strided(size, dense_strides(size, True))
+    padded[:, :c] = tensor
+    padded[:, c:] = 0
+    return padded
+
+
 # Each pass is run in the tile that is named, or in the cost model's; a depthwise layer has kernels
 # of its own. Forward ends with the activation that the query has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -233,6 +164,13 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     by = by or algorithm("conv2d", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d(query, _problem(query)[0])
+    if by.endswith(PADDED):
+        padded = padded_query(query)
+        whole = conv2d(padded, by.removesuffix(PADDED))
+        channels = padded.geometry.C
+        return lambda input, weight, bias: whole(
+            _pad(input, channels), _pad(weight, channels), bias
+        )
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
     no_sums: tuple[int, ...] = () if by == HOPPER else _NO_SUMS
@@ -263,8 +201,15 @@ def conv2d_with_sums(
     output - shift and of its square, float64 [K].
     """
     assert native.cuda is not None
+    by = by or algorithm("conv2d", query)
+    if by.endswith(PADDED):
+        padded = padded_query(query)
+        whole, channels = conv2d_with_sums(padded, by.removesuffix(PADDED)), padded.geometry.C
+        return lambda input, weight, bias, shift: whole(
+            _pad(input, channels), _pad(weight, channels), bias, shift
+        )
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
-    way, run = _way(query, by or algorithm("conv2d", query)), native.cuda.conv2d
+    way, run = _way(query, by), native.cuda.conv2d
     size, strides = query.geometry.output_size, query.strides[2]
     workspace_bytes = native.cuda.conv2d_sums_workspace(problem)
 
@@ -313,11 +258,13 @@ def conv2d_grad_weight(
     query: Conv2dQuery, by: str = ""
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cuda is not None
-    tile = by or algorithm("conv2d_grad_weight", query)
-    if tile == cuda_depthwise.NAME:
+    by = by or algorithm("conv2d_grad_weight", query)
+    if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    if by.endswith(PADDED):
+        return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, (copy_input, copy_grad) = _problem(query, "input", "output")
-    way, run, parts = _way(query, tile), native.cuda.conv2d_grad_weight, splits(query, tile)
+    way, run, parts = _way(query, by), native.cuda.conv2d_grad_weight, splits(query, by)
     size, strides = query.geometry.weight_size, query.strides[1]
     bytes_of = {
         bias: native.cuda.conv2d_grad_weight_workspace(problem, parts, bias)
@@ -335,5 +282,21 @@ def conv2d_grad_weight(
             *cuda_stream.current(input.device),
         )  # fmt: skip
         return grad_weight, grad_bias
+
+    return kernel
+
+
+def _padded_grad_weight(
+    query: Conv2dQuery, tile: str
+) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
+    padded = padded_query(query)
+    whole = conv2d_grad_weight(padded, tile)
+    channels, C = padded.geometry.C, query.geometry.C
+    size, strides = query.geometry.weight_size, query.strides[1]
+
+    def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+        grad_weight, grad_bias = whole(grad_output, _pad(input, channels), bias)
+        narrow = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        return narrow.copy_(grad_weight[:, :C]), grad_bias
 
     return kernel
