@@ -21,6 +21,12 @@ BlockTile tile_named(const std::string& name) {
   throw py::value_error("Conv2dRun: tile: expected 128x128, 128x64 or 64x64, got " + name);
 }
 
+void check_channels(int channels) {
+  if (channels == 0 || channels == 64 || channels == 128 || channels == 256) return;
+  throw py::value_error("conv2d_hopper: channels: expected 0, 64, 128 or 256, got " +
+                        std::to_string(channels));
+}
+
 void bind_hopper(py::module_& m) {
   m.def("hopper_missing", &hopper_missing, py::arg("device"),
         "Why the kernels for Hopper do not run on a device, or an empty string.");
@@ -30,25 +36,29 @@ void bind_hopper(py::module_& m) {
       "must be multiples of 16 too.");
   m.def(
       "conv2d_hopper",
-      [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
-         uintptr_t output, int device, uintptr_t stream) {
+      [](const Conv2dProblem& problem, int channels, uintptr_t input, uintptr_t weight,
+         uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
+        check_channels(channels);
         py::gil_scoped_release release;
-        conv2d_hopper(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
-                      {device, stream});
+        conv2d_hopper(problem, channels, pointer(input), pointer(weight), pointer(bias),
+                      pointer(output), {device, stream});
       },
-      py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
-      py::arg("device"), py::arg("stream"),
-      "As conv2d, for problems that conv2d_hopper_why_not has nothing against.");
+      py::arg("problem"), py::arg("channels"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+      py::arg("output"), py::arg("device"), py::arg("stream"),
+      "As conv2d, for problems that conv2d_hopper_why_not has nothing against, in tiles of 64, 128 "
+      "or 256 channels, or 0 for a guess which.");
   m.def(
       "conv2d_grad_input_hopper",
-      [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
+      [](const Conv2dProblem& problem, int channels, uintptr_t grad_output, uintptr_t weight,
          uintptr_t grad_input, int device, uintptr_t stream) {
+        check_channels(channels);
         py::gil_scoped_release release;
-        conv2d_grad_input_hopper(problem, pointer(grad_output), pointer(weight),
+        conv2d_grad_input_hopper(problem, channels, pointer(grad_output), pointer(weight),
                                  pointer(grad_input), {device, stream});
       },
-      py::arg("problem"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"),
-      py::arg("device"), py::arg("stream"), "As conv2d_grad_input, likewise.");
+      py::arg("problem"), py::arg("channels"), py::arg("grad_output"), py::arg("weight"),
+      py::arg("grad_input"), py::arg("device"), py::arg("stream"),
+      "As conv2d_grad_input, likewise.");
 }
 
 }  // namespace

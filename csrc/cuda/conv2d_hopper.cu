@@ -52,13 +52,13 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const v
   a.tiles = small(tiles);
   const int64_t blocks = multiprocessors(op);
   launch(op, conv2d_hopper_kernel<T, kN, kGradient>,
-         static_cast<unsigned>(tiles < blocks ? tiles : blocks), kThreads, HopperMemory<kN>::kSize,
+         static_cast<unsigned>(tiles < blocks ? tiles : blocks), kThreads, HopperTile<kN>::kSize,
          where.stream, a);
 }
 
 template <typename T, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const void* image, const void* weight,
-         const void* bias, void* output, const Where& where) {
+void run(const char* op, const Conv2dProblem& p, int channels, const void* image,
+         const void* weight, const void* bias, void* output, const Where& where) {
   const HopperPass pass = hopper_pass(p, kGradient);
   const HopperImage& out = pass.out;
   const PixelBox box = choose_pixel_box(out, kPixels);
@@ -75,15 +75,15 @@ void run(const char* op, const Conv2dProblem& p, const void* image, const void* 
   a.first_h = small(pass.first_h), a.first_w = small(pass.first_w);
   a.step_h = small(pass.step_h), a.step_w = small(pass.step_w);
   a.activation = p.activation, a.negative_slope = static_cast<float>(p.negative_slope);
-  // Half as many channels cost more than half the time, but may fill more multiprocessors.
-  const int64_t blocks = multiprocessors(op), boxes = pixel_tiles(out, box);
-  const auto turns = [&](int channels) {
-    return tiles_for(boxes * tiles_for(out.channels, channels), blocks) * (channels + 32);
-  };
-  if (turns(64) < turns(128)) {
-    run<T, 64, kGradient>(op, p, pass, image, weight, a, where);
-  } else {
-    run<T, 128, kGradient>(op, p, pass, image, weight, a, where);
+  const HopperTileTime time{pixel_tiles(out, box), out.channels, pass.R * pass.S * a.sums,
+                            multiprocessors(op)};
+  switch (channels != 0 ? channels : time.fastest()) {
+    case 64:
+      return run<T, 64, kGradient>(op, p, pass, image, weight, a, where);
+    case 128:
+      return run<T, 128, kGradient>(op, p, pass, image, weight, a, where);
+    default:
+      return run<T, 256, kGradient>(op, p, pass, image, weight, a, where);
   }
 }
 
@@ -126,20 +126,20 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& p, bool gradient) {
   return "";
 }
 
-void conv2d_hopper(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
-                   void* output, const Where& where) {
+void conv2d_hopper(const Conv2dProblem& p, int channels, const void* input, const void* weight,
+                   const void* bias, void* output, const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, input, weight, bias, output, where);
+  chosen(kOp, p, channels, input, weight, bias, output, where);
 }
 
-void conv2d_grad_input_hopper(const Conv2dProblem& p, const void* grad_output, const void* weight,
-                              void* grad_input, const Where& where) {
+void conv2d_grad_input_hopper(const Conv2dProblem& p, int channels, const void* grad_output,
+                              const void* weight, void* grad_input, const Where& where) {
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, grad_output, weight, nullptr, grad_input, where);
+  chosen(kOp, p, channels, grad_output, weight, nullptr, grad_input, where);
 }
 
 std::string hopper_missing(int device) {

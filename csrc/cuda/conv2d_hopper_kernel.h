@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kPixels = 128;   // of a tile: two products of 64 rows
 constexpr int kChannels = 64;  // summed per stage: one row of a box
-constexpr int kStages = 6;
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kPixelBytes = kPixels * kBoxRow;
@@ -35,15 +34,22 @@ struct HopperArguments {
   float negative_slope;
 };
 
-// How the dynamic shared memory is divided.
+// A tile of kN channels: how consumers divide it, and what lies where in dynamic shared memory.
 template <int kN>
-struct HopperMemory {
+struct HopperTile {
+  // A consumer has registers for 128 sums a thread: all pixels of up to 128 channels, and then
+  // consumers take tiles in turn, or half of the pixels of 256, and then they share each tile.
+  static constexpr int kSharers = kN == 256 ? kConsumers : 1;
+  static constexpr int kTurns = kConsumers / kSharers;
+  static constexpr int kProducts = kPixels / 64 / kSharers;
+
+  static constexpr int kStages = kN == 256 ? 4 : 6;
   static constexpr int kStage = kPixelBytes + kN * kBoxRow;
   static constexpr int kResults = kStages * kStage;  // 16 rows of 64 channels for each warp
   static constexpr int kWarpResults = kWarpRows * kBoxRow;
   static constexpr int kBarriers = kResults + kConsumers * 4 * kWarpResults;
-  static constexpr int kSize =
-      kBarriers + (2 * kStages + kConsumers) * static_cast<int>(sizeof(uint64_t));
+  static constexpr int kBarrier = static_cast<int>(sizeof(uint64_t));
+  static constexpr int kSize = kBarriers + (2 * kStages + kConsumers) * kBarrier;
   static_assert(kStage % 1024 == 0 && kSize <= 227 * 1024, "what a block may have");
 };
 
@@ -60,28 +66,27 @@ GDFAST_DEVICE Tile tile_at(const HopperArguments& a, int index) {
           (pixels - row * a.tiles_w) * a.box_w, (index - pixels * a.tiles_channels) * kN};
 }
 
-// Both sides count stages from the block's first; a barrier's phase is over once per turn of the
-// ring.
-GDFAST_DEVICE uint64_t* full_barrier(unsigned char* barriers, unsigned position) {
-  return reinterpret_cast<uint64_t*>(barriers) + position % kStages;
-}
+// The ring of stages and its barriers. Both sides count stages from the block's first; a barrier's
+// phase is over once per turn of the ring.
+template <int kN>
+struct Ring {
+  static constexpr unsigned kStages = HopperTile<kN>::kStages;
 
-GDFAST_DEVICE uint64_t* empty_barrier(unsigned char* barriers, unsigned position) {
-  return reinterpret_cast<uint64_t*>(barriers) + kStages + position % kStages;
-}
-
-// Says that a consumer may begin its next tile.
-GDFAST_DEVICE uint64_t* turn_barrier(unsigned char* barriers, int consumer) {
-  return reinterpret_cast<uint64_t*>(barriers) + 2 * kStages + consumer;
-}
-
-GDFAST_DEVICE int parity_of(unsigned position) { return static_cast<int>(position / kStages & 1); }
+  GDFAST_DEVICE unsigned char* stage(unsigned position) {
+    return shared_memory() + position % kStages * HopperTile<kN>::kStage;
+  }
+  GDFAST_DEVICE uint64_t* barrier(unsigned index) {
+    return reinterpret_cast<uint64_t*>(shared_memory() + HopperTile<kN>::kBarriers) + index;
+  }
+  GDFAST_DEVICE uint64_t* full(unsigned position) { return barrier(position % kStages); }
+  GDFAST_DEVICE uint64_t* empty(unsigned position) { return barrier(kStages + position % kStages); }
+  // Says that a consumer may begin its next tile.
+  GDFAST_DEVICE uint64_t* turn(int consumer) { return barrier(2 * kStages + consumer); }
+  GDFAST_DEVICE int parity(unsigned position) { return static_cast<int>(position / kStages & 1); }
+};
 
 template <int kN, bool kGradient>
 GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
-  using Its = HopperMemory<kN>;
-  unsigned char* const shared = shared_memory();
-  unsigned char* const barriers = shared + Its::kBarriers;
   // A box always counts in full, also where it reaches beyond its tensor.
   const int bytes = a.box_n * a.box_h * a.box_w * kBoxRow + kN * kBoxRow;
   unsigned position = 0;
@@ -92,10 +97,10 @@ GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
       for (int s = 0; s < a.S; ++s) {
         const int h = tile.h + a.first_h + r * a.step_h, w = tile.w + a.first_w + s * a.step_w;
         for (int sum = 0; sum < a.sums; ++sum, ++position) {
-          unsigned char* const stage = shared + position % kStages * Its::kStage;
-          uint64_t* const full = full_barrier(barriers, position);
+          unsigned char* const stage = Ring<kN>::stage(position);
+          uint64_t* const full = Ring<kN>::full(position);
           // In the first turn nobody has to leave a stage: the phase before the first is over.
-          barrier_wait(empty_barrier(barriers, position), parity_of(position) ^ 1);
+          barrier_wait(Ring<kN>::empty(position), Ring<kN>::parity(position) ^ 1);
           barrier_arrive_expecting(full, bytes);
           load_box(stage, a.image, {sum * kChannels, w, h, tile.n}, full);
           if constexpr (kGradient) {
@@ -112,21 +117,21 @@ GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
   }
 }
 
-template <typename T, int kN, bool kGradient>
-GDFAST_DEVICE void multiply_stage(float (&sums)[2][kN / 2], const unsigned char* stage,
-                                  bool accumulate) {
+// pixels: the first of a consumer's in the stage.
+template <typename T, int kN, bool kGradient, int kProducts>
+GDFAST_DEVICE void multiply_stage(float (&sums)[kProducts][kN / 2], const unsigned char* pixels,
+                                  const unsigned char* weights, bool accumulate) {
   constexpr int kStep = 16;  // channels of one instruction
   constexpr int kNext = kChannels * kBoxRow;
-  const unsigned char* const weights = stage + kPixelBytes;
   warpgroup_begin();
 #pragma unroll
   for (int k = 0; k < kChannels; k += kStep) {
     const uint64_t b =
         kGradient ? columns_matrix(weights, k * kBoxRow, kNext) : rows_matrix(weights, 2 * k);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint64_t a = rows_matrix(stage + half * 64 * kBoxRow, 2 * k);
-      warpgroup_multiply<T, kN, kGradient>(sums[half], a, b, accumulate || k > 0);
+    for (int product = 0; product < kProducts; ++product) {
+      const uint64_t a = rows_matrix(pixels + product * 64 * kBoxRow, 2 * k);
+      warpgroup_multiply<T, kN, kGradient>(sums[product], a, b, accumulate || k > 0);
     }
   }
   warpgroup_commit();
@@ -175,8 +180,9 @@ GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
   }
 }
 
-template <typename T, int kN>
-GDFAST_DEVICE void add_bias(const HopperArguments& a, int first_channel, float (&sums)[2][kN / 2]) {
+template <typename T, int kN, int kProducts>
+GDFAST_DEVICE void add_bias(const HopperArguments& a, int first_channel,
+                            float (&sums)[kProducts][kN / 2]) {
   const T* const bias = static_cast<const T*>(a.bias);
   const int lane = computed_again(warp_lane());
 #pragma unroll
@@ -184,55 +190,59 @@ GDFAST_DEVICE void add_bias(const HopperArguments& a, int first_channel, float (
     const int channel = first_channel + i / 2 * 8 + lane % 4 * 2 + i % 2;
     const float value = channel < a.channels ? to_float(bias[channel]) : 0.0f;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      sums[half][i / 2 * 4 + i % 2] += value;
-      sums[half][i / 2 * 4 + i % 2 + 2] += value;
+    for (auto& product : sums) {
+      product[i / 2 * 4 + i % 2] += value;
+      product[i / 2 * 4 + i % 2 + 2] += value;
     }
   }
 }
 
 template <typename T, int kN, bool kGradient>
 GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
-  using Its = HopperMemory<kN>;
-  unsigned char* const shared = shared_memory();
-  unsigned char* const barriers = shared + Its::kBarriers;
+  using Its = HopperTile<kN>;
   const int warp = warp_index() % 4;
-  unsigned char* const results = shared + Its::kResults + (4 * consumer + warp) * Its::kWarpResults;
+  unsigned char* const results =
+      shared_memory() + Its::kResults + (4 * consumer + warp) * Its::kWarpResults;
+  const int first_row = consumer % Its::kSharers * Its::kProducts * 64;
   const unsigned steps = static_cast<unsigned>(a.R * a.S * a.sums);
-  const auto leave = [&](unsigned position) {
-    if (warp_lane() == 0) barrier_arrive(empty_barrier(barriers, position));
+  const auto arrive = [](uint64_t* barrier) {
+    if (warp_lane() == 0) barrier_arrive(barrier);
   };
-  int turn = consumer ^ 1;  // the first has not to wait in its first tile
-  float sums[2][kN / 2];
+  const int mine = consumer / Its::kSharers;
+  int turn = mine ^ 1;  // who begins has not to wait in the first tile
+  float sums[Its::kProducts][kN / 2];
   const int grid = static_cast<int>(gridDim.x);
-  unsigned first = static_cast<unsigned>(consumer) * steps;
-  for (int index = static_cast<int>(blockIdx.x) + consumer * grid; index < a.tiles;
-       index += kConsumers * grid, first += kConsumers * steps, turn ^= 1) {
+  unsigned first = static_cast<unsigned>(mine) * steps;
+  for (int index = static_cast<int>(blockIdx.x) + mine * grid; index < a.tiles;
+       index += Its::kTurns * grid, first += Its::kTurns * steps, turn ^= 1) {
     // Parities tell one turn of the ring from the next, not from the one after that: stages are
     // waited for in their order, by one consumer after the other.
-    barrier_wait(turn_barrier(barriers, consumer), turn);
+    if constexpr (Its::kTurns > 1) barrier_wait(Ring<kN>::turn(consumer), turn);
     for (unsigned step = 0; step < steps; ++step) {
       const unsigned position = first + step;
-      barrier_wait(full_barrier(barriers, position), parity_of(position));
-      multiply_stage<T, kN, kGradient>(sums, shared + position % kStages * Its::kStage, step > 0);
+      const unsigned char* const stage = Ring<kN>::stage(position);
+      barrier_wait(Ring<kN>::full(position), Ring<kN>::parity(position));
+      multiply_stage<T, kN, kGradient>(sums, stage + first_row * kBoxRow, stage + kPixelBytes,
+                                       step > 0);
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
-      if (step > 0) leave(position - 1);
+      if (step > 0) arrive(Ring<kN>::empty(position - 1));
     }
-    if (warp_lane() == 0) barrier_arrive(turn_barrier(barriers, consumer ^ 1));
+    if constexpr (Its::kTurns > 1) arrive(Ring<kN>::turn(consumer ^ 1));
     warpgroup_wait<0>();
-    warpgroup_take(sums[0]);
-    warpgroup_take(sums[1]);
-    leave(first + steps - 1);
+#pragma unroll
+    for (auto& product : sums) warpgroup_take(product);
+    arrive(Ring<kN>::empty(first + steps - 1));
 
     const Tile tile = tile_at<kN>(a, index);
     if constexpr (!kGradient) {
       if (a.bias != nullptr) add_bias<T, kN>(a, tile.channel, sums);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (!kGradient) activate(sums[half], a.activation, a.negative_slope);
-      write_rows<T, kN>(a, tile, sums[half], 64 * half + kWarpRows * warp, results);
+    for (int product = 0; product < Its::kProducts; ++product) {
+      if constexpr (!kGradient) activate(sums[product], a.activation, a.negative_slope);
+      write_rows<T, kN>(a, tile, sums[product], first_row + 64 * product + kWarpRows * warp,
+                        results);
     }
   }
 }
@@ -243,14 +253,14 @@ template <typename T, int kN, bool kGradient>
 GDFAST_KERNEL(kThreads, 1)
 conv2d_hopper_kernel(GDFAST_GRID_CONSTANT const HopperArguments a) {
 #if defined(GDFAST_HOPPER)
-  unsigned char* const barriers = shared_memory() + HopperMemory<kN>::kBarriers;
+  using Its = HopperTile<kN>;
   if (threadIdx.x == 0) {
-    for (unsigned stage = 0; stage < kStages; ++stage) {
-      barrier_init(full_barrier(barriers, stage), 1);
-      barrier_init(empty_barrier(barriers, stage), 4);  // a consumer's warps
+    for (unsigned stage = 0; stage < Ring<kN>::kStages; ++stage) {
+      barrier_init(Ring<kN>::full(stage), 1);
+      barrier_init(Ring<kN>::empty(stage), 4 * Its::kSharers);  // warps
     }
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      barrier_init(turn_barrier(barriers, consumer), 4);
+      barrier_init(Ring<kN>::turn(consumer), 4);
     }
     barriers_ready();
   }

@@ -27,8 +27,8 @@ from gdfast.geometry import dense_strides
 
 Copy = Callable[[Tensor], Tensor]
 
-# By TMA and wgmma, on GPUs of compute capability 9.0.
-HOPPER = "hopper"
+# By TMA and wgmma, on GPUs of compute capability 9.0: channels of a tile, 0 for a guess.
+HOPPER = {"hopper": 0, "hopper-64": 64, "hopper-128": 128, "hopper-256": 256}
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -60,9 +60,11 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
     tiles = cuda_tiles.candidates(op, query)
-    # Behind the others: its speed is not known before the tuner has timed it.
+    # Behind the others: their speed is not known before the tuner has timed them.
     on_gpu = query.device.type == "cuda" and native.cuda is not None
-    return (*tiles, HOPPER) if on_gpu and not hopper_why_not(op, query) else tiles
+    if not on_gpu or hopper_why_not(op, query):
+        return tiles
+    return (*tiles, *(name for name, channels in HOPPER.items() if channels))
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
@@ -82,8 +84,8 @@ def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
 
 def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """A binding, and what it is told at each call between the problem and the addresses."""
-    if by == HOPPER:
-        return getattr(native.cuda, f"{op}_hopper"), tuple
+    if by in HOPPER:
+        return getattr(native.cuda, f"{op}_hopper"), lambda: (HOPPER[by],)
     way = _way(query, by)
     return getattr(native.cuda, op), lambda: (way(),)
 
@@ -114,7 +116,7 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    unscattered = _at_16 if by == HOPPER else _as_it_is
+    unscattered = _at_16 if by in HOPPER else _as_it_is
     for name in copied:
         scattered = channels[name] // g.groups >= _FEW and strides[name][1] != 1
         copies.append(_channels_last if scattered else unscattered)
@@ -173,7 +175,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         )
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
-    no_sums: tuple[int, ...] = () if by == HOPPER else _NO_SUMS
+    no_sums: tuple[int, ...] = () if by in HOPPER else _NO_SUMS
     size, strides = query.geometry.output_size, query.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
