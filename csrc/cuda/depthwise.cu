@@ -59,7 +59,8 @@ struct Tensors {
 // by side take columns, 4 rows.
 template <typename T, int kVector, int kRows, int kColumns, typename Filter>
 void launch_strips(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  const auto walk = StripWalk::of(a, kVector, kRows, kColumns, kVector > 1);
+  const int64_t blocks = int64_t{kStripWaves} * multiprocessors(kOp);
+  const auto walk = StripWalk::of(a, kVector, kRows, kColumns, kVector > 1, blocks);
   constexpr int kSize = Filter::kSize;
   const size_t shared = sizeof(SumOf<T>) * kSize * kSize * walk.tile_c * kVector;
   launch(kOp, depthwise_strip_kernel<T, kVector, kSize, Filter::kStride, kRows, kColumns>,
@@ -82,8 +83,9 @@ void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensor
     if (vectors) {
       const bool done = with_common_filter(a, [&](auto filter) {
         using Filter = decltype(filter);
-        // Rows share enough of what they see, and it fits in registers, for this one alone.
-        constexpr int kRows = Filter::kSize == 3 && Filter::kStride == 1 ? 2 : 1;
+        // Two rows share most of what they see; registers hold it in half types alone.
+        constexpr bool kShares = Filter::kSize == 3 && Filter::kStride == 1;
+        constexpr int kRows = kShares && sizeof(T) == 2 ? 2 : 1;
         launch_strips<T, kDepthwiseVector, kRows, 4, Filter>(a, tensors, stream);
       });
       if (!done) launch_any<T, kDepthwiseVector>(a, tensors, stream);
