@@ -32,7 +32,9 @@ def compiled(every_tile: bool) -> Iterator[tuple[str, Code]]:
             kind = precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
             for case in triton_code.LAYERS:
                 with triton_code.ahead_of_time(capability) as codes:
-                    triton_code.launch_conv2d(case, dtype, precision, every_tile)
+                    triton_code.launch_conv2d(
+                        case, dtype, precision, "every" if every_tile else "best"
+                    )
                 yield from ((f"{case.name}, {kind}", code) for code in codes)
         for dtype in (torch.bfloat16, torch.float32):
             with triton_code.ahead_of_time(capability) as codes:
@@ -46,7 +48,8 @@ def compiled(every_tile: bool) -> Iterator[tuple[str, Code]]:
 
 
 def row(task: str, code: Code) -> str:
-    blocks = [code.settings[f"BLOCK_{axis}"] for axis in "MNK" if f"BLOCK_{axis}" in code.settings]
+    axes = [axis for axis in "IPQMNK" if f"BLOCK_{axis}" in code.settings]
+    blocks = [code.settings[f"BLOCK_{axis}"] for axis in axes]
     cells = [
         f"sm_{code.capability}", code.kernel.removesuffix("_kernel"), task,
         "x".join(map(str, blocks)) or str(code.settings.get("BLOCK", "")), code.warps, code.stages,
@@ -62,7 +65,8 @@ def save(rows: list[str]) -> None:
         f"Compiled by Triton {triton.__version__} with `make triton-aot`; nothing was run. "
         "Registers are those of one\nthread, bytes those of one program; a stack is what spilled. "
         "`matrix` counts instructions of the\ntensor cores (HGMMA on sm_90, HMMA on sm_80), `wide` "
-        "loads of 16 bytes for each thread.\n\n"
+        "loads of 16 bytes for each thread, and of boxes by descriptors (UTMALDG), whose tiles are "
+        "images x\nrows x columns x filters x step.\n\n"
         "| GPU | kernel | of | tile | warps | stages | registers | stack | shared | matrix | wide "
         "|\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     )

@@ -50,12 +50,12 @@ class Code:
     @property
     def loads(self) -> int:
         """Instructions that load from global memory."""
-        return self.count(r"LDG\.|LDGSTS")
+        return self.count(r"LDG\.|LDGSTS|UTMALDG")
 
     @property
     def wide_loads(self) -> int:
-        """Those that load 16 bytes for each thread."""
-        return self.count(r"LDG(STS)?\.(.*\.)?128")
+        """Those that load 16 bytes for each thread, or a box of a tensor for all."""
+        return self.count(r"LDG(STS)?\.(.*\.)?128|UTMALDG")
 
     def count(self, pattern: str) -> int:
         """How many instructions have a name that a regular expression matches from its start."""
@@ -75,7 +75,7 @@ def ahead_of_time(capability: int) -> Iterator[list[Code]]:
     compiled: list[Code] = []
 
     def run(self: Any, tensors: Sequence[Tensor], changing: tuple[Any, ...]) -> None:
-        arguments = *tensors, *changing, *self._rest
+        arguments = *self._described(tensors), *changing, *self._rest
         compiled.append(_compile(self._kernel, arguments, self._options, capability))
 
     with (
@@ -118,6 +118,8 @@ def _type_of(value: Any, param: Any) -> tuple[Any, bool]:
         return "constexpr", False
     if isinstance(value, Tensor):
         return _TYPES[value.dtype], True
+    if hasattr(value, "block_shape"):  # a descriptor
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape}>", False
     if isinstance(value, tuple):
         return tuple(_type_of(each, param)[0] for each in value), False
     if isinstance(value, float):
@@ -151,12 +153,12 @@ def _images(size: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def launch_conv2d(
-    case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", every_tile: bool = False
+    case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", tiles: str = "best"
 ) -> None:
     """Launches the three passes of a layer in channels_last, each by its best tile by the model.
 
-    `every_tile` launches all that the model leaves; `precision` is what `tl.dot` is told for
-    float32.
+    `tiles` "every" launches all that the model leaves, "tma" those of the TMA kernel; `precision`
+    is what `tl.dot` is told for float32.
     """
     from gdfast.backends.triton import bind_conv2d
 
@@ -175,8 +177,12 @@ def launch_conv2d(
         "conv2d_grad_weight": (bind_conv2d.bind_grad_weight, (output, input, False)),
     }
     for op, (bind, arguments) in passes.items():
-        tiles: list[Any] = [*problem.candidates(op)]
-        for tile in tiles[: None if every_tile else 1] or [None]:  # None for depthwise
+        found: list[Any] = problem.candidates(op) or [None]  # None for depthwise
+        if tiles == "best":
+            found = found[:1]
+        elif tiles == "tma":
+            found = [tile for tile in found if tile is not None and tile.box]
+        for tile in found:
             bind(problem, tile)(*arguments)
 
 

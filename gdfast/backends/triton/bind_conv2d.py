@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gdfast.backends.triton import (
+    bind_conv2d_tma,
     conv2d,
     conv2d_grad_input,
     conv2d_grad_weight,
@@ -117,7 +118,8 @@ class Problem:
             return []
         passes = PASSES[self.precision] if self.dtype == torch.float32 else 1
         where = launch.gpu(self.device)
-        return tiles.candidates(self.product(op), self.dtype.itemsize, where, passes)
+        found = tiles.candidates(self.product(op), self.dtype.itemsize, where, passes)
+        return found + bind_conv2d_tma.candidates(self, op, where)
 
     def packed(self, *names: str) -> tuple[Problem, list[Callable[[Tensor], Tensor]]]:
         """The problem on tensors in channels_last, and what copies those named, if need be."""
@@ -153,6 +155,8 @@ def bind_forward(
     problem: Problem, tile: Tile | None, activation: str = "none", negative_slope: float = 0.0
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """act(conv2d(input, weight, bias)); `tile` is one of the candidates, None for depthwise."""
+    if tile is not None and tile.box:
+        return bind_conv2d_tma.bind_forward(problem, tile, activation, negative_slope)
     size, strides = problem.geometry.output_size, problem.strides[2]
     problem, (copy_input, copy_weight) = problem.packed("input", "weight")
     launches = {
@@ -213,6 +217,8 @@ def _forward(
 
 def bind_grad_input(problem: Problem, tile: Tile | None) -> Callable[[Tensor, Tensor], Tensor]:
     """The gradient in the input from those in the output and the weight."""
+    if tile is not None and tile.box:
+        return bind_conv2d_tma.bind_grad_input(problem, tile)
     size, strides = problem.geometry.input_size, problem.strides[0]
     problem, (copy_weight, copy_grad) = problem.packed("weight", "output")
     launches = [(first, _grad_input(part, tile)) for first, part in problem.parts()]

@@ -11,9 +11,35 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # none in this Triton
+    TensorDescriptor = None
+
 # Whether kernels run in Triton's interpreter: slowly, on any device, to be tested and debugged.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ALIGNED = 15  # bits of an address that are 0 where the compiler may count on 16 bytes
+
+
+class Box(NamedTuple):
+    """A tensor as a kernel sees it through a descriptor, and the block that one load of it takes.
+
+    Only the last stride is 1, and the others are multiples of 16 bytes.
+    """
+
+    size: list[int]
+    strides: list[int]
+    block: list[int]
+
+    def of(self, tensor: Tensor, checked: bool) -> Any:
+        """The descriptor of a tensor, which begins at 16 bytes."""
+        if checked:
+            return TensorDescriptor(tensor, *self)
+        # What was checked once, with another tensor, need not be: that takes longer than to launch.
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.base = tensor
+        descriptor.shape, descriptor.strides, descriptor.block_shape = self
+        return descriptor
 
 
 class Launch:
@@ -24,6 +50,10 @@ class Launch:
     Later ones pass addresses to what was compiled, which spares Triton's own look-up; tensors that
     do not begin at 16 bytes take that way each time. Nothing waits for the GPU, and nothing is read
     from it, so that CUDA graphs can record a launch.
+
+    The first tensors are passed as descriptors where there are `boxes` for them. The host makes
+    these anew for each launch, with a call of the driver for each; made on the device, they would
+    cost every program a wait for global memory, and every launch an allocation.
     """
 
     def __init__(
@@ -35,12 +65,14 @@ class Launch:
         settings: Mapping[str, Any],
         warps: int = 4,
         stages: int = 2,
+        boxes: Sequence[Box] = (),
     ) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
         self._device = device if device.type == "cuda" else None
         self._rest = (*numbers, *settings.values())
         self._options = {"num_warps": warps, "num_stages": stages}
+        self._boxes = boxes
         self._compiled: Any = None
 
     def __call__(self, *tensors: Tensor, changing: tuple[Any, ...] = ()) -> None:
@@ -59,14 +91,22 @@ class Launch:
         if unaligned or self._compiled is None:
             try:
                 compiled = self._kernel[self._grid](
-                    *tensors, *changing, *self._rest, **self._options
+                    *self._described(tensors), *changing, *self._rest, **self._options
                 )
             except TritonError as error:  # such as more shared memory than there is
                 raise RuntimeError(f"{self._kernel}: {error}") from error
             if not unaligned:
                 self._compiled = compiled  # None in the interpreter
         else:
+            if self._boxes:
+                boxes = zip(self._boxes, tensors)
+                addresses[: len(self._boxes)] = [box.of(t, checked=False) for box, t in boxes]
             self._compiled[self._grid](*addresses, *changing, *self._rest)
+
+    def _described(self, tensors: tuple[Tensor, ...]) -> list[Any]:
+        """The tensors, the first of them as descriptors."""
+        described = [box.of(t, checked=True) for box, t in zip(self._boxes, tensors)]
+        return [*described, *tensors[len(described) :]]
 
 
 class Gpu(NamedTuple):
@@ -79,12 +119,13 @@ class Gpu(NamedTuple):
     # That a thread may sum up at a time without running out of registers; Hopper's matrix
     # instructions read both operands from shared memory, others from registers.
     sums: int
+    tma: bool  # whether it loads boxes of a tensor by descriptors
 
 
-H100 = Gpu(132, 227 << 10, 4096, 32, 128)
-A100 = Gpu(108, 163 << 10, 2048, 24, 64)
+H100 = Gpu(132, 227 << 10, 4096, 32, 128, True)
+A100 = Gpu(108, 163 << 10, 2048, 24, 64, False)
 # The interpreter pays for each operation of each program, whatever its size.
-_INTERPRETER = Gpu(1, 1 << 40, 1 << 40, 1 << 40, 1 << 40)
+_INTERPRETER = Gpu(1, 1 << 40, 1 << 40, 1 << 40, 1 << 40, False)
 
 
 @cache
@@ -95,7 +136,10 @@ def gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     like = H100 if properties.major in (9, 10) else A100
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return like._replace(multiprocessors=properties.multi_processor_count, shared_bytes=shared)
+    return like._replace(
+        multiprocessors=properties.multi_processor_count, shared_bytes=shared,
+        tma=properties.major >= 9 and TensorDescriptor is not None,
+    )  # fmt: skip
 
 
 def channel_tile(channels: int, channels_last: bool) -> tuple[int, int]:

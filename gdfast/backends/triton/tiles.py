@@ -15,22 +15,27 @@ _BAND = 8  # rows of tiles that share their columns of the right operand in L2
 
 
 class Tile(NamedTuple):
-    """A program makes m rows by n columns, k products at a time, with so many warps and stages."""
+    """A program makes m rows by n columns, k products at a time, with so many warps and stages.
+
+    With a `box` (images, rows and columns of pixels, m in all) it is one of the TMA kernel.
+    """
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    box: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}-w{self.warps}-s{self.stages}"
+        box = "tma-" + "x".join(map(str, self.box)) + "-" if self.box else ""
+        return f"{box}{self.m}x{self.n}x{self.k}-w{self.warps}-s{self.stages}"
 
     @classmethod
     def named(cls, name: str) -> Tile:
         """The tile that `str` gave this name."""
-        m, n, k, warps, stages = map(int, re.findall(r"\d+", name))
-        return cls(m, n, k, warps, stages)
+        *box, m, n, k, warps, stages = map(int, re.findall(r"\d+", name))
+        return cls(m, n, k, warps, stages, tuple(box))
 
     def settings(self) -> dict[str, int]:
         """The compile-time constants of a kernel."""
@@ -83,7 +88,7 @@ def candidates(product: Product, itemsize: int, gpu: Gpu, passes: int = 1) -> li
 
     `passes` counts the tensor core's passes for one product of float32 numbers.
     """
-    step = _step(product.depth, _STEP_BYTES // itemsize)
+    step = step_of(product.depth, itemsize)
     fitting = []
     for m, n, warps, stages in _SHAPES:
         bytes_of_stage = (m + n) * step * itemsize
@@ -110,9 +115,9 @@ def _most_sums(product: Product, itemsize: int, passes: int, gpu: Gpu) -> int:
     return gpu.sums if itemsize == 2 else gpu.sums // 2
 
 
-def _step(depth: int, most: int) -> int:
+def step_of(depth: int, itemsize: int) -> int:
     """Products of one step: the most that leave little of a run's last step empty."""
-    step = most
+    step = _STEP_BYTES // itemsize
     while step > _LEAST_K and ceil(depth / step) * step > _MOST_WASTE * depth:
         step //= 2
     return step
