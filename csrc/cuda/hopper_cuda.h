@@ -80,17 +80,32 @@ GDFAST_DEVICE void barrier_arrive_expecting(uint64_t* barrier, int bytes) {
       : "memory");
 }
 
-GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+// The unit waits by itself for a while before it says no.
+GDFAST_DEVICE bool barrier_is_over(uint64_t* barrier, int parity) {
   uint32_t over;
-  do {
-    asm volatile(
-        "{ .reg .pred over;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, over; }"
-        : "=r"(over)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (over == 0);
+  asm volatile(
+      "{ .reg .pred over;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, over; }"
+      : "=r"(over)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return over != 0;
+}
+
+GDFAST_DEVICE uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// What has not come after ten seconds never will: then an error, and not a GPU that hangs.
+GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+  if (barrier_is_over(barrier, parity)) return;
+  const uint64_t start = nanoseconds();
+  while (!barrier_is_over(barrier, parity)) {
+    if (nanoseconds() - start > 10000000000u) __trap();
+  }
 }
 
 // --- Memory -----------------------------------------------------------------------------------
