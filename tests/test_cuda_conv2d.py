@@ -47,10 +47,8 @@ TF32_ERROR = 2.0**-11
 @pytest.fixture
 def float32_as_it_is() -> Iterator[None]:
     """Native and ours multiply float32 in full."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def tensors_of(
@@ -138,12 +136,12 @@ def test_dtypes_and_layouts(
 @pytest.mark.parametrize("case", [BY_NAME["c17-k10"], BY_NAME["same-3x3"]], ids=str)
 def test_precisions_of_float32(case: Conv2dCase, precision: str, cuda_device: torch.device) -> None:
     values = tensors_of(case, torch.float32, True, cuda_device)
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     with gdfast.precision("strict" if precision == "ieee" else "fast"):
-        ours = passes(case, values, "cuda")
-        kernel = cuda_conv2d.conv2d(query_of(case, values))
-        torch.backends.cudnn.allow_tf32 = False
-        plain = kernel(values["input"], values["weight"], values["bias"])
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32"):
+            ours = passes(case, values, "cuda")
+            kernel = cuda_conv2d.conv2d(query_of(case, values))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            plain = kernel(values["input"], values["weight"], values["bias"])
     check(case, values, ours, TF32_ERROR if precision == "tf32" else 0.0)
     # What is allowed holds at each call, not when a kernel is made.
     assert torch.equal(plain, ours[0]) == (precision != "tf32")
@@ -158,9 +156,8 @@ def test_precisions_of_float32(case: Conv2dCase, precision: str, cuda_device: to
 @pytest.mark.parametrize("tile", cuda_tiles.TILES)
 def test_every_tile(tile: str, dtype: torch.dtype, tf32: bool, cuda_device: torch.device) -> None:
     values = tensors_of(WHOLE, dtype, True, cuda_device)
-    torch.backends.cudnn.allow_tf32 = tf32
-    ours = by_tile(WHOLE, values, tile)
-    torch.backends.cudnn.allow_tf32 = False
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        ours = by_tile(WHOLE, values, tile)
     check(WHOLE, values, ours, TF32_ERROR if tf32 else 0.0)
 
 

@@ -57,10 +57,8 @@ CASES = [
 @pytest.fixture
 def float32_as_it_is() -> Iterator[None]:
     """Native multiplies float32 in full."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

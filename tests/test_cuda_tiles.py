@@ -16,10 +16,8 @@ from gdfast.geometry import Conv2dGeometry, dense_strides
 
 @pytest.fixture(autouse=True)
 def float32_as_it_is() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def on_a_gpu(case: Conv2dCase, dtype: torch.dtype = torch.bfloat16) -> Conv2dQuery:
