@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 MOST = 4096  # choices in one file; a model has dozens
-_LONGEST_KEY = 1000
+_LONGEST_KEY = 2000
 _LONGEST_NAME = 40
 _MOST_CANDIDATES = 20
 
