@@ -357,7 +357,7 @@ def test_nothing_is_written_beside_the_outputs(name: str, cuda_device: torch.dev
         stream = gdfast.backends.cuda_stream.current(cuda_device)
         if place == 2:
             native.cuda.conv2d(
-                problem, way, input, weight, bias, view.data_ptr(), "none", 0.0, 0, 0, 0, 0,
+                problem, way, input, weight, bias, view.data_ptr(), 0, 0, 0, 0,
                 *stream,
             )  # fmt: skip
         elif place == 0:
