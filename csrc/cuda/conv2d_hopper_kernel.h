@@ -137,10 +137,21 @@ GDFAST_DEVICE void multiply_stage(float (&sums)[kProducts][kN / 2], const unsign
   warpgroup_commit();
 }
 
+// Bias and activation of two rows' sums, each of two channels, the first of which is given.
+template <typename T>
+GDFAST_DEVICE void finish(const HopperArguments& a, int channel, float (&sums)[4]) {
+  if (a.bias != nullptr && channel < a.channels) {  // which come in eights
+    const T* const bias = static_cast<const T*>(a.bias) + channel;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += to_float(bias[i % 2]);
+  }
+  activate(sums, a.activation, a.negative_slope);
+}
+
 // Writes a warp's 16 rows of one product, 64 channels at a time by way of shared memory, so that
 // eight lanes write the 128 bytes of a pixel. Chunks change places there as in a box: neither the
 // registers' way of writing nor the rows' way of reading meets itself in a bank.
-template <typename T, int kN>
+template <typename T, int kN, bool kGradient>
 GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
                               const float (&sums)[kN / 2], int first_row, unsigned char* results) {
   constexpr int kPack = 16 / sizeof(T);
@@ -158,41 +169,29 @@ GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
   }
 #pragma unroll
   for (int part = 0; part < kN / kChannels; ++part) {
+    const int first_channel = tile.channel + part * kChannels;
     sync_warp();
 #pragma unroll
     for (int chunk = 0; chunk < 8; ++chunk) {
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = sums[32 * part + 4 * chunk + i];
+      if constexpr (!kGradient) finish<T>(a, first_channel + 8 * chunk + lane % 4 * 2, values);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int row = lane / 4 + 8 * i, at = part * 32 + chunk * 4 + 2 * i;
+        const int row = lane / 4 + 8 * i;
         *reinterpret_cast<uint32_t*>(results + row * kBoxRow + (chunk ^ row % 8) * 16 +
-                                     lane % 4 * 4) = pack_two<T>(sums[at], sums[at + 1]);
+                                     lane % 4 * 4) = pack_two<T>(values[2 * i], values[2 * i + 1]);
       }
     }
     sync_warp();
-    const int channel = tile.channel + part * kChannels + lane % 8 * kPack;
+    const int channel = first_channel + lane % 8 * kPack;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = 4 * i + lane / 8;
       if (pixels[i] == nullptr || channel >= a.channels) continue;
       const unsigned char* const from = results + row * kBoxRow + (lane % 8 ^ row % 8) * 16;
       store_16(pixels[i] + channel * sizeof(T), load_16(from));
-    }
-  }
-}
-
-template <typename T, int kN, int kProducts>
-GDFAST_DEVICE void add_bias(const HopperArguments& a, int first_channel,
-                            float (&sums)[kProducts][kN / 2]) {
-  const T* const bias = static_cast<const T*>(a.bias);
-  const int lane = computed_again(warp_lane());
-#pragma unroll
-  for (int i = 0; i < kN / 4; ++i) {
-    const int channel = first_channel + i / 2 * 8 + lane % 4 * 2 + i % 2;
-    const float value = channel < a.channels ? to_float(bias[channel]) : 0.0f;
-#pragma unroll
-    for (auto& product : sums) {
-      product[i / 2 * 4 + i % 2] += value;
-      product[i / 2 * 4 + i % 2 + 2] += value;
     }
   }
 }
@@ -235,14 +234,10 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
     arrive(Ring<kN>::empty(first + steps - 1));
 
     const Tile tile = tile_at<kN>(a, index);
-    if constexpr (!kGradient) {
-      if (a.bias != nullptr) add_bias<T, kN>(a, tile.channel, sums);
-    }
 #pragma unroll
     for (int product = 0; product < Its::kProducts; ++product) {
-      if constexpr (!kGradient) activate(sums[product], a.activation, a.negative_slope);
-      write_rows<T, kN>(a, tile, sums[product], first_row + 64 * product + kWarpRows * warp,
-                        results);
+      write_rows<T, kN, kGradient>(a, tile, sums[product],
+                                   first_row + 64 * product + kWarpRows * warp, results);
     }
   }
 }
