@@ -10,19 +10,14 @@ from gdfast import native
 from gdfast.bench import cuda_code
 from gdfast.bench.cuda_code import Code
 
-pytestmark = [
-    pytest.mark.skipif(
-        cuda_code.module() is None,
-        reason=f"needs gdfast._cuda built by nvcc: {native.failure('cuda') or 'simulated'}",
-    ),
-    pytest.mark.skipif(not cuda_code.cuobjdump(), reason="needs cuobjdump"),
-]
-
 
 @cache
 def codes() -> list[Code]:
     file = cuda_code.module()
-    assert file is not None
+    if file is None:
+        pytest.skip(f"needs gdfast._cuda built by nvcc: {native.failure('cuda') or 'simulated'}")
+    if not cuda_code.cuobjdump():
+        pytest.skip("needs cuobjdump")
     return cuda_code.kernels(file)
 
 
@@ -85,3 +80,18 @@ def test_kernels_bound_by_memory_read_16_bytes_at_a_time() -> None:
             wide, width = vector > 1, 128
         if wide:
             assert code.count(rf"LDG\.E\.(.*\.)?{width}"), code
+
+
+@pytest.mark.parametrize(
+    ("symbol", "names"),
+    [
+        ("_ZN6gdfast4cuda12_GLOBAL__N_110sgd_kernelEPv", ["sgd_kernel"]),
+        ("_ZN6gdfast4cuda10sum_kernelI6__halfdLi16ELb1EEEvNS0_4ArgsE",
+         ["sum_kernel", "__half", "double", "16", "1"]),
+        ("_ZN1a11conv_kernelINS0_4WarpINS0_3RowIfEELi8EEELb0EEEvi",
+         ["conv_kernel", "Warp", "Row", "float", "8", "0"]),
+        ("_Z4mainv", ["_Z4mainv"]),
+    ],
+)  # fmt: skip
+def test_names_in_mangled_symbols(symbol: str, names: list[str]) -> None:
+    assert cuda_code._names(symbol) == names

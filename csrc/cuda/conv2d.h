@@ -11,8 +11,8 @@ namespace gdfast::cuda {
 // How float32 numbers are multiplied: as one TF32 number, as the sum of two, or as they are.
 enum class Precision : int32_t { kTf32, kTf32x3, kIeee };
 
-// The sums that a block makes, rows x columns. Where operands cannot be read 16 bytes at a time, or
-// numbers are not multiplied on the tensor cores, k64x64 takes the place of the others.
+// The sums that a block makes, rows x columns. Where operands cannot be read 16 bytes at a time,
+// and where float32 is not multiplied as TF32, k64x64 takes the place of the others.
 enum class BlockTile : int32_t { k128x128, k128x64, k64x64 };
 
 // How a kernel computes what it does.

@@ -65,7 +65,8 @@ struct Tf32Operands {
 };
 
 // Nearly float32: each number is the sum of two in TF32, and of their four products only that of
-// the two rests, 2^-22 of the whole, is left out.
+// the two rests, 2^-22 of the whole, is left out. Tensor cores cut off what does not fit a sum;
+// over many steps that adds up, so that here they sum eight products and no more.
 struct Tf32x3Operands {
   using Element = float;
   static constexpr int kTerms = 2;
@@ -80,9 +81,12 @@ struct Tf32x3Operands {
   }
   GDFAST_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[2][4],
                                   const uint32_t (&b)[2][2]) {
-    mma_m16n8k8_tf32(sum, a[1], b[0]);
-    mma_m16n8k8_tf32(sum, a[0], b[1]);
-    mma_m16n8k8_tf32(sum, a[0], b[0]);
+    float part[4] = {0, 0, 0, 0};
+    mma_m16n8k8_tf32(part, a[1], b[0]);
+    mma_m16n8k8_tf32(part, a[0], b[1]);
+    mma_m16n8k8_tf32(part, a[0], b[0]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += part[i];
   }
 };
 

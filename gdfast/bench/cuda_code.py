@@ -92,17 +92,33 @@ def _by_architecture(text: str) -> Iterator[tuple[str, str]]:
     yield from zip(parts[1::2], parts[2::2], strict=True)
 
 
+_BUILTIN = {"f": "float", "d": "double"}
+_TOKEN = re.compile(r"S[0-9A-Z]*_|L[a-z](?P<number>\d+)E|(?P<length>\d+)|(?P<other>\w)")
+
+
 def _names(symbol: str) -> list[str]:
-    """The kernel's name and its template arguments, in the order of a mangled symbol."""
-    found, at = [], 0
-    token = re.compile(r"S[0-9A-Z]*_|L[a-z](\d+)E|(\d+)")
-    while at < len(symbol):
-        match = token.match(symbol, at)
-        at = match.end() if match else at + 1
-        if match and match[1]:
-            found.append(match[1])
-        elif match and match[2]:
-            found.append(symbol[at : at + int(match[2])])
-            at += int(match[2])
-    kernels = [i for i, name in enumerate(found) if name.endswith("_kernel")]
-    return found[kernels[0] :] if kernels else [symbol]
+    """A kernel's name and its template's arguments, in the order of a mangled symbol."""
+    names: list[str] = []
+    at, depth = 0, 0
+    # A namespace's names come first; then from the I that opens the template's arguments to the E
+    # that closes them.
+    while match := _TOKEN.match(symbol, at):
+        at = match.end()
+        other = match["other"] if names else None
+        if length := match["length"]:
+            name = symbol[at : at + int(length)]
+            at += int(length)
+            if names or name.endswith("_kernel"):
+                names.append(name)
+                continue  # a name closes nothing
+        elif names and (number := match["number"]):
+            names.append(number)
+        elif other in ("I", "N", "J"):
+            depth += 1
+        elif other == "E":
+            depth -= 1
+        elif other in _BUILTIN:
+            names.append(_BUILTIN[other])
+        if names and depth == 0:
+            break
+    return names or [symbol]
