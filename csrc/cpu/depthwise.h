@@ -48,8 +48,9 @@ int64_t band_size(const TapConv& conv) {
   return most * Band<T>(conv).line_size();
 }
 
-// One line of dest: sums of kVectors vectors from column j on.
-template <typename A, int kVectors>
+// One line of dest: sums of kVectors vectors from column j on. Without an end of any kind (kEnds
+// false) not even the choice of one is made.
+template <typename A, int kVectors, bool kEnds>
 GDFAST_INLINE void plane_sums(const A* const* lines, const A* weights, int64_t taps, int64_t j,
                               A start, const Ending<A>& ending, A* to) {
   Vec<A> sum[kVectors];
@@ -60,12 +61,12 @@ GDFAST_INLINE void plane_sums(const A* const* lines, const A* weights, int64_t t
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] += weight * load(lines[t] + j + v * kLanes<A>);
   }
-  finish_sums<1, kVectors>(ending, &sum);
+  if constexpr (kEnds) finish_sums<1, kVectors>(ending, &sum);
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) store<A>(to + v * kLanes<A>, sum[v]);
 }
 
-template <typename T>
+template <typename T, bool kEnds>
 void depthwise_planes(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
                       int threads) {
   using A = typename Accumulator<T>::type;
@@ -112,17 +113,18 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
       if constexpr (kSame<T, A>) {
         if (conv.dest.w == 1) {
           for (; j + kStep <= conv.width; j += kStep) {
-            plane_sums<A, 4>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
+            plane_sums<A, 4, kEnds>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
           }
           for (; j + kLanes<A> <= conv.width; j += kLanes<A>) {
-            plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
+            plane_sums<A, 1, kEnds>(scratch.at, scratch.weights, taps, j, start, ending, to + j);
           }
           finish_rows(ending, &to, 1, j);
         }
       }
       const int64_t rest = j;
       for (; j < conv.width; j += kLanes<A>) {
-        plane_sums<A, 1>(scratch.at, scratch.weights, taps, j, start, ending, scratch.line + j);
+        plane_sums<A, 1, kEnds>(scratch.at, scratch.weights, taps, j, start, ending,
+                                scratch.line + j);
       }
       if (rest < conv.width) {
         A* line = scratch.line + rest;
@@ -247,7 +249,11 @@ void run_depthwise(const TapConv& conv, const T* source, const T* weight, const 
       return;
     }
   }
-  depthwise_planes(conv, source, weight, bias, dest, threads);
+  if (conv.activation == Activation::kNone) {
+    depthwise_planes<T, false>(conv, source, weight, bias, dest, threads);
+  } else {
+    depthwise_planes<T, true>(conv, source, weight, bias, dest, threads);
+  }
 }
 
 }  // namespace

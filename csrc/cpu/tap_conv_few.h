@@ -38,6 +38,36 @@ struct FewTileArgs {
   Ending<A> ending;
 };
 
+template <bool kEnds, typename A, int kPixels, int kVectors>
+GDFAST_INLINE void store_few(const FewTileArgs<A>& args, Vec<A> (*sum)[kVectors]) {
+  constexpr int kWidth = kLanes<A>;
+  // Copies, for the stores below might otherwise change what args hold.
+  const A* start = args.start;
+  A* out = args.out;
+  const int64_t out_step = args.out_step;
+  const int pixels = args.pixels;
+  const Ending<A> ending = args.ending;
+  Vec<A> first[kVectors] = {};
+  if (start != nullptr) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) first[v] = load(start + v * kWidth);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kPixels; ++i, out += out_step) {
+    if (i >= pixels) break;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] += start == nullptr ? load(out + v * kWidth) : first[v];
+    }
+    if constexpr (kEnds) finish_sums<1, kVectors>(ending, sum + i);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store<A>(out + v * kWidth, sum[i][v]);
+  }
+  if constexpr (kEnds) {
+    finish_rows<kPixels>(ending, args.out, out_step, pixels, kVectors * kWidth);
+  }
+}
+
 template <typename A, int kPixels, int kVectors>
 void multiply_few(const FewTileArgs<A>& args) {
   constexpr int kWidth = kLanes<A>;
@@ -66,33 +96,11 @@ void multiply_few(const FewTileArgs<A>& args) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] += value * line[v];
     }
   }
-  // Copies, for the stores below might otherwise change what args hold.
-  const A* start = args.start;
-  A* out = args.out;
-  const int64_t out_step = args.out_step;
-  const int pixels = args.pixels;
-  const Ending<A> ending = args.ending;
-  Vec<A> first[kVectors] = {};
-  if (start != nullptr) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) first[v] = load(start + v * kWidth);
+  if (args.ending.activation == Activation::kNone) {
+    store_few<false, A, kPixels, kVectors>(args, sum);
+  } else {
+    store_few<true, A, kPixels, kVectors>(args, sum);
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
-    if (start == nullptr && i >= pixels) break;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] += start == nullptr ? load(out + i * out_step + v * kWidth) : first[v];
-    }
-  }
-  finish_sums<kPixels, kVectors>(ending, sum);
-#pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
-    if (i >= pixels) break;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store<A>(out + i * out_step + v * kWidth, sum[i][v]);
-  }
-  finish_rows<kPixels>(ending, out, out_step, pixels, kVectors * kWidth);
 }
 
 // The smallest tile that holds so many pixels.
@@ -135,6 +143,7 @@ class FewChannels {
         bias_(bias),
         dest_(dest),
         threads_(threads),
+        ending_(Ending<A>::of(conv)),
         depth_(conv.reduced * conv.tap_count),
         panels_(panels_of(conv)),
         vectors_(static_cast<int>(ceil_div(ceil_div(conv.produced, kLanes<A>), panels_))),
@@ -216,6 +225,7 @@ class FewChannels {
     FewTileArgs<A> args;
     args.pixel_step = source_lines_.pixel_step();
     args.panel_step = width_;
+    args.ending = ending_;
     for (int64_t line = 0; line < lines; ++line) {
       T* to = dest_ + n * conv_.dest.n + group * conv_.dest_group + (line0 + line) * conv_.dest.h;
       for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -240,7 +250,7 @@ class FewChannels {
             args.depth = min_of(part_depth_, depth_ - x);
             args.panel = weights_ + (number * depth_ + x) * width_;
             args.start = x == 0 ? biases_ + number * width_ : nullptr;
-            args.ending = x + args.depth == depth_ ? Ending<A>::of(conv_) : Ending<A>();
+            if (parts_ > 1) args.ending = x + args.depth == depth_ ? ending_ : Ending<A>();
             multiply_few<A>(vectors_, args.pixels, args);
           }
           if (in_dest) continue;
@@ -258,6 +268,7 @@ class FewChannels {
   const T* bias_;
   T* dest_;
   int threads_;
+  Ending<A> ending_;
   int64_t depth_;  // terms of a sum
   int64_t panels_;
   int vectors_;

@@ -44,6 +44,28 @@ struct PlaneTileArgs {
   Ending<A> ending;
 };
 
+template <bool kEnds, typename A, int kRows, int kVectors>
+GDFAST_INLINE void store_planes(const PlaneTileArgs<A>& args, Vec<A> (*sum)[kVectors]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= args.rows) break;
+    A* out = args.out + i * args.out_row;
+    // All loads before the stores: vectors may overlap.
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] += args.start == nullptr ? load(out + args.out_at[v]) : broadcast(args.start[i]);
+    }
+    if constexpr (kEnds) finish_sums<1, kVectors>(args.ending, sum + i);
+#pragma GCC unroll 6
+    for (int v = 0; v < kVectors; ++v) store<A>(out + args.out_at[v], sum[i][v]);
+  }
+  if constexpr (kEnds) {
+    // The vectors follow each other, but where the last one overlaps.
+    const int64_t width = args.out_at[kVectors - 1] + kLanes<A> - args.out_at[0];
+    finish_rows<kRows>(args.ending, args.out + args.out_at[0], args.out_row, args.rows, width);
+  }
+}
+
 // out[i][v] (+)= start[i] + sum over x of weights[x][i] * image[offsets[x] + image_at[v]]
 template <typename A, int kRows, int kVectors>
 void multiply_planes(const PlaneTileArgs<A>& args) {
@@ -64,21 +86,10 @@ void multiply_planes(const PlaneTileArgs<A>& args) {
       for (int v = 0; v < kVectors; ++v) sum[i][v] += value * line[v];
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    if (i >= args.rows) break;
-    A* out = args.out + i * args.out_row;
-    // All loads before the stores: vectors may overlap.
-#pragma GCC unroll 6
-    for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] += args.start == nullptr ? load(out + args.out_at[v]) : broadcast(args.start[i]);
-    }
-    finish_sums<1, kVectors>(args.ending, sum + i);
-#pragma GCC unroll 6
-    for (int v = 0; v < kVectors; ++v) store<A>(out + args.out_at[v], sum[i][v]);
-    // The vectors follow each other, but where the last one overlaps.
-    A* row = out + args.out_at[0];
-    finish_rows(args.ending, &row, 1, args.out_at[kVectors - 1] + kLanes<A> - args.out_at[0]);
+  if (args.ending.activation == Activation::kNone) {
+    store_planes<false, A, kRows, kVectors>(args, sum);
+  } else {
+    store_planes<true, A, kRows, kVectors>(args, sum);
   }
 }
 
@@ -131,6 +142,7 @@ class PlaneTiles {
         bias_(bias),
         dest_(dest),
         threads_(threads),
+        ending_(Ending<A>::of(conv)),
         band_(conv),
         depth_(conv.reduced * conv.tap_count) {
     low_ = conv.taps[0].dh;
@@ -260,6 +272,7 @@ class PlaneTiles {
     PlaneTileArgs<A> args;
     args.image = from;
     args.out_row = out_row;
+    args.ending = ending_;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t first = vectors * tile / tiles, end = vectors * (tile + 1) / tiles;
       for (int64_t v = first; v < end; ++v) {
@@ -276,7 +289,7 @@ class PlaneTiles {
           args.depth = min_of(part_depth_, depth_ - x);
           args.weights = weights_ + (number * depth_ + x) * rows_;
           args.start = x == 0 ? biases_ + number * rows_ : nullptr;
-          args.ending = x + args.depth == depth_ ? Ending<A>::of(conv_) : Ending<A>();
+          if (parts_ > 1) args.ending = x + args.depth == depth_ ? ending_ : Ending<A>();
           multiply_planes<A>(rows_, static_cast<int>(end - first), args);
         }
       }
@@ -329,6 +342,7 @@ class PlaneTiles {
   const T* bias_;
   T* dest_;
   int threads_;
+  Ending<A> ending_;
   Band<T> band_;
   int64_t depth_;             // terms of a sum
   int64_t low_, span_;        // source lines that a line of dest sees: from step_h * i + low_ on
