@@ -62,7 +62,8 @@ def conv2d_act(
 
     activation: "relu", "relu6", "leaky_relu" (with negative_slope), "silu" or "none". All other
     arguments, sizes, dtypes and the layout of the result are those of `gdfast.ops.conv2d`. At a
-    kink the gradient is native's: 0 for ReLU at 0.
+    kink the gradient is native's: 0 for ReLU at 0. Backward reads the result, but for SiLU and
+    negative slopes: writing to it in place before then makes backward raise RuntimeError.
 
     Raises ValueError for an unknown activation, and what `gdfast.ops.conv2d` raises.
     """
