@@ -33,6 +33,20 @@ def test_hopper_multiplies_from_shared_memory_and_loads_16_bytes(name: str) -> N
         assert code.shared_bytes <= 227 << 10
 
 
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+def test_hopper_multiplies_boxes_from_where_descriptors_load_them(name: str) -> None:
+    with triton_code.ahead_of_time(90) as codes:
+        triton_code.launch_conv2d(LAYER[name], torch.bfloat16, tiles="tma")
+    assert {code.kernel for code in codes} == {"conv2d_tma_kernel"}
+    assert {code.settings["SWAPPED"] for code in codes} == {True, False}
+    for code in codes:
+        # Nothing but whole boxes is loaded, stored, or carried through registers to be multiplied.
+        assert code.count("HGMMA") and not code.count("HMMA"), code.settings
+        assert code.loads == code.count("UTMALDG") > 0 and code.count("UTMASTG"), code.settings
+        assert not code.count(r"LDS|STG\."), code.settings
+        assert code.stack_bytes == 0 and code.shared_bytes <= 227 << 10
+
+
 def test_ampere_multiplies_on_its_tensor_cores() -> None:
     for code in layer("3x3", 80, torch.bfloat16):
         assert code.count("HMMA") and code.wide_loads and code.stack_bytes == 0, code.kernel

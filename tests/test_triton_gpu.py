@@ -15,6 +15,11 @@ import gdfast
 from gdfast import models, ops, optim
 from gdfast.bench.cases import ODD, RESNET50, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
+from gdfast.geometry import Conv2dGeometry
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast[triton]'")
+
+from gdfast.backends.triton import bind_conv2d  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +79,41 @@ def test_small_whole_numbers_are_exact() -> None:
         output = ops.conv2d(input, weight, padding=1, backend="triton")
         exact = F.conv2d(input.double(), weight.double(), padding=1).to(torch.bfloat16)
         assert torch.equal(output, exact)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_boxes_of_small_whole_numbers_are_exact(dtype: torch.dtype) -> None:
+    for N, size, K in ((1, (9, 11), 80), (5, (7, 7), 72), (3, (30, 19), 136)):
+        input = torch.randint(-2, 3, (N, 72, *size), device="cuda").to(dtype)
+        weight = torch.randint(-1, 2, (K, 72, 3, 2), device="cuda").to(dtype)
+        input, weight = (t.to(memory_format=torch.channels_last) for t in (input, weight))
+        arguments = {"padding": (2, 1), "dilation": (2, 1)}
+        exact = F.conv2d(input.double(), weight.double(), **arguments).to(dtype)
+        grad = torch.randint(-2, 3, exact.shape, device="cuda").to(dtype)
+        grad = grad.to(memory_format=torch.channels_last)
+        exact_grad = torch.nn.grad.conv2d_input(
+            input.shape, weight.double(), grad.double(), **arguments
+        ).to(dtype)
+        geometry = Conv2dGeometry.of(
+            "conv2d", input.shape, weight.shape, (1, 1), (2, 1, 2, 1), (2, 1), 1
+        )
+        strides = input.stride(), weight.stride(), grad.stride()
+        problem = bind_conv2d.Problem(geometry, strides, dtype, input.device, "ieee")
+        passes = (
+            ("conv2d", bind_conv2d.bind_forward, (input, weight, None), exact),
+            ("conv2d_grad_input", bind_conv2d.bind_grad_input, (grad, weight), exact_grad),
+        )
+        for op, bind, tensors, expected in passes:
+            tiles = [tile for tile in problem.candidates(op) if tile.box]
+            assert tiles
+            for tile in tiles:
+                kernel = bind(problem, tile)
+                for _ in range(3):  # compiled, then cached
+                    assert torch.equal(kernel(*tensors), expected), (op, tile)
 
 
 def test_the_same_bits_in_every_run() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from dataclasses import replace
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +28,8 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast
 
 from gdfast.backends.triton import launch, tiles  # noqa: E402
 from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
-from gdfast.backends.triton.launch import A100, H100, Launch  # noqa: E402
+from gdfast.backends.triton.boxes import Images  # noqa: E402
+from gdfast.backends.triton.launch import A100, H100, Box, Launch  # noqa: E402
 from gdfast.backends.triton.precision import input_precision  # noqa: E402
 from gdfast.backends.triton.tiles import Product, Tile  # noqa: E402
 
@@ -57,7 +62,7 @@ def test_every_layer_has_a_few_tiles_that_fit(
         for dtype in (torch.bfloat16, torch.float32):
             found = problem_of(case.with_batch(256), dtype).candidates(op)
             assert (len(found) == 0) == (case.groups > 1)
-            assert len(found) <= 4
+            assert len(found) <= 6
             for tile in found:
                 bytes_ = tile.stages * (tile.m + tile.n) * tile.k * dtype.itemsize
                 assert tile.stages >= 2 and bytes_ <= gpu.shared_bytes
@@ -78,6 +83,65 @@ def test_every_product_has_a_tile(gpu: launch.Gpu) -> None:
             for folded in ("", "rows", "columns"):
                 product = Product(1, rows, columns, 1, depth, folded != "", folded)
                 assert tiles.candidates(product, itemsize, gpu, passes)
+
+
+def boxed(case: Conv2dCase, op: str, dtype: torch.dtype = torch.bfloat16) -> list[Tile]:
+    return [tile for tile in problem_of(case, dtype).candidates(op) if tile.box]
+
+
+def test_boxes_are_offered_to_what_has_them_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Conv2dCase("", 32, 64, 28, 28, 64, 3, 3, padding=(1, 1))
+    monkeypatch.setattr(launch, "gpu", lambda device: A100)
+    assert not boxed(case, "conv2d")
+    monkeypatch.setattr(launch, "gpu", lambda device: H100)
+    assert not boxed(case, "conv2d_grad_weight")
+    for op in ("conv2d", "conv2d_grad_input"):
+        found = problem_of(case).candidates(op)
+        assert [bool(tile.box) for tile in found] == [False] * 4 + [True] * 2
+        assert all(prod(tile.box) == tile.m for tile in found[4:])
+        assert str(found[4]).startswith("tma-")
+    assert boxed(case, "conv2d", torch.float32)
+    assert not boxed(case, "conv2d_grad_input", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"C": 68}, {"K": 60}, {"C": 8}, {"stride": (2, 1)}, {"groups": 2}, {"N": 0}],
+    ids=str,
+)  # fmt: skip
+def test_what_descriptors_do_not_fit_has_no_boxes(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "gpu", lambda device: H100)
+    case = Conv2dCase("", 2, 64, 28, 28, 64, 3, 3, padding=(1, 1))
+    assert boxed(case, "conv2d")
+    assert not boxed(replace(case, **change), "conv2d")
+
+
+def test_capability_9_has_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for major, expected in ((8, False), (9, True)):
+        properties = SimpleNamespace(major=major, multi_processor_count=100)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        launch.gpu.cache_clear()
+        assert launch.gpu(torch.device("cuda")).tma is expected
+    monkeypatch.setattr(launch, "TensorDescriptor", None)
+    launch.gpu.cache_clear()
+    assert not launch.gpu(torch.device("cuda")).tma
+    launch.gpu.cache_clear()
+
+
+def test_boxes_waste_little_and_read_little() -> None:
+    large = Images(8, 80, 80, 2, 2)
+    assert large.count((1, 8, 16)) == 8 * 10 * 5
+    assert large.box(128) == (1, 8, 16)  # nothing is wasted: the least border
+    assert Images(8, 80, 80, 0, 0).box(128)[0] == 1  # without a border: within one image
+    assert Images(1, 80, 80, 20, 0).box(64) == (1, 16, 4)  # taps far apart in rows
+    # Of an image of 7 x 7 alone a quarter is wasted, of several an eighth.
+    assert Images(1, 7, 7, 2, 2).box(64) == (1, 8, 8)
+    assert Images(16, 7, 7, 2, 2).box(64) == (8, 1, 8)
+    for images in itertools.product((1, 5, 256), (1, 7, 56), (1, 14, 225), (0, 2), (0, 6)):
+        for pixels in (64, 128, 256):
+            assert prod(Images(*images).box(pixels)) == pixels
 
 
 def test_sums_are_split_where_tiles_are_few() -> None:
@@ -120,6 +184,26 @@ def test_later_launches_pass_addresses_to_what_was_compiled() -> None:
         ("kernel", (3, 2, 1), (a, unaligned, 3, 7, 0.5, 64), options),
         ("compiled", (3, 2, 1), (a.data_ptr(), b.data_ptr(), 4, 7, 0.5, 64), {}),
     ]
+
+
+@pytest.mark.skipif(launch.TensorDescriptor is None, reason="needs Triton's TensorDescriptor")
+def test_descriptors_are_made_anew_for_each_launch() -> None:
+    calls: list[Any] = []
+    box = Box([4, 16], [16, 1], [2, 16])
+    made = Launch(Kernel("kernel", calls), (1,), torch.device("cpu"), (7,), {}, boxes=(box,))
+    a, b, c = torch.zeros(4, 16), torch.zeros(4, 16), torch.zeros(8)
+    made(a, c)
+    made(b, c)
+    expected = [launch.TensorDescriptor(tensor, *box) for tensor in (a, b)]
+    for call, tensor, descriptor in zip(calls, (a, b), expected, strict=True):
+        passed = call[2][0]
+        assert type(passed) is launch.TensorDescriptor and passed.base is tensor
+        for field in dataclasses.fields(descriptor)[1:]:
+            assert getattr(passed, field.name) == getattr(descriptor, field.name)
+    assert [call[0] for call in calls] == ["kernel", "compiled"]
+    assert calls[1][2][1:] == (c.data_ptr(), 7)
+    with pytest.raises(AssertionError):
+        made(torch.zeros(65)[1:].view(4, 16), c)
 
 
 def test_float32_is_multiplied_as_native_is_allowed_to() -> None:

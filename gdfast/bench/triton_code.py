@@ -75,7 +75,7 @@ def ahead_of_time(capability: int) -> Iterator[list[Code]]:
     compiled: list[Code] = []
 
     def run(self: Any, tensors: Sequence[Tensor], changing: tuple[Any, ...]) -> None:
-        arguments = *self._described(tensors), *changing, *self._rest
+        arguments = *self.seen(tensors), *changing, *self._rest
         compiled.append(_compile(self._kernel, arguments, self._options, capability))
 
     with (

@@ -6,11 +6,12 @@
 with start = -padding, step = dilation. The gradient in the input is the same sum of dy, with start
 = padding, step = -dilation and w[c, k, r, s] (SWAPPED).
 
-One program makes a box of BLOCK_I images x BLOCK_P rows x BLOCK_Q columns by BLOCK_N filters, and
-walks through taps and channels in one loop, BLOCK_K channels at a time. Each step loads one box of x
-and one of w through descriptors: one thread asks for a box by the place of its corner, and what lies
-outside of the tensor, above and left of the image too, arrives as zero. So there are no addresses
-and no masks, neither for padding nor for what is left over at borders; stores clip in the same way.
+One program makes a box of BLOCK_I images x BLOCK_P rows x BLOCK_Q columns by BLOCK_N filters. It
+walks through taps and channels in one loop, BLOCK_K channels at a time. Each step loads one box of
+x and one of w through descriptors: a single thread asks for a box by the place of its corner, and
+what lies outside of the tensor, above and left of an image too, arrives as zero. So there are no
+addresses and no masks, neither for padding nor for what is left over at borders; stores clip in the
+same way.
 
 The weights are the left operand: Triton reshapes a right one where it lies in shared memory, and
 would carry a left one through registers.

@@ -35,7 +35,7 @@ class Box(NamedTuple):
         """The descriptor of a tensor, which begins at 16 bytes."""
         if checked:
             return TensorDescriptor(tensor, *self)
-        # What was checked once, with another tensor, need not be: that takes longer than to launch.
+        # Its constructor checks what was checked with another tensor, at a cost in every launch.
         descriptor = object.__new__(TensorDescriptor)
         descriptor.base = tensor
         descriptor.shape, descriptor.strides, descriptor.block_shape = self
@@ -91,7 +91,7 @@ class Launch:
         if unaligned or self._compiled is None:
             try:
                 compiled = self._kernel[self._grid](
-                    *self._described(tensors), *changing, *self._rest, **self._options
+                    *self.seen(tensors), *changing, *self._rest, **self._options
                 )
             except TritonError as error:  # such as more shared memory than there is
                 raise RuntimeError(f"{self._kernel}: {error}") from error
@@ -99,14 +99,15 @@ class Launch:
                 self._compiled = compiled  # None in the interpreter
         else:
             if self._boxes:
-                boxes = zip(self._boxes, tensors)
-                addresses[: len(self._boxes)] = [box.of(t, checked=False) for box, t in boxes]
+                addresses[: len(self._boxes)] = self._descriptors(tensors, checked=False)
             self._compiled[self._grid](*addresses, *changing, *self._rest)
 
-    def _described(self, tensors: tuple[Tensor, ...]) -> list[Any]:
-        """The tensors, the first of them as descriptors."""
-        described = [box.of(t, checked=True) for box, t in zip(self._boxes, tensors)]
-        return [*described, *tensors[len(described) :]]
+    def seen(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What the kernel is given of the tensors: descriptors of the first, then the others."""
+        return [*self._descriptors(tensors, checked=True), *tensors[len(self._boxes) :]]
+
+    def _descriptors(self, tensors: Sequence[Tensor], checked: bool) -> list[Any]:
+        return [box.of(tensor, checked) for box, tensor in zip(self._boxes, tensors, strict=False)]
 
 
 class Gpu(NamedTuple):
