@@ -1,181 +1,286 @@
-"""ResNet-50's layers on a GPU, in bfloat16 and channels_last: the Triton kernels beside native's.
+"""Our CUDA and Triton kernels beside native PyTorch on a GPU: layers, updates, training steps.
 
-    python benchmarks/gpu_layers.py FILE [--seconds S]    measures, and adds to FILE as results come
-    python benchmarks/gpu_layers.py FILE --table          prints what FILE holds
+    python benchmarks/gpu_layers.py DIR [--seconds S]    measures; adds to DIR/results.* at once
+    python benchmarks/gpu_layers.py DIR --table          prints what DIR/results.json holds
+    python benchmarks/gpu_layers.py DIR --dry-run        tiny cases on the CPU, native for ours
 
-One process, in turns A B B A with native (cuDNN, benchmark=True), medians of rounds that each last
-some milliseconds by CUDA events; every result is compared with float64 before it is timed. It has
-not been run on a GPU yet.
+What is timed, and what is aimed at, is in gpu_rows.py and gpu_goals.py. Each result is compared with more exact
+arithmetic first; what is wrong, fails, crashes or hangs is told of and stops nothing else. All are
+timed in one process, in turns (A B B A), as CUDA graphs where that is possible. It has not been run
+on a GPU yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import gpu_rows
+import gpu_table
 import torch
-from torch import Tensor
+from gpu_goals import BACKENDS, SECONDS, WITHOUT_TF32
+from gpu_rows import Entry
+from gpu_supervisor import Job, answer, supervise
+from gpu_work import Where, Work
 
 import gdfast.ops  # noqa: F401  registers torch.ops.gdfast
+from gdfast import backends
 from gdfast.backends import tuning
-from gdfast.bench.cases import RESNET50, Conv2dCase
-from gdfast.bench.workload import allowed_error, relative_error
+from gdfast.bench import timer
 from gdfast.files import write_atomic
 
-SCHEMA = "gdfast gpu layers 1"
-IMAGES = 256
-PASSES = ("forward", "grad_input", "grad_weight")
+SCHEMA = "gdfast gpu 1"
 ROUNDS = 7
-SECONDS_OF_ROUND = 4e-3
+SECONDS_OF_VISIT = 4e-3
 
 
-def call_of(case: Conv2dCase, task: str, backend: str, tensors: dict[str, Tensor]) -> Any:
-    """One pass of a layer by the dispatcher's operation, as a call without arguments."""
-    input, weight, grad = tensors["input"], tensors["weight"], tensors["grad"]
-    arguments = case.stride, case.padding * 2, case.dilation, case.groups, backend
-    ops = torch.ops.gdfast
-    calls: dict[str, Callable[[], Tensor]] = {
-        "forward": lambda: ops.conv2d(input, weight, None, *arguments),
-        "grad_input": lambda: ops.conv2d_grad_input(grad, weight, input.shape, True, *arguments),
-        "grad_weight": lambda: ops.conv2d_grad_weight(
-            grad, input, weight.shape, True, False, *arguments
-        )[0],
-    }
-    return calls[task]
+class Poisoned(Exception):
+    """The GPU takes no more work from this process."""
 
 
-def tensors_of(case: Conv2dCase, dtype: torch.dtype) -> dict[str, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    sizes = {"input": case.input_shape, "weight": case.weight_shape, "grad": case.output_shape}
-    return {
-        name: torch.randn(size, device="cuda", generator=generator)
-        .to(dtype)
-        .to(memory_format=torch.channels_last)
-        for name, size in sizes.items()
-    }
+def where(dry: bool) -> Where:
+    return Where(torch.device("cpu" if dry else "cuda"), dry)
 
 
-def check(case: Conv2dCase, task: str, backend: str) -> str:
-    """What is wrong with the results on a small batch, or ""."""
-    small = case.with_batch(4)
-    tensors = tensors_of(small, torch.bfloat16)
-    exact = {name: tensor.double() for name, tensor in tensors.items()}
-    expected = call_of(small, task, "reference", exact)()
-    native = relative_error(call_of(small, task, "reference", tensors)(), expected)
-    error = relative_error(call_of(small, task, backend, tensors)(), expected)
-    allowed = allowed_error(native, torch.bfloat16, 1)
-    return "" if error <= allowed else f"error {error:.1e}, allowed {allowed:.1e}"
-
-
-def seconds_of(call: Callable[[], Any], repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e-3 / repeats
-
-
-def measure(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds per call of each in every round; all are visited there and back in each."""
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(2):
-            call()  # compiles, chooses
-        repeats[name] = max(1, round(SECONDS_OF_ROUND / seconds_of(call, 2)))
-    rounds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        once: dict[str, float] = dict.fromkeys(calls, 0.0)
-        for name in [*calls, *reversed(calls)]:
-            once[name] += seconds_of(calls[name], repeats[name]) / 2
-        for name, seconds in once.items():
-            rounds[name].append(seconds)
-    return rounds
-
-
-def run(file: Path, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
+def set_up(entry: Entry) -> None:
     torch.backends.cudnn.benchmark = True
-    properties = torch.cuda.get_device_properties(0)
-    document: dict[str, Any] = {
-        "schema": SCHEMA, "gpu": properties.name, "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(), "dtype": "bfloat16", "layout": "channels_last",
-        "images": IMAGES, "layers": [],
-    }  # fmt: skip
-    wrong = 0
-    # The layers that take most of a step come first.
-    for case in sorted(RESNET50, key=lambda case: -case.count * case.flops):
-        case = case.with_batch(IMAGES)
-        tensors = tensors_of(case, torch.bfloat16)
-        for task in PASSES:
-            if time.monotonic() > deadline:
-                document["stopped"] = "no time left"
-                write(file, document)
-                return int(wrong > 0)
-            entry: dict[str, Any] = {"layer": case.name, "count": case.count, "pass": task}
-            document["layers"].append(entry)
+    torch.backends.cudnn.allow_tf32 = entry.row not in WITHOUT_TF32
+
+
+def clock(at: Where) -> Callable[[], float]:
+    """Seconds, once the GPU has done what it was given."""
+    if at.dry:
+        return time.perf_counter
+
+    def wait() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wait
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:1500]
+
+
+def measure(entry: Entry, names: list[str], at: Where) -> dict[str, Any]:
+    """Checks and times one entry; the names are those of our backends that take part."""
+    set_up(entry)
+    result: dict[str, Any] = {"wrong": {}, "failed": {}, "tiles": {}}
+    reasons = {name: reason for name, _, reason in backends.available()}
+    with tuning.recorded({}) as uses:
+        work = entry.build(at)
+        result |= {"flops": work.flops, "bytes": work.bytes, "peak": work.peak}
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, call in work.native.items():
+            answer(stage=f"native {name}")
             try:
-                if reason := check(case, task, "triton"):
-                    entry["wrong"] = reason
-                    wrong += 1
+                call()
+                calls[f"native {name}"] = call
+            except Exception as error:  # torch.compile has many ways to fail
+                result["failed"][f"native {name}"] = words(error)
+        for name in names:
+            answer(stage=name)
+            if not at.dry and reasons[name]:
+                result["failed"][name] = reasons[name]
+                continue
+            seen = len(uses)
+            try:
+                if reason := work.wrong(name):
+                    result["wrong"][name] = reason
                     continue
-                calls = {
-                    "native": call_of(case, task, "reference", tensors),
-                    "triton": call_of(case, task, "triton", tensors),
-                    "native again": call_of(case, task, "reference", tensors),
-                }
-                with tuning.recorded({}) as uses:
-                    rounds = measure(calls)
-                entry["seconds"] = rounds
-                entry["flops"], entry["tile"] = case.flops, [use.choice.name for use in uses]
-            except Exception as error:  # the other layers are still worth measuring
-                entry["failed"] = f"{type(error).__name__}: {error}"[:2000]
-                wrong += 1
-            finally:
-                write(file, document)
-    return int(wrong > 0)
+                calls[f"ours {name}"] = work.ours(name)
+                calls[f"ours {name}"]()
+                if at.device.type == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:
+                calls.pop(f"ours {name}", None)
+                result["failed"][name] = words(error)
+                answer(note=words(error))
+                _live_on(at)
+            result["tiles"][name] = sorted({use.choice.name for use in uses[seen:]})
+        answer(stage="time")
+        if any(name.startswith("ours") for name in calls):
+            result |= timed(calls, work, at)
+    return result
 
 
-def write(file: Path, document: dict[str, Any]) -> None:
-    write_atomic(file, (json.dumps(document, indent=1) + "\n").encode())
+def _live_on(at: Where) -> None:
+    """After an error of a kernel, no call of the process succeeds any more: another one goes on."""
+    if at.device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            raise Poisoned from error
 
 
-def table(file: Path) -> None:
-    """Prints medians; with a ratio above 1 ours is faster, `null` is native against itself."""
-    document = json.loads(file.read_text())
-    print(f"{document['gpu']}, torch {document['torch']}, cuDNN {document['cudnn']}")
-    print("| layer | pass | native us | triton us | ratio | null | TFLOP/s | tile |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for entry in document["layers"]:
-        cells = [entry["layer"], entry["pass"]]
-        if "seconds" not in entry:
-            print("|", " | ".join([*cells, entry.get("wrong") or entry.get("failed", "?")]), "|")
+def timed(calls: dict[str, Callable[[], Any]], work: Work, at: Where) -> dict[str, Any]:
+    result: dict[str, Any] = {"graph": False}
+    if work.graph and at.device.type == "cuda":
+        try:
+            calls = {name: captured(call) for name, call in calls.items()}
+            result["graph"] = True
+        except Exception as error:  # then none is, so that all are timed alike
+            result["not_a_graph"] = words(error)
+            answer(note=words(error))
+            _live_on(at)
+    natives = [name for name in calls if name.startswith("native")]
+    times = timer.compare(
+        calls, 1 if at.dry else ROUNDS, baselines=natives or None,
+        min_seconds=1e-5 if at.dry else SECONDS_OF_VISIT, clock=clock(at),
+    )  # fmt: skip
+    return {
+        **result,
+        "seconds": {name: times.median(name) for name in calls},
+        "rounds": times.seconds,
+        "null_of": times.null_of,
+        "null_spread": times.null_spread,
+    }
+
+
+def worker(dry: bool) -> int:
+    """Does the jobs that it reads, and tells their results (see gpu_supervisor)."""
+    orders = json.load(sys.stdin)
+    budgets, at = orders["budgets"], where(dry)
+    found = gpu_rows.entries(dry)
+    for job in orders["jobs"]:
+        entry = found[job["id"]]
+        if budgets[entry.row] <= 0:
+            answer(skip=job["id"])
             continue
-        native, ours, again = (median(values) for values in entry["seconds"].values())
-        cells += [
-            f"{native * 1e6:.1f}", f"{ours * 1e6:.1f}", f"{native / ours:.2f}",
-            f"{native / again:.2f}", f"{entry['flops'] / ours * 1e-12:.0f}", *entry["tile"][:1],
-        ]  # fmt: skip
-        print("|", " | ".join(cells), "|")
+        began = time.monotonic()
+        answer(begin=job["id"])
+        try:
+            result = measure(entry, job["backends"], at)
+        except Poisoned:
+            return 3
+        except Exception as error:
+            result = {"failed": {"all": words(error)}}
+            answer(note=words(error))
+            try:
+                _live_on(at)
+            except Poisoned:
+                return 3
+        budgets[entry.row] -= time.monotonic() - began
+        answer(end=job["id"], result=result)
+        gc.collect()
+        torch.compiler.reset()  # else the compiled functions of all entries are one's variants
+        if at.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def warm_up(part: str) -> int:
+    """Compiles what Triton and torch.compile will need, as far as caches keep it; `part` is I/N."""
+    index, parts = map(int, part.split("/"))
+    at = where(False)
+    # Those of torch.compile take longest.
+    for entry in sorted(gpu_rows.entries(), key=lambda entry: entry.row == "ResNet-50 layers")[
+        index::parts
+    ]:
+        set_up(entry)
+        with contextlib.suppress(Exception):
+            work = entry.build(at)
+            for call in (work.native.get("compile"), work.ours("triton")):
+                if call is not None:
+                    call()
+        gc.collect()
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    return 0
+
+
+def run(folder: Path, seconds: float, dry: bool, only: str) -> int:
+    """Measures all, by worker processes; 1 where something was wrong or failed."""
+    found = gpu_rows.entries(dry)
+    document: dict[str, Any] = {"schema": SCHEMA, "machine": machine(dry), "entries": []}
+
+    def done(job: Job, result: dict[str, Any]) -> None:
+        entry = found[job.id]
+        if isinstance(why := result.get("failed"), str):
+            result["failed"] = {"all": why}
+        if job.failed:
+            result["failed"] = {**result.get("failed", {}), **job.failed}
+        facts = {"row": entry.row, "name": entry.name, "task": entry.task}
+        document["entries"].append(facts | result)
+        save(folder, document)
+
+    jobs = [
+        Job(index, entry.row, list(BACKENDS))
+        for index, entry in enumerate(found)
+        if only in entry.row
+    ]
+    command = [sys.executable, __file__, str(folder), "--worker", *["--dry-run"] * dry]
+    supervise(command, jobs, SECONDS, done, seconds=seconds)
+    print(gpu_table.goals(document))
+    bad = [entry for entry in document["entries"] if entry.get("wrong") or entry.get("failed")]
+    return int(bool(bad))
+
+
+def machine(dry: bool) -> dict[str, Any]:
+    facts = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        facts["triton"] = triton.__version__
+    if dry:
+        return {"gpu": "dry run on the CPU", **facts}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name, "capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count, "bytes": device.total_memory,
+        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **facts,
+    }  # fmt: skip
+
+
+def save(folder: Path, document: dict[str, Any]) -> None:
+    """The results as JSON, as tables and as a picture."""
+    text = json.dumps(document, indent=1)
+    write_atomic(folder / "results.json", f"{text}\n".encode())
+    write_atomic(folder / "results.txt", gpu_table.whole(document).encode())
+    write_atomic(folder / "results.svg", gpu_table.picture(document).encode())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="JSON")
+    parser.add_argument("folder", type=Path, help="what gets the results")
     parser.add_argument("--seconds", type=float, default=240.0, help="when to stop (default 240)")
-    parser.add_argument("--table", action="store_true", help="print what the file holds")
+    parser.add_argument("--only", default="", metavar="ROW", help="rows with this in their name")
+    parser.add_argument("--table", action="store_true", help="print what was measured")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, native for ours")
+    parser.add_argument("--warm", metavar="I/N", help="fill compilers' caches with a part of all")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker:
+        return worker(arguments.dry_run)
+    if arguments.warm:
+        return warm_up(arguments.warm)
     if arguments.table:
-        table(arguments.file)
+        print(gpu_table.whole(json.loads((arguments.folder / "results.json").read_text())), end="")
         return 0
-    return run(arguments.file, arguments.seconds)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    return run(arguments.folder, arguments.seconds, arguments.dry_run, arguments.only)
 
 
 if __name__ == "__main__":

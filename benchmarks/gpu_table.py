@@ -1,0 +1,171 @@
+"""Tables and a picture of what benchmarks/gpu_layers.py measured. It needs no torch.
+
+A ratio is native's median time over ours: above 1 ours is faster. A kernel's share of its roofline
+is the least time that the GPU's arithmetic and memory allow, over ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import log2
+from statistics import geometric_mean
+from typing import Any
+
+from gpu_goals import BACKENDS, GOALS, Goal
+
+# FLOP/s by kind of arithmetic, and bytes/s of memory: NVIDIA's data sheets, without sparsity.
+_HOPPER = {"bfloat16": 989e12, "tf32": 495e12, "3 x tf32": 165e12, "float32": 67e12}
+ROOFLINES = {
+    "H200": {**_HOPPER, "memory": 4.8e12},
+    "H100": {**_HOPPER, "memory": 3.35e12},
+}
+
+Document = dict[str, Any]
+Measured = dict[str, Any]
+
+
+def share(entry: Measured, backend: str, gpu: str) -> float | None:
+    """Of the roofline; None for an unknown GPU and without a time."""
+    peaks = next((peaks for name, peaks in ROOFLINES.items() if name in gpu), None)
+    seconds = entry.get("seconds", {}).get(f"ours {backend}")
+    if peaks is None or not seconds:
+        return None
+    floor = max(entry["flops"] / peaks[entry["peak"]], entry["bytes"] / peaks["memory"])
+    return float(floor / seconds)
+
+
+def ratio(entry: Measured, backend: str, rival: str) -> float | None:
+    seconds = entry.get("seconds", {})
+    native, ours = seconds.get(f"native {rival}"), seconds.get(f"ours {backend}")
+    return native / ours if native and ours else None
+
+
+def of_goal(document: Document, goal: Goal) -> list[Measured]:
+    return [
+        entry
+        for entry in document["entries"]
+        if entry["row"] == goal.row
+        and goal.task in ("", entry["task"])
+        and entry["name"].endswith(goal.ending)
+    ]
+
+
+def goals(document: Document) -> str:
+    """One line for each goal and backend."""
+    lines = [
+        "| what | against | backend | ratio | goal | reached | of roofline | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    gpu = document["machine"]["gpu"]
+    for goal in GOALS:
+        entries = of_goal(document, goal)
+        for backend in BACKENDS:
+            ratios = [value for entry in entries if (value := ratio(entry, backend, goal.rival))]
+            shares = [value for entry in entries if (value := share(entry, backend, gpu))]
+            mean = geometric_mean(ratios) if ratios else None
+            wanted = goal.ratio[backend]
+            reached = "-" if mean is None else "yes" if mean >= wanted else "no"
+            if mean is not None and len(ratios) < len(entries):
+                reached += ", of a part"
+            cells = [
+                goal.title, goal.rival, backend, "-" if mean is None else f"{mean:.2f}",
+                f"{wanted:g}", reached, f"{geometric_mean(shares):.0%}" if shares else "-",
+                _count(entries, backend, len(ratios)),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _count(entries: Sequence[Measured], backend: str, timed: int) -> str:
+    wrong = sum(backend in entry.get("wrong", {}) for entry in entries)
+    failed = sum(
+        backend in entry.get("failed", {}) or "all" in entry.get("failed", {}) for entry in entries
+    )
+    text = f"{timed} of {len(entries)}"
+    return text + f", {wrong} WRONG" * (wrong > 0) + f", {failed} failed" * (failed > 0)
+
+
+def every(document: Document) -> str:
+    """One line for each entry and backend."""
+    gpu = document["machine"]["gpu"]
+    lines = [
+        "| what | pass | backend | us | ratio | of roofline | null | how |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in document["entries"]:
+        for backend in BACKENDS:
+            cells = [f"{entry['row']}: {entry['name']}", entry["task"], backend]
+            seconds = entry.get("seconds", {}).get(f"ours {backend}")
+            if seconds is None:
+                cells += [_why(entry, backend), "", "", "", ""]
+            else:
+                rivals = [n.removeprefix("native ") for n in entry["seconds"] if "native" in n]
+                ratios = (f"{rival} {ratio(entry, backend, rival):.2f}" for rival in rivals)
+                low, high = entry["null_spread"]
+                part = share(entry, backend, gpu)
+                tiles = ", ".join(entry["tiles"].get(backend, [])[:3])
+                cells += [
+                    f"{seconds * 1e6:.1f}", ", ".join(ratios), "" if part is None else f"{part:.0%}",
+                    f"{low:.2f}-{high:.2f}", tiles + "" if entry["graph"] else f"{tiles} (eager)",
+                ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _why(entry: Measured, backend: str) -> str:
+    if backend in entry.get("wrong", {}):
+        return f"WRONG: {entry['wrong'][backend]}"
+    failed = entry.get("failed", {})
+    why = failed.get(backend) or failed.get("all") or entry.get("skipped") or "not timed"
+    return " ".join(str(why).replace("|", "/").split())[:300]
+
+
+def whole(document: Document) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in document["machine"].items())
+    return "\n\n".join([facts, goals(document), every(document), ""])
+
+
+def picture(document: Document) -> str:
+    """An SVG: a bar for each goal and backend from the line where native is, a tick at the goal."""
+    colours = {"cuda": "#1f77b4", "triton": "#ff7f0e"}
+    bars = [(goal, backend) for goal in GOALS for backend in BACKENDS]
+    height, left, octave = 18, 330, 90
+    width = left + 5 * octave + 70
+
+    def x(value: float) -> float:
+        return left + octave * (min(max(log2(value), -1.9), 2.9) + 2)
+
+    parts = [
+        f'<text x="10" y="18" font-weight="bold">{escape(document["machine"]["gpu"])}: '
+        "native's time over ours</text>"
+    ]
+    for mark in (0.25, 0.5, 1, 2, 4, 8):
+        at = left + octave * (log2(mark) + 2)
+        parts.append(
+            f'<path d="M{at} 30V{34 + height * len(bars)}" stroke="{"#000" if mark == 1 else "#ddd"}"/>'
+            f'<text x="{at}" y="{48 + height * len(bars)}" text-anchor="middle">{mark:g}</text>'
+        )  # fmt: skip
+    for index, (goal, backend) in enumerate(bars):
+        top = 34 + height * index
+        values = [
+            value for entry in of_goal(document, goal)
+            if (value := ratio(entry, backend, goal.rival))
+        ]  # fmt: skip
+        label = escape(f"{goal.title} / {goal.rival}, {backend}")
+        parts.append(f'<text x="10" y="{top + 12}">{label}</text>')
+        aim = x(goal.ratio[backend])
+        parts.append(f'<path d="M{aim:.1f} {top}v15" stroke="#d62728" stroke-width="2"/>')
+        if values:
+            mean = geometric_mean(values)
+            ends = sorted((x(1), x(mean)))
+            parts.append(
+                f'<rect x="{ends[0]:.1f}" y="{top + 2}" width="{ends[1] - ends[0]:.1f}" height="11" '
+                f'fill="{colours[backend]}" fill-opacity="0.8"/>'
+                f'<text x="{width - 45}" y="{top + 12}">{mean:.2f}</text>'
+            )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
+        f'height="{60 + height * len(bars)}" font-family="sans-serif" font-size="11">'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
