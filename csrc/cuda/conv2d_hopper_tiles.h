@@ -66,13 +66,19 @@ inline int64_t pixel_tiles(const HopperImage& image, const PixelBox& box) {
   return tiles_for(image.N, box.n) * tiles_for(image.H, box.h) * tiles_for(image.W, box.w);
 }
 
+// The next larger box of an axis that needs fewer tiles; beyond the axis where one is enough.
+inline int64_t next_box(int64_t size, int64_t box) {
+  const int64_t tiles = tiles_for(size, box);
+  return tiles == 1 ? size + 1 : tiles_for(size, tiles - 1);
+}
+
 // The box of at most `most` pixels that covers the images with the fewest tiles; among such, the
 // one with the most neighbours, whose windows share pixels.
 inline PixelBox choose_pixel_box(const HopperImage& image, int64_t most) {
   PixelBox best{1, 1, 1};
   int64_t fewest = pixel_tiles(image, best);
-  for (int64_t w = 1; w <= most && w <= image.W; ++w) {
-    for (int64_t h = 1; w * h <= most && h <= image.H; ++h) {
+  for (int64_t w = 1; w <= most && w <= image.W; w = next_box(image.W, w)) {
+    for (int64_t h = 1; w * h <= most && h <= image.H; h = next_box(image.H, h)) {
       const int64_t room = most / (w * h);
       const PixelBox box{image.N < room ? image.N : room, h, w};
       const int64_t tiles = pixel_tiles(image, box);
