@@ -13,7 +13,9 @@ from test_cuda_conv2d import check, passes, query_of, tensors_of
 import gdfast
 from gdfast.backends import cuda_conv2d, cuda_depthwise
 from gdfast.backends.activation import ACTIVATIONS, activate
+from gdfast.backends.registry import Conv2dQuery
 from gdfast.bench.cases import ODD, Conv2dCase
+from gdfast.geometry import Conv2dGeometry, dense_strides
 
 pytestmark = [
     pytest.mark.cuda_simulator,
@@ -128,3 +130,21 @@ def test_any_strides(cuda_device: torch.device) -> None:
             ),
         ))  # fmt: skip
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "K", "fits"),
+    [
+        ((2, 8, 5, 5), 16, True),
+        ((2, 1, 5, 5), 4, False),  # a filter for one channel sees all there are
+        ((1, 2**16 - 1, 2**8, 2**8), 2**16 - 1, False),
+        ((2**21, 2, 2**5, 2**5), 2, False),
+    ],
+    ids=str,
+)
+def test_what_fits(size: tuple[int, ...], K: int, fits: bool) -> None:
+    weight = K, 1, 3, 3
+    geometry = Conv2dGeometry.of("conv2d", size, weight, (1, 1), (1,) * 4, (1, 1), size[1])
+    strides = tuple(dense_strides(each, True) for each in (size, weight, geometry.output_size))
+    query = Conv2dQuery(torch.device("cuda"), torch.float32, geometry=geometry, strides=strides)
+    assert cuda_depthwise.depthwise_fits(query) == fits

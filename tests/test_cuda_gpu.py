@@ -1,0 +1,123 @@
+"""The CUDA kernels together on a GPU, which this needs: models, streams, graphs, repeated bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_models import TRAINED
+from torch import Tensor
+
+import gdfast
+from gdfast import models, native, ops, optim
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        native.cuda is None or native.cuda_is_simulated,
+        reason=f"needs gdfast._cuda: {native.failure('cuda') or 'simulated'}",
+    ),
+    pytest.mark.usefixtures("fresh_registry"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Any:
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+        yield
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_models_train_as_natively(name: str) -> None:
+    options, size = TRAINED[name]
+    torch.manual_seed(0)
+    model = models.create(name, **options).cuda().to(memory_format=torch.channels_last)
+    gdfast.swap_(model, fuse=True)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.randn(8, *size[1:], device="cuda")
+    losses = {}
+    for backend in ("cuda", "native"):
+        model.load_state_dict(start)
+        with gdfast.backend(backend):
+            optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            losses[backend] = []
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = model(images).square().mean()
+                loss.backward()
+                optimizer.step()
+                losses[backend].append(loss.item())
+    assert losses["cuda"] == pytest.approx(losses["native"], rel=1e-3)
+
+
+def layers() -> torch.nn.Sequential:
+    """A block of MobileNet's and a pooling: every kernel that is bound by memory."""
+    torch.manual_seed(0)
+    made = torch.nn.Sequential(
+        torch.nn.Conv2d(32, 32, 3, 2, 1, groups=32, bias=False),
+        torch.nn.BatchNorm2d(32),
+        torch.nn.ReLU6(),
+        torch.nn.Conv2d(32, 32, 5, 1, 2, groups=32),
+        torch.nn.MaxPool2d(3, 2, 1),
+    )
+    gdfast.swap_(made, fuse=True)
+    return made.cuda().to(memory_format=torch.channels_last)
+
+
+def gradients(module: torch.nn.Module, images: Tensor) -> list[Tensor]:
+    loss = module(images).float().square().mean()
+    return [loss.detach(), *torch.autograd.grad(loss, list(module.parameters()))]
+
+
+def test_the_same_bits_in_every_run() -> None:
+    module, images = layers(), torch.randn(16, 32, 56, 56, device="cuda")
+    images = images.to(memory_format=torch.channels_last)
+    with gdfast.backend("cuda"):
+        first = gradients(module, images)
+        for _ in range(5):
+            again = gradients(module, images)
+            assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_the_current_stream_is_used() -> None:
+    image = torch.zeros(64, 32, 64, 64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        image += 1
+        pooled = ops.max_pool2d(image, 2, backend="cuda")
+        normalised = ops.batch_norm_act(
+            image, None, None, None, None, training=True, activation="none", backend="cuda"
+        )
+    torch.cuda.synchronize()
+    assert (pooled == 1).all() and (normalised == 0).all()
+
+
+def test_a_step_can_be_recorded_as_a_graph() -> None:
+    module, images = layers(), torch.randn(4, 32, 20, 20, device="cuda")
+    with gdfast.backend("cuda"), gdfast.autotune("off"):
+        optimizer = optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+
+        def step() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            loss = module(images).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+        losses = []
+        for _ in range(3):
+            graph.replay()
+            losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
