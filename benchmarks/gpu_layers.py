@@ -4,10 +4,10 @@
     python benchmarks/gpu_layers.py DIR --table          prints what DIR/results.json holds
     python benchmarks/gpu_layers.py DIR --dry-run        tiny cases on the CPU, native for ours
 
-What is timed, and what is aimed at, is in gpu_rows.py and gpu_goals.py. Each result is compared with more exact
-arithmetic first; what is wrong, fails, crashes or hangs is told of and stops nothing else. All are
-timed in one process, in turns (A B B A), as CUDA graphs where that is possible. It has not been run
-on a GPU yet.
+What is timed is in gpu_rows.py, what is aimed at in gpu_goals.py. Each result is compared with more
+exact arithmetic first; what is wrong, fails, crashes or hangs is told of and stops nothing else.
+All that is compared is timed in one process, in turns (A B B A), as CUDA graphs where that is
+possible. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import gpu_rows
 import gpu_table
 import torch
-from gpu_goals import BACKENDS, SECONDS, WITHOUT_TF32
+from gpu_goals import BACKENDS, GOALS, SECONDS, SECONDS_OF_ENTRY, WITHOUT_TF32
 from gpu_rows import Entry
 from gpu_supervisor import Job, answer, supervise
 from gpu_work import Where, Work
@@ -56,11 +56,9 @@ def set_up(entry: Entry) -> None:
 
 def clock(at: Where) -> Callable[[], float]:
     """Seconds, once the GPU has done what it was given."""
-    if at.dry:
-        return time.perf_counter
 
     def wait() -> float:
-        torch.cuda.synchronize()
+        _wait(at)
         return time.perf_counter()
 
     return wait
@@ -84,8 +82,8 @@ def words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:1500]
 
 
-def measure(entry: Entry, names: list[str], at: Where) -> dict[str, Any]:
-    """Checks and times one entry; the names are those of our backends that take part."""
+def measure(entry: Entry, without: list[str], at: Where) -> dict[str, Any]:
+    """Checks and times one entry, without the calls and backends that are named."""
     set_up(entry)
     result: dict[str, Any] = {"wrong": {}, "failed": {}, "tiles": {}}
     reasons = {name: reason for name, _, reason in backends.available()}
@@ -94,13 +92,17 @@ def measure(entry: Entry, names: list[str], at: Where) -> dict[str, Any]:
         result |= {"flops": work.flops, "bytes": work.bytes, "peak": work.peak}
         calls: dict[str, Callable[[], Any]] = {}
         for name, call in work.native.items():
+            if f"native {name}" in without:
+                continue
             answer(stage=f"native {name}")
             try:
                 call()
                 calls[f"native {name}"] = call
             except Exception as error:  # torch.compile has many ways to fail
                 result["failed"][f"native {name}"] = words(error)
-        for name in names:
+        for name in BACKENDS:
+            if name in without:
+                continue
             answer(stage=name)
             if not at.dry and reasons[name]:
                 result["failed"][name] = reasons[name]
@@ -109,13 +111,12 @@ def measure(entry: Entry, names: list[str], at: Where) -> dict[str, Any]:
             try:
                 if reason := work.wrong(name):
                     result["wrong"][name] = reason
-                    continue
-                calls[f"ours {name}"] = work.ours(name)
-                calls[f"ours {name}"]()
-                if at.device.type == "cuda":
-                    torch.cuda.synchronize()
+                else:
+                    call = work.ours(name)
+                    call()
+                    _wait(at)
+                    calls[f"ours {name}"] = call
             except Exception as error:
-                calls.pop(f"ours {name}", None)
                 result["failed"][name] = words(error)
                 answer(note=words(error))
                 _live_on(at)
@@ -128,11 +129,15 @@ def measure(entry: Entry, names: list[str], at: Where) -> dict[str, Any]:
 
 def _live_on(at: Where) -> None:
     """After an error of a kernel, no call of the process succeeds any more: another one goes on."""
+    try:
+        _wait(at)
+    except RuntimeError as error:
+        raise Poisoned from error
+
+
+def _wait(at: Where) -> None:
     if at.device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            raise Poisoned from error
+        torch.cuda.synchronize()
 
 
 def timed(calls: dict[str, Callable[[], Any]], work: Work, at: Where) -> dict[str, Any]:
@@ -172,11 +177,11 @@ def worker(dry: bool) -> int:
         began = time.monotonic()
         answer(begin=job["id"])
         try:
-            result = measure(entry, job["backends"], at)
+            result = measure(entry, job["without"], at)
         except Poisoned:
             return 3
         except Exception as error:
-            result = {"failed": {"all": words(error)}}
+            result = {"failed": {"time": words(error)}}
             answer(note=words(error))
             try:
                 _live_on(at)
@@ -195,10 +200,9 @@ def warm_up(part: str) -> int:
     """Compiles what Triton and torch.compile will need, as far as caches keep it; `part` is I/N."""
     index, parts = map(int, part.split("/"))
     at = where(False)
-    # Those of torch.compile take longest.
-    for entry in sorted(gpu_rows.entries(), key=lambda entry: entry.row == "ResNet-50 layers")[
-        index::parts
-    ]:
+    # Those of torch.compile take longest, so they come first.
+    found = sorted(gpu_rows.entries(), key=lambda entry: entry.row == "ResNet-50 layers")
+    for entry in found[index::parts]:
         set_up(entry)
         with contextlib.suppress(Exception):
             work = entry.build(at)
@@ -214,20 +218,20 @@ def warm_up(part: str) -> int:
 def run(folder: Path, seconds: float, dry: bool, only: str) -> int:
     """Measures all, by worker processes; 1 where something was wrong or failed."""
     found = gpu_rows.entries(dry)
-    document: dict[str, Any] = {"schema": SCHEMA, "machine": machine(dry), "entries": []}
+    document: dict[str, Any] = {
+        "schema": SCHEMA, "dry": dry, "machine": machine(dry), "entries": [],
+    }  # fmt: skip
 
     def done(job: Job, result: dict[str, Any]) -> None:
         entry = found[job.id]
-        if isinstance(why := result.get("failed"), str):
-            result["failed"] = {"all": why}
         if job.failed:
             result["failed"] = {**result.get("failed", {}), **job.failed}
-        facts = {"row": entry.row, "name": entry.name, "task": entry.task}
+        facts = {name: getattr(entry, name) for name in ("row", "name", "task", "layout")}
         document["entries"].append(facts | result)
         save(folder, document)
 
     jobs = [
-        Job(index, entry.row, list(BACKENDS))
+        Job(index, entry.row, candidates(entry), SECONDS_OF_ENTRY[entry.row])
         for index, entry in enumerate(found)
         if only in entry.row
     ]
@@ -238,6 +242,11 @@ def run(folder: Path, seconds: float, dry: bool, only: str) -> int:
     return int(bool(bad))
 
 
+def candidates(entry: Entry) -> tuple[str, ...]:
+    rivals = {goal.rival for goal in GOALS if goal.row == entry.row}
+    return (*BACKENDS, *(f"native {rival}" for rival in sorted(rivals)))
+
+
 def machine(dry: bool) -> dict[str, Any]:
     facts = {"torch": torch.__version__, "python": sys.version.split()[0]}
     with contextlib.suppress(ImportError):
@@ -245,7 +254,7 @@ def machine(dry: bool) -> dict[str, Any]:
 
         facts["triton"] = triton.__version__
     if dry:
-        return {"gpu": "dry run on the CPU", **facts}
+        return {"gpu": "dry run on the CPU, times mean nothing", **facts}
     device = torch.cuda.get_device_properties(0)
     return {
         "gpu": device.name, "capability": f"{device.major}.{device.minor}",

@@ -31,6 +31,7 @@ class Entry:
     name: str
     task: str
     build: Callable[[Where], Work]
+    layout: str = "channels_last"
 
     def __str__(self) -> str:
         return f"{self.row}: {self.name}, {self.task}"
@@ -41,8 +42,9 @@ def entries(dry: bool = False) -> list[Entry]:
     found = list(_entries(dry))
     if not dry:
         return found
-    first = {(entry.row, entry.name.split()[-1], entry.task): entry for entry in reversed(found)}
-    first = {(entry.row, entry.task): entry for entry in reversed(first.values())}
+    first: dict[tuple[str, str, str], Entry] = {}
+    for entry in found:
+        first.setdefault((entry.row, entry.task, entry.layout), entry)
     return list(first.values())
 
 
@@ -54,7 +56,7 @@ def _entries(dry: bool) -> Iterator[Entry]:
     big = StepCase("ResNet-50, N=256", "resnet50", 2 if dry else _IMAGES, 3, size, size, 1000)
     if dry:
         big = StepCase("ResNet-20, N=2", "resnet20", 2, 3, 16, 16, 10)
-    yield _step("ResNet-50 step", big, amp=True, compiled=True)
+    yield _step("ResNet-50 step", big, amp=True)
     for C, pixels, residual in (
         (256, 56, True), (64, 56, False), (512, 28, True), (128, 28, False), (64, 112, False),
         (1024, 14, True), (2048, 7, True),
@@ -66,7 +68,7 @@ def _entries(dry: bool) -> Iterator[Entry]:
     for C, pixels, size in ((144, 56, 3), (576, 14, 3), (240, 28, 5), (384, 28, 7)):
         depthwise = _square(f"{size}x{size} {C} @{pixels}", C, pixels, size, C, 128)
         for layout in ("channels_last", "NCHW"):
-            yield from _passes("depthwise", depthwise, dry, layout=layout, suffix=f" {layout}")
+            yield from _passes("depthwise", depthwise, dry, layout=layout)
     sgd = SgdCase("3 tensors", (10, 300, 1)) if dry else SGD_CASES[-1]
     yield Entry("SGD", sgd.name, "update", partial(update, case=sgd))
     for name, model, N, C, pixels, classes, amp in (
@@ -76,13 +78,14 @@ def _entries(dry: bool) -> Iterator[Entry]:
         if dry and model != "cnn":
             continue
         small = StepCase(name, model, 2 if dry else N, C, pixels, pixels, classes)
-        yield _step("small steps", small, amp=amp, compiled=False)
+        yield _step("small steps", small, amp=amp)
     for C, pixels in ((128, 56), (256, 28), (512, 14), (1024, 7)):  # ResNeXt-50 32x4d
         grouped = _square(f"3x3 {C} @{pixels}, 32 groups", C, pixels, 3, 32, _FEWER_IMAGES)
         yield from _passes("grouped", grouped, dry)
     for C, pixels in ((64, 56), (128, 28), (256, 14), (512, 7)):
         dense = _square(f"3x3 {C} @{pixels}", C, pixels, 3, 1, _FEWER_IMAGES)
         yield from _passes("float32 3x3", dense, dry, torch.float32)
+    yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile")
 
 
 def _square(name: str, C: int, pixels: int, size: int, groups: int, N: int) -> Conv2dCase:
@@ -92,13 +95,13 @@ def _square(name: str, C: int, pixels: int, size: int, groups: int, N: int) -> C
 
 def _passes(
     row: str, case: Conv2dCase, dry: bool, dtype: torch.dtype = torch.bfloat16,
-    layout: str = "channels_last", suffix: str = "",
+    layout: str = "channels_last",
 ) -> Iterator[Entry]:  # fmt: skip
     case = tiny(case) if dry else case
     for task in PASSES:
         build = partial(layer, case=case, task=task, dtype=dtype, layout=layout)
-        yield Entry(row, case.name + suffix, task, build)
+        yield Entry(row, case.name, task, build, layout)
 
 
-def _step(row: str, case: StepCase, amp: bool, compiled: bool) -> Entry:
-    return Entry(row, case.name, "step", partial(training, case=case, amp=amp, compiled=compiled))
+def _step(row: str, case: StepCase, amp: bool, rival: str = "eager") -> Entry:
+    return Entry(row, case.name, "step", partial(training, case=case, amp=amp, rival=rival))

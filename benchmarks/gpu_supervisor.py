@@ -3,7 +3,8 @@
 The worker gets JSON on its standard input: the jobs, and the seconds that are left for each row. It
 answers in lines: `@{"begin": id}`, `@{"stage": name}`, `@{"note": words}`, `@{"skip": id}` and
 `@{"end": id, "result": ...}`. When it dies or a job takes too long, another worker goes on from
-there. If that happened in a stage that is named after a backend, the job is done again without it.
+there. A stage is named after what it tries; where it was one of the job's candidates that failed,
+the job is done again without it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _MOST_STARTS_IN_VAIN = 2
 
 @dataclass
 class Job:
-    """`failed` is why a backend no longer takes part."""
+    """`seconds` are what it may take, `failed` is why candidates no longer take part."""
 
     id: int
     row: str
-    backends: list[str]
+    candidates: tuple[str, ...]
+    seconds: float
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -43,9 +45,8 @@ def supervise(
     done: Callable[[Job, dict[str, Any]], None],
     *,
     seconds: float,
-    seconds_of_job: float = 45.0,
 ) -> None:
-    """Calls `done` with each job and its result, or {"failed": why} or {"skipped": why}.
+    """Calls `done` with each job and its result, {} where it `failed`, or {"skipped": why}.
 
     `budgets` are the seconds of each row; `seconds` those of all, after which the rest is skipped.
     """
@@ -60,7 +61,7 @@ def supervise(
         before = len(pending)
         worker = _Worker(command, list(pending), budgets)
         try:
-            guilty, why = _follow(worker, pending, budgets, done, deadline, seconds_of_job)
+            guilty, why = _follow(worker, pending, budgets, done, deadline)
         finally:
             worker.kill()
         if guilty is None:
@@ -69,17 +70,16 @@ def supervise(
             continue
         job, stage = guilty
         in_vain = 0
-        if stage in job.backends:
-            job.backends.remove(stage)
-            job.failed[stage] = why
-        if stage not in job.failed or not job.backends:
+        again = stage in job.candidates and stage not in job.failed
+        job.failed[stage] = why
+        if not again:
             pending.remove(job)
-            done(job, {"failed": f"{stage}: {why}"})
+            done(job, {})
 
 
 def _follow(
     worker: _Worker, pending: deque[Job], budgets: dict[str, float],
-    done: Callable[[Job, dict[str, Any]], None], deadline: float, seconds_of_job: float,
+    done: Callable[[Job, dict[str, Any]], None], deadline: float,
 ) -> tuple[tuple[Job, str] | None, str]:  # fmt: skip
     """Takes what a worker answers, until all is done or it failed: the job and the stage, why."""
     job: Job | None = None
@@ -99,8 +99,8 @@ def _follow(
         else:
             event = json.loads(line)
             if "begin" in event:
-                job, stage, note = by_id[event["begin"]], "native", ""
-                began, limit = now, now + seconds_of_job
+                job, stage, note = by_id[event["begin"]], "begin", ""
+                began, limit = now, now + job.seconds
             elif "stage" in event:
                 stage = event["stage"]
             elif "note" in event:
@@ -132,7 +132,7 @@ class _Worker:
         self._lines: queue.Queue[str] = queue.Queue()
         self._words: deque[str] = deque(maxlen=6)
         threading.Thread(target=self._read, daemon=True).start()
-        work = [{"id": job.id, "backends": job.backends} for job in jobs]
+        work = [{"id": job.id, "without": list(job.failed)} for job in jobs]
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"jobs": work, "budgets": budgets}))

@@ -47,7 +47,7 @@ def of_goal(document: Document, goal: Goal) -> list[Measured]:
         for entry in document["entries"]
         if entry["row"] == goal.row
         and goal.task in ("", entry["task"])
-        and entry["name"].endswith(goal.ending)
+        and goal.layout in ("", entry["layout"])
     ]
 
 
@@ -80,7 +80,8 @@ def goals(document: Document) -> str:
 def _count(entries: Sequence[Measured], backend: str, timed: int) -> str:
     wrong = sum(backend in entry.get("wrong", {}) for entry in entries)
     failed = sum(
-        backend in entry.get("failed", {}) or "all" in entry.get("failed", {}) for entry in entries
+        not entry.get("seconds", {}).get(f"ours {backend}") and bool(_failure(entry, backend))
+        for entry in entries
     )
     text = f"{timed} of {len(entries)}"
     return text + f", {wrong} WRONG" * (wrong > 0) + f", {failed} failed" * (failed > 0)
@@ -95,7 +96,8 @@ def every(document: Document) -> str:
     ]
     for entry in document["entries"]:
         for backend in BACKENDS:
-            cells = [f"{entry['row']}: {entry['name']}", entry["task"], backend]
+            name = f"{entry['row']}: {entry['name']}"
+            cells = [name + " NCHW" * (entry["layout"] == "NCHW"), entry["task"], backend]
             seconds = entry.get("seconds", {}).get(f"ours {backend}")
             if seconds is None:
                 cells += [_why(entry, backend), "", "", "", ""]
@@ -104,10 +106,11 @@ def every(document: Document) -> str:
                 ratios = (f"{rival} {ratio(entry, backend, rival):.2f}" for rival in rivals)
                 low, high = entry["null_spread"]
                 part = share(entry, backend, gpu)
-                tiles = ", ".join(entry["tiles"].get(backend, [])[:3])
+                tiles = entry["tiles"].get(backend, [])[:3]
+                how = [*tiles, *(["no graph"] if not entry["graph"] else [])]
                 cells += [
-                    f"{seconds * 1e6:.1f}", ", ".join(ratios), "" if part is None else f"{part:.0%}",
-                    f"{low:.2f}-{high:.2f}", tiles + "" if entry["graph"] else f"{tiles} (eager)",
+                    f"{seconds * 1e6:.1f}", ", ".join(ratios),
+                    "" if part is None else f"{part:.0%}", f"{low:.2f}-{high:.2f}", ", ".join(how),
                 ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -116,9 +119,16 @@ def every(document: Document) -> str:
 def _why(entry: Measured, backend: str) -> str:
     if backend in entry.get("wrong", {}):
         return f"WRONG: {entry['wrong'][backend]}"
-    failed = entry.get("failed", {})
-    why = failed.get(backend) or failed.get("all") or entry.get("skipped") or "not timed"
+    why = _failure(entry, backend) or entry.get("skipped") or "not timed"
     return " ".join(str(why).replace("|", "/").split())[:300]
+
+
+def _failure(entry: Measured, backend: str) -> str:
+    """Why a backend has no time: it failed, or what all of the entry's depend on did."""
+    others = (f"{name}: {why}" for name, why in entry.get("failed", {}).items()
+              if name not in BACKENDS)  # fmt: skip
+    wrong = backend in entry.get("wrong", {})
+    return entry.get("failed", {}).get(backend) or ("" if wrong else next(others, ""))
 
 
 def whole(document: Document) -> str:
@@ -131,7 +141,7 @@ def picture(document: Document) -> str:
     colours = {"cuda": "#1f77b4", "triton": "#ff7f0e"}
     bars = [(goal, backend) for goal in GOALS for backend in BACKENDS]
     height, left, octave = 18, 330, 90
-    width = left + 5 * octave + 70
+    width, bottom = left + 5 * octave + 70, 34 + height * len(bars)
 
     def x(value: float) -> float:
         return left + octave * (min(max(log2(value), -1.9), 2.9) + 2)
@@ -143,9 +153,9 @@ def picture(document: Document) -> str:
     for mark in (0.25, 0.5, 1, 2, 4, 8):
         at = left + octave * (log2(mark) + 2)
         parts.append(
-            f'<path d="M{at} 30V{34 + height * len(bars)}" stroke="{"#000" if mark == 1 else "#ddd"}"/>'
-            f'<text x="{at}" y="{48 + height * len(bars)}" text-anchor="middle">{mark:g}</text>'
-        )  # fmt: skip
+            f'<path d="M{at} 30V{bottom}" stroke="{"#000" if mark == 1 else "#ddd"}"/>'
+            f'<text x="{at}" y="{bottom + 14}" text-anchor="middle">{mark:g}</text>'
+        )
     for index, (goal, backend) in enumerate(bars):
         top = 34 + height * index
         values = [
@@ -160,12 +170,12 @@ def picture(document: Document) -> str:
             mean = geometric_mean(values)
             ends = sorted((x(1), x(mean)))
             parts.append(
-                f'<rect x="{ends[0]:.1f}" y="{top + 2}" width="{ends[1] - ends[0]:.1f}" height="11" '
-                f'fill="{colours[backend]}" fill-opacity="0.8"/>'
+                f'<rect x="{ends[0]:.1f}" y="{top + 2}" width="{ends[1] - ends[0]:.1f}" '
+                f'height="11" fill="{colours[backend]}" fill-opacity="0.8"/>'
                 f'<text x="{width - 45}" y="{top + 12}">{mean:.2f}</text>'
             )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
-        f'height="{60 + height * len(bars)}" font-family="sans-serif" font-size="11">'
+        f'height="{bottom + 26}" font-family="sans-serif" font-size="11">'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )

@@ -190,8 +190,8 @@ class Training:
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
 
-def training(where: Where, case: StepCase, amp: bool, compiled: bool) -> Work:
-    """A training step of a model, channels_last."""
+def training(where: Where, case: StepCase, amp: bool, rival: str) -> Work:
+    """A training step of a model, channels_last; the rival is "eager" or "compile"."""
     models = suites.both_models(case)
     model, plain = (
         each.to(where.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -238,9 +238,8 @@ def training(where: Where, case: StepCase, amp: bool, compiled: bool) -> Work:
     def ours(backend: str) -> Callable[[], Any]:
         return partial(on, backend, train(model, make=optim.SGD))
 
-    native: dict[str, Callable[[], Any]] = {"eager": train(plain, make=fused)}
-    if compiled:
-        native["compile"] = train(plain, make=fused, compiled=not where.dry)
+    compiled = rival == "compile" and not where.dry
+    native = {rival: train(plain, make=fused, compiled=compiled)}
     peak = "bfloat16" if amp else "tf32"
     return Work(native, ours, wrong, step.flops(case, plain), 0, peak, graph=False)
 

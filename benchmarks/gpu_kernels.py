@@ -1,0 +1,250 @@
+"""Every CUDA kernel once, on tiny tensors: for compute-sanitizer, which takes a long time for each.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+        python benchmarks/gpu_kernels.py
+
+Tensors are made on the CPU and results compared there, in float64, so that next to no kernels but
+ours run. Without a GPU it runs in the simulator where that is loaded (GDFAST_CUDA_SIMULATE=1), and
+with --backend reference on native PyTorch. The exit status is 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+import gdfast
+from gdfast import native, ops, optim
+from gdfast.backends import cuda_conv2d, cuda_tiles, precision
+from gdfast.bench import norm
+from gdfast.bench.cases import Conv2dCase
+from gdfast.bench.workload import LAYOUTS, relative_error
+from gdfast.geometry import Conv2dGeometry
+
+Run = Callable[[], list[tuple[Tensor, Tensor]]]  # results with what they should be, in float64
+
+_ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+_TF32_ERROR = 2e-3
+_NORM_ERROR = 5e-2  # of float32 sums too, over what half types have rounded
+
+# Read number by number; in chunks of 16 bytes, with parts of tiles; few channels, padded to 16.
+_CONVOLUTIONS = (
+    Conv2dCase("c17-k10", 2, 17, 9, 7, 10, 3, 3, padding=(1, 1)),
+    Conv2dCase("groups-2", 2, 48, 13, 11, 144, 3, 2, (2, 1), (1, 1), (1, 2), groups=2),
+    Conv2dCase("1x1-stride-2", 2, 24, 9, 8, 40, 1, 1, stride=(2, 2)),
+    Conv2dCase("stem", 2, 3, 19, 22, 16, 7, 7, stride=(2, 2), padding=(3, 3)),
+)
+_HOPPER = (
+    Conv2dCase("3x3", 2, 72, 9, 10, 72, 3, 3, padding=(1, 1)),
+    Conv2dCase("1x1", 3, 72, 7, 7, 136, 1, 1),
+)
+_DEPTHWISE = (
+    Conv2dCase("3x3", 3, 8, 9, 11, 8, 3, 3, padding=(1, 1), groups=8),
+    Conv2dCase("5x5-stride-2", 2, 8, 11, 9, 8, 5, 5, (2, 2), (2, 2), groups=8),
+    Conv2dCase("7x7", 1, 12, 9, 10, 12, 7, 7, padding=(3, 3), groups=12),
+    Conv2dCase("multiplier-3", 2, 7, 7, 6, 21, 3, 2, (2, 1), (1, 0), (1, 2), groups=7),
+)
+
+
+def random(size: tuple[int, ...], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
+    value = torch.randn(size).to(dtype)
+    return value.to(memory_format=LAYOUTS[layout]) if len(size) == 4 else value
+
+
+def passes(
+    case: Conv2dCase, dtype: torch.dtype, layout: str, device: str, backend: str, by: str = "",
+    tf32: bool = False, strict: bool = False,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """All passes of a convolution, by the candidate that is named, if one is."""
+    sizes = case.input_shape, case.weight_shape, (case.K,), case.output_shape
+    here = [random(size, dtype, layout) for size in sizes]
+    input, weight, bias, grad = (value.to(device) for value in here)
+    torch.backends.cudnn.allow_tf32 = tf32
+    with precision("strict" if strict else "fast"):
+        if by:
+            geometry = Conv2dGeometry.of(
+                "conv2d", input.shape, weight.shape, case.stride, case.padding * 2, case.dilation,
+                case.groups,
+            )  # fmt: skip
+            query = gdfast.backends.Conv2dQuery(
+                input.device, dtype, geometry=geometry,
+                strides=(input.stride(), weight.stride(), grad.stride()),
+            )  # fmt: skip
+            ours = [
+                cuda_conv2d.conv2d(query, by)(input, weight, bias),
+                cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
+            ]
+            if by not in cuda_conv2d.HOPPER:
+                ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
+        else:
+            ours = _by_operations(case, [input, weight, bias, grad], backend)
+        ours = [value.cpu() for value in ours if value is not None]
+    exact = _by_operations(case, [value.double() for value in here], "reference")
+    return list(zip(ours, exact[: len(ours)], strict=True))
+
+
+def _by_operations(case: Conv2dCase, tensors: list[Tensor], backend: str) -> list[Tensor]:
+    input, weight, bias, grad = tensors
+    run = torch.ops.gdfast
+    last = not input.is_contiguous()
+    arguments = case.stride, case.padding * 2, case.dilation, case.groups, backend
+    return [
+        run.conv2d(input, weight, bias, *arguments),
+        run.conv2d_grad_input(grad, weight, input.shape, last, *arguments),
+        *run.conv2d_grad_weight(grad, input, weight.shape, last, True, *arguments),
+    ]
+
+
+def both_ways(
+    function: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: list[Tensor], device: str
+) -> list[tuple[Tensor, Tensor]]:
+    """The output of a differentiable function, and the gradients of its leaves."""
+
+    def run(function: Callable[..., Tensor], values: list[Tensor]) -> list[Tensor]:
+        inputs = [value.detach().requires_grad_() for value in values]
+        output = function(*inputs)
+        grad = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
+        grads = torch.autograd.grad(output, inputs, grad.to(output.device))
+        return [value.detach().cpu() for value in (output, *grads)]
+
+    ours = run(function, [value.to(device) for value in leaves])
+    return list(zip(ours, run(exact, [value.double() for value in leaves]), strict=True))
+
+
+def normalised(
+    dtype: torch.dtype, layout: str, residual: bool, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    size, C = (3, 20, 5, 6), 20
+    leaves = [random(size, dtype, layout), torch.rand(C) + 0.5, torch.randn(C)]
+    leaves += [random(size, dtype, layout)] * residual
+
+    def of(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        mean, var = (value.to(inputs[1]) for value in (torch.zeros(C), torch.ones(C)))
+        more = inputs[3] if residual else None
+        return function(*inputs[:3], mean, var, more, training=True)
+
+    ours = partial(ops.batch_norm_act, backend=backend)
+    return both_ways(partial(of, ours), partial(of, norm.native), leaves, device)
+
+
+def pooled(
+    dtype: torch.dtype, layout: str, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    # All values differ, in half types too: with equal ones, float64 may choose another.
+    size = (2, 9, 5, 2)
+    values = torch.randperm(180).view(size).to(dtype).to(memory_format=LAYOUTS[layout])
+    window = {"kernel_size": 3, "stride": 2, "padding": 1}
+    ours = partial(ops.max_pool2d, **window, backend=backend)
+    return both_ways(ours, partial(F.max_pool2d, **window), [values], device)
+
+
+def updated(
+    dtype: torch.dtype, masters: bool, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    start = [random((size,), dtype) for size in (1, 7, 1000, 4099)]
+    grads = [random((size,), dtype) for size in (1, 7, 1000, 4099)]
+    hyper: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+    def run(make: Any, dtype: torch.dtype, device: str) -> list[Tensor]:
+        params = [Parameter(value.to(device, dtype, copy=True)) for value in start]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.to(device, dtype)
+        optimizer = make(params, **hyper)
+        for _ in range(2):
+            optimizer.step()
+        return [param.detach().cpu() for param in params]
+
+    with gdfast.backend(backend):
+        ours = run(partial(optim.SGD, master_weights=masters), dtype, device)
+    return list(zip(ours, run(torch.optim.SGD, torch.float64, "cpu"), strict=True))
+
+
+def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
+    """Names, what to run, and the largest error that is right (0: the dtype's)."""
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    where: dict[str, str] = {"device": device, "backend": backend}
+    for case in _CONVOLUTIONS:
+        run = partial(passes, case, layout="channels_last", **where)
+        yield f"conv2d {case}, bfloat16", partial(run, bfloat16), 0
+        yield f"conv2d {case}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
+        yield f"conv2d {case}, tf32x3", partial(run, float32), 0
+        yield f"conv2d {case}, ieee", partial(run, float32, strict=True), 0
+    yield "conv2d NCHW", partial(passes, _CONVOLUTIONS[0], bfloat16, "NCHW", **where), 0
+    if backend == "cuda":
+        for tile in cuda_tiles.TILES:
+            run = partial(passes, _CONVOLUTIONS[1], layout="channels_last", by=tile, **where)
+            yield f"conv2d in tiles of {tile}, bfloat16", partial(run, bfloat16), 0
+            yield f"conv2d in tiles of {tile}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
+        yield from _hopper(where)
+    for case in _DEPTHWISE:
+        for layout in LAYOUTS:
+            for dtype in (bfloat16, float32):
+                run = partial(passes, case, dtype, layout, **where)
+                yield f"depthwise {case}, {layout}, {dtype}", run, 0
+    for layout in LAYOUTS:
+        for dtype in (bfloat16, float32):
+            for residual in (False, True):
+                run = partial(normalised, dtype, layout, residual, **where)
+                most = _NORM_ERROR if dtype == bfloat16 else 0
+                yield f"batch_norm_act, {layout}, {dtype}, residual {residual}", run, most
+            yield f"max_pool2d, {layout}, {dtype}", partial(pooled, dtype, layout, **where), 0
+    for dtype, masters in ((float32, False), (bfloat16, False), (bfloat16, True)):
+        yield f"sgd_, {dtype}, masters {masters}", partial(updated, dtype, masters, **where), 0
+
+
+def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
+    assert native.cuda is not None
+    if reason := native.cuda.hopper_missing(0):
+        print(f"conv2d for Hopper: not run: {reason}", flush=True)
+        return
+    for case in _HOPPER:
+        for name, channels in cuda_conv2d.HOPPER.items():
+            if channels:
+                run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
+                yield f"conv2d {case} by {name}", run, 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default="cuda", choices=("cuda", "triton", "reference"))
+    parser.add_argument("--device", help="default: cuda, but for the simulator and the reference")
+    parser.add_argument("-k", default="", metavar="PART", help="those with this in their name")
+    arguments = parser.parse_args()
+    simulated = native.cuda_is_simulated or arguments.backend == "reference"
+    device = arguments.device or ("cpu" if simulated else "cuda")
+    torch.manual_seed(0)
+    wrong = count = 0
+    with gdfast.autotune("off"):
+        for name, run, most in everything(device, arguments.backend):
+            if arguments.k not in name:
+                continue
+            count += 1
+            print(name, end=": ", flush=True)  # before it may crash
+            try:
+                pairs = run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                errors = [
+                    (relative_error(ours, exact), most or _ERROR[ours.dtype])
+                    for ours, exact in pairs
+                ]
+                bad = [f"{error:.1e}" for error, allowed in errors if not error <= allowed]
+                print(f"WRONG: errors {', '.join(bad)}" if bad else "right", flush=True)
+            except Exception as error:
+                bad = [str(error)]
+                print(f"failed: {type(error).__name__}: {error}", flush=True)
+            wrong += bool(bad)
+    print(f"{count - wrong} of {count} right")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
