@@ -205,11 +205,27 @@ def grid(rows: Mapping[str, Sequence[np.ndarray]], title: str) -> Figure:
 
 def png(figure: Figure) -> bytes:
     """A figure as a PNG file."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                _write_plainly(axis)
     for text in figure.findobj(require("matplotlib.text", "train", "drawing").Text):
         text.set_parse_math(False)  # names of classes and folders may have dollar signs
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
+
+
+def _write_plainly(axis: Any) -> None:
+    """Ticks of a logarithmic axis without TeX, which powers of ten are written in."""
+    low, high = axis.get_view_interval()
+    is_short = high < 100 * low  # then powers of ten alone are too few
+
+    def between(value: float, _: int) -> str:
+        return f"{value:g}" if is_short and f"{value:e}"[0] in "25" else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(between)
 
 
 def first_convolution(model: torch.nn.Module) -> Tensor | None:
