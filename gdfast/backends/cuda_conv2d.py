@@ -7,6 +7,7 @@ channels, those of a picture say, may be copied with zeros beside them that make
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from math import prod
@@ -60,7 +61,10 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
     tiles = cuda_tiles.candidates(op, query)
-    # Behind the others: their speed is not known before the tuner has timed them.
+    # Not by themselves before they have run on a GPU: what waits there for what never comes ends
+    # the process's use of it, which no comparison of results prevents.
+    if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
+        return tiles
     on_gpu = query.device.type == "cuda" and native.cuda is not None
     if not on_gpu or hopper_why_not(op, query):
         return tiles
