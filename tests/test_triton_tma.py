@@ -76,7 +76,7 @@ def test_borders_padding_and_channels(case: Conv2dCase) -> None:
 
 @pytest.mark.parametrize("box", [(1, 2, 16), (4, 8, 1), (16, 1, 2)], ids=str)
 def test_any_box(box: tuple[int, int, int]) -> None:
-    case = Conv2dCase("", 3, 24, 5, 3, 40, 3, 2, padding=(2, 1), dilation=(2, 3))
+    case = Conv2dCase("", 3, 24, 3, 4, 24, 2, 2, padding=(2, 1), dilation=(2, 3))
     check(case, whole(case, torch.float16), Tile(prod(box), 32, 16, 4, 2, box))
 
 

@@ -1,8 +1,8 @@
 """The boxes of pixels that programs of the TMA kernel make, and a few tiles of them.
 
 A box is so many images x rows x columns, each a power of 2. What of it lies past the last row,
-column or image is computed and not stored: 8 x 16 pixels waste a fifth of an image of 14 x 14, and
-boxes of several images less.
+column or image is computed and not stored: of boxes of 8 x 16 on images of 14 x 14 that is nearly a
+quarter, and of smaller squares of more images less.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _SHAPES = (
 )  # fmt: skip
 _LEAST_FILTERS = 64
 _MOST_CANDIDATES = 2
-_READ = 1 / 16  # the cost of a pixel that a box reads, in pixels that it makes
+# The cost of a pixel that a box reads, in pixels that it makes. Each tap reads from L2, whatever
+# the box; this is for what neighbouring boxes read from memory twice, where L2 does not hold it.
+_READ = 1 / 16
 
 
 class Images(NamedTuple):
