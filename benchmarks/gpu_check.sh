@@ -1,86 +1,195 @@
 #!/usr/bin/env bash
-# Checks and measures the GPU kernels on a machine that has a GPU, in under nine minutes:
+# Checks and measures the GPU kernels on a machine that has a GPU, in one call of under nine minutes:
 #
-#     benchmarks/gpu_check.sh DIR
+#     benchmarks/gpu_check.sh DIR [--dry-run]
 #
-# builds, runs the tests marked `gpu`, and compares the Triton kernels with native PyTorch (cuDNN) on
-# ResNet-50's layers in bfloat16, channels_last, 256 images. Everything is written to DIR as it
-# comes: what is there when time runs out is whole. The summary at the end tells what failed.
+# builds gdfast._cuda, runs the tests that need a GPU, puts every CUDA kernel under compute-sanitizer,
+# measures both GPU backends against native PyTorch (gpu_layers.py) and profiles the slowest layers.
+# DIR gets eight files as results come, the first to read being summary.txt; what is there when time
+# runs out is whole. The exit status is 1 where anything failed, 2 where nothing could be done.
 #
-# It has not been run on a GPU yet. What it needs: Linux, Python >= 3.10 with a CUDA build of torch
-# (PYTHON=..., default python3) and triton; nothing is downloaded unless these are missing from
-# PYTHON, in which case it says so and stops.
+# It has not been run on a GPU yet. It needs Linux, nvcc, a CUDA build of torch, triton, pybind11,
+# CMake >= 3.24, Ninja or make, and pytest (PYTHON=..., default python3); nothing is downloaded.
+# GPU_CHECK_SECONDS (default 525) bounds the whole, GPU_CHECK_ROWS (a part of their name) chooses
+# rows. With --dry-run nothing is built and no GPU is needed: native PyTorch stands for our kernels,
+# on tiny cases on the CPU.
 set -uo pipefail
 
-folder=${1:?"usage: $0 DIR, the folder that gets the results"}
+folder=${1:?"usage: $0 DIR [--dry-run]: the folder that gets the results"}
+dry=$([[ ${2:-} == --dry-run ]] && echo yes)
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
-limit=${GPU_CHECK_SECONDS:-530}
+limit=${GPU_CHECK_SECONDS:-525}
 started=$SECONDS
 mkdir -p "$folder" || exit 2
 folder=$(cd "$folder" && pwd)
-summary=$folder/summary.txt
-: > "$summary"
 cd "$root" || exit 2
-export PYTHONPATH=$root GDFAST_CACHE_DIR=$folder/cache TRITON_CACHE_DIR=$folder/triton-cache
-unset TRITON_INTERPRET
+scratch=$root/build/gpu-check
+summary=$folder/summary.txt
+for name in summary.txt build.log tests.log sanitizer.log profile.txt; do : > "$folder/$name"; done
+rm -f "$folder"/results.*
+export PYTHONPATH=$root PYTHONUNBUFFERED=1
+failed=0
+unset TRITON_INTERPRET GDFAST_CUDA_SIMULATE GDFAST_BACKEND GDFAST_AUTOTUNE
 
 left() { echo $((limit - (SECONDS - started))); }
 say() { echo "[$((SECONDS - started)) s] $*" | tee -a "$summary"; }
 
-# step NAME SECONDS COMMAND...: runs it for at most so long, with its output in DIR/NAME.log.
+# step NAME LOG SECONDS COMMAND...: runs it for at most so long, its output added to DIR/LOG.
 step() {
-  local name=$1 most=$2 status
-  shift 2
+  local name=$1 log=$folder/$2 most=$3 status
+  shift 3
   if (($(left) < most)); then most=$(left); fi
   if ((most < 5)); then
     say "$name: not run, no time left"
     return 1
   fi
-  timeout --signal=INT --kill-after=15 "$most" "$@" > "$folder/$name.log" 2>&1
-  status=$?
+  # INT first: pytest and others then tell what they know. Whole lines, since several may write.
+  timeout --signal=INT --kill-after=10 "$most" "$@" 2>&1 | sed -u "s/^/$name: /" >> "$log"
+  status=${PIPESTATUS[0]}
   case $status in
-    0) say "$name: done" ;;
+    0) say "$name: done; $(tail -n 400 "$log" | grep "^$name: " | tail -n 1 | cut -c 1-200)" ;;
     124 | 130 | 137) say "$name: stopped after $most s" ;;
     *)
       say "$name: failed with $status; the last lines:"
-      tail -n 5 "$folder/$name.log" | tee -a "$summary"
+      grep "^$name: " "$log" | tail -n 6 | cut -c 1-300 | tee -a "$summary"
       ;;
   esac
   return "$status"
 }
 
-"$python" - > "$folder/machine.json" 2> "$folder/machine.log" << 'PYTHON'
-import json, sys
+measure() { # SECONDS [OPTION]: rows of gpu_layers.py, and their table for the summary
+  step measure tests.log "$(($1 + 20))" "$python" benchmarks/gpu_layers.py "$folder" \
+    --seconds "$1" --only "${GPU_CHECK_ROWS:-}" ${2:+"$2"} || failed=1
+  [[ -s $folder/results.txt ]] && sed -n '/^| what | against/,/^$/p' "$folder/results.txt" >> "$summary"
+}
+
+profile() { # SECONDS
+  [[ -s $folder/results.json ]] || return
+  step profile profile.txt "$1" "$python" benchmarks/gpu_profile.py "$folder" --seconds "$1" ||
+    failed=1
+}
+
+if [[ $dry ]]; then
+  say "dry run: native PyTorch in the place of our kernels, on the CPU; times mean nothing"
+  step kernels sanitizer.log 120 "$python" benchmarks/gpu_kernels.py --backend reference \
+    -k "${GPU_CHECK_ROWS:-}" || failed=1
+  measure "$(($(left) - 100))" --dry-run
+  profile "$(($(left) - 20))"
+  say "results in $folder"
+  exit $failed
+fi
+
+# --- The machine ------------------------------------------------------------------------------
+
+if ! architecture=$("$python" - 2>> "$folder/build.log" << 'PYTHON'
+import sys
 import torch
 if not torch.cuda.is_available():
     sys.exit("torch.cuda.is_available() is False")
-import triton
 device = torch.cuda.get_device_properties(0)
-print(json.dumps({
-    "gpu": device.name, "capability": f"{device.major}.{device.minor}",
-    "multiprocessors": device.multi_processor_count, "gibibytes": round(device.total_memory / 2**30, 1),
-    "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-    "triton": triton.__version__, "python": sys.version.split()[0],
-}, indent=2))
+print(f"gpu {device.name}, torch {torch.__version__}", file=sys.stderr)
+# Hopper's own instructions need the a.
+print(f"{device.major}.{device.minor}" + "a" * (device.major == 9))
 PYTHON
-if [[ $? -ne 0 ]]; then
-  say "machine: cannot be used: $(tail -n 1 "$folder/machine.log")"
+); then
+  say "machine: cannot be used: $(tail -n 1 "$folder/build.log")"
   exit 2
 fi
-say "machine: $(tr -d '\n{}"' < "$folder/machine.json" | tr -s ' ')"
+say "machine: $(tail -n 1 "$folder/build.log"), compute capability $architecture"
 
-# The compiled modules, where a compiler is; the Triton kernels run without them.
-step build 100 "$python" -m pip install --no-build-isolation --no-deps -e . ||
-  say "build: going on without the compiled modules"
-step doctor 60 "$python" -m gdfast doctor
-failed=0
-# On INT, when its time is over, pytest tells what failed until then.
-step tests 240 "$python" -m pytest -v --tb=short -m gpu --maxfail=20 tests || failed=1
-seconds=$(($(left) - 30))
-step layers "$((seconds + 15))" "$python" benchmarks/gpu_layers.py "$folder/layers.json" \
-  --seconds "$seconds" || failed=1
-step layers-table 20 "$python" benchmarks/gpu_layers.py "$folder/layers.json" --table
-[[ -s $folder/layers-table.log ]] && cat "$folder/layers-table.log" >> "$summary"
+# What compilers and the choice of tiles remember stays out of DIR.
+mkdir -p "$scratch"
+export GDFAST_CACHE_DIR=$scratch/cache TRITON_CACHE_DIR=$scratch/triton
+export TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
+for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do
+  [[ -n $home && -d $home/bin ]] && export PATH=$PATH:$home/bin
+done
+# CMake and Ninja may be Python's packages.
+PATH=$PATH:$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+
+# --- Build, while Triton's and torch.compile's kernels are compiled too ------------------------
+
+build() {
+  local generator=() ninja
+  rm -rf "$scratch/native"
+  if ninja=$(command -v ninja); then generator=(-G Ninja "-DCMAKE_MAKE_PROGRAM=$ninja"); fi
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$architecture} cmake -S . -B "$scratch/native" \
+    "${generator[@]}" -DGDFAST_CUDA=ON -DGDFAST_BASELINE_ONLY=ON \
+    "-DCMAKE_CUDA_COMPILER=${CUDACXX:-$(command -v nvcc || echo nvcc)}" \
+    -DCMAKE_CUDA_FLAGS=-lineinfo "-DPython_EXECUTABLE=$(command -v "$python")" \
+    "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" &&
+    cmake --build "$scratch/native" --parallel "$(nproc)"
+}
+export -f build
+export scratch python architecture
+
+# launch COMMAND...: in the background, in a process group of its own; there, bash would otherwise
+# have INT ignored.
+launch() {
+  set -m
+  "$@" &
+  set +m
+}
+
+# Nothing of these may take a module that is half written: there is none for them.
+export GDFAST_NATIVE_DIR=$scratch/none
+warming=()
+for part in 0 1 2 3; do
+  launch env GDFAST_CACHE_DIR="$scratch/warm-cache" \
+    "$python" benchmarks/gpu_layers.py "$folder" --warm "$part/4" > /dev/null 2>&1
+  warming+=($!)
+done
+odd='test_odd_cases or test_nchw' # each compiles kernels of its own
+launch step triton-tests tests.log 165 "$python" -m pytest -q --tb=short -p no:cacheprovider \
+  --maxfail=30 -k "not ($odd)" tests/test_triton_gpu.py
+jobs_running=($!)
+launch step triton-odd tests.log 165 "$python" -m pytest -q --tb=short -p no:cacheprovider \
+  --maxfail=30 -k "$odd" tests/test_triton_gpu.py
+jobs_running+=($!)
+
+step build build.log 170 bash -c build || failed=1
+if compgen -G "$scratch/native/_cuda*.so" > /dev/null; then
+  export GDFAST_NATIVE_DIR=$scratch/native
+  built=yes
+else
+  # Of the tree's own modules, if any, nobody knows what they were built from.
+  say "build: no CUDA kernels; going on with Triton's alone"
+  built=
+  failed=1
+fi
+step doctor build.log 40 "$python" -m gdfast doctor
+
+# --- Tests and sanitizers, side by side: none of them is timed ---------------------------------
+
+if [[ $built ]]; then
+  cuda_files=$(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py | grep -v test_triton)
+  # shellcheck disable=SC2086  # a list of files
+  launch step cuda-tests tests.log 110 "$python" -m pytest -q --tb=short -p no:cacheprovider \
+    --continue-on-collection-errors --maxfail=30 -m 'gpu or cuda_simulator' $cuda_files
+  jobs_running+=($!)
+  if command -v compute-sanitizer > /dev/null; then
+    for tool in memcheck racecheck initcheck synccheck; do
+      # Without torch's allocator, whose large blocks would hide a step beyond a tensor's end.
+      launch step "$tool" sanitizer.log 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 30 \
+        "$python" benchmarks/gpu_kernels.py
+      jobs_running+=($!)
+    done
+  else
+    say "sanitizer: no compute-sanitizer in PATH; the kernels run without"
+    launch step kernels sanitizer.log 100 "$python" benchmarks/gpu_kernels.py
+    jobs_running+=($!)
+  fi
+fi
+for job in "${jobs_running[@]}"; do wait "$job" || failed=1; done
+# What is not yet compiled will be when its turn comes.
+for job in "${warming[@]}"; do kill -KILL -- "-$job" 2> /dev/null; done
+wait
+
+# --- Measurements, with nothing beside them ----------------------------------------------------
+
+measure "$(($(left) - 65))"
+profile "$(($(left) - 5))"
 say "results in $folder"
 exit $failed

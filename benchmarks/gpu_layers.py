@@ -168,6 +168,8 @@ def worker(dry: bool) -> int:
     """Does the jobs that it reads, and tells their results (see gpu_supervisor)."""
     orders = json.load(sys.stdin)
     budgets, at = orders["budgets"], where(dry)
+    if dry:
+        torch.set_num_threads(1)  # others may be busy
     found = gpu_rows.entries(dry)
     for job in orders["jobs"]:
         entry = found[job["id"]]
@@ -189,19 +191,25 @@ def worker(dry: bool) -> int:
                 return 3
         budgets[entry.row] -= time.monotonic() - began
         answer(end=job["id"], result=result)
-        gc.collect()
-        torch.compiler.reset()  # else the compiled functions of all entries are one's variants
-        if at.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _clean_up(at)
     return 0
+
+
+def _clean_up(at: Where) -> None:
+    gc.collect()
+    if at.device.type == "cuda":
+        # Else what torch.compile made for all entries would be variants of one function.
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
 
 
 def warm_up(part: str) -> int:
     """Compiles what Triton and torch.compile will need, as far as caches keep it; `part` is I/N."""
     index, parts = map(int, part.split("/"))
     at = where(False)
+    torch.cuda.set_per_process_memory_fraction(0.35)  # others run beside it
     # Those of torch.compile take longest, so they come first.
-    found = sorted(gpu_rows.entries(), key=lambda entry: entry.row == "ResNet-50 layers")
+    found = sorted(gpu_rows.entries(), key=lambda entry: "native compile" not in candidates(entry))
     for entry in found[index::parts]:
         set_up(entry)
         with contextlib.suppress(Exception):
@@ -209,9 +217,8 @@ def warm_up(part: str) -> int:
             for call in (work.native.get("compile"), work.ours("triton")):
                 if call is not None:
                     call()
-        gc.collect()
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+        work = call = None
+        _clean_up(at)
     return 0
 
 

@@ -69,10 +69,10 @@ def by_torch(document: dict[str, Any], seconds: float, write: Callable[[str], No
     """The steps first, each in full: of whole training they tell the most."""
     end, at = time.monotonic() + seconds, where(document["dry"])
     found = gpu_rows.entries(at.dry)
-    step = next(index for index, entry in enumerate(found) if entry.row == _STEP)
-    for number, backend in [
-        (step, "eager"), *((step, name) for name in BACKENDS), *slowest(document, _LAYERS),
-    ]:  # fmt: skip
+    measured = {entry["row"] for entry in document["entries"]}
+    steps = [index for index, e in enumerate(found) if e.row == _STEP and e.row in measured]
+    whole = [(step, name) for step in steps for name in ("eager", *BACKENDS)]
+    for number, backend in [*whole, *slowest(document, _LAYERS)]:
         entry = found[number]
         if time.monotonic() > end:
             write("no time left")
@@ -82,7 +82,7 @@ def by_torch(document: dict[str, Any], seconds: float, write: Callable[[str], No
             set_up(entry)
             work = entry.build(at)
             call = work.native[backend] if backend in work.native else work.ours(backend)
-            write(profiled(call, 25 if number == step else 8, at.dry))
+            write(profiled(call, 25 if number in steps else 8, at.dry))
         except Exception as error:
             write(words(error))
         work = call = None  # type: ignore[assignment]  # before the next one takes memory
