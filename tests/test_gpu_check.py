@@ -1,52 +1,214 @@
-"""benchmarks/gpu_check.sh and its table of layers, as far as they go without a GPU."""
+"""benchmarks/gpu_check.sh and what it runs, as far as they go without a GPU."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WORKER = """
+import json, os, sys, time
+for job in json.load(sys.stdin)["jobs"]:
+    def say(**event):
+        print("@" + json.dumps(event), flush=True)
+    id = job["id"]
+    say(begin=id)
+    for stage in ("cuda", "triton"):
+        if stage in job["without"]:
+            continue
+        say(stage=stage)
+        if (id, stage) == (0, "cuda"):
+            print("a last word", flush=True)
+            os._exit(9)
+        if (id, stage) == (1, "triton"):
+            time.sleep(60)
+    say(stage="time")
+    if id == 2:
+        os._exit(7)
+    say(end=id, result={"without": job["without"]})
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The scripts, as modules of one another."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_layers
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    return gpu_layers
+
+
+def run_check(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("needs bash")
+    return subprocess.run(
+        [bash, BENCHMARKS / "gpu_check.sh", folder, *options], capture_output=True, text=True,
+        timeout=600, env={**os.environ, "PYTHON": sys.executable, **more},
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_a_gpu_it_stops_and_says_why(tmp_path: Path) -> None:
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("needs bash")
-    result = subprocess.run(
-        [bash, BENCHMARKS / "gpu_check.sh", tmp_path / "out"], capture_output=True, text=True,
-        timeout=120, env={**os.environ, "PYTHON": sys.executable},
-    )  # fmt: skip
+    result = run_check(tmp_path / "out")
     assert result.returncode == 2, result.stdout + result.stderr
     assert "machine: cannot be used: torch.cuda.is_available() is False" in result.stdout
     assert "machine: cannot be used" in (tmp_path / "out" / "summary.txt").read_text()
 
 
-def test_the_table_tells_ratios_and_failures(tmp_path: Path) -> None:
-    file = tmp_path / "layers.json"
-    seconds = {"native": [2e-4, 2e-4], "triton": [1e-4, 1e-4], "native again": [2e-4, 2e-4]}
-    layers = [
-        {
-            "layer": "3x3",
-            "pass": "forward",
-            "seconds": seconds,
-            "flops": 10**11,
-            "tile": ["a-tile"],
-        },
-        {"layer": "1x1", "pass": "forward", "wrong": "error 1, allowed 0"},
-        {"layer": "1x1", "pass": "grad_input", "failed": "RuntimeError: no"},
+def test_a_dry_run_leaves_eight_whole_files(tmp_path: Path) -> None:
+    result = run_check(tmp_path, "--dry-run", GPU_CHECK_ROWS="SGD")
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = {"summary.txt", "build.log", "tests.log", "sanitizer.log", "profile.txt"}
+    assert {file.name for file in tmp_path.iterdir()} == names | {
+        f"results.{ending}" for ending in ("json", "txt", "svg")
+    }
+    summary = (tmp_path / "summary.txt").read_text()
+    for step in ("kernels", "measure", "profile"):
+        assert f"{step}: done" in summary
+    assert "| SGD | fused | cuda |" in summary
+    assert "== SGD: 3 tensors, update, triton, torch.profiler" in (
+        tmp_path / "profile.txt"
+    ).read_text()  # fmt: skip
+
+
+def test_a_worker_that_dies_or_hangs_costs_only_itself(gpu: ModuleType) -> None:
+    from gpu_supervisor import Job, supervise
+
+    results: list[tuple[int, dict[str, str], dict[str, Any]]] = []
+    candidates = ("cuda", "triton")
+    supervise(
+        [sys.executable, "-c", WORKER],
+        [Job(id, "row", candidates, 1.0) for id in range(4)],
+        {"row": 100.0},
+        lambda job, result: results.append((job.id, job.failed, result)),
+        seconds=60,
+    )
+    assert [id for id, *_ in results] == [0, 1, 2, 3]
+    assert results[0][1] == {"cuda": "the process ended with 9: a last word"}
+    assert results[0][2] == {"without": ["cuda"]}
+    assert results[1][1] == {"triton": "stopped after 1 s"}
+    assert results[1][2] == {"without": ["triton"]}
+    assert list(results[2][1]) == ["time"] and results[2][2] == {}
+    assert results[3][1:] == ({}, {"without": []})
+
+
+def test_no_time_is_spent_once_it_is_over(gpu: ModuleType) -> None:
+    from gpu_supervisor import Job, supervise
+
+    results: list[dict[str, Any]] = []
+    jobs = [Job(id, "row", ("cuda",), 1.0) for id in range(2)]
+    supervise(["no such program"], jobs, {"row": 1.0}, lambda _, r: results.append(r), seconds=0)
+    assert results == 2 * [{"skipped": "no time left"}]
+    results.clear()
+    command = [sys.executable, "-c", "raise SystemExit(1)"]
+    supervise(command, jobs, {"row": 1.0}, lambda _, r: results.append(r), seconds=60)
+    assert results == 2 * [{"skipped": "no worker starts"}]
+
+
+@pytest.mark.parametrize("row", ["ResNet-50 layers", "BatchNorm + ReLU", "SGD", "small steps",
+                                 "depthwise", "grouped", "float32 3x3"])  # fmt: skip
+def test_rows_are_checked_and_timed(row: str, gpu: ModuleType) -> None:
+    import gpu_rows
+
+    entries = [entry for entry in gpu_rows.entries(dry=True) if entry.row == row]
+    for entry in entries[-1:]:
+        result = gpu.measure(entry, [], gpu.where(True))
+        assert (result["wrong"], result["failed"]) == ({}, {})
+        assert {"ours cuda", "ours triton"} < set(result["seconds"])
+        for name in gpu.candidates(entry):
+            assert name in result["seconds"] or f"ours {name}" in result["seconds"]
+
+
+def test_what_is_wrong_is_not_timed(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_rows
+    import gpu_work
+
+    entry = next(entry for entry in gpu_rows.entries(dry=True) if entry.row == "grouped")
+    right = gpu_work.Where.run_by
+
+    def run_by(self: Any, backend: str) -> str:
+        if backend == "triton":
+            raise RuntimeError("no such kernel")
+        return right(self, backend)
+
+    monkeypatch.setattr(gpu_work.Where, "run_by", run_by)
+    monkeypatch.setattr(gpu_work, "allowed_error", lambda native, dtype, terms: -1.0)
+    result = gpu.measure(entry, [], gpu.where(True))
+    assert result["wrong"]["cuda"].startswith("result 0: error")
+    assert result["failed"] == {"triton": "RuntimeError: no such kernel"}
+    assert "seconds" not in result
+
+
+def test_every_goal_has_entries_and_a_budget(gpu: ModuleType) -> None:
+    import gpu_goals
+    import gpu_rows
+
+    for dry in (False, True):
+        entries = gpu_rows.entries(dry)
+        assert list(dict.fromkeys(entry.row for entry in entries)) == list(gpu_goals.SECONDS)
+        for goal in gpu_goals.GOALS:
+            assert any(
+                entry.row == goal.row
+                and goal.task in ("", entry.task)
+                and goal.layout in ("", entry.layout)
+                for entry in entries
+            )
+
+
+def document() -> dict[str, Any]:
+    def entry(name: str, **more: Any) -> dict[str, Any]:
+        facts = {"row": "ResNet-50 layers", "name": name, "task": "forward", "flops": 989 * 10**9,
+                 "bytes": 1, "peak": "bfloat16", "layout": "channels_last", "wrong": {},
+                 "failed": {}, "tiles": {"cuda": ["a-tile"]}, "graph": True,
+                 "null_spread": [0.98, 1.02]}  # fmt: skip
+        return {**facts, **more}
+
+    return {
+        "machine": {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2"},
+        "entries": [
+            entry("3x3", seconds={"native cuDNN": 8e-3, "ours cuda": 2e-3, "ours triton": 8e-3}),
+            entry("1x1", seconds={"native cuDNN": 1e-3, "ours cuda": 1e-3},
+                  wrong={"triton": "error 1"}),
+            entry("7x7", failed={"time": "the process ended with -9"}),
+            {"row": "ResNet-50 layers", "name": "5x5", "task": "forward",
+             "layout": "channels_last", "skipped": "no time left"},
+        ],
+    }  # fmt: skip
+
+
+def test_the_tables_tell_ratios_rooflines_and_failures(gpu: ModuleType) -> None:
+    import gpu_table
+
+    text = gpu_table.whole(document())
+    head = "| ResNet-50 layers | cuDNN |"
+    # Of 1 ms at the peak, 2 ms and 1 ms are 71 % in the geometric mean.
+    assert f"{head} cuda | 2.00 | 1 | yes, of a part | 71% | 2 of 4, 1 failed |" in text
+    assert f"{head} triton | 1.00 | 0.85 | yes, of a part | 12% | 1 of 4, 1 WRONG, 1 failed" in text
+    layer = "| ResNet-50 layers:"
+    assert f"{layer} 3x3 | forward | cuda | 2000.0 | cuDNN 4.00 | 50% | 0.98-1.02 | a-tile" in text
+    assert f"{layer} 1x1 | forward | triton | WRONG: error 1 |" in text
+    assert f"{layer} 7x7 | forward | cuda | time: the process ended with -9 |" in text
+    assert f"{layer} 5x5 | forward | cuda | no time left |" in text
+    assert gpu_table.share(document()["entries"][0], "cuda", "another GPU") is None
+
+
+def test_the_picture_is_xml(gpu: ModuleType) -> None:
+    import gpu_table
+
+    picture = ElementTree.fromstring(gpu_table.picture(document()))
+    bars = [
+        each for each in picture.iter() if each.tag.endswith("rect") and each.get("fill-opacity")
     ]
-    document = {"gpu": "a GPU", "torch": "2", "cudnn": 9, "layers": layers}
-    file.write_text(json.dumps(document))
-    command = [sys.executable, BENCHMARKS / "gpu_layers.py", file, "--table"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "| 3x3 | forward | 200.0 | 100.0 | 2.00 | 1.00 | 1000 | a-tile |" in text
-    assert "| 1x1 | forward | error 1, allowed 0 |" in text
-    assert "| 1x1 | grad_input | RuntimeError: no |" in text
+    assert len(bars) == 4  # of two goals and two backends
