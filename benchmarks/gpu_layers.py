@@ -144,12 +144,17 @@ def timed(calls: dict[str, Callable[[], Any]], work: Work, at: Where) -> dict[st
     result: dict[str, Any] = {"graph": False}
     if work.graph and at.device.type == "cuda":
         try:
-            calls = {name: captured(call) for name, call in calls.items()}
+            graphs = {}
+            for name, call in calls.items():
+                answer(stage=name.removeprefix("ours "))
+                graphs[name] = captured(call)
+            calls = graphs
             result["graph"] = True
         except Exception as error:  # then none is, so that all are timed alike
             result["not_a_graph"] = words(error)
             answer(note=words(error))
             _live_on(at)
+        answer(stage="time")
     natives = [name for name in calls if name.startswith("native")]
     times = timer.compare(
         calls, 1 if at.dry else ROUNDS, baselines=natives or None,

@@ -151,6 +151,21 @@ def test_what_is_wrong_is_not_timed(gpu: ModuleType, monkeypatch: pytest.MonkeyP
     assert "seconds" not in result
 
 
+def test_kernels_are_compared_one_by_one(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_kernels
+
+    words = ["gpu_kernels.py", "--backend", "reference", "-k"]
+    monkeypatch.setattr(sys, "argv", [*words, "max_pool2d"])
+    assert gpu_kernels.main() == 0
+    assert "4 of 4 right" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_kernels, "_ERROR", dict.fromkeys(gpu_kernels._ERROR, -1.0))
+    monkeypatch.setattr(sys, "argv", [*words, "sgd_, torch.float32"])
+    assert gpu_kernels.main() == 1
+    assert "sgd_, torch.float32, masters False: WRONG: errors" in capsys.readouterr().out
+
+
 def test_every_goal_has_entries_and_a_budget(gpu: ModuleType) -> None:
     import gpu_goals
     import gpu_rows
@@ -195,7 +210,7 @@ def test_the_tables_tell_ratios_rooflines_and_failures(gpu: ModuleType) -> None:
     head = "| ResNet-50 layers | cuDNN |"
     # Of 1 ms at the peak, 2 ms and 1 ms are 71 % in the geometric mean.
     assert f"{head} cuda | 2.00 | 1 | yes, of a part | 71% | 2 of 4, 1 failed |" in text
-    assert f"{head} triton | 1.00 | 0.85 | yes, of a part | 12% | 1 of 4, 1 WRONG, 1 failed" in text
+    assert f"{head} triton | 1.00 | 0.85 | yes, of a part | 13% | 1 of 4, 1 WRONG, 1 failed" in text
     layer = "| ResNet-50 layers:"
     assert f"{layer} 3x3 | forward | cuda | 2000.0 | cuDNN 4.00 | 50% | 0.98-1.02 | a-tile" in text
     assert f"{layer} 1x1 | forward | triton | WRONG: error 1 |" in text
