@@ -67,8 +67,9 @@ measure() { # SECONDS [OPTION]: rows of gpu_layers.py, and their table for the s
 
 profile() { # SECONDS
   [[ -s $folder/results.json ]] || return
-  step profile profile.txt "$1" "$python" benchmarks/gpu_profile.py "$folder" --seconds "$1" ||
-    failed=1
+  local most=$(($1 < 100 ? $1 : 100))
+  step profile profile.txt "$most" "$python" benchmarks/gpu_profile.py "$folder" \
+    --seconds "$((most - 10))" || failed=1
 }
 
 if [[ $dry ]]; then
@@ -185,8 +186,8 @@ if [[ $built ]]; then
 fi
 for job in "${jobs_running[@]}"; do wait "$job" || failed=1; done
 # What is not yet compiled will be when its turn comes.
-for job in "${warming[@]}"; do kill -KILL -- "-$job" 2> /dev/null; done
-wait
+for job in "${warming[@]}"; do kill -KILL -- "-$job"; done 2> /dev/null
+wait 2> /dev/null
 
 # --- Measurements, with nothing beside them ----------------------------------------------------
 

@@ -224,7 +224,7 @@ def main() -> int:
     wrong = count = 0
     with gdfast.autotune("off"):
         for name, run, most in everything(device, arguments.backend):
-            if arguments.k not in name:
+            if arguments.k.lower() not in name.lower():
                 continue
             count += 1
             print(name, end=": ", flush=True)  # before it may crash
