@@ -11,7 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "gdfast"
 
 # The longest name that fits decides a module's row.
 ROWS = (
-    ("errors", "extras", "files", "geometry", "mirror", "processor", "tensor_files"),
+    (
+        "errors",
+        "extras",
+        "files",
+        "geometry",
+        "tensor_cores",
+        "windows",
+        "mirror",
+        "processor",
+        "tensor_files",
+    ),
     ("native", "backends.triton"),
     ("backends",),
     ("ops",),

@@ -17,7 +17,8 @@ from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
 
 if INTERPRETED:
-    from gdfast.backends.triton import bind_conv2d, launch, windows
+    from gdfast import windows
+    from gdfast.backends.triton import bind_conv2d, launch
     from gdfast.backends.triton.bind_conv2d import Problem
     from gdfast.backends.triton.tiles import Tile
 

@@ -30,8 +30,8 @@ from gdfast.backends.triton import launch, tiles  # noqa: E402
 from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
 from gdfast.backends.triton.boxes import Images  # noqa: E402
 from gdfast.backends.triton.launch import A100, H100, Box, Launch  # noqa: E402
-from gdfast.backends.triton.precision import input_precision  # noqa: E402
 from gdfast.backends.triton.tiles import Product, Tile  # noqa: E402
+from gdfast.tensor_cores import input_precision  # noqa: E402
 
 pytestmark = NEEDS_TRITON
 PASSES = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")

@@ -22,9 +22,9 @@ from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
-from gdfast.backends.triton.precision import input_precision
-from gdfast.backends.triton.windows import Windows
 from gdfast.geometry import dense_strides
+from gdfast.tensor_cores import input_precision
+from gdfast.windows import Windows
 
 Copy = Callable[[Tensor], Tensor]
 

@@ -13,9 +13,9 @@ import torch
 
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dQuery
-from gdfast.backends.triton.precision import input_precision
-from gdfast.backends.triton.windows import Windows
 from gdfast.geometry import dense_strides
+from gdfast.tensor_cores import input_precision
+from gdfast.windows import Windows
 
 # Rows x columns of the sums that one block makes.
 TILES = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}

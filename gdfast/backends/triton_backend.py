@@ -27,6 +27,7 @@ from gdfast.backends.registry import (
     Conv2dQuery,
     Query,
 )
+from gdfast.tensor_cores import input_precision
 
 if TYPE_CHECKING:
     from gdfast.backends.triton.bind_conv2d import Problem
@@ -77,8 +78,6 @@ def why_not(query: Query) -> str:
 
 
 def _precision(dtype: torch.dtype, strict: bool) -> str:
-    from gdfast.backends.triton.precision import input_precision
-
     return input_precision(dtype, strict)
 
 

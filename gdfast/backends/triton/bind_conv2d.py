@@ -28,10 +28,10 @@ from gdfast.backends.triton import (
     tiles,
 )
 from gdfast.backends.triton.launch import INTERPRETED, Launch, channel_tile, power_of_2
-from gdfast.backends.triton.precision import PASSES
 from gdfast.backends.triton.tiles import Product, Tile
-from gdfast.backends.triton.windows import MOST, Windows
 from gdfast.geometry import Conv2dGeometry, dense_strides
+from gdfast.tensor_cores import PASSES
+from gdfast.windows import MOST, Windows
 
 Strides = tuple[int, ...]
 _FEW = 16  # channels: with fewer, a step takes several taps

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gdfast.backends.triton import max_pool2d, max_pool2d_grad
 from gdfast.backends.triton.launch import Launch, channel_tile
-from gdfast.backends.triton.windows import Windows
 from gdfast.geometry import MaxPool2dGeometry
+from gdfast.windows import Windows
 
 Strides = tuple[int, ...]
 

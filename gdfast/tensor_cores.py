@@ -9,7 +9,7 @@ PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
 
 
 def input_precision(dtype: torch.dtype, strict: bool) -> str:
-    """What `tl.dot` is told: TF32 where native's convolutions may use it, else as exact as float32.
+    """TF32 where native's convolutions may use it, else as exact as float32.
 
     `strict` rules out the three products of TF32 numbers in place of one, which turn an infinity
     into a NaN. It matters for float32 alone.
