@@ -286,7 +286,7 @@ def test_activations(activation: str, dtype: torch.dtype, cuda_device: torch.dev
         input, weight, bias, _ = values.values()
         input[0, 0, 0, 0] = torch.nan
         plain = torch.ops.gdfast.conv2d(
-            input.float(), weight.float(), bias.float(), case.stride, case.padding * 2,
+            input.double(), weight.double(), bias.double(), case.stride, case.padding * 2,
             case.dilation, case.groups, "reference",
         )  # fmt: skip
         expected = activate(plain, activation, 0.2).to(dtype)

@@ -152,7 +152,10 @@ def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) ->
     assert "no conv2d_grad_weight kernel" in cuda_conv2d.hopper_why_not("conv2d_grad_weight", query)
 
 
-def test_it_takes_half_types_alone_and_is_never_a_candidate(hopper: torch.device) -> None:
+def test_it_takes_half_types_alone_and_is_no_candidate_unasked(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GDFAST_HOPPER", raising=False)
     values = tensors(CASES[0], torch.float32, hopper)
     query = query_of(CASES[0], values)
     assert cuda_conv2d.hopper_why_not("conv2d", query) == "it takes half types"

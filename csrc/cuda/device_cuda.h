@@ -183,6 +183,7 @@ GDFAST_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const
 
 inline void check(const char* op, cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be told of it
     throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(error));
   }
 }
@@ -191,14 +192,19 @@ class DeviceGuard {
  public:
   DeviceGuard(const char* op, int device) {
     check(op, cudaGetDevice(&before_));
+    changed_ = before_ != device;
     check(op, cudaSetDevice(device));
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  // Setting a device that nobody uses would make a context there.
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 inline int multiprocessors(const char* op) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../batch_norm_problem.h"
 #include "../max_pool2d_problem.h"
@@ -10,6 +11,9 @@
 #include "sgd_chunks.h"
 
 namespace gdfast::cuda {
+
+// Why no kernel of this module runs on a device, or "".
+std::string why_not_device(int device);
 
 // One SGD update of several tensors on a stream of a device; hyper.grad_scale is not looked at.
 void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, const SgdScalars& scalars,

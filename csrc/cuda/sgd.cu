@@ -109,6 +109,23 @@ Launch choose(const SgdHyper& hyper, SgdGrad grad) {
 
 }  // namespace
 
+std::string why_not_device(int device) {
+#if defined(__CUDACC__)
+  try {
+    const DeviceGuard guard(kOp, device);
+    // Asking loads it: that fails where the driver or the GPU is too old for what was built.
+    cudaFuncAttributes attributes;
+    check(kOp, cudaFuncGetAttributes(&attributes,
+                                     sgd_kernel<SgdMomentum::kNone, SgdGrad::kRead, false, float>));
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+#else
+  static_cast<void>(device);
+#endif
+  return "";
+}
+
 void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, const SgdScalars& scalars,
          int device, uintptr_t stream) {
   const SgdGrad grad = scalars.grad_scale != nullptr ? SgdGrad::kUnscale

@@ -65,22 +65,32 @@ def path() -> Path | None:
 @cache
 def _machine() -> dict[str, Any]:
     """What the figures in a file hold for."""
-    try:
-        if native.cpu is None:
-            raise FileNotFoundError
-        kernels = hashlib.sha256(Path(native.cpu.__file__ or "").read_bytes()).hexdigest()
-    except OSError:
-        kernels = "unknown"
     return {
         "gdfast": gdfast.__version__,
-        "kernels": kernels[:16],
+        "kernels": _digest(native.cpu),
         "torch": str(torch.__version__),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
         "processor": processor.name(),
         "features": hashlib.sha256(processor.features().encode()).hexdigest()[:16],
         "cpus": processor.usable_cpus(),
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    """What decides how kernels run on a GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
+    return {"cuda": _digest(native.cuda), "driver": str(driver)}
+
+
+def _digest(module: Any) -> str:
+    try:
+        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()[:16]
+    except (AttributeError, OSError):
+        return "unknown"
 
 
 def read(file: Path) -> dict[str, Choice]:

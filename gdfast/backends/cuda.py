@@ -5,10 +5,12 @@ With GDFAST_CUDA_SIMULATE=1 a simulator runs them, on tensors of the CPU alone: 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from gdfast import native
-from gdfast.backends import batch_norm, cuda_conv2d, max_pool2d, sgd
+from gdfast.backends import batch_norm, cuda_conv2d, cuda_stream, max_pool2d, sgd
 from gdfast.backends.cuda_conv2d import algorithm, candidates
 from gdfast.backends.cuda_tiles import machine
 from gdfast.backends.max_pool2d import MaxPool2dQuery
@@ -25,11 +27,19 @@ def missing() -> str:
     return "" if torch.cuda.is_available() else "needs CUDA: torch.cuda.is_available() is False"
 
 
+@cache
+def _why_not_device(device: torch.device) -> str:
+    assert native.cuda is not None
+    return str(native.cuda.why_not_device(cuda_stream.current(device)[0]))
+
+
 def why_not(query: Query) -> str:
     if native.cuda_is_simulated and query.device.type != "cpu":
         return f"its simulator takes tensors on the CPU, not on {query.device.type}"
     if not native.cuda_is_simulated and query.device.type != "cuda":
         return f"it takes tensors on a GPU, not on {query.device.type}"
+    if reason := _why_not_device(query.device):
+        return reason
     if query.dtype not in sgd.DTYPES:
         return f"it takes {', '.join(sgd.DTYPES.values())}, not {query.dtype}"
     if query.layout is not torch.strided:

@@ -11,4 +11,5 @@ def current(device: torch.device) -> tuple[int, int]:
     """The index of a device and the address of its current stream; 0, 0 in the simulator."""
     if native.cuda_is_simulated:
         return 0, 0
-    return device.index, torch.cuda.current_stream(device).cuda_stream
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(device).cuda_stream

@@ -27,7 +27,7 @@ _STEP = 32  # products of one step in half types
 _LEAST_STEPS = 8  # of one split
 _MOST_SPLITS = 256
 _WAVES = 2  # blocks for each multiprocessor
-_MOST_POSITIONS = 2**30  # of one split
+_MOST_POSITIONS = 2**29  # of one split
 
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ from gdfast.backends.registry import (
     willing,
 )
 from gdfast.errors import mismatch
+from gdfast.tensor_cores import input_precision
 
 OFF, FORCE = "off", "force"
 NATIVE = "native"
@@ -273,14 +274,14 @@ def _timed_on_gpu(
     predicted: str, op: str, query: Conv2dQuery,
     calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...],
 ) -> Choice:  # fmt: skip
-    names = list(calls)
-    if native := calls.get(NATIVE):
-        ours = {name: call for name, call in calls.items() if name != NATIVE}
-        tf32 = torch.backends.cudnn.allow_tf32
-        plain = "conv2d" if op == "conv2d_act" else op
-        products = resolve(plain, query, REFERENCE).operations[plain](query)
-        names = [*tuning_check.agreeing(op, ours, native, products, arguments, tf32), NATIVE]
+    ours = {name: call for name, call in calls.items() if name != NATIVE}
+    plain = "conv2d" if op == "conv2d_act" else op
+    native, products = (resolve(o, query, REFERENCE).operations[o](query) for o in (op, plain))
+    tf32 = input_precision(query.dtype, strict=False) == "tf32"
+    names = tuning_check.agreeing(op, ours, native, products, arguments, tf32)
     timed = {name: partial(calls[name], *arguments) for name in names}
+    if NATIVE in calls:
+        timed[NATIVE] = partial(native, *arguments)
     return _timed(predicted, timed, partial(torch.cuda.synchronize, query.device))
 
 
