@@ -132,6 +132,9 @@ WRITERS: dict[str, Callable[[Tensor], Any]] = {
     "+=": lambda y: y.__iadd__(y * 2),
     "an item": lambda y: y.__setitem__(0, 1) or y,
     "F.relu by place": lambda y: F.relu(y, True),
+    "a view": lambda y: y.flatten(1).add_(1).view_as(y),
+    "a part": lambda y: (y[:, :1].mul_(2), y)[1],
+    "dropout": lambda y: F.elu_(F.dropout(y, 0.0)),
 }
 
 
@@ -146,6 +149,18 @@ def test_a_result_that_is_written_to(how: str, activation: str, calls: Calls) ->
     with torch.no_grad():
         torch.testing.assert_close(ours(images()), native(images()))
     assert calls == [("conv2d_act", activation, False)]
+
+
+def test_a_module_that_writes_to_a_view_of_the_result() -> None:
+    def model() -> nn.Module:
+        last = nn.Flatten(), nn.Dropout(0.0, inplace=True), nn.LazyLinear(2)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), *last)
+        layers.double()(images())
+        return layers
+
+    ours, native, report = pair(model)
+    assert [row.op for row in report.fused] == ["conv2d_act(leaky_relu, without gradients)"]
+    assert_same(ours, native, images())
 
 
 def test_a_block_s_result_that_is_written_to_outside() -> None:

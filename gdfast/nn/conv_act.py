@@ -51,7 +51,8 @@ class ConvAct(torch.nn.Module):
     for odd kernels and stride 1: dilation * (kernel_size - 1) // 2. `activation` is "none", "relu",
     "relu6", "leaky_relu" (with `negative_slope`) or "silu". `conv` and `act` are modules with the
     state_dict keys conv.weight and conv.bias; they run in one pass unless one of them was replaced
-    or carries hooks. input [N, C, H, W] or [C, H, W].
+    or carries hooks. input [N, C, H, W] or [C, H, W]. Backward reads the result of "relu", "relu6"
+    and "leaky_relu": it raises where that was written to meanwhile.
 
     Raises ValueError for another activation.
     """

@@ -38,6 +38,12 @@ _POOL_FUNCTIONS = (F.max_pool2d, torch.max_pool2d)
 _POOL_ARGUMENTS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 # Modules that leave what they are given as it was and give a new tensor.
 _PURE = (torch.nn.Conv2d, CONVOLUTION, torch.nn.Linear, *NORMS, *POOLS)
+# Functions that do.
+_NEW = (
+    operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul,
+    torch.cat, torch.conv2d, F.linear, F.batch_norm, F.avg_pool2d, F.adaptive_avg_pool2d,
+    *_POOL_FUNCTIONS,
+)  # fmt: skip
 
 Modules = dict[str, torch.nn.Module]
 
@@ -202,7 +208,19 @@ class Matcher:
         """
         if name in ("relu", "silu") or _is_in_place(act) or self._is_in_place_module(act):
             return False  # it is the same for both
-        return any(self._may_change(user) for user in act.users)
+        # What is no new tensor may be the result itself, or a part of it.
+        seen: set[Node] = set()
+        ahead = list(act.users)
+        while ahead:
+            node = ahead.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self._may_change(node):
+                return True
+            if not self._gives_new_tensor(node):
+                ahead += node.users
+        return False
 
     def _may_change(self, node: Node) -> bool:
         if node.op == "call_module":
@@ -210,6 +228,11 @@ class Matcher:
             known = cls.__module__.startswith(("torch.nn.", "gdfast.nn."))
             return not known or self._is_in_place_module(node)
         return node.op == "output" or _is_in_place(node)
+
+    def _gives_new_tensor(self, node: Node) -> bool:
+        if node.op == "call_module":
+            return type(self._modules[str(node.target)]) in (*_PURE, *_ACTIVATION_MODULES)
+        return node.op == "call_function" and node.target in (*_NEW, *_ACTIVATION_FUNCTIONS)
 
     def _is_in_place_module(self, node: Node) -> bool:
         if node.op != "call_module":
