@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_models import TRAINED
 from torch import Tensor
 
@@ -82,17 +83,24 @@ def test_the_same_bits_in_every_run() -> None:
 
 
 def test_the_current_stream_is_used() -> None:
-    image = torch.zeros(64, 32, 64, 64, device="cuda")
+    torch.manual_seed(0)
+    values = torch.randn(64, 32, 64, 64, device="cuda")
+    weight = torch.randn(32, 32, 3, 3, device="cuda")
+    image = torch.zeros_like(values)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(100_000_000)
-        image += 1
+        image += values
         pooled = ops.max_pool2d(image, 2, backend="cuda")
         normalised = ops.batch_norm_act(
             image, None, None, None, None, training=True, activation="none", backend="cuda"
         )
+        convolved = ops.conv2d(image, weight, padding=1, backend="cuda")
     torch.cuda.synchronize()
-    assert (pooled == 1).all() and (normalised == 0).all()
+    assert torch.equal(pooled, F.max_pool2d(values, 2))
+    torch.testing.assert_close(normalised, F.batch_norm(values, None, None, training=True))
+    exact = F.conv2d(values.double(), weight.double(), padding=1)
+    torch.testing.assert_close(convolved.double(), exact, rtol=1e-2, atol=1e-1)
 
 
 def test_a_step_can_be_recorded_as_a_graph() -> None:

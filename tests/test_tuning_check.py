@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gdfast.backends import tuning_check
+from gdfast.backends import Conv2dQuery, registry, tuning, tuning_check
 from gdfast.errors import FallbackWarning
+from gdfast.geometry import Conv2dGeometry, dense_strides
 
 
 def native(input: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -72,15 +73,45 @@ def test_tf32_agrees_only_where_it_is_allowed() -> None:
         assert agreeing(ours, *arguments(channels=2)) == []
 
 
-def test_no_numbers_are_compared_where_native_has_none() -> None:
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_what_tells_nothing_is_not_what_is_compared(value: float) -> None:
     input, weight, bias = arguments()
-    input[0, 0, 5, 5] = float("inf")
+
+    def zeros(*args: Any) -> tuple[Tensor, Tensor | None]:
+        output, total = native(*args)
+        return torch.zeros_like(output), total
+
+    with pytest.warns(FallbackWarning):
+        assert agreeing(zeros, input, torch.full_like(weight, value), bias) == []
+
+
+def test_a_lost_part_of_a_long_sum_is_found() -> None:
+    def long_sum(input: Tensor, grad: Tensor) -> Tensor:
+        return (grad.float() @ input.float()).bfloat16()
+
+    def ours(input: Tensor, grad: Tensor) -> Tensor:
+        rest = len(input) - len(input) // 64
+        return long_sum(input[:rest], grad[:, :rest])
+
+    values = torch.empty(200_000, 16, dtype=torch.bfloat16), torch.empty(16, 200_000).bfloat16()
+    check = {"ours": ours, "native": long_sum}
+    with pytest.warns(FallbackWarning):
+        found = tuning_check.agreeing("sum", check, long_sum, long_sum, values, False)
+    assert found == ["native"]
+
+
+def test_no_numbers_are_compared_where_native_has_none() -> None:
+    def infinite(*args: Any) -> tuple[Tensor, Tensor | None]:
+        output, total = native(*args)
+        output[0, 0, 5, 5] = float("inf")
+        return output, total
 
     def ours(*args: Any) -> tuple[Tensor, Tensor | None]:
-        output, total = native(*args)
+        output, total = infinite(*args)
         return output.where(output.isfinite(), float("nan")), total
 
-    assert agreeing(ours, input, weight, bias) == ["ours"]
+    calls = {"ours": ours}
+    assert tuning_check.agreeing("conv2d", calls, infinite, native, arguments(), False) == ["ours"]
 
 
 def test_an_activation_does_not_hide_the_size_of_what_it_was_given() -> None:
@@ -88,7 +119,7 @@ def test_an_activation_does_not_hide_the_size_of_what_it_was_given() -> None:
         return F.relu6(native(*args)[0]), None
 
     def ours(input: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        return relu6(input + 3e-5 * input.abs().max(), weight, bias)
+        return relu6(input + 2e-5 * input.abs().max(), weight, bias)
 
     def products(*args: Any) -> tuple[Tensor, Tensor | None]:
         return native(*args)[0], None
@@ -99,9 +130,34 @@ def test_an_activation_does_not_hide_the_size_of_what_it_was_given() -> None:
         assert not tuning_check.agreeing("conv2d_act", {"ours": ours}, relu6, relu6, args, False)
 
 
-def test_what_raises_is_passed_over() -> None:
-    def ours(*_: Any) -> Any:
+def test_what_raises_is_passed_over_but_for_want_of_memory() -> None:
+    def wrong(*_: Any) -> Any:
+        raise RuntimeError("no such thing")
+
+    def large(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    assert agreeing(ours, *arguments()) == []
-    assert tuning_check.agreeing("conv2d", {"ours": native}, ours, ours, arguments(), False) == []
+    assert agreeing(wrong, *arguments()) == []
+    with pytest.raises(torch.OutOfMemoryError):
+        agreeing(large, *arguments())
+
+
+def test_the_tuner_times_only_what_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    input, weight = torch.randn(2, 8, 12, 9), torch.randn(8, 8, 3, 3)
+    geometry = Conv2dGeometry.of("conv2d", input.shape, weight.shape, (1, 1), (1,) * 4, (1, 1), 1)
+    strides = input.stride(), weight.stride(), dense_strides(geometry.output_size, False)
+    query = Conv2dQuery(input.device, input.dtype, geometry=geometry, strides=strides)
+    reference = registry.resolve("conv2d", query, "reference").operations["conv2d"](query)
+
+    def zeros(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.zeros(geometry.output_size)
+
+    def ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(input.double(), weight.double(), padding=1).float()
+
+    for others in ({}, {"native": reference}):  # as when asked for by name, and under "auto"
+        calls = {"zeros": zeros, "ours": ours, **others}
+        with pytest.warns(FallbackWarning, match="conv2d: zeros"):
+            choice = tuning._timed_on_gpu("zeros", "conv2d", query, calls, (input, weight, None))
+        assert choice.seconds.keys() == {"ours", *others} and choice.name in choice.seconds

@@ -82,8 +82,15 @@ def _gpu() -> dict[str, str]:
     """What decides how kernels run on a GPU, where there is one."""
     if not torch.cuda.is_available():
         return {}
+    triton = hashlib.sha256()
+    for source in sorted(Path(__file__).with_name("triton").glob("*.py")):
+        triton.update(source.read_bytes())
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    return {"cuda": _digest(native.cuda), "driver": str(driver)}
+    return {
+        "cuda": _digest(native.cuda),
+        "triton": triton.hexdigest()[:16],
+        "driver": str(driver),
+    }
 
 
 def _digest(module: Any) -> str:

@@ -244,9 +244,14 @@ def _choose(
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return predicted
     if on_gpu:
-        choice = _timed_on_gpu(predicted.name, op, query, calls, arguments)
+        try:
+            choice = _timed_on_gpu(predicted.name, op, query, calls, arguments)
+        except RuntimeError:  # no memory for a comparison, or nothing to compare with
+            return predicted
     else:
         choice = _timed(predicted.name, {n: partial(c, *arguments) for n, c in calls.items()})
+    if not choice.seconds:
+        return choice  # nothing was found out that would be worth remembering
     if _mode == FORCE:
         _forced.add(key)
     _made[key] = _unsaved[key] = choice

@@ -16,9 +16,10 @@ from torch import Tensor
 from gdfast.errors import FallbackWarning
 
 # Of the sum of the products' magnitudes: what the order of sums, Winograd's transforms and, where
-# it is allowed, TF32 may cost. A wrong tap or border costs more.
-_SUM_ERROR = {torch.float64: 2.0**-40, torch.float32: 2.0**-13}
-_HALF_ERROR = 2.0**-10
+# it is allowed, TF32 may cost. A wrong tap or border costs more, and so does a lost part of a sum,
+# unless it is of very many. Products of half types are exact in float32.
+_SUM_ERROR = {torch.float64: 2.0**-40}
+_FLOAT32_ERROR = 2.0**-13
 _TF32_ERROR = 2.0**-9  # of two operands, cut off after 10 bits
 
 
@@ -30,22 +31,24 @@ def agreeing(
     arguments: tuple[Any, ...],
     tf32: bool,
 ) -> list[str]:
-    """Names of the calls whose results are native's but for rounding, on these arguments.
+    """Names of the calls whose results are native's but for rounding.
 
-    `products` is native's sum of products alone, without an activation that hides their size.
-    Warns of every other one. A call that raises a RuntimeError is passed over, here as by the
-    timer; where native itself does, for want of memory say, none agrees.
+    What is compared are random numbers in tensors like these arguments: where those are zeros, or
+    overflow, a wrong result would pass. `products` is native's sum of products alone, without an
+    activation that hides their size. Warns of every call that does not agree; one that raises a
+    RuntimeError is passed over, here as by the timer. Raises OutOfMemoryError, which tells nothing
+    of a call, and what native raises.
     """
-    try:
-        expected = native(*arguments)
-        magnitudes = products(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
-    except RuntimeError:
-        return []
+    arguments = tuple(_random_like(a) if isinstance(a, Tensor) else a for a in arguments)
+    expected = native(*arguments)
+    magnitudes = products(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
     names = []
     for name, call in calls.items():
         try:
             _poison(expected)
             excess = _excess(call(*arguments), expected, magnitudes, tf32)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # raises where the GPU is lost to this process
@@ -63,6 +66,17 @@ def agreeing(
     return names
 
 
+def _random_like(tensor: Tensor) -> Tensor:
+    """Numbers of a normal distribution, the same always, in the order of memory of a tensor."""
+    generator = torch.Generator(tensor.device).manual_seed(0)
+    # Where steps are 0 one number stands for many.
+    size = [1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    values = torch.empty_strided(
+        size, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    ).normal_(generator=generator)
+    return values.expand(tensor.shape)
+
+
 def _poison(expected: Any) -> None:
     """Leaves NaN in the memory that the next results will probably get: else what a kernel does not
     write is what the last one wrote there.
@@ -77,7 +91,7 @@ def _excess(result: Any, expected: Any, magnitudes: Any, tf32: bool) -> float:
     pairs = zip(_tensors(result), _tensors(expected), _tensors(magnitudes), strict=True)
     for ours, theirs, magnitude in pairs:
         dtype = theirs.dtype
-        sums = _SUM_ERROR.get(dtype, _HALF_ERROR)
+        sums = _SUM_ERROR.get(dtype, _FLOAT32_ERROR)
         if tf32 and dtype == torch.float32:
             sums = _TF32_ERROR
         wide = torch.promote_types(dtype, torch.float32)
