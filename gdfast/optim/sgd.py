@@ -41,9 +41,9 @@ class SGD(torch.optim.SGD):
     ends the step: it must follow each backward, and hyperparameters change after it. Refused with
     RuntimeError are a second backward before `step`, `zero_grad` between the two, create_graph,
     other post-accumulate-grad hooks on a parameter, DistributedDataParallel, several processes and
-    GradScaler, which `step` alone sees: then weights have changed by scaled gradients. What reads or
-    changes `.grad` between backward and step by hand can't be seen, and does nothing: clipping by
-    norm, above all. Hooks of `Tensor.register_hook` work.
+    GradScaler, which `step` alone sees: then weights have changed by scaled gradients. What reads
+    or changes `.grad` between backward and step by hand can't be seen, and does nothing: clipping
+    by norm, above all. Hooks of `Tensor.register_hook` work.
 
     `torch.amp.GradScaler` needs no pass of its own: the step divides gradients by the scale, and
     they stay so, as native's fused step leaves them. Where it found an infinity, nothing changes.
