@@ -68,6 +68,8 @@ def bind(
     if len(_kernels) >= KERNELS_LIMIT:
         forget_kernels()
     kernel, name = tuning.bind(op, query, backend, arguments)
+    if query.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return kernel  # nothing could be timed: the next call may
     _kernels[key] = kernel
     if name == tuning.NATIVE:
         _native.add(key)
