@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.gdfast-ready
 ASAN := build/asan
+# More for its CMake: -DGDFAST_BASELINE_ONLY=ON compiles a third.
+ASAN_CMAKE ?=
 SIMULATOR := build/simulator
 
 .DEFAULT_GOAL := help
@@ -57,7 +59,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 asan-build: $(READY)
-	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA_SIMULATOR=ON \
+	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA_SIMULATOR=ON $(ASAN_CMAKE) \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dpybind11_DIR="`$(BIN)/python -m pybind11 --cmakedir`"
 	$(BIN)/cmake --build $(ASAN)
