@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,14 +40,17 @@ for job in json.load(sys.stdin)["jobs"]:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The scripts, as modules of one another."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import gpu_layers
 
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    return gpu_layers
+    # The scripts set these; torch's own test helpers, once imported, forbid it.
+    flags = torch.backends.cudnn
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        before = flags.allow_tf32, flags.benchmark
+        yield gpu_layers
+        flags.allow_tf32, flags.benchmark = before
 
 
 def run_check(folder: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
