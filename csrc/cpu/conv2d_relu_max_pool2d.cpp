@@ -3,6 +3,9 @@
 //
 // The convolution's values exist in registers alone: vectors run over pooled outputs, and the
 // values of a window's places follow each other, compared as they come.
+#include <cmath>
+#include <limits>
+
 #include "kernels.h"
 #include "window_lanes.h"
 
@@ -44,8 +47,13 @@ class FusedPool {
       const Scratch scratch = carve(own);
       const int64_t n = task / lanes_.bands(), begin = task % lanes_.bands() * lanes_.band();
       const int64_t end = min_of(pool_.P, begin + lanes_.band());
-      lanes_.fill(input_ + n * conv_.input.n, begin, end, scratch.lanes);
-      run_band(n, begin, end, scratch);
+      const A largest = lanes_.fill(input_ + n * conv_.input.n, begin, end, scratch.lanes);
+      // No NaN comes of sums that cannot reach infinity; comparing them takes half as long.
+      if (largest * all_weights_ + all_biases_ < std::numeric_limits<A>::max() / 2) {
+        run_band<true>(n, begin, end, scratch);
+      } else {
+        run_band<false>(n, begin, end, scratch);
+      }
     });
   }
 
@@ -71,9 +79,13 @@ class FusedPool {
   // [block][bias, taps][kChannels]
   void pack_weights() {
     A* to = weights_;
+    all_weights_ = all_biases_ = 0;
     for (int64_t k0 = 0; k0 < blocks_ * kChannels; k0 += kChannels) {
       for (int64_t t = -1; t < taps_; ++t) {
-        for (int64_t k = k0; k < k0 + kChannels; ++k) *to++ = k < conv_.K ? weight_at(k, t) : A(0);
+        for (int64_t k = k0; k < k0 + kChannels; ++k, ++to) {
+          *to = k < conv_.K ? weight_at(k, t) : A(0);
+          (t < 0 ? all_biases_ : all_weights_) += std::abs(*to);
+        }
       }
     }
   }
@@ -85,6 +97,7 @@ class FusedPool {
         weight_[k * conv_.weight.n + c * conv_.weight.c + r * conv_.weight.h + s * conv_.weight.w]);
   }
 
+  template <bool kNumbers>
   void run_band(int64_t n, int64_t begin, int64_t end, const Scratch& scratch) const {
     const int64_t first = begin * pool_.Q, count = (end - begin) * pool_.Q;
     const bool flat = kSame<T, A> && pool_.output.w == 1 && pool_.output.h == pool_.Q;
@@ -96,11 +109,11 @@ class FusedPool {
       for (int64_t k0 = 0; k0 < conv_.K; k0 += kChannels) {
         Best<A> best[kChannels];
         if (places_ % 4 == 0) {
-          find_best<4>(from, k0, best);
+          find_best<4, kNumbers>(from, k0, best);
         } else if (places_ % 3 == 0) {
-          find_best<3>(from, k0, best);
+          find_best<3, kNumbers>(from, k0, best);
         } else {
-          find_best<1>(from, k0, best);
+          find_best<1, kNumbers>(from, k0, best);
         }
 #pragma GCC unroll 4
         for (int k = 0; k < kChannels; ++k) {
@@ -123,7 +136,7 @@ class FusedPool {
   }
 
   // Values of kPlaces places of each window at a time, a divisor of their number.
-  template <int kPlaces>
+  template <int kPlaces, bool kNumbers>
   GDFAST_INLINE void find_best(const A* from, int64_t k0, Best<A> (&best)[kChannels]) const {
     const A* weights = weights_ + k0 * (taps_ + 1);
 #pragma GCC unroll 4
@@ -154,7 +167,7 @@ class FusedPool {
       for (int j = 0; j < kPlaces; ++j) {
 #pragma GCC unroll 4
         for (int k = 0; k < kChannels; ++k) {
-          best[k].offer(rounded<T, A>(sum[k][j]), same_places<A>(place + j));
+          best[k].template offer<kNumbers>(rounded<T, A>(sum[k][j]), same_places<A>(place + j));
         }
       }
     }
@@ -184,6 +197,7 @@ class FusedPool {
   int64_t* tap_offsets_;
   int64_t* place_offsets_;
   A* weights_;
+  A all_weights_, all_biases_;  // sums of their magnitudes
 };
 
 }  // namespace

@@ -11,9 +11,6 @@ namespace {
 
 // Enough blocks for any number of threads, few enough that adding them up costs nothing.
 constexpr int64_t kBlocks = 16;
-// Taps at once: each vector of gradients that is read serves as many. The 9 of a 3x3 kernel have
-// accumulators enough to hide the latency of a product; one alone would have to wait for each.
-constexpr int kTaps = 9;
 constexpr uint8_t kNowhereStored = static_cast<uint8_t>(kNowhere);
 
 template <typename T>
@@ -106,34 +103,44 @@ class FusedGrad {
   // Adds the products of one channel's gradients with what each tap saw: [bias, taps][kLanes].
   void add_products(const Gradients& grads, const Scratch& scratch, A* sums) const {
     int64_t t = 0;
-    add_taps<0>(grads, scratch, t, sums);
-    for (; t + kTaps <= taps_; t += kTaps) add_taps<kTaps>(grads, scratch, t, sums);
-    for (; t + 4 <= taps_; t += 4) add_taps<4>(grads, scratch, t, sums);
-    for (; t < taps_; ++t) add_taps<1>(grads, scratch, t, sums);
+    if (conv_.R == 3 && conv_.S == 3) {
+      add_taps<9, true>(grads, scratch, t, sums);
+      for (t = 9; t < taps_; t += 9) add_taps<9, false>(grads, scratch, t, sums);
+      return;
+    }
+    add_taps<0, true>(grads, scratch, t, sums);
+    for (; t + 8 <= taps_; t += 8) add_taps<8, false>(grads, scratch, t, sums);
+    for (; t < taps_; ++t) add_taps<1, false>(grads, scratch, t, sums);
   }
 
-  // kCount taps from the first on; of none, the bias.
-  template <int kCount>
+  // kTaps taps from the first on, and the bias. The 9 are those of a 3x3 kernel, whose rows have
+  // one distance between their taps: three addresses and a distance fit the registers, nine do not.
+  template <int kTaps, bool kBias>
   void add_taps(const Gradients& grads, const Scratch& scratch, int64_t first, A* sums) const {
-    constexpr int kSums = kCount == 0 ? 1 : kCount;
-    A* to = kCount == 0 ? sums : sums + (first + 1) * kLanes<A>;
-    const A* at[kSums];
-    Vec<A> sum[kSums];
-#pragma GCC unroll 9
-    for (int t = 0; t < kSums; ++t) {
-      at[t] = kCount == 0 ? nullptr : scratch.lanes.stretches + tap_offsets_[first + t];
-      sum[t] = load(to + t * kLanes<A>);
+    constexpr bool kRows = kTaps == 9;
+    constexpr int kAddresses = kRows ? 3 : (kTaps > 1 ? kTaps : 1), kSums = kTaps > 1 ? kTaps : 1;
+    A* to = sums + (first + 1) * kLanes<A>;
+    const A* at[kAddresses];
+    Vec<A> sum[kSums], bias_sum{};
+    const int64_t step = kRows ? tap_offsets_[first + 1] - tap_offsets_[first] : 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < kAddresses && kTaps > 0; ++i) {
+      at[i] = scratch.lanes.stretches + tap_offsets_[first + i * (kRows ? 3 : 1)];
     }
-    const auto add = [&](Vec<A> grad, Places<A> place, int64_t i) __attribute__((always_inline)) {
-      if constexpr (kCount == 0) {
-        sum[0] += place == same_places<A>(kNowhereStored) ? Vec<A>{} : grad;
-      } else {
-        // Each gradient belongs to one place; at the others it counts as zero.
-        for (int64_t j = 0; j < places_; ++j) {
-          const Vec<A> taken = place == same_places<A>(j) ? grad : Vec<A>{};
-          const int64_t offset = place_offsets_[j] + i;
 #pragma GCC unroll 9
-          for (int t = 0; t < kCount; ++t) sum[t] += taken * load(at[t] + offset);
+    for (int t = 0; t < kTaps; ++t) sum[t] = load(to + t * kLanes<A>);
+    if constexpr (kBias) bias_sum = load(sums);
+    const auto add = [&](Vec<A> grad, Places<A> place, int64_t i) __attribute__((always_inline)) {
+      if constexpr (kBias) {
+        bias_sum += place == same_places<A>(kNowhereStored) ? Vec<A>{} : grad;
+      }
+      // Each gradient belongs to one place; at the others it counts as zero.
+      for (int64_t j = 0; j < places_ && kTaps > 0; ++j) {
+        const Vec<A> taken = place == same_places<A>(j) ? grad : Vec<A>{};
+        const int64_t offset = place_offsets_[j] + i;
+#pragma GCC unroll 9
+        for (int t = 0; t < kTaps; ++t) {
+          sum[t] += taken * load(kRows ? at[t / 3] + offset + t % 3 * step : at[t] + offset);
         }
       }
     };
@@ -152,7 +159,8 @@ class FusedGrad {
       add(load(values), load_places<A>(places), i);
     }
 #pragma GCC unroll 9
-    for (int t = 0; t < kSums; ++t) store<A>(to + t * kLanes<A>, sum[t]);
+    for (int t = 0; t < kTaps; ++t) store<A>(to + t * kLanes<A>, sum[t]);
+    if constexpr (kBias) store<A>(sums, bias_sum);
   }
 
   void write_out(int64_t k, int64_t blocks) const {

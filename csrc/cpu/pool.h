@@ -5,6 +5,10 @@
 #include "../max_pool2d_problem.h"
 #include "pack.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace gdfast::cpu {
 namespace {
 
@@ -21,8 +25,20 @@ GDFAST_INLINE Places<A> same_places(int64_t place) {
   return Places<A>{} + static_cast<PlaceOf<A>>(place);
 }
 
+// GCC 12 takes vectors of bytes below a whole register apart, hence the intrinsics.
 template <typename A, typename I>
 GDFAST_INLINE Places<A> load_places(const I* from) {
+  [[maybe_unused]] constexpr bool kBytes = sizeof(I) == 1 && sizeof(A) == 4;
+#if defined(__AVX512F__)
+  if constexpr (kBytes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Places<A>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kBytes) {
+    return (Places<A>)_mm256_cvtepu8_epi32(_mm_loadu_si64(from));
+  }
+#endif
   typedef I Narrow __attribute__((vector_size(kLanes<A> * sizeof(I))));
   Narrow narrow;
   std::memcpy(&narrow, from, sizeof narrow);
@@ -31,6 +47,24 @@ GDFAST_INLINE Places<A> load_places(const I* from) {
 
 template <typename A, typename I>
 GDFAST_INLINE void store_places(I* to, Places<A> places) {
+  [[maybe_unused]] constexpr bool kBytes = sizeof(I) == 1 && sizeof(A) == 4;
+#if defined(__AVX512F__)
+  if constexpr (kBytes) {
+    const __m128i bytes = _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)places);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (kBytes) {
+    // The lowest bytes of each half's four places, then the two halves side by side.
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+    const __m256i packed = _mm256_shuffle_epi8((__m256i)places, lowest);
+    const __m256i halves = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4);
+    const __m256i joined = _mm256_permutevar8x32_epi32(packed, halves);
+    _mm_storeu_si64(to, _mm256_castsi256_si128(joined));
+    return;
+  }
+#endif
   typedef I Narrow __attribute__((vector_size(kLanes<A> * sizeof(I))));
   const Narrow narrow = __builtin_convertvector(places, Narrow);
   std::memcpy(to, &narrow, sizeof narrow);
@@ -78,8 +112,11 @@ struct Best {
   Vec<A> value;
   Places<A> place;
 
+  // A NaN is larger than all, where `kNumbers` does not promise that there is none.
+  template <bool kNumbers = false>
   GDFAST_INLINE void offer(Vec<A> candidate, Places<A> candidate_place) {
-    const Places<A> better = (candidate > value) | (candidate != candidate);
+    Places<A> better = candidate > value;
+    if constexpr (!kNumbers) better |= candidate != candidate;
     value = better ? candidate : value;
     place = better ? candidate_place : place;
   }

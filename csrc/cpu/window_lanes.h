@@ -6,6 +6,8 @@
 // each times one weight, and so is its gradient in the weight.
 #pragma once
 
+#include <limits>
+
 #include "pool.h"
 
 namespace gdfast::cpu {
@@ -54,14 +56,19 @@ class WindowLanes {
             carver.template take<A>(conv_.W)};
   }
 
-  // Sorts what output lines [begin, end) of one image see.
-  void fill(const T* image, int64_t begin, int64_t end, const Scratch& scratch) const {
+  // Sorts what output lines [begin, end) of one image see. Returns the largest magnitude there is
+  // among it, a NaN where there is one.
+  A fill(const T* image, int64_t begin, int64_t end, const Scratch& scratch) const {
     const int64_t used = (end - begin) * outputs_w_;
+    PlaceOf<A> largest = 0;
     for (int64_t c = 0; c < conv_.C; ++c) {
       for (int64_t i = 0; i < line_count(end - begin); ++i) {
         copy_line(image + c * conv_.input.c, begin * step_h_ - conv_.pad_h + i,
                   scratch.lines + i * line_size(), scratch.line);
       }
+      const int64_t count = line_count(end - begin) * line_size();
+      const PlaceOf<A> magnitude = largest_magnitude(scratch.lines, count);
+      largest = magnitude > largest ? magnitude : largest;
       for (int64_t y = 0; y < height_; ++y) {
         for (int64_t x = 0; x < width_; ++x) {
           const int64_t w = x - conv_.pad_w, shift = floor_quotient(w, step_w_);
@@ -79,9 +86,25 @@ class WindowLanes {
         }
       }
     }
+    A magnitude;
+    std::memcpy(&magnitude, &largest, sizeof magnitude);
+    return magnitude;
   }
 
  private:
+  // As the bits of a number: without their sign, numbers have the order of their bits, and NaN
+  // comes after infinity.
+  static PlaceOf<A> largest_magnitude(const A* values, int64_t count) {
+    PlaceOf<A> largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      PlaceOf<A> bits;
+      std::memcpy(&bits, values + i, sizeof bits);
+      bits &= std::numeric_limits<PlaceOf<A>>::max();
+      largest = bits > largest ? bits : largest;
+    }
+    return largest;
+  }
+
   int64_t line_size() const { return step_w_ * columns_; }
   int64_t line_count(int64_t outputs) const { return (outputs - 1) * step_h_ + height_; }
 
