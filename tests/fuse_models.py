@@ -189,7 +189,10 @@ Row = tuple[str, list[str], str]
 
 # What makes the model, and what the report should say of it.
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
-    "article": (Article, [("", ["conv1", "torch.relu", "F.max_pool2d"], TRIPLE)]),
+    "article": (
+        Article,
+        [("", ["conv1", "torch.relu", "F.max_pool2d"], TRIPLE), ("", ["fc"], "linear")],
+    ),
     "pool first": (
         PoolFirst,
         [

@@ -116,6 +116,18 @@ def test_ties_and_nan_are_native_s(case: FusedPoolCase, isa: str) -> None:
         torch.testing.assert_close(*results, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("value", [torch.inf, 3e38], ids=["infinity", "overflow"])
+def test_sums_without_a_value_are_native_s(value: float, isa: str) -> None:
+    # Infinities of both signs add up to a NaN that no argument has.
+    input, weight = torch.ones(2, 1, 12, 20), torch.ones(3, 1, 3, 3)
+    input[:, :, 5, 4:6] = value
+    input[1, :, 5, 4] = -torch.inf
+    outputs = [f(input, weight, None) for f in (ops.conv2d_relu_max_pool2d, composed)]
+    assert outputs[1].isinf().any() and (value != torch.inf or outputs[1].isnan().any())
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_of_any_order(case: FusedPoolCase) -> None:
     torch.set_num_threads(1)

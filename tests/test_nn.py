@@ -121,7 +121,7 @@ def test_parametrized_and_pruned() -> None:
 
 
 def test_other_names_are_torch_s() -> None:
-    assert nn.Linear is torch.nn.Linear
+    assert nn.Bilinear is torch.nn.Bilinear
     assert nn.Module is torch.nn.Module
     assert nn.init is torch.nn.init
     assert nn.functional.relu is F.relu

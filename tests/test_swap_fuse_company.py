@@ -247,3 +247,60 @@ def test_our_models_are_fused_to_the_last_norm(name: str, monkeypatch: Any) -> N
         model(torch.randn(2, 3, 64, 64))
     assert activations == []
     assert len(ran) >= len(groups)
+
+
+class _Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + y
+
+
+def test_a_norm_added_to_itself() -> None:
+    ours, native = two(_Doubled)
+    batch = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(ours(batch), native(batch))
+
+
+def test_a_fusing_that_fails_leaves_the_model_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdfast.swap import fuse
+
+    model = nn.Sequential(blocks(), blocks())
+    installed = []
+
+    def install(module: nn.Module, *arguments: Any) -> None:
+        if installed:
+            raise ArithmeticError("the second one")
+        installed.append(module)
+        run(module, *arguments)
+
+    run = fuse.install
+    monkeypatch.setattr(fuse, "install", install)
+    with pytest.raises(ArithmeticError):
+        gdfast.swap_(model, fuse=True)
+    assert installed
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not type(module).__module__.startswith("gdfast")
+
+
+def test_replicas_of_data_parallel_run_their_own_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    gdfast.swap_(model, fuse=True)
+    assert "forward" in vars(model)
+    batch = torch.randn(2, 3, 6, 6)
+    for original in (model, copy.deepcopy(model)):
+        replica = original._replicate_for_data_parallel()  # as torch.nn.parallel.replicate does
+        for name, child in original.named_children():
+            own = child._replicate_for_data_parallel()
+            for key, parameter in child.named_parameters():
+                setattr(own, key, torch.zeros_like(parameter))
+            own._buffers = dict(child._buffers)
+            replica._modules[name] = own
+        assert not replica(batch).any()
+        assert original(batch).any()
+    gdfast.restore_(model)
+    assert "_replicate_for_data_parallel" not in vars(model)

@@ -153,7 +153,7 @@ def test_a_result_that_is_written_to(how: str, activation: str, calls: Calls) ->
 
 def test_a_module_that_writes_to_a_view_of_the_result() -> None:
     def model() -> nn.Module:
-        last = nn.Flatten(), nn.Dropout(0.0, inplace=True), nn.LazyLinear(2)
+        last = nn.Flatten(), nn.Dropout(0.0, inplace=True), nn.LazyLinear(20)
         layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.2), *last)
         layers.double()(images())
         return layers

@@ -15,6 +15,8 @@ namespace {
    isa::max_pool2d_grad,                    \
    isa::conv2d_relu_max_pool2d,             \
    isa::conv2d_relu_max_pool2d_grad_weight, \
+   isa::linear,                             \
+   isa::linear_backward,                    \
    isa::sgd,                                \
    isa::batch_norm,                         \
    isa::batch_norm_backward}

@@ -6,6 +6,7 @@
 
 #include "../batch_norm_problem.h"
 #include "../conv2d_problem.h"
+#include "../linear_problem.h"
 #include "../max_pool2d_problem.h"
 #include "../sgd_math.h"
 
@@ -39,6 +40,14 @@ namespace gdfast::cpu {
                                           const void* grad_output, const uint8_t* argmax,          \
                                           const void* input, void* grad_weight, void* grad_bias,   \
                                           int threads);                                            \
+  /* output [N, K] = input [N, C] times weight [K, C] transposed, plus bias [K], which may be      \
+     null. For few outputs, and at least a vector's worth of columns. */                           \
+  void linear(const LinearProblem& problem, const void* input, const void* weight,                 \
+              const void* bias, void* output, int threads);                                        \
+  /* Its gradients; each may be null. grad_output, grad_input and grad_weight are contiguous. */   \
+  void linear_backward(const LinearProblem& problem, const void* grad_output, const void* input,   \
+                       const void* weight, void* grad_input, void* grad_weight, void* grad_bias,   \
+                       int threads);                                                               \
   /* One SGD update of several tensors in one pass over memory; see sgd_math.h. */                 \
   void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int threads);           \
   /* Batch normalisation, residual and activation; see batch_norm_problem.h. In training the       \
@@ -65,6 +74,8 @@ struct KernelTable {
   decltype(&baseline::max_pool2d_grad) max_pool2d_grad;
   decltype(&baseline::conv2d_relu_max_pool2d) conv2d_relu_max_pool2d;
   decltype(&baseline::conv2d_relu_max_pool2d_grad_weight) conv2d_relu_max_pool2d_grad_weight;
+  decltype(&baseline::linear) linear;
+  decltype(&baseline::linear_backward) linear_backward;
   decltype(&baseline::sgd) sgd;
   decltype(&baseline::batch_norm) batch_norm;
   decltype(&baseline::batch_norm_backward) batch_norm_backward;

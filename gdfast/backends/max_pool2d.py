@@ -56,11 +56,9 @@ def nowhere(argmax: Tensor) -> int:
 def problem(query: MaxPool2dQuery, kernels: Any) -> Any:
     """The description of a query that a compiled module takes."""
     g = query.geometry
-    # A step over nothing may be larger than memory: kernels get 1 in its place.
-    stride, dilation = (
-        tuple(1 if n == 1 else step for step, n in zip(steps, counts, strict=True))
-        for steps, counts in ((g.stride, (g.P, g.Q)), (g.dilation, (g.R, g.S)))
-    )
+    # A step over nothing may be larger than memory. Kernels get one that leaves windows apart.
+    stride = g.R if g.P == 1 else g.stride[0], g.S if g.Q == 1 else g.stride[1]
+    dilation = 1 if g.R == 1 else g.dilation[0], 1 if g.S == 1 else g.dilation[1]
     return kernels.MaxPool2dProblem(
         (g.N, g.C, g.H, g.W, g.R, g.S, g.P, g.Q), stride, g.padding, dilation,
         DTYPES[query.dtype], *query.strides, query.relu,

@@ -278,6 +278,8 @@ FUSED_POOLS: tuple[FusedPoolCase, ...] = (
                   (3, 2), (3, 4)),
     FusedPoolCase("5x5-bands", Conv2dCase("", 2, 1, 150, 200, 6, 5, 5, padding=(2, 2))),
     FusedPoolCase("wide", Conv2dCase("", 1, 1, 6, 400, 3, 3, 3, padding=(1, 1))),
+    FusedPoolCase("one-line", Conv2dCase("", 2, 3, 4, 24, 5, 3, 3)),
+    FusedPoolCase("one-output", Conv2dCase("", 2, 1, 5, 5, 3, 3, 3), (3, 2), (9, 9)),
     FusedPoolCase("batch-0", Conv2dCase("", 0, 1, 8, 8, 2, 3, 3)),
     FusedPoolCase("8-channels", Conv2dCase("", 2, 8, 12, 12, 5, 3, 3, padding=(1, 1)), fused=False),
     FusedPoolCase("groups", Conv2dCase("", 2, 4, 12, 11, 6, 3, 3, groups=2), fused=False),

@@ -17,6 +17,7 @@ from gdfast.mirror import mirror_submodules as _mirror_submodules
 from gdfast.nn import functional as functional  # type: ignore[no-redef]
 from gdfast.nn.conv import Conv2d as Conv2d
 from gdfast.nn.conv_act import ConvAct as ConvAct
+from gdfast.nn.linear import Linear as Linear
 from gdfast.nn.norm import BatchNorm2d as BatchNorm2d
 from gdfast.nn.norm import BatchNormAct2d as BatchNormAct2d
 from gdfast.nn.norm import ConvNormAct as ConvNormAct
@@ -38,5 +39,5 @@ def __dir__() -> list[str]:
 # Ours go by the names of torch's. What torch has not is here too, but no star imports it.
 __all__ = [name for name in dir(torch.nn) if not name.startswith("_")]
 _mirror_submodules(
-    __name__, "torch.nn", own=("block", "conv", "conv_act", "functional", "norm", "pool")
+    __name__, "torch.nn", own=("block", "conv", "conv_act", "functional", "linear", "norm", "pool")
 )

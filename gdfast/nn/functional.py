@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 from torch import Tensor
 
 from gdfast.ops.conv2d import conv2d as conv2d  # type: ignore[no-redef]
+from gdfast.ops.linear import linear as linear
 from gdfast.ops.max_pool2d import max_pool2d as _max_pool2d
 
 

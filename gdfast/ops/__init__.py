@@ -4,6 +4,7 @@ from gdfast.ops.batch_norm import batch_norm_act
 from gdfast.ops.conv2d import Conv2dFunction, conv2d
 from gdfast.ops.conv2d_act import Conv2dActFunction, conv2d_act
 from gdfast.ops.conv2d_relu_max_pool2d import ConvReluMaxPool2dFunction, conv2d_relu_max_pool2d
+from gdfast.ops.linear import LinearFunction, linear
 from gdfast.ops.max_pool2d import MaxPool2dFunction, max_pool2d
 from gdfast.ops.nms import nms
 from gdfast.ops.sgd import SgdFunction, sgd, sgd_
@@ -12,12 +13,14 @@ __all__ = [
     "Conv2dActFunction",
     "Conv2dFunction",
     "ConvReluMaxPool2dFunction",
+    "LinearFunction",
     "MaxPool2dFunction",
     "SgdFunction",
     "batch_norm_act",
     "conv2d",
     "conv2d_act",
     "conv2d_relu_max_pool2d",
+    "linear",
     "max_pool2d",
     "nms",
     "sgd",

@@ -122,7 +122,8 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    input, weight, _, *ctx.arguments = inputs
+    input, weight, bias, *ctx.arguments = inputs
+    ctx.has_bias = bias is not None
     need_input, need_weight, _ = ctx.needs_input_grad[:3]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
     note_sizes(ctx, input, weight)
@@ -226,18 +227,26 @@ class Conv2dFunction(torch.autograd.Function):
         input, weight = ctx.saved_tensors  # once: checkpointing allows no second time
         gradients = conv_gradients(ctx, grad_output, input, weight)
         if all(ctx.needs_input_grad[:2]) and ctx.arguments[-1] == AUTO:
-            key_of_layer = partial(_layer_key, input, weight, ctx.arguments)
-            key_of_forward = partial(
-                conv2d_dispatch.conv2d_key, input, weight, None, *ctx.arguments
-            )
+            key_of_layer = partial(_layer_key, input, weight, ctx.has_bias, ctx.arguments)
+            key_of_forward = partial(_forward_key, input, weight, ctx.has_bias, ctx.arguments)
             learn_whether_native(ctx, grad_output, input, weight, key_of_layer, key_of_forward)
         return *gradients, *[None] * 5
 
 
-def _layer_key(input: Tensor, weight: Tensor, arguments: Sequence[Any]) -> tuple[Any, ...]:
+def _forward_key(
+    input: Tensor, weight: Tensor, has_bias: bool, arguments: Sequence[Any]
+) -> tuple[Any, ...]:
+    bias = weight.new_empty(weight.shape[0]) if has_bias else None  # as the layer's own was
+    return conv2d_dispatch.conv2d_key(input, weight, bias, *arguments)
+
+
+def _layer_key(
+    input: Tensor, weight: Tensor, has_bias: bool, arguments: Sequence[Any]
+) -> tuple[Any, ...]:
     stride, padding, dilation, groups, _ = arguments
     return (
         input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(),
+        has_bias,
         *stride, *padding, *dilation, groups, tuning.situation(),
     )  # fmt: skip
 
@@ -274,15 +283,15 @@ def learn_whether_native(
 def _conv2d_native(inputs: tuple[Any, ...]) -> Tensor | None:
     """The layer's output by native's own operator, where it was chosen for all of the layer."""
     input, weight, bias, *arguments = inputs
-    if not (conv2d_dispatch.all_native and bias is None and arguments[-1] == AUTO):
+    if not (conv2d_dispatch.all_native and arguments[-1] == AUTO):
         return None
-    if not (input.requires_grad and weight.requires_grad and are_ordinary((input, weight))):
+    if not (input.requires_grad and weight.requires_grad and are_ordinary((input, weight, bias))):
         return None
-    if not conv2d_dispatch.all_native.get(_layer_key(input, weight, arguments)):
+    if not conv2d_dispatch.all_native.get(_layer_key(input, weight, bias is not None, arguments)):
         return None
     stride, padding, dilation, groups, _ = arguments
     with torch._C._DisableAutocast():  # what is to be cast has been
-        return F.conv2d(input, weight, None, stride, padding[:2], dilation, groups)
+        return F.conv2d(input, weight, bias, stride, padding[:2], dilation, groups)
 
 
 class _GradInputFunction(torch.autograd.Function):

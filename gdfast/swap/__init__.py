@@ -33,6 +33,7 @@ _CLASSES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {torch.nn.Conv2d:
 _NATIVE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     **{ours: native for native, ours in _CLASSES.items()},
     nn.BatchNorm2d: torch.nn.BatchNorm2d,
+    nn.Linear: torch.nn.Linear,
     nn.MaxPool2d: torch.nn.MaxPool2d,
 }
 _OPERATIONS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
@@ -63,11 +64,12 @@ def swap_(
     one of our operations computes: BatchNorm2d with a residual and an activation, convolution with
     an activation or with ReLU and max pooling, in `Sequential`s and in forwards written out. They
     are attributes of the instances, read parameters and modes at the call, and run the class's
-    forward where a hook was added or something replaced. BatchNorm2d and MaxPool2d without such
-    neighbours run on our operations too, where `filter_fn` is true for them. The report lists what
-    was fused, and the forwards that could not be, with the reason. Where a convolution's ReLU6 or
-    LeakyReLU might be written to before backward, which native's allow, the two are one only
-    "without gradients".
+    forward where a hook was added or something replaced. `copy.deepcopy` and pickle take them
+    along; before `copy.copy` and `torch.jit.script` call `restore_`. BatchNorm2d and MaxPool2d
+    without such neighbours, and Linear of at most 16 outputs, run on our operations too, where
+    `filter_fn` is true for them. The report lists what was fused, and the forwards that could not
+    be, with the reason. Where a convolution's ReLU6 or LeakyReLU might be written to before
+    backward, which native's allow, the two are one only "without gradients".
 
     Raises TypeError where the model is no `torch.nn.Module` or `filter_fn` no function.
     """

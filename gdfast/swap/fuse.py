@@ -11,9 +11,10 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
+from gdfast.backends.linear import MOST_OUTPUTS
 from gdfast.swap import layers
 from gdfast.swap.match import NORMS, POOLS, Group, Matcher, drop_identities, rewrite
-from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked
+from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked, uncarry
 from gdfast.swap.report import Fused, Skipped, qualified
 from gdfast.swap.trace import STACK, Trace, Untraceable, trace
 
@@ -23,6 +24,7 @@ Modules = dict[str, torch.nn.Module]
 _LAYERS: dict[type[torch.nn.Module], tuple[str, Callable[..., Any]]] = {
     torch.nn.BatchNorm2d: ("batch_norm_act", layers.norm_act),
     torch.nn.MaxPool2d: ("max_pool2d", layers.pool),
+    torch.nn.Linear: ("linear", layers.linear),
 }
 
 
@@ -44,14 +46,27 @@ def fuse_neighbours(
 ) -> Fusion:
     """Gives new forwards to the modules that have neighbours to fuse, and to single layers.
 
-    `allowed(module, name)` says of a norm or pooling layer whether it may be fused.
+    `allowed(module, name)` says of a norm, pooling or linear layer whether it may be fused.
     """
     fusion = Fusion()
+    try:
+        _fuse_all(model, allowed, fusion)
+    except BaseException:
+        unfuse(fusion.modules)
+        raise
+    return fusion
+
+
+def _fuse_all(
+    model: torch.nn.Module,
+    allowed: Callable[[torch.nn.Module, str], bool] | None,
+    fusion: Fusion,
+) -> None:
     names = {module: name for name, module in model.named_modules()}
     usable: set[torch.nn.Module] = set()
     for module, name in names.items():
         reason = _why_layer_skipped(module)
-        if reason is None and type(module) in (*NORMS, *POOLS):
+        if reason is None and (type(module) in (*NORMS, *POOLS) or _is_small_linear(module)):
             if allowed is None or allowed(module, name):
                 usable.add(module)
             else:
@@ -93,7 +108,6 @@ def fuse_neighbours(
         fusion.fused.append(fused)
         fusion.outputs.append(None if seen in inlined else names[seen])
         fusion.layers.append([names[part] for part in parts])
-    return fusion
 
 
 @contextmanager
@@ -111,7 +125,7 @@ def unfuse(modules: Iterable[torch.nn.Module]) -> None:
     """Gives the modules the forwards of their classes again."""
     for module in modules:
         if carries_fused(module):
-            del vars(module)["forward"]
+            uncarry(module)
 
 
 def _fuse_parent(
@@ -188,6 +202,15 @@ def _holds_layers(module: torch.nn.Module) -> bool:
         isinstance(child, (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.MaxPool2d))
         or (_is_container(child) and _holds_layers(child))
         for child in module.children()
+    )
+
+
+def _is_small_linear(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer whose forward our operation may take the place of."""
+    return (
+        type(module) is torch.nn.Linear
+        and module.out_features <= MOST_OUTPUTS
+        and ("forward" not in vars(module) or carries_fused(module))
     )
 
 

@@ -91,3 +91,8 @@ def _number(slope: Any) -> float:
         return 0.01
     number: float = slope if isinstance(slope, (int, float)) else slope.negative_slope
     return number
+
+
+def linear(module: torch.nn.Linear, input: Tensor) -> Tensor:
+    """A linear layer as a `torch.nn.Linear` says."""
+    return ops.linear(input, module.weight, module.bias)

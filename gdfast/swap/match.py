@@ -266,7 +266,9 @@ class Matcher:
         if type(alpha) is not int or alpha != 1:
             return None
         first, second = add.args
-        if first is norm and isinstance(second, Node) and second is not norm:
+        if first is second:
+            return None
+        if first is norm and isinstance(second, Node):
             return second
         # In place the first is written to, which is our own result only where it is the norm's.
         if second is norm and isinstance(first, Node) and not _is_in_place(add):

@@ -25,6 +25,8 @@ from gdfast.swap.trace import Reads, Trace, Untraceable, same
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = ("_parameters", "_buffers")
+# What torch.nn.DataParallel calls for a shallow copy of each module, whose children it replaces.
+_REPLICATE = "_replicate_for_data_parallel"
 _MISSING = object()
 
 
@@ -71,6 +73,13 @@ class FusedForward:
         rest = self.inputs[len(args) :]
         return (*args, *(kwargs[n] for n in rest)) if kwargs.keys() == set(rest) else ()
 
+    def replicate(self) -> torch.nn.Module:
+        """The module's shallow copy, with the class's own forward: ours is bound to the module."""
+        owner: Any = self._owner()
+        replica: torch.nn.Module = type(owner)._replicate_for_data_parallel(owner)
+        uncarry(replica)
+        return replica
+
     @property
     def __wrapped__(self) -> Any:
         """The class's own forward; inspect.signature asks for it."""
@@ -110,7 +119,7 @@ def install_layer(module: torch.nn.Module, function: Callable[..., Any]) -> None
         "def forward(self, input):\n    return function(self, input)\n\n\n"
         "def holds(self, args):\n    return len(args) == 1 and type(self).forward is original\n"
     )
-    vars(module)["forward"] = FusedForward(module, source, {"function": name}, {}, ("input",))
+    _carry(module, FusedForward(module, source, {"function": name}, {}, ("input",)))
 
 
 def install(module: torch.nn.Module, traced: Trace, bypassed: dict[str, bool]) -> None:
@@ -127,9 +136,21 @@ def install(module: torch.nn.Module, traced: Trace, bypassed: dict[str, bool]) -
     guards = _Guards(module, traced.reads, bypassed, len(traced.inputs))
     source = f"{code.src.strip()}\n\n\n{guards.source()}"
     own = sorted({name for path, name in traced.reads.members if not path} - {"forward"})
-    vars(module)["forward"] = FusedForward(
-        module, source, names, guards.constants, traced.inputs, ("forward", *own)
+    _carry(
+        module,
+        FusedForward(module, source, names, guards.constants, traced.inputs, ("forward", *own)),
     )
+
+
+def _carry(module: torch.nn.Module, forward: FusedForward) -> None:
+    vars(module)["forward"] = forward
+    vars(module)[_REPLICATE] = forward.replicate
+
+
+def uncarry(module: torch.nn.Module) -> None:
+    """Takes a forward of ours away."""
+    for name in ("forward", _REPLICATE):
+        vars(module).pop(name, None)
 
 
 class _Guards:

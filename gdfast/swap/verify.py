@@ -49,8 +49,13 @@ def worst(errors: Iterable[float]) -> float:
 def _size(kind: str, native: Values, call: int) -> Tensor:
     if kind != "grad_bias":
         return torch.linalg.vector_norm(native[kind][call].double())
-    sums = [g.double().abs().movedim(-3, 0).flatten(1).sum(1) for g in native[GRAD_OUTPUT]]
-    return torch.linalg.vector_norm(torch.stack(sums).sum(0))
+    count = len(native[kind][call])
+    sums = torch.zeros(count, dtype=torch.float64)
+    for grad in native[GRAD_OUTPUT]:
+        # Outputs are last in a linear layer's result.
+        axis = -3 if grad.dim() >= 3 and grad.shape[-3] == count else -1
+        sums += grad.double().abs().movedim(axis, 0).flatten(1).sum(1).cpu()
+    return torch.linalg.vector_norm(sums)
 
 
 def _relative_error(ours: Tensor, native: Tensor, size: Tensor) -> float:

@@ -1,0 +1,207 @@
+// output = input weight^T + bias, and all gradients of it in one pass, for few outputs: matrices so
+// narrow that a general product spends its time on packing them.
+//
+// Forward: vectors run along the rows that are multiplied, a stretch of columns at a time, so that
+// the weight's part stays in the first-level cache while the input streams by.
+// Backward: both gradients are sums of whole rows, each times a number of grad_output. A task has
+// some columns of all of them, which it reads and writes once.
+#include <type_traits>
+
+#include "../linear_problem.h"
+#include "kernels.h"
+#include "numeric.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace gdfast::cpu::GDFAST_ISA {
+namespace {
+
+constexpr int64_t kForwardColumns = 256;
+constexpr int64_t kForwardRows = 16;  // of a task
+constexpr int64_t kBackwardColumns = 64;
+
+// A tile of sums: rows times vectors of columns in backward, rows times outputs in forward.
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = kVectorRegisters == 32 ? 4 : 2;
+
+// Calls f with the constant `count`, which is at most kMost.
+template <int kMost, typename F>
+GDFAST_INLINE void with_count(int64_t count, F&& f) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, f);
+  }
+  f(std::integral_constant<int, kMost>{});
+}
+
+// Elements [0, columns) of two rows each, multiplied and added up lane by lane.
+template <int kRows, int kOutputs, typename T>
+GDFAST_INLINE void add_products(const T* input, int64_t input_step, const T* weight,
+                                int64_t weight_step, int64_t columns, Vec<T>* sums,
+                                int64_t sums_step) {
+  Vec<T> sum[kRows][kOutputs];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kOutputs; ++k) sum[i][k] = sums[i * sums_step + k];
+  }
+  const auto add = [&](auto&& read) __attribute__((always_inline)) {
+    Vec<T> right[kOutputs];
+#pragma GCC unroll 4
+    for (int k = 0; k < kOutputs; ++k) right[k] = read(weight + k * weight_step);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      const Vec<T> left = read(input + i * input_step);
+#pragma GCC unroll 4
+      for (int k = 0; k < kOutputs; ++k) sum[i][k] += left * right[k];
+    }
+  };
+  int64_t c = 0;
+  for (; c + kLanes<T> <= columns; c += kLanes<T>) {
+    add([&](const T* row) __attribute__((always_inline)) { return load(row + c); });
+  }
+  if (c < columns) {
+    add([&](const T* row) __attribute__((always_inline)) {
+      T lanes[kLanes<T>] = {};
+      std::memcpy(lanes, row + c, (columns - c) * sizeof(T));
+      return load(lanes);
+    });
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kOutputs; ++k) sums[i * sums_step + k] = sum[i][k];
+  }
+}
+
+template <typename T>
+void run_forward(const LinearProblem& p, const T* input, const T* weight, const T* bias, T* output,
+                 int threads) {
+  const ThreadScratch memory(
+      threads, [](Carver&) {},
+      [&](Carver& carver) { carver.template take<Vec<T>>(kForwardRows * p.K); });
+  parallel_for(ceil_div(p.N, kForwardRows), threads, [&](int64_t task, int thread) {
+    const int64_t begin = task * kForwardRows, end = min_of(p.N, begin + kForwardRows);
+    Carver own = memory.of(thread);
+    auto* sums = own.template take<Vec<T>>(kForwardRows * p.K);
+    std::memset(sums, 0, (end - begin) * p.K * sizeof(Vec<T>));
+    for (int64_t c = 0; c < p.C; c += kForwardColumns) {
+      const int64_t columns = min_of(kForwardColumns, p.C - c);
+      for (int64_t n = begin; n < end; n += kTileRows) {
+        with_count<kTileRows>(end - n, [&](auto rows) {
+          for (int64_t k = 0; k < p.K; k += kTileColumns) {
+            with_count<kTileColumns>(p.K - k, [&](auto outputs) {
+              add_products<rows, outputs>(input + n * p.input_step + c, p.input_step,
+                                          weight + k * p.C + c, p.C, columns,
+                                          sums + (n - begin) * p.K + k, p.K);
+            });
+          }
+        });
+      }
+    }
+    for (int64_t i = begin * p.K; i < end * p.K; ++i) {
+      T total = bias == nullptr ? T(0) : bias[i % p.K];
+      const Vec<T> sum = sums[i - begin * p.K];
+      for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
+      output[i] = total;
+    }
+  });
+}
+
+// Columns [0, width) of kRows sums: to[i] = sum over j of factors[i * factor_i + j * factor_j] *
+// rows[j], each row `step` after the one before. width is at least kLanes.
+template <int kRows, typename T>
+GDFAST_INLINE void combine_rows(const T* factors, int64_t factor_i, int64_t factor_j, int64_t count,
+                                const T* rows, int64_t step, T* to, int64_t to_step,
+                                int64_t width) {
+  const auto block = [&](int64_t x, auto vectors) __attribute__((always_inline)) {
+    constexpr int kVectors = vectors;
+    Vec<T> sum[kRows][kVectors] = {};
+    for (int64_t j = 0; j < count; ++j) {
+      Vec<T> row[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) row[v] = load(rows + j * step + x + v * kLanes<T>);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const Vec<T> factor = broadcast(factors[i * factor_i + j * factor_j]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += factor * row[v];
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        store<T>(to + i * to_step + x + v * kLanes<T>, sum[i][v]);
+      }
+    }
+  };
+  constexpr int64_t kWide = kTileColumns * kLanes<T>;
+  int64_t x = 0;
+  for (; x + kWide <= width; x += kWide) block(x, std::integral_constant<int, kTileColumns>{});
+  for (; x < width; x += kLanes<T>) {
+    // The last vector ends at the last column, and computes some columns again.
+    block(min_of(x, width - kLanes<T>), std::integral_constant<int, 1>{});
+  }
+}
+
+template <typename T>
+void run_backward(const LinearProblem& p, const T* grad_output, const T* input, const T* weight,
+                  T* grad_input, T* grad_weight, T* grad_bias, int threads) {
+  // The last task has what is left over too: whole vectors at least.
+  const int64_t tasks = max_of(1, p.C / kBackwardColumns);
+  parallel_for(tasks, threads, [&](int64_t task, int) {
+    const int64_t c = task * kBackwardColumns;
+    const int64_t width = task + 1 < tasks ? kBackwardColumns : p.C - c;
+    for (int64_t k = 0; grad_weight != nullptr && k < p.K; k += kTileRows) {
+      with_count<kTileRows>(p.K - k, [&](auto rows) {
+        combine_rows<rows>(grad_output + k, 1, p.K, p.N, input + c, p.input_step,
+                           grad_weight + k * p.C + c, p.C, width);
+      });
+    }
+    for (int64_t n = 0; grad_input != nullptr && n < p.N; n += kTileRows) {
+      with_count<kTileRows>(p.N - n, [&](auto rows) {
+        combine_rows<rows>(grad_output + n * p.K, p.K, 1, p.K, weight + c, p.C,
+                           grad_input + n * p.C + c, p.C, width);
+      });
+    }
+  });
+  if (grad_bias == nullptr) return;
+  for (int64_t k = 0; k < p.K; ++k) {
+    T total = 0;
+    for (int64_t n = 0; n < p.N; ++n) total += grad_output[n * p.K + k];
+    grad_bias[k] = total;
+  }
+}
+
+template <typename F>
+void with_type(DType dtype, F&& f) {
+  if (dtype == DType::kFloat64) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+}  // namespace
+
+void linear(const LinearProblem& problem, const void* input, const void* weight, const void* bias,
+            void* output, int threads) {
+  with_type(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_forward(problem, static_cast<const T*>(input), static_cast<const T*>(weight),
+                static_cast<const T*>(bias), static_cast<T*>(output), threads);
+  });
+}
+
+void linear_backward(const LinearProblem& problem, const void* grad_output, const void* input,
+                     const void* weight, void* grad_input, void* grad_weight, void* grad_bias,
+                     int threads) {
+  with_type(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_backward(problem, static_cast<const T*>(grad_output), static_cast<const T*>(input),
+                 static_cast<const T*>(weight), static_cast<T*>(grad_input),
+                 static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), threads);
+  });
+}
+
+}  // namespace gdfast::cpu::GDFAST_ISA

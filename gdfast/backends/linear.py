@@ -1,0 +1,82 @@
+"""Linear layers with few outputs, on our CPU kernels: which they take, and the calls.
+
+A general matrix product makes poor use of a matrix of ten rows, and native PyTorch's needs two for
+the gradients, whose memory the operating system maps anew in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends import memory
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+# Above it native's product is as fast: measured at 16 outputs and at 32.
+MOST_OUTPUTS = 16
+# Below it the call costs more than the work.
+_LEAST_PRODUCTS = 32 * 1024
+_LEAST_COLUMNS = 64
+
+
+def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the kernels take these tensors, which lie on the CPU, and are the faster way."""
+    if native.cpu is None or input.dim() != 2 or weight.dim() != 2:
+        return False
+    (N, C), (K, columns) = input.shape, weight.shape
+    return (
+        columns == C
+        and 1 <= K <= MOST_OUTPUTS
+        and C >= _LEAST_COLUMNS
+        and N * C * K >= _LEAST_PRODUCTS
+        and input.dtype in _DTYPES
+        and weight.dtype == input.dtype
+        and input.stride(1) == 1
+        and weight.is_contiguous()
+        and (bias is None or (bias.shape == (K,) and bias.dtype == input.dtype))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _problem(N: int, C: int, K: int, input_step: int, dtype: torch.dtype) -> Any:
+    assert native.cpu is not None
+    return native.cpu.LinearProblem(N, C, K, input_step, _DTYPES[dtype])
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """input [N, C] times weight [K, C] transposed, plus bias [K]: [N, K], of what `fits`."""
+    assert native.cpu is not None
+    (N, C), K = input.shape, weight.shape[0]
+    output = torch.empty((N, K), dtype=input.dtype)
+    if bias is not None:
+        bias = bias.contiguous()
+    native.cpu.linear(
+        _problem(N, C, K, input.stride(0), input.dtype), input.data_ptr(), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), output.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return output
+
+
+def linear_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of input, weight and bias from that of the output, None where not needed."""
+    assert native.cpu is not None
+    (N, C), K, dtype = input.shape, weight.shape[0], input.dtype
+    grad_output = grad_output.contiguous()
+    grads = (
+        memory.empty_strided((N, C), (C, 1), dtype) if needed[0] else None,
+        memory.empty_strided((K, C), (C, 1), dtype) if needed[1] else None,
+        torch.empty(K, dtype=dtype) if needed[2] else None,
+    )
+    native.cpu.linear_backward(
+        _problem(N, C, K, input.stride(0), dtype), grad_output.data_ptr(), input.data_ptr(),
+        weight.data_ptr(), *(0 if grad is None else grad.data_ptr() for grad in grads),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grads

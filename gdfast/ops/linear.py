@@ -1,0 +1,70 @@
+"""linear, on our kernels where they are faster: on the CPU, for few outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from gdfast.backends import chosen
+from gdfast.backends import linear as kernels
+from gdfast.ops.conv2d import are_ordinary, are_tensors, batched_gradients, why_native
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiplies features by a matrix, as `torch.nn.functional.linear` does, and differentiably.
+
+    input [..., C], weight [K, C], bias [K]; returns [..., K]. Ours is a batch [N, C] of float32 or
+    float64 on the CPU with at most 16 outputs; all else, and what a transform, autocast or
+    torch.compile calls, runs on native PyTorch, without a warning: it is the same product. Raises
+    what native raises.
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
+    if not _is_ours(input, weight, bias):
+        return F.linear(input, weight, bias)
+    if torch.is_grad_enabled():
+        output: Tensor = LinearFunction.apply(input, weight, bias)
+        return output
+    return kernels.linear(input, weight, bias)
+
+
+def _is_ours(input: Any, weight: Any, bias: Any) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and chosen() in ("auto", "cpu")
+        and are_tensors(input, weight, bias)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and are_ordinary((input, weight, bias))
+        and not torch.is_autocast_enabled("cpu")
+        and kernels.fits(input, weight, bias)
+        and not why_native(input, weight)
+    )
+
+
+class LinearFunction(torch.autograd.Function):
+    """The kernels on checked tensors: `apply(input, weight, bias)`, for what they take.
+
+    input [N, C], weight [K, C], bias [K] or None; returns [N, K].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return kernels.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() or batched_gradients() or not are_ordinary((grad_output,)):
+            # Differentiable again, and known to vmap.
+            return (
+                grad_output @ weight if needed[0] else None,
+                grad_output.mT @ input if needed[1] else None,
+                grad_output.sum(0) if needed[2] else None,
+            )
+        return kernels.linear_backward(grad_output, input, weight, needed)
