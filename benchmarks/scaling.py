@@ -4,8 +4,8 @@
 
 times steps of ResNet-18 on our layers, on native PyTorch (the better of its layouts) and sets both
 beside the floor: the step's arithmetic at the machine's measured peak. Every point is saved as soon
-as it is measured; run again, it goes on where it was interrupted (--again starts afresh). About six
-minutes on two cores.
+as it is measured; run again, it goes on where it was interrupted (--again starts afresh). It takes
+about eight minutes on two cores; --batches and --sizes choose points.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ _CLASSES = 10  # that labels are drawn from: any model has so many
 _ALIKE = 0.2
 
 
-def cases(model: str) -> Iterator[tuple[str, StepCase]]:
+def cases(
+    model: str, batches: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[str, StepCase]]:
     """Each point with the sweep that it belongs to."""
-    for N in BATCHES:
+    for N in batches:
         yield "batch", StepCase(f"{model} N={N}", model, N, 3, _SIZE, _SIZE, _CLASSES)
-    for size in SIZES:
+    for size in sizes:
         yield "size", StepCase(f"{model} @{size}", model, _BATCH, 3, size, size, _CLASSES)
 
 
@@ -149,6 +151,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18", help="default: resnet18")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N")
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES, metavar="N")
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, metavar="PIXELS")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
     parser.add_argument("--again", action="store_true", help="measure every point anew")
@@ -168,7 +172,7 @@ def main() -> int:
         torch.set_num_threads(threads)
         wanted = [
             (sweep, case)
-            for sweep, case in cases(args.model)
+            for sweep, case in cases(args.model, args.batches, args.sizes)
             if (threads, sweep, case.N, case.H) not in done
         ]
         limits = peak.measure() if wanted else peak.Peak(0.0, 0.0)
