@@ -318,6 +318,19 @@ class TestChoosing:
         (key,) = tuning.choices()
         assert "a GPU" in key and len(key) < 1000
 
+    def test_gpus_of_one_name_share_what_was_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        query = query_of(RESNET50[1].with_batch(256))
+        ranks = [replace(query, device=torch.device("cuda", rank)) for rank in range(2)]
+        with tuning.autotune("auto"):
+            for rank in ranks:
+                tuning.bind("conv2d", rank, "auto", (None, None, None))
+            assert len(self.timed) == 1
+            names = {0: "a GPU", 1: "another"}
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+            for rank in ranks:
+                tuning.bind("conv2d", rank, "auto", (None, None, None))
+            assert len(self.timed) == 2
+
     def test_what_does_not_give_natives_result_is_not_timed(self) -> None:
         query = query_of(RESNET50[1].with_batch(256))
         names = triton_backend.candidates("conv2d", query)

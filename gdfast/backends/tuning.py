@@ -224,9 +224,13 @@ def _name(backend: Backend, candidate: str, backends: int) -> str:
 
 
 def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> str:
-    # Everything that the query has, also what later kinds of queries may add.
-    values = " ".join(f"{field.name}={getattr(query, field.name)}" for field in fields(query))
-    return f"{op} {'|'.join(names)} {machine} {values}"
+    # Everything that the query has, also what later kinds of queries may add; but of a device not
+    # its number, so that the processes of one training, each with a GPU, share what was chosen.
+    # `machine` has the GPU's name.
+    values = {field.name: getattr(query, field.name) for field in fields(query)}
+    values["device"] = query.device.type
+    facts = " ".join(f"{name}={value}" for name, value in values.items())
+    return f"{op} {'|'.join(names)} {machine} {facts}"
 
 
 def _choose(
