@@ -26,7 +26,7 @@ from gdfast.geometry import Conv2dGeometry, dense_strides
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast[triton]'")
 
-from gdfast.backends.triton import launch, tiles  # noqa: E402
+from gdfast.backends.triton import bind_conv2d, launch, tiles  # noqa: E402
 from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
 from gdfast.backends.triton.boxes import Images  # noqa: E402
 from gdfast.backends.triton.launch import A100, H100, Box, Launch  # noqa: E402
@@ -330,6 +330,30 @@ class TestChoosing:
             for rank in ranks:
                 tuning.bind("conv2d", rank, "auto", (None, None, None))
             assert len(self.timed) == 2
+
+    def test_a_tile_that_was_chosen_under_tf32_is_kept_where_it_fits_alone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bound: list[Tile] = []
+
+        def bind(problem: Problem, tile: Tile, *ending: Any) -> Any:
+            bound.append(tile)
+            return lambda *tensors: None
+
+        monkeypatch.setattr(bind_conv2d, "bind_forward", bind)
+        query = query_of(RESNET50[1].with_batch(256), torch.float32)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            three = triton_backend.candidates("conv2d", query)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            one = triton_backend.candidates("conv2d", query)
+            kernels = {name: triton_backend.conv2d(query, name) for name in one}
+        assert set(one) - set(three) and set(one) & set(three)  # or this would show nothing
+        for name, kernel in kernels.items():
+            bound.clear()
+            for allowed in (True, False):
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+                    kernel()
+            assert [*map(str, bound)] == [name, name if name in three else three[0]]
 
     def test_what_does_not_give_natives_result_is_not_timed(self) -> None:
         query = query_of(RESNET50[1].with_batch(256))
