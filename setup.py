@@ -2,7 +2,8 @@
 
 Environment: CXX, CUDACXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST as usual; FORCE_CUDA=1 makes a missing
 nvcc an error; GDFAST_NO_CUDA=1 (or FORCE_CUDA=0) leaves the CUDA module out; GDFAST_BASELINE_ONLY=1
-leaves out the AVX2 and AVX-512 kernels, as on other processors.
+leaves out the AVX2 and AVX-512 kernels, as on other processors; GDFAST_WERROR=1 makes errors of the
+compilers' warnings.
 """
 
 import sys
@@ -101,6 +102,11 @@ def cuda_options() -> "list[str]":
     return ["-DGDFAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
+def switch(name: str) -> str:
+    """An option of CMake, as the environment variable of that name has it."""
+    return f"-D{name}={'ON' if os.environ.get(name, '0') != '0' else 'OFF'}"
+
+
 def run_cmake(*arguments: str) -> None:
     try:
         subprocess.run([find_tool("cmake"), *arguments], check=True)
@@ -132,8 +138,7 @@ class BuildModules(build_ext):
         import pybind11
 
         cuda = cuda_options()
-        baseline_only = os.environ.get("GDFAST_BASELINE_ONLY", "0") != "0"
-        options = [*cuda, f"-DGDFAST_BASELINE_ONLY={'ON' if baseline_only else 'OFF'}"]
+        options = [*cuda, switch("GDFAST_BASELINE_ONLY"), switch("GDFAST_WERROR")]
         # Kept between installs, so that only what changed is compiled again.
         flavour = "cuda" if "-DGDFAST_CUDA=ON" in cuda else "cpu"
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{flavour}"

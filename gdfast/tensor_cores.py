@@ -11,8 +11,8 @@ PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
 def input_precision(dtype: torch.dtype, strict: bool) -> str:
     """TF32 where native's convolutions may use it, else as exact as float32.
 
-    `strict` rules out the three products of TF32 numbers in place of one, which turn an infinity
-    into a NaN. It matters for float32 alone.
+    `strict` rules out the three products of TF32 numbers in place of one, whose error has a bound
+    of its own (see `precision`). It matters for float32 alone.
     """
     if dtype != torch.float32:
         return "ieee"

@@ -393,14 +393,13 @@ def test_unknown_names_raise() -> None:
         ops.batch_norm_act(v["input"], None, None, None, None, training=True, backend="tpu")
 
 
-@pytest.mark.parametrize("kind", ["3-D", "broadcast", "promoted", "empty"])
+@pytest.mark.parametrize("kind", ["3-D", "broadcast", "promoted"])
 def test_what_native_alone_takes_says_so(kind: str) -> None:
     v = randoms((2, 3, 4, 5))
     input, residual = {
         "3-D": (v["input"][:, :, 0], None),
         "broadcast": (v["input"], v["residual"][:1]),
         "promoted": (v["input"].bfloat16(), v["residual"]),
-        "empty": (v["input"][:0], None),
     }[kind]
     arguments = input, v["weight"], v["bias"], None, None, residual
     with pytest.warns(FallbackWarning, match="running on native PyTorch"):
@@ -408,6 +407,31 @@ def test_what_native_alone_takes_says_so(kind: str) -> None:
     torch.testing.assert_close(ours, native_norm(*arguments))
     with pytest.raises(BackendError, match="'cpu' was asked for"):
         ops.batch_norm_act(*arguments, training=True, backend="cpu")
+
+
+def check_empty(size: tuple[int, ...], training: bool, backend: str, device: str = "cpu") -> None:
+    """Whoever is asked to normalise nothing gives what native gives."""
+    results = []
+    for norm, options in ((ops.batch_norm_act, {"backend": backend}), (native_norm, {})):
+        values = {name: t.to(device) for name, t in randoms(size).items()}
+        leaves = [values[name].requires_grad_() for name in ("input", "weight", "bias")]
+        running = torch.full((size[1],), 3.0, device=device), torch.ones(size[1], device=device)
+        output = norm(*leaves, *running, values["residual"], training=training, **options)
+        results.append((output, *running, *torch.autograd.grad(output.sum(), leaves)))
+    for ours, natives in zip(*results, strict=True):
+        torch.testing.assert_close(ours, natives)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_an_empty_input(backend: str, size: tuple[int, ...], training: bool) -> None:
+    check_empty(size, training, backend)
+
+
+def test_an_empty_input_is_refused_like_any_other() -> None:
+    with pytest.raises(BackendError, match="'cpu' was asked for and cannot run this"):
+        check_empty((0, 3, 4, 5), True, "cpu", "meta")
 
 
 def test_native_by_name_and_by_switch() -> None:

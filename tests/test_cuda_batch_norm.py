@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_batch_norm import DTYPES, LAYOUTS, native_norm, randoms, run, strides
+from test_batch_norm import (
+    DTYPES,
+    LAYOUTS,
+    check_empty,
+    native_norm,
+    randoms,
+    run,
+    strides,
+)
 from torch import Tensor
 
 from gdfast import ops
@@ -185,3 +193,8 @@ def test_sizes_that_are_refused(
     input = torch.zeros(1, device=cuda_device).expand(size)
     query = batch_norm_dispatch._query(input, torch.float32, True, 1e-5, "relu", 0.0, "input")
     assert reason in batch_norm.cuda_why_not(query)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_input(training: bool, cuda_device: torch.device) -> None:
+    check_empty((0, 3, 4, 5), training, "cuda", str(cuda_device))

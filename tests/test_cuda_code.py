@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -10,20 +12,53 @@ from gdfast import native
 from gdfast.bench import cuda_code
 from gdfast.bench.cuda_code import Code
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
-@cache
-def codes() -> list[Code]:
+
+def module() -> Path:
     file = cuda_code.module()
     if file is None:
         pytest.skip(f"needs gdfast._cuda built by nvcc: {native.failure('cuda') or 'simulated'}")
     if not cuda_code.cuobjdump():
         pytest.skip("needs cuobjdump")
-    return cuda_code.kernels(file)
+    return file
+
+
+@cache
+def codes() -> list[Code]:
+    return cuda_code.kernels(module())
 
 
 def convolutions() -> list[Code]:
     passes = ("conv2d_kernel", "conv2d_grad_input_kernel", "conv2d_grad_weight_kernel")
     return [code for code in codes() if code.kernel in passes]
+
+
+@pytest.mark.skipif(
+    "TORCH_CUDA_ARCH_LIST" in os.environ, reason="needs a build without TORCH_CUDA_ARCH_LIST"
+)
+def test_there_is_machine_code_for_ampere_and_hopper_and_ptx_for_others() -> None:
+    assert cuda_code.architectures(module()) == ({"sm_80", "sm_90a"}, {"sm_80"})
+
+
+def test_the_table_of_registers_is_of_these_kernels() -> None:
+    built: dict[str, list[int]] = {}
+    for (architecture, symbol), (registers, stack) in cuda_code.resources(module()).items():
+        kernel, *arguments = cuda_code.names(symbol)
+        row = f"{architecture} | {kernel.removesuffix('_kernel')} | {' '.join(arguments)}"
+        built.setdefault(row, []).append(registers)
+        assert stack == 0, row
+    told: dict[str, list[int]] = {}
+    for line in (RESULTS / "cuda" / "registers.md").read_text().splitlines():
+        if line.startswith("| sm_"):
+            *row, registers, _, _, _, _ = line.strip("| ").split(" | ")
+            told.setdefault(" | ".join(row), []).append(int(registers))
+    fix = "expected what `python benchmarks/cuda_registers.py` writes"
+    assert built.keys() == told.keys(), fix
+    for row, registers in told.items():
+        pairs = zip(sorted(registers), sorted(built[row]), strict=True)
+        # They are allotted eight at a time; another nvcc takes a few more or fewer.
+        assert all(abs(a - b) <= 8 for a, b in pairs), f"{row}: {fix}"
 
 
 def test_nothing_spills() -> None:
@@ -95,4 +130,4 @@ def test_kernels_bound_by_memory_read_16_bytes_at_a_time() -> None:
     ],
 )  # fmt: skip
 def test_names_in_mangled_symbols(symbol: str, names: list[str]) -> None:
-    assert cuda_code._names(symbol) == names
+    assert cuda_code.names(symbol) == names

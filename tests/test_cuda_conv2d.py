@@ -320,15 +320,26 @@ def test_sums_for_a_batch_normalisation(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_in_strict_precision_what_is_not_finite_goes_where_native_has_it(
-    dtype: torch.dtype, value: float, cuda_device: torch.device
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tf32"),
+    [(torch.bfloat16, "fast", False), (torch.float64, "fast", False),
+     (torch.float32, "fast", True), (torch.float32, "fast", False),
+     (torch.float32, "strict", False)],
+    ids=["bfloat16", "float64", "tf32", "tf32x3", "ieee"],
+)  # fmt: skip
+def test_what_is_not_finite_goes_where_native_has_it(
+    dtype: torch.dtype, precision: str, tf32: bool, value: float, cuda_device: torch.device
 ) -> None:
     case = Conv2dCase("not-finite", 2, 8, 9, 8, 8, 3, 3, (1, 1), (1, 1))
     values = tensors_of(case, dtype, True, cuda_device)
-    values["input"][0, 1, 0, 3] = values["weight"][2, 3, 1, 1] = value
-    values["grad"][1, 4, 5, 3] = value
-    with gdfast.precision("strict"):
+    # Beside numbers that TF32 holds as they are, beside others, and beside one another.
+    values["weight"][5:] = 1.0
+    values["input"][0, 1, 0, 3] = values["input"][1, 3, 4, 4] = values["weight"][2, 3, 1, 1] = value
+    values["grad"][1, 4, 5, 3] = values["grad"][1, 2, 5, 3] = value
+    with (
+        gdfast.precision(precision),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32),
+    ):
         ours = passes(case, values, "cuda")
     # In float64 native uses none of the algorithms that spread what is not finite.
     expected = passes(case, {name: t.double() for name, t in values.items()}, "reference")
@@ -336,6 +347,23 @@ def test_in_strict_precision_what_is_not_finite_goes_where_native_has_it(
         assert torch.equal(our.isnan(), exact.isnan()), name
         assert torch.equal(our.isposinf(), exact.isposinf()), name
         assert torch.equal(our.isneginf(), exact.isneginf()), name
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_three_products_of_tf32_keep_to_their_bound(sign: bool, cuda_device: torch.device) -> None:
+    # As many products as the deepest layer of ResNet-50 has; errors of one sign add up.
+    case = Conv2dCase("deep", 1, 512, 3, 3, 8, 3, 3)
+    values = {
+        name: t.abs() for name, t in tensors_of(case, torch.float32, True, cuda_device).items()
+    }
+    if sign:
+        values["input"][:, ::2] *= -1
+    query = query_of(case, values)
+    ours = cuda_conv2d.conv2d(query)(values["input"], values["weight"], None)
+    input, weight = values["input"].double(), values["weight"].double()
+    magnitudes = torch.nn.functional.conv2d(input.abs(), weight)
+    error = (ours - torch.nn.functional.conv2d(input, weight)).abs()
+    assert ((2.0**-17 + 4608 * 2.0**-27) * magnitudes > error).all()
 
 
 @pytest.mark.parametrize("name", ["everything-asymmetric", "3x3-stride-2", "same-3x3"])

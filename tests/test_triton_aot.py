@@ -12,6 +12,7 @@ from gdfast.bench import triton_code
 from gdfast.bench.triton_code import LAYERS, Code
 
 pytestmark = NOT_IN_INTERPRETER
+ARCHITECTURES = pytest.mark.parametrize("capability", [80, 90])
 LAYER = {case.name.split()[0]: case for case in LAYERS}
 
 
@@ -66,21 +67,44 @@ def test_float32_takes_three_products_of_tf32_where_tf32_is_not_allowed() -> Non
     ):  # fmt: skip
         assert one.count("HGMMA") and three.count("HGMMA")
         assert one.stack_bytes == three.stack_bytes == 0, one.kernel
+        # Corrections that are NaN, as those of infinities are, are left out.
+        assert three.count(r"FSETP\.NAN") and not one.count(r"FSETP\.NAN"), three.kernel
 
 
-def test_depthwise_layers_load_16_bytes() -> None:
-    with triton_code.ahead_of_time(90) as codes:
+def test_float16_multiplies_as_bfloat16_does() -> None:
+    for half, other in zip(
+        layer("3x3", 90, torch.float16), layer("3x3", 90, torch.bfloat16), strict=True
+    ):
+        assert half.count("HGMMA") == other.count("HGMMA") > 0, half.kernel
+        assert half.wide_loads == other.wide_loads and half.stack_bytes == 0, half.kernel
+
+
+@ARCHITECTURES
+def test_bias_and_activation_stay_in_the_kernel_and_in_registers(capability: int) -> None:
+    with triton_code.ahead_of_time(capability) as codes:
+        triton_code.launch_conv2d_act(LAYER["3x3"], torch.bfloat16, "silu")
+    (code,) = codes
+    assert code.settings["BIAS"] and code.settings["ACTIVATION"] == "silu"
+    assert code.count("HGMMA|HMMA") and code.count(r"MUFU\.EX2") and code.stack_bytes == 0
+
+
+@ARCHITECTURES
+def test_depthwise_layers_load_16_bytes(capability: int) -> None:
+    with triton_code.ahead_of_time(capability) as codes:
         triton_code.launch_conv2d(LAYER["depthwise"], torch.bfloat16)
     for code in codes[:3]:
         assert code.wide_loads and code.stack_bytes == 0, code.kernel
 
 
-def test_what_is_bound_by_memory_loads_and_stores_16_bytes() -> None:
-    with triton_code.ahead_of_time(90) as codes:
+@ARCHITECTURES
+def test_what_is_bound_by_memory_loads_and_stores_16_bytes(capability: int) -> None:
+    with triton_code.ahead_of_time(capability) as codes:
         triton_code.launch_batch_norm((256, 256, 56, 56), torch.bfloat16)
         triton_code.launch_max_pool2d((256, 64, 112, 112), torch.bfloat16)
         triton_code.launch_sgd(torch.float32)
-    assert len(codes) == 9
+        triton_code.launch_sgd(torch.bfloat16)
+    assert len(codes) == 11
+    assert [code.settings["MASTER"] for code in codes[-3:]] == [False, False, True]
     for code in codes:
         assert code.stack_bytes == 0, code.kernel
         if code.kernel not in ("statistics_kernel", "parameters_kernel"):  # of one row

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_batch_norm import LAYOUTS, native_norm, randoms, run, strides
+from test_batch_norm import LAYOUTS, check_empty, native_norm, randoms, run, strides
 from torch import Tensor
 from triton_here import IN_INTERPRETER, INTERPRETED
 
@@ -102,3 +102,8 @@ def test_running_statistics_that_are_not_packed_are_moved() -> None:
     native_norm(values["input"], None, None, *expected)
     torch.testing.assert_close(wide, torch.stack(expected, 1))
     assert wide._version > before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_input(training: bool) -> None:
+    check_empty((0, 3, 4, 5), training, "triton")

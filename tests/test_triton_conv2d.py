@@ -98,6 +98,23 @@ def test_half_types(case: Conv2dCase, dtype: torch.dtype) -> None:
     check(case, values, passes(case, values, "triton"))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_goes_where_native_has_it(value: float) -> None:
+    case = Conv2dCase("not-finite", 2, 16, 9, 8, 16, 3, 3, (1, 1), (1, 1))
+    values = tensors_of(case, torch.float32, True)
+    # Beside one another too.
+    values["input"][0, 1, 0, 3] = values["input"][1, 3, 4, 4] = values["weight"][2, 3, 1, 1] = value
+    values["grad"][1, 4, 5, 3] = values["grad"][1, 2, 5, 3] = value
+    ours = passes(case, values, "triton")
+    # In float64 native uses none of the algorithms that spread what is not finite.
+    expected = passes(case, {name: t.double() for name, t in values.items()}, "reference")
+    for name, our, exact in zip(PASSES, ours, expected, strict=True):
+        assert torch.equal(our.isnan(), exact.isnan()), name
+        assert torch.equal(our.isposinf(), exact.isposinf()), name
+        assert torch.equal(our.isneginf(), exact.isneginf()), name
+
+
 def test_any_strides() -> None:
     case = BY_NAME["same-3x3"]
     values = tensors_of(case, torch.float32, False)

@@ -26,7 +26,7 @@ from gdfast.geometry import Conv2dGeometry, dense_strides
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install 'gdfast[triton]'")
 
-from gdfast.backends.triton import launch, tiles  # noqa: E402
+from gdfast.backends.triton import bind_conv2d, launch, tiles  # noqa: E402
 from gdfast.backends.triton.bind_conv2d import Problem  # noqa: E402
 from gdfast.backends.triton.boxes import Images  # noqa: E402
 from gdfast.backends.triton.launch import A100, H100, Box, Launch  # noqa: E402
@@ -157,6 +157,8 @@ def test_sums_are_split_where_tiles_are_few() -> None:
 class Kernel:
     """Notes how it is launched, as Triton's kernels and what they compile to are."""
 
+    __name__ = "kernel"
+
     def __init__(self, name: str, calls: list[Any]) -> None:
         self.name, self.calls = name, calls
 
@@ -202,7 +204,7 @@ def test_descriptors_are_made_anew_for_each_launch() -> None:
             assert getattr(passed, field.name) == getattr(descriptor, field.name)
     assert [call[0] for call in calls] == ["kernel", "compiled"]
     assert calls[1][2][1:] == (c.data_ptr(), 7)
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="16"):  # the bytes that an address has to divide by
         made(torch.zeros(65)[1:].view(4, 16), c)
 
 
@@ -225,18 +227,51 @@ def test_entries_of_a_tuple_never_make_triton_compile_anew() -> None:
     assert 2**31 < encoded(_NOWHERE) < 2**63 and encoded(2**47) > 2**31
 
 
-def test_what_triton_refuses_is_an_error_of_the_usual_kind() -> None:
-    from triton.runtime.errors import OutOfResources
+class Failing:
+    """A kernel that cannot be launched, at first or once it was compiled."""
 
-    class Large:
-        def __getitem__(self, grid: Any) -> Any:
-            def run(*arguments: Any, **options: Any) -> Any:
-                raise OutOfResources(300_000, 232_448, "shared memory")
+    __name__, __module__ = "conv2d_kernel", "gdfast.backends.triton.conv2d"
 
-            return run
+    def __init__(self, error: Exception, calls: int) -> None:
+        self.error, self.calls = error, calls
 
-    with pytest.raises(RuntimeError, match="shared memory"):
-        Launch(Large(), (1,), torch.device("cpu"), (), {})(torch.zeros(4))
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            self.calls -= 1
+            if self.calls < 0:
+                raise self.error
+            return self
+
+        return run
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+        FileNotFoundError("gcc"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_launch_that_fails_tells_of_what(error: Exception, calls: int) -> None:
+    made = Launch(Failing(error, calls), (7, 2), torch.device("cpu"), (), {})
+    tensors = torch.zeros(4, 3), torch.zeros(5, dtype=torch.bfloat16)
+    for _ in range(calls):
+        made(*tensors)
+    with pytest.raises(RuntimeError) as told:
+        made(*tensors)
+    assert str(told.value) == (
+        f"conv2d: Triton: conv2d_kernel of [4, 3] float32, [5] bfloat16, grid [7, 2, 1]: {error}"
+    )
+    assert told.value.__cause__ is error
+
+
+def test_torch_s_lack_of_memory_stays_what_it_is() -> None:
+    made = Launch(Failing(torch.OutOfMemoryError("64 GiB"), 0), (1,), torch.device("cpu"), (), {})
+    with pytest.raises(torch.OutOfMemoryError, match=r"^64 GiB$"):
+        made(torch.zeros(1))
 
 
 class TestChoosing:
@@ -282,6 +317,43 @@ class TestChoosing:
         assert self.timed == [[*names, "native"]]
         (key,) = tuning.choices()
         assert "a GPU" in key and len(key) < 1000
+
+    def test_gpus_of_one_name_share_what_was_chosen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        query = query_of(RESNET50[1].with_batch(256))
+        ranks = [replace(query, device=torch.device("cuda", rank)) for rank in range(2)]
+        with tuning.autotune("auto"):
+            for rank in ranks:
+                tuning.bind("conv2d", rank, "auto", (None, None, None))
+            assert len(self.timed) == 1
+            names = {0: "a GPU", 1: "another"}
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+            for rank in ranks:
+                tuning.bind("conv2d", rank, "auto", (None, None, None))
+            assert len(self.timed) == 2
+
+    def test_a_tile_that_was_chosen_under_tf32_is_kept_where_it_fits_alone(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bound: list[Tile] = []
+
+        def bind(problem: Problem, tile: Tile, *ending: Any) -> Any:
+            bound.append(tile)
+            return lambda *tensors: None
+
+        monkeypatch.setattr(bind_conv2d, "bind_forward", bind)
+        query = query_of(RESNET50[1].with_batch(256), torch.float32)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            three = triton_backend.candidates("conv2d", query)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            one = triton_backend.candidates("conv2d", query)
+            kernels = {name: triton_backend.conv2d(query, name) for name in one}
+        assert set(one) - set(three) and set(one) & set(three)  # or this would show nothing
+        for name, kernel in kernels.items():
+            bound.clear()
+            for allowed in (True, False):
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+                    kernel()
+            assert [*map(str, bound)] == [name, name if name in three else three[0]]
 
     def test_what_does_not_give_natives_result_is_not_timed(self) -> None:
         query = query_of(RESNET50[1].with_batch(256))

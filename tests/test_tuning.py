@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,13 @@ def stopwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopw
     with gdfast.autotune("auto"):
         yield watch
     start_anew()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[Callable[[bool], None]]:
+    """Switches torch.use_deterministic_algorithms, for one test."""
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(False)
 
 
 def tensors(n: int = 2, c: int = 16, size: int = 40, **options: Any) -> tuple[torch.Tensor, ...]:
@@ -212,15 +219,30 @@ class TestPolicy:
         with pytest.raises(ValueError, match="autotune: mode: expected 'auto', 'off' or 'force'"):
             gdfast.autotune("on").__enter__()
 
-    def test_deterministic_algorithms_are_not_timed(self, stopwatch: Stopwatch) -> None:
+    def test_deterministic_algorithms_are_not_timed(
+        self, stopwatch: Stopwatch, deterministic: Callable[[bool], None]
+    ) -> None:
         stopwatch.seconds = {**PLAIN, "native": 0.1}
         arguments = tensors()
         assert ran(*arguments) == ["native"] * 3
-        torch.use_deterministic_algorithms(True)
-        try:
-            assert "native" not in ran(*arguments)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        deterministic(True)
+        assert "native" not in ran(*arguments)
+
+    @pytest.mark.parametrize("before", [False, True])
+    def test_determinism_holds_for_what_has_run_before(
+        self, before: bool, stopwatch: Stopwatch, deterministic: Callable[[bool], None]
+    ) -> None:
+        stopwatch.seconds = {**PLAIN, "native": 0.1}
+        input, weight = tensors()
+        # No session here: that one would be a situation of its own.
+        native = F.conv2d(input, weight, padding=1)
+        deterministic(before)
+        first = ops.conv2d(input, weight, padding=1)
+        deterministic(not before)
+        second = ops.conv2d(input, weight, padding=1)
+        timed, untimed = (second, first) if before else (first, second)
+        assert torch.equal(timed, native) and not torch.equal(untimed, native)
+        assert len(stopwatch.timed) == 1
 
     def test_ever_new_sizes_are_not_timed_for_ever(self, stopwatch: Stopwatch) -> None:
         weight = torch.randn(16, 16, 3, 3)

@@ -20,6 +20,18 @@ const T* pointer(uintptr_t address) {
   return reinterpret_cast<const T*>(address);
 }
 
+struct Update {
+  const std::string& dtype;
+  const std::vector<SgdTensor>& tensors;
+};
+
+std::string told(const Update& update) {
+  int64_t elements = 0;
+  for (const SgdTensor& tensor : update.tensors) elements += tensor.numel;
+  return update.dtype + ", " + std::to_string(update.tensors.size()) + " params of " +
+         std::to_string(elements) + " elements in all";
+}
+
 bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
          const py::list& masters, const py::list& numels, const std::string& dtype, double lr,
          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
@@ -33,8 +45,9 @@ bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
   if (!sgd_disjoint(tensors, element_size)) return false;
   const cuda::SgdScalars scalars{pointer<double>(lr_address), pointer<float>(grad_scale),
                                  pointer<float>(found_inf)};
-  py::gil_scoped_release release;
-  cuda::sgd(tensors.data(), static_cast<int64_t>(tensors.size()), hyper, scalars, device, stream);
+  cuda::launching(Update{dtype, tensors}, [&] {
+    cuda::sgd(tensors.data(), static_cast<int64_t>(tensors.size()), hyper, scalars, device, stream);
+  });
   return true;
 }
 

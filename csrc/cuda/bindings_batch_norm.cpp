@@ -21,9 +21,10 @@ void bind_batch_norm(py::module_& m) {
                                   pointer(output),   pointer(mean),         pointer(invstd)};
         const BatchNormSums sums{pointer<double>(shift), pointer<double>(sum),
                                  pointer<double>(sum_of_squares)};
-        py::gil_scoped_release release;
-        batch_norm(problem, to, training, momentum, sum == 0 ? nullptr : &sums, pointer(workspace),
-                   device, stream);
+        launching(problem, [&] {
+          batch_norm(problem, to, training, momentum, sum == 0 ? nullptr : &sums,
+                     pointer(workspace), device, stream);
+        });
       },
       py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"),
       py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("output"),
@@ -46,8 +47,9 @@ void bind_batch_norm(py::module_& m) {
             pointer(weight),      pointer(bias),         pointer(mean),
             pointer(invstd),      pointer(grad_input),   pointer(grad_weight),
             pointer(grad_bias),   pointer(grad_residual)};
-        py::gil_scoped_release release;
-        batch_norm_backward(problem, to, training, from, pointer(workspace), device, stream);
+        launching(problem, [&] {
+          batch_norm_backward(problem, to, training, from, pointer(workspace), device, stream);
+        });
       },
       py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("residual_or_output"),
       py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"), py::arg("grad_input"),

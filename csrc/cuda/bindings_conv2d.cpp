@@ -11,14 +11,14 @@ Precision precision_named(const std::string& name) {
   if (name == "tf32") return Precision::kTf32;
   if (name == "tf32x3") return Precision::kTf32x3;
   if (name == "ieee") return Precision::kIeee;
-  throw py::value_error("Conv2dRun: precision: expected tf32, tf32x3 or ieee, got " + name);
+  throw py::value_error("Conv2dWay: precision: expected tf32, tf32x3 or ieee, got " + name);
 }
 
 BlockTile tile_named(const std::string& name) {
   if (name == "128x128") return BlockTile::k128x128;
   if (name == "128x64") return BlockTile::k128x64;
   if (name == "64x64") return BlockTile::k64x64;
-  throw py::value_error("Conv2dRun: tile: expected 128x128, 128x64 or 64x64, got " + name);
+  throw py::value_error("Conv2dWay: tile: expected 128x128, 128x64 or 64x64, got " + name);
 }
 
 void check_channels(int channels) {
@@ -39,9 +39,10 @@ void bind_hopper(py::module_& m) {
       [](const Conv2dProblem& problem, int channels, uintptr_t input, uintptr_t weight,
          uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
         check_channels(channels);
-        py::gil_scoped_release release;
-        conv2d_hopper(problem, channels, pointer(input), pointer(weight), pointer(bias),
-                      pointer(output), {device, stream});
+        launching(problem, [&] {
+          conv2d_hopper(problem, channels, pointer(input), pointer(weight), pointer(bias),
+                        pointer(output), {device, stream});
+        });
       },
       py::arg("problem"), py::arg("channels"), py::arg("input"), py::arg("weight"), py::arg("bias"),
       py::arg("output"), py::arg("device"), py::arg("stream"),
@@ -52,9 +53,10 @@ void bind_hopper(py::module_& m) {
       [](const Conv2dProblem& problem, int channels, uintptr_t grad_output, uintptr_t weight,
          uintptr_t grad_input, int device, uintptr_t stream) {
         check_channels(channels);
-        py::gil_scoped_release release;
-        conv2d_grad_input_hopper(problem, channels, pointer(grad_output), pointer(weight),
-                                 pointer(grad_input), {device, stream});
+        launching(problem, [&] {
+          conv2d_grad_input_hopper(problem, channels, pointer(grad_output), pointer(weight),
+                                   pointer(grad_input), {device, stream});
+        });
       },
       py::arg("problem"), py::arg("channels"), py::arg("grad_output"), py::arg("weight"),
       py::arg("grad_input"), py::arg("device"), py::arg("stream"),
@@ -77,11 +79,12 @@ void bind_conv2d(py::module_& m) {
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t input, uintptr_t weight,
          uintptr_t bias, uintptr_t output, uintptr_t workspace, uintptr_t shift, uintptr_t sum,
          uintptr_t sum_of_squares, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        conv2d(problem, way, pointer(input), pointer(weight), pointer(bias), pointer(output),
-               {pointer(workspace), pointer<double>(shift), pointer<double>(sum),
-                pointer<double>(sum_of_squares)},
-               {device, stream});
+        launching(problem, [&] {
+          conv2d(problem, way, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                 {pointer(workspace), pointer<double>(shift), pointer<double>(sum),
+                  pointer<double>(sum_of_squares)},
+                 {device, stream});
+        });
       },
       py::arg("problem"), py::arg("way"), py::arg("input"), py::arg("weight"), py::arg("bias"),
       py::arg("output"), py::arg("workspace"), py::arg("shift"), py::arg("sum"),
@@ -95,9 +98,10 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_input",
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output,
          uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        conv2d_grad_input(problem, way, pointer(grad_output), pointer(weight), pointer(grad_input),
-                          {device, stream});
+        launching(problem, [&] {
+          conv2d_grad_input(problem, way, pointer(grad_output), pointer(weight),
+                            pointer(grad_input), {device, stream});
+        });
       },
       py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("weight"),
       py::arg("grad_input"), py::arg("device"), py::arg("stream"), "Writes grad_input.");
@@ -113,9 +117,11 @@ void bind_conv2d(py::module_& m) {
           throw py::value_error("conv2d_grad_weight: splits: expected 1 to 65535, got " +
                                 std::to_string(splits));
         }
-        py::gil_scoped_release release;
-        conv2d_grad_weight(problem, way, pointer(grad_output), pointer(input), pointer(grad_weight),
-                           pointer(grad_bias), pointer(workspace), splits, {device, stream});
+        launching(problem, [&] {
+          conv2d_grad_weight(problem, way, pointer(grad_output), pointer(input),
+                             pointer(grad_weight), pointer(grad_bias), pointer(workspace), splits,
+                             {device, stream});
+        });
       },
       py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("workspace"), py::arg("splits"),

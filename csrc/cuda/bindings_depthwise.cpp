@@ -14,9 +14,10 @@ void bind_depthwise(py::module_& m) {
       "depthwise_conv2d",
       [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
          uintptr_t output, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        depthwise_conv2d(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
-                         {device, stream});
+        launching(problem, [&] {
+          depthwise_conv2d(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                           {device, stream});
+        });
       },
       py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
       py::arg("device"), py::arg("stream"),
@@ -26,9 +27,10 @@ void bind_depthwise(py::module_& m) {
       "depthwise_conv2d_grad_input",
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
          uintptr_t grad_input, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        depthwise_conv2d_grad_input(problem, pointer(grad_output), pointer(weight),
-                                    pointer(grad_input), {device, stream});
+        launching(problem, [&] {
+          depthwise_conv2d_grad_input(problem, pointer(grad_output), pointer(weight),
+                                      pointer(grad_input), {device, stream});
+        });
       },
       py::arg("problem"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"),
       py::arg("device"), py::arg("stream"), "Writes grad_input.");
@@ -39,10 +41,11 @@ void bind_depthwise(py::module_& m) {
       [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t input,
          uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace, int device,
          uintptr_t stream) {
-        py::gil_scoped_release release;
-        depthwise_conv2d_grad_weight(problem, pointer(grad_output), pointer(input),
-                                     pointer(grad_weight), pointer(grad_bias), pointer(workspace),
-                                     {device, stream});
+        launching(problem, [&] {
+          depthwise_conv2d_grad_weight(problem, pointer(grad_output), pointer(input),
+                                       pointer(grad_weight), pointer(grad_bias), pointer(workspace),
+                                       {device, stream});
+        });
       },
       py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("grad_weight"),
       py::arg("grad_bias"), py::arg("workspace"), py::arg("device"), py::arg("stream"),

@@ -11,8 +11,9 @@ void bind_max_pool2d(py::module_& m) {
       "max_pool2d",
       [](const MaxPool2dProblem& problem, uintptr_t input, uintptr_t output, uintptr_t argmax,
          int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        max_pool2d(problem, pointer(input), pointer(output), pointer(argmax), device, stream);
+        launching(problem, [&] {
+          max_pool2d(problem, pointer(input), pointer(output), pointer(argmax), device, stream);
+        });
       },
       py::arg("problem"), py::arg("input"), py::arg("output"), py::arg("argmax"), py::arg("device"),
       py::arg("stream"), "Writes output and argmax; arguments after problem are addresses.");
@@ -20,9 +21,10 @@ void bind_max_pool2d(py::module_& m) {
       "max_pool2d_grad",
       [](const MaxPool2dProblem& problem, uintptr_t grad_output, uintptr_t argmax,
          uintptr_t grad_input, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        max_pool2d_grad(problem, pointer(grad_output), pointer(argmax), pointer(grad_input), device,
-                        stream);
+        launching(problem, [&] {
+          max_pool2d_grad(problem, pointer(grad_output), pointer(argmax), pointer(grad_input),
+                          device, stream);
+        });
       },
       py::arg("problem"), py::arg("grad_output"), py::arg("argmax"), py::arg("grad_input"),
       py::arg("device"), py::arg("stream"),

@@ -5,8 +5,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "gdfast's kernels need compute capability 8.0: take lower ones out of TORCH_CUDA_ARCH_LIST"
@@ -214,13 +217,27 @@ inline int multiprocessors(const char* op) {
   return count;
 }
 
+// Lets a kernel have so much dynamic shared memory on the current device. The driver is told once,
+// not at every launch.
+inline void allow_shared_memory(const char* op, const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check(op, cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& known = allowed[{kernel, device}];
+  if (bytes <= known) return;
+  check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
+  known = bytes;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes)));
+    allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
   check(op, cudaGetLastError());

@@ -10,6 +10,8 @@
 //   for_each_pair(sums, f)  f(row, column, sum, sum of the next column); f may change them
 #pragma once
 
+#include <cmath>
+
 #include "stage_tile.h"
 
 namespace gdfast::cuda {
@@ -67,6 +69,10 @@ struct Tf32Operands {
 // Nearly float32: each number is the sum of two in TF32, and of their four products only that of
 // the two rests, 2^-22 of the whole, is left out. Tensor cores cut off what does not fit a sum;
 // over many steps that adds up, so that here they sum eight products and no more.
+//
+// A number that is not finite, or becomes so in TF32 for being within 2^-12 of the largest, has no
+// rest: corrections that it takes part in are left out, and the product of the larger parts is inf
+// or NaN as float32's would be.
 struct Tf32x3Operands {
   using Element = float;
   static constexpr int kTerms = 2;
@@ -84,6 +90,8 @@ struct Tf32x3Operands {
     float part[4] = {0, 0, 0, 0};
     mma_m16n8k8_tf32(part, a[1], b[0]);
     mma_m16n8k8_tf32(part, a[0], b[1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[i] = fabsf(part[i]) < INFINITY ? part[i] : 0;
     mma_m16n8k8_tf32(part, a[0], b[0]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += part[i];

@@ -132,13 +132,18 @@ def _bind(op: str, query: Conv2dQuery, by: str) -> Callable[..., Any]:
     if query.dtype != torch.float32:
         return bind(_problem(query, strict), tile, *ending)
     kernels: dict[str, Callable[..., Any]] = {}
+    chosen_under = _precision(torch.float32, strict)
 
     def kernel(*tensors: Any) -> Any:
-        # Whether TF32 is allowed may change between calls.
+        # Whether TF32 is allowed may change between calls, and with it which tiles fit.
         precision = _precision(torch.float32, strict)
         run = kernels.get(precision)
         if run is None:
-            run = kernels[precision] = bind(_problem_with(query, precision), tile, *ending)
+            problem, fitting = _problem_with(query, precision), tile
+            if tile is not None and precision != chosen_under:
+                others = problem.candidates(op)
+                fitting = tile if tile in others else others[0]
+            run = kernels[precision] = bind(problem, fitting, *ending)
         return run(*tensors)
 
     return kernel

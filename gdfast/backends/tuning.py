@@ -72,7 +72,8 @@ _MOST_SIZES = 16  # of the images of one layer that are timed in one process
 # algorithm that is less exact.
 _NATIVE_HANDICAP, _ERROR_HANDICAP = 1.01, 1.05
 _SECONDS_BETWEEN_SAVES = 2.0
-_EPOCH = 1 << 20  # more than there are threads
+# Parts of a situation's number: each is more than all before it, the first of which is threads.
+_DETERMINISTIC, _EPOCH = 1 << 19, 1 << 20
 
 
 class Use(NamedTuple):
@@ -166,9 +167,14 @@ def recorded(choices: dict[str, Choice]) -> Iterator[list[Use]]:
 
 
 def situation() -> int:
-    """A number for what a choice depends on beside its query: threads, precision, mode, session."""
+    """A number for what a choice depends on beside its query.
+
+    That is threads, precision, mode, session, and whether algorithms have to be deterministic.
+    """
     # One number rather than a tuple, since this is part of every call's overhead.
     number = _epoch + torch.get_num_threads()
+    if torch.are_deterministic_algorithms_enabled():
+        number += _DETERMINISTIC
     return -number if is_strict() else number
 
 
@@ -218,9 +224,13 @@ def _name(backend: Backend, candidate: str, backends: int) -> str:
 
 
 def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> str:
-    # Everything that the query has, also what later kinds of queries may add.
-    values = " ".join(f"{field.name}={getattr(query, field.name)}" for field in fields(query))
-    return f"{op} {'|'.join(names)} {machine} {values}"
+    # Everything that the query has, also what later kinds of queries may add; but of a device not
+    # its number, so that the processes of one training, each with a GPU, share what was chosen.
+    # `machine` has the GPU's name.
+    values = {field.name: getattr(query, field.name) for field in fields(query)}
+    values["device"] = query.device.type
+    facts = " ".join(f"{name}={value}" for name, value in values.items())
+    return f"{op} {'|'.join(names)} {machine} {facts}"
 
 
 def _choose(

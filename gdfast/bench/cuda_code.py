@@ -52,31 +52,41 @@ def cuobjdump() -> str:
     return shutil.which("cuobjdump", path=path) or ""
 
 
+def architectures(file: Path) -> tuple[set[str], set[str]]:
+    """What a compiled file holds machine code for, and what PTX, as "sm_80".
+
+    Raises RuntimeError where there is no cuobjdump.
+    """
+    lists = _run("--list-elf", file), _run("--list-ptx", file)
+    code, ptx = (
+        set(re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)$", text, re.MULTILINE)) for text in lists
+    )
+    return code, ptx
+
+
+def resources(file: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """Registers of a thread and bytes of its stack, by architecture and mangled symbol.
+
+    Raises RuntimeError where there is no cuobjdump.
+    """
+    return {
+        (architecture, symbol): (int(registers), int(stack))
+        for architecture, text in _by_architecture(_run("-res-usage", file))
+        for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    }
+
+
 def kernels(file: Path) -> list[Code]:
     """All kernels in a compiled file, for each architecture that it holds machine code of.
 
     Raises RuntimeError where there is no cuobjdump.
     """
-    tool = cuobjdump()
-    if not tool:
-        raise RuntimeError(
-            "cuda_code: cuobjdump: expected it in PATH, CUDA_HOME/bin or Triton's wheel, found none"
-        )
-
-    def run(option: str) -> str:
-        command = [tool, option, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = {
-        (architecture, symbol): (int(registers), int(stack))
-        for architecture, text in _by_architecture(run("-res-usage"))
-        for symbol, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
-    }
+    usage = resources(file)
     codes = []
-    for architecture, text in _by_architecture(run("-sass")):
+    for architecture, text in _by_architecture(_run("-sass", file)):
         for part in re.split(r"Function : ", text)[1:]:
             symbol = part.split(None, 1)[0]
-            name, *arguments = _names(symbol)
+            name, *arguments = names(symbol)
             instructions = re.findall(
                 r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part, re.MULTILINE
             )
@@ -85,6 +95,17 @@ def kernels(file: Path) -> list[Code]:
                      Counter(instructions))
             )  # fmt: skip
     return sorted(codes, key=lambda code: (code.architecture, code.kernel, code.arguments))
+
+
+def _run(option: str, file: Path) -> str:
+    tool = cuobjdump()
+    if not tool:
+        raise RuntimeError(
+            "cuda_code: cuobjdump: expected it in PATH, CUDA_HOME/bin or Triton's wheel, found none"
+        )
+    return subprocess.run(
+        [tool, option, str(file)], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _by_architecture(text: str) -> Iterator[tuple[str, str]]:
@@ -96,29 +117,29 @@ _BUILTIN = {"f": "float", "d": "double"}
 _TOKEN = re.compile(r"S[0-9A-Z]*_|L[a-z](?P<number>\d+)E|(?P<length>\d+)|(?P<other>\w)")
 
 
-def _names(symbol: str) -> list[str]:
+def names(symbol: str) -> list[str]:
     """A kernel's name and its template's arguments, in the order of a mangled symbol."""
-    names: list[str] = []
+    found: list[str] = []
     at, depth = 0, 0
     # A namespace's names come first; then from the I that opens the template's arguments to the E
     # that closes them.
     while match := _TOKEN.match(symbol, at):
         at = match.end()
-        other = match["other"] if names else None
+        other = match["other"] if found else None
         if length := match["length"]:
             name = symbol[at : at + int(length)]
             at += int(length)
-            if names or name.endswith("_kernel"):
-                names.append(name)
+            if found or name.endswith("_kernel"):
+                found.append(name)
                 continue  # a name closes nothing
-        elif names and (number := match["number"]):
-            names.append(number)
+        elif found and (number := match["number"]):
+            found.append(number)
         elif other in ("I", "N", "J"):
             depth += 1
         elif other == "E":
             depth -= 1
         elif other in _BUILTIN:
-            names.append(_BUILTIN[other])
-        if names and depth == 0:
+            found.append(_BUILTIN[other])
+        if found and depth == 0:
             break
-    return names or [symbol]
+    return found or [symbol]

@@ -152,6 +152,20 @@ def _images(size: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(size), dtype=dtype, device=META).to(memory_format=torch.channels_last)
 
 
+def _problem(case: Conv2dCase, dtype: torch.dtype, precision: str) -> tuple[Any, list[Tensor]]:
+    """A layer in channels_last, and tensors for its input, weight and output."""
+    from gdfast.backends.triton.bind_conv2d import Problem
+
+    geometry = Conv2dGeometry.of(
+        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2, case.dilation,
+        case.groups,
+    )  # fmt: skip
+    sizes = geometry.input_size, geometry.weight_size, geometry.output_size
+    strides = tuple(dense_strides(size, True) for size in sizes)
+    problem = Problem(geometry, strides, dtype, META, precision)  # type: ignore[arg-type]
+    return problem, [_images(size, dtype) for size in sizes]
+
+
 def launch_conv2d(
     case: Conv2dCase, dtype: torch.dtype, precision: str = "ieee", tiles: str = "best"
 ) -> None:
@@ -162,15 +176,7 @@ def launch_conv2d(
     """
     from gdfast.backends.triton import bind_conv2d
 
-    geometry = Conv2dGeometry.of(
-        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2, case.dilation,
-        case.groups,
-    )  # fmt: skip
-    sizes = geometry.input_size, geometry.weight_size, geometry.output_size
-    strides = tuple(dense_strides(size, True) for size in sizes)
-    problem = bind_conv2d.Problem(geometry, strides, dtype, META, precision)  # type: ignore[arg-type]
-
-    input, weight, output = (_images(size, dtype) for size in sizes)
+    problem, (input, weight, output) = _problem(case, dtype, precision)
     passes: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "conv2d": (bind_conv2d.bind_forward, (input, weight, None)),
         "conv2d_grad_input": (bind_conv2d.bind_grad_input, (output, weight)),
@@ -184,6 +190,16 @@ def launch_conv2d(
             found = [tile for tile in found if tile is not None and tile.box]
         for tile in found:
             bind(problem, tile)(*arguments)
+
+
+def launch_conv2d_act(case: Conv2dCase, dtype: torch.dtype, activation: str) -> None:
+    """Launches a layer's forward pass with bias and activation, by its best tile by the model."""
+    from gdfast.backends.triton.bind_conv2d import bind_forward
+
+    problem, (input, weight, _) = _problem(case, dtype, "ieee")
+    tile = next(iter(problem.candidates("conv2d_act")), None)
+    bias = torch.empty(case.K, dtype=dtype, device=META)
+    bind_forward(problem, tile, activation)(input, weight, bias)
 
 
 def launch_batch_norm(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:

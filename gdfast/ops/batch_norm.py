@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from gdfast.backends import chosen, fall_back
+from gdfast.backends import chosen, fall_back, resolve
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.backends.batch_norm import gradients
+from gdfast.backends.registry import AUTO
 from gdfast.errors import mismatch
 from gdfast.geometry import is_channels_last
 from gdfast.ops import batch_norm_dispatch
@@ -49,7 +50,8 @@ def batch_norm_act(
     activation: "none", "relu", "relu6", "leaky_relu" (with negative_slope) or "silu". In training
     the statistics are those of the batch, and the running ones move towards them by momentum, the
     variance unbiased; in evaluation they are the running ones. Returns [N, C, H, W], channels_last
-    where the input is. Other shapes, dtypes and devices run on native PyTorch.
+    where the input is. Other shapes, dtypes and devices run on native PyTorch, and so does an input
+    without elements, which leaves the running statistics as they are.
 
     Raises RuntimeError for sizes and dtypes that do not fit together and for evaluation without
     running statistics, ValueError for one value per channel in training, one running statistic
@@ -71,6 +73,12 @@ def batch_norm_act(
         return _native(tensors, training, momentum, eps, activation, negative_slope)
     if reason := _why_native(input, weight, residual):
         fall_back(OP, backend, reason)
+        return _native(tensors, training, momentum, eps, activation, negative_slope)
+    if 0 in input.shape:
+        # There is nothing to launch, but who was asked for by name may refuse.
+        if backend != AUTO:
+            settings = training, eps, activation, negative_slope
+            resolve(OP, batch_norm_dispatch.forward_query(*tensors, *settings), backend)
         return _native(tensors, training, momentum, eps, activation, negative_slope)
     return _batch_norm_act(
         _dense(input), weight, bias, running_mean, running_var, residual, training, momentum, eps,
@@ -103,8 +111,6 @@ def _why_native(input: Any, weight: Any, residual: Any) -> str:
         return f"no other backend takes {input.layout} input"
     if input.dim() != 4:
         return f"other backends take 4-D input, not {input.dim()}-D"
-    if 0 in input.shape:
-        return "there is nothing to normalise"
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
         return "other backends take a residual of the input's size and dtype"
     if torch._C._are_functorch_transforms_active():

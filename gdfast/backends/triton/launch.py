@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.errors import TritonError
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -77,11 +76,16 @@ class Launch:
 
     def __call__(self, *tensors: Tensor, changing: tuple[Any, ...] = ()) -> None:
         device = self._device
-        if device is not None and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        try:
+            if device is not None and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    self._run(tensors, changing)
+            else:
                 self._run(tensors, changing)
-        else:
-            self._run(tensors, changing)
+        except torch.OutOfMemoryError:
+            raise  # of torch's own, which callers tell from others
+        except Exception as error:  # of the compiler, its tools or the driver: they share no type
+            raise RuntimeError(f"{self._told(tensors)}: {error}") from error
 
     def _run(self, tensors: tuple[Tensor, ...], changing: tuple[Any, ...]) -> None:
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -89,18 +93,22 @@ class Launch:
         for address in addresses:
             unaligned |= address & _ALIGNED
         if unaligned or self._compiled is None:
-            try:
-                compiled = self._kernel[self._grid](
-                    *self.seen(tensors), *changing, *self._rest, **self._options
-                )
-            except TritonError as error:  # such as more shared memory than there is
-                raise RuntimeError(f"{self._kernel}: {error}") from error
+            compiled = self._kernel[self._grid](
+                *self.seen(tensors), *changing, *self._rest, **self._options
+            )
             if not unaligned:
                 self._compiled = compiled  # None in the interpreter
         else:
             if self._boxes:
                 addresses[: len(self._boxes)] = self._descriptors(tensors, checked=False)
             self._compiled[self._grid](*addresses, *changing, *self._rest)
+
+    def _told(self, tensors: Sequence[Tensor]) -> str:
+        """The kernel's file, which is named after the operation, the kernel and its tensors."""
+        kernel = self._kernel
+        file = kernel.__module__.rpartition(".")[2]
+        sizes = ", ".join(f"{list(t.shape)} {str(t.dtype)[6:]}" for t in tensors)
+        return f"{file}: Triton: {kernel.__name__} of {sizes}, grid {list(self._grid)}"
 
     def seen(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What the kernel is given of the tensors: descriptors of the first, then the others."""
