@@ -1,7 +1,7 @@
 """Whether a candidate computes what native PyTorch does, before its times may count.
 
-GPUs, drivers and compilers are many, and what runs on one of them wrongly must not be chosen there
-for being fast.
+GPUs, drivers and compilers are many, and so are processors with new instructions: what runs on one
+of them wrongly must not be chosen there for being fast.
 """
 
 from __future__ import annotations
