@@ -29,9 +29,13 @@ GDFAST_INLINE Vec<float> add_pair_products(Vec<float> sum, Vec<uint32_t> a, Vec<
 
 #else
 
+// Vectors that any processor has in one register.
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef uint32_t Bits4 __attribute__((vector_size(16)));
+
 // The instruction takes subnormal numbers for zeros, and makes zeros of them.
-GDFAST_INLINE Vec<float> flushed(Vec<uint32_t> bits) {
-  return (Vec<float>)((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+GDFAST_INLINE Floats4 flushed(Bits4 bits) {
+  return (Floats4)((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
 
 // As the instruction: the second products first, and each sum rounded once. The product of two
@@ -39,10 +43,17 @@ GDFAST_INLINE Vec<float> flushed(Vec<uint32_t> bits) {
 // could give something else. No part of its callers: that would be half a megabyte.
 __attribute__((noinline)) void add_pair_products(Vec<float>* sum, const Vec<uint32_t>* a,
                                                  const Vec<uint32_t>* b) {
-  const Vec<float> second = flushed(*a & 0xffff0000u) * flushed(*b & 0xffff0000u);
-  const Vec<float> first = flushed(*a << 16) * flushed(*b << 16);
-  const Vec<float> once = flushed((Vec<uint32_t>)(flushed((Vec<uint32_t>)*sum) + second));
-  *sum = flushed((Vec<uint32_t>)(once + first));
+  for (int lane = 0; lane < kLanes<float>; lane += 4) {
+    Bits4 sums, x, y;
+    std::memcpy(&sums, reinterpret_cast<char*>(sum) + 4 * lane, sizeof sums);
+    std::memcpy(&x, reinterpret_cast<const char*>(a) + 4 * lane, sizeof x);
+    std::memcpy(&y, reinterpret_cast<const char*>(b) + 4 * lane, sizeof y);
+    const Floats4 second = flushed(x & 0xffff0000u) * flushed(y & 0xffff0000u);
+    const Floats4 first = flushed(x << 16) * flushed(y << 16);
+    const Floats4 once = flushed((Bits4)(flushed(sums) + second));
+    sums = (Bits4)flushed((Bits4)(once + first));
+    std::memcpy(reinterpret_cast<char*>(sum) + 4 * lane, &sums, sizeof sums);
+  }
 }
 
 GDFAST_INLINE Vec<float> add_pair_products(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {

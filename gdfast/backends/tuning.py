@@ -3,9 +3,9 @@
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
 of the CUDA and of the Triton kernels), and under the backend "auto" native PyTorch too. They are
 timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
-result there (see `tuning_check`), and so it is with "bf16" on a CPU. A choice once made is kept,
-since another algorithm rounds otherwise. What was chosen is remembered in a file (see
-`choices_file`), so that a machine pays for it once.
+result there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A
+choice once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in
+a file (see `choices_file`), so that a machine pays for it once.
 
 The cost model alone chooses (under "auto" that is native on a GPU, and where it would be "bf16":
 what has not been compared with it there does not run)
@@ -281,10 +281,22 @@ def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
 def _agreeing(
     op: str, query: Conv2dQuery, calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]
 ) -> list[str]:
+    """Those of the calls that do what native does, or on a CPU what "direct" does: in bfloat16,
+    native may round every part of a sum there.
+    """
     plain = "conv2d" if op == "conv2d_act" else op
-    native, products = (resolve(o, query, REFERENCE).operations[o](query) for o in (op, plain))
-    tf32 = query.device.type == "cuda" and input_precision(query.dtype, strict=False) == "tf32"
-    return tuning_check.agreeing(op, calls, native, products, arguments, tf32)
+    on_gpu = query.device.type == "cuda"
+    if on_gpu:
+        exact = [resolve(name, query, REFERENCE).operations[name](query) for name in (op, plain)]
+    else:
+        no_act = Conv2dQuery(
+            query.device, query.dtype, query.layout,
+            geometry=query.geometry, strides=query.strides,
+        )  # fmt: skip
+        run = cpu.BACKEND.operations
+        exact = [run[op](query, cpu_algorithms.DIRECT), run[plain](no_act, cpu_algorithms.DIRECT)]
+    tf32 = on_gpu and input_precision(query.dtype, strict=False) == "tf32"
+    return tuning_check.agreeing(op, calls, *exact, arguments, tf32)
 
 
 def _timed(
