@@ -287,16 +287,20 @@ def _agreeing(
     plain = "conv2d" if op == "conv2d_act" else op
     on_gpu = query.device.type == "cuda"
     if on_gpu:
-        exact = [resolve(name, query, REFERENCE).operations[name](query) for name in (op, plain)]
+        exact, products = (
+            resolve(name, query, REFERENCE).operations[name](query) for name in (op, plain)
+        )
     else:
         no_act = Conv2dQuery(
             query.device, query.dtype, query.layout,
             geometry=query.geometry, strides=query.strides,
         )  # fmt: skip
-        run = cpu.BACKEND.operations
-        exact = [run[op](query, cpu_algorithms.DIRECT), run[plain](no_act, cpu_algorithms.DIRECT)]
+        exact, products = (
+            cpu.BACKEND.operations[name](each, cpu_algorithms.DIRECT)
+            for name, each in ((op, query), (plain, no_act))
+        )
     tf32 = on_gpu and input_precision(query.dtype, strict=False) == "tf32"
-    return tuning_check.agreeing(op, calls, *exact, arguments, tf32)
+    return tuning_check.agreeing(op, calls, exact, products, arguments, tf32)
 
 
 def _timed(

@@ -93,9 +93,9 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         text += [line(cells) for row, cells in zip(rows, lines, strict=True) if row.suite == suite]
     native = sum(row.use.choice.name == tuning.NATIVE for row in rows)
     notes = []
-    if any(row.use.query.dtype == torch.bfloat16 for row in rows):
-        if reason := cpu_algorithms.why_no_bf16():
-            notes = [f"On the CPU direct widens bfloat16 to float32, and there is no bf16: {reason}."]
+    reason = cpu_algorithms.why_no_bf16()
+    if reason and any(row.use.query.dtype == torch.bfloat16 for row in rows):
+        notes = [f"On the CPU direct widens bfloat16 to float32; there is no bf16: {reason}."]
     return "\n".join(
         [
             *text,
