@@ -191,7 +191,7 @@ def test_nothing_is_written_beside_the_outputs(name: str, pairs: str) -> None:
 def test_what_they_do_not_take_is_left_to_the_kernels_beside(
     dtype: torch.dtype, pairs: str
 ) -> None:
-    cases = [case for case in ODD if dtype == torch.float32 or case.groups == case.C > 1]
+    cases = ODD[:4] if dtype == torch.float32 else [c for c in ODD if c.groups == c.C > 1]
     results = []
     for isa in (pairs, "baseline" if pairs == "emulated_bf16" else "avx512"):
         assert native.cpu.select_isa(isa)
