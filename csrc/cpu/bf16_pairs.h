@@ -40,7 +40,7 @@ GDFAST_INLINE Floats4 flushed(Bits4 bits) {
 
 // As the instruction: the second products first, and each sum rounded once. The product of two
 // bfloat16 is exact in float32 unless it leaves the range of normal numbers; only there an FMA
-// could give something else. No part of its callers: that would be half a megabyte.
+// could give something else. Never inlined: it would be most of the code of its callers.
 __attribute__((noinline)) void add_pair_products(Vec<float>* sum, const Vec<uint32_t>* a,
                                                  const Vec<uint32_t>* b) {
   for (int lane = 0; lane < kLanes<float>; lane += 4) {
