@@ -19,14 +19,15 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "supported_isas",
       [] {
-        const char* names[3];
+        const char* names[cpu::kMostIsas];
         const int count = cpu::supported_isas(names);
         return std::vector<std::string>(names, names + count);
       },
       "Names of the compiled instruction sets that this processor runs, lowest first.");
   m.def(
       "select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); },
-      pybind11::arg("name"), "Chooses an instruction set; False where it cannot run here.");
+      pybind11::arg("name"),
+      "Chooses an instruction set, or emulated_bf16 for tests; False where it cannot run here.");
 
   m.attr("why_no_cuda") = GDFAST_WHY_NO_CUDA;
 

@@ -21,7 +21,8 @@ using Four = std::array<int64_t, 4>;
 Algorithm algorithm_named(const std::string& name) {
   if (name == "direct") return Algorithm::kDirect;
   if (name == "winograd") return Algorithm::kWinograd;
-  throw py::value_error("Conv2dProblem: algorithm: expected direct or winograd, got " + name);
+  if (name == "bf16") return Algorithm::kBf16;
+  throw py::value_error("Conv2dProblem: algorithm: expected direct, winograd or bf16, got " + name);
 }
 
 void require(bool holds, const char* what) {

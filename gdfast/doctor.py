@@ -66,6 +66,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from gdfast import __version__, backends, native, processor
+    from gdfast.backends import cpu_algorithms
 
     started = time.perf_counter()
     available = backends.available()
@@ -90,6 +91,7 @@ def examine() -> dict[str, Any]:
             "instruction_sets": native.cpu.supported_isas() if native.cpu else [],
             "in_force": native.cpu.isa() if native.cpu else None,
             "torch_in_force": torch.backends.cpu.get_cpu_capability(),
+            "why_no_bf16": cpu_algorithms.why_no_bf16(),
         },
         "cuda_devices": [
             {
@@ -135,26 +137,31 @@ def _self_test(backend: str) -> list[Check]:
     """Run every operation on a small asymmetric case and compare with float64."""
     import torch
 
-    from gdfast.backends import precision
+    from gdfast.backends import cpu_algorithms, precision
     from gdfast.bench.workload import relative_error
     from gdfast.errors import BackendError
 
     on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"  # there Triton's kernels run in the interpreter
-    rounding = torch.finfo(torch.float32).eps
+    cases = [(name, run, torch.float32) for name, run in _operations(3, 4).items()]
+    if backend == "cpu" and not cpu_algorithms.why_no_bf16():
+        cases += [
+            (f"{name} bfloat16", run, torch.bfloat16)
+            for name, run in _operations(17, 18).items()
+            if name != "sgd_"
+        ]
     checks = []
 
-    def run(operation: str, name: str) -> torch.Tensor:
+    def run(case: Callable[[str, torch.dtype, str], torch.Tensor], name: str) -> torch.Tensor:
         # Float32 as it is: native takes TF32 for some sizes and not for others.
         with precision("strict"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return operations[operation](name, torch.float32, device).cpu()
+            return case(name, dtype, device).cpu()
 
-    operations = _operations()
-    for operation, exactly in operations.items():
-        exact = exactly("reference", torch.float64, "cpu")
-        native_error = relative_error(run(operation, "reference"), exact)
+    for operation, case, dtype in cases:
+        exact = case("reference", torch.float64, "cpu")
+        native_error = relative_error(run(case, "reference"), exact)
         try:
-            error = relative_error(run(operation, backend), exact)
+            error = relative_error(run(case, backend), exact)
         except BackendError as refusal:
             # A backend may have a forward and no backward: that is legal, and told.
             checks.append(Check(backend, operation, None, native_error, True, str(refusal)))
@@ -163,13 +170,18 @@ def _self_test(backend: str) -> list[Check]:
             checks.append(Check(backend, operation, None, native_error, False, str(failure)))
             continue
         # Native adds the same numbers in another order: one rounding more is no mistake.
-        ok = error <= 2 * native_error + rounding
+        ok = error <= 2 * native_error + torch.finfo(dtype).eps
         checks.append(Check(backend, operation, error, native_error, ok, ""))
     return checks
 
 
-def _operations() -> dict[str, Callable[[str, torch.dtype, str], torch.Tensor]]:
-    """Functions of (backend, dtype, device) that give a result as one flat tensor."""
+def _operations(
+    channels: int, filters: int
+) -> dict[str, Callable[[str, torch.dtype, str], torch.Tensor]]:
+    """Functions of (backend, dtype, device) that give a result as one flat tensor.
+
+    A convolution has two groups of as many channels and filters.
+    """
     import torch
 
     from gdfast import ops
@@ -178,7 +190,9 @@ def _operations() -> dict[str, Callable[[str, torch.dtype, str], torch.Tensor]]:
         return torch.randn(*size, generator=generator)
 
     generator = torch.Generator().manual_seed(0)
-    convolution = draw(5, 6, 17, 13), draw(8, 3, 3, 2), draw(8)
+    convolution = (
+        draw(5, 2 * channels, 17, 13), draw(2 * filters, channels, 3, 2), draw(2 * filters),
+    )  # fmt: skip
     update = draw(1001), draw(1001), draw(1001)
 
     def conv2d(*wanted: int) -> Callable[[str, torch.dtype, str], torch.Tensor]:
@@ -232,6 +246,7 @@ def _in_words(report: dict[str, Any]) -> str:
             f"{', '.join(cpu['instruction_sets']) or 'nothing'}; in force: {cpu['in_force']} "
             f"(torch: {cpu['torch_in_force']})",
         ),
+        ("bfloat16", _bf16_in_words(cpu["why_no_bf16"])),
         *(
             ("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['gigabytes']} GiB")
             for gpu in report["cuda_devices"] or []
@@ -257,6 +272,12 @@ def _in_words(report: dict[str, Any]) -> str:
     else:
         verdict = "no kernel of ours can be used, all runs on native PyTorch; build: pip install ."
     return "\n".join([*(f"{name:<12} {text}" for name, text in lines), "", verdict])
+
+
+def _bf16_in_words(why_not: str) -> str:
+    if why_not:
+        return f"convolutions on the CPU widen it to float32, or are native's: {why_not}"
+    return "convolutions on the CPU multiply it as it is, or are native's"
 
 
 def _extra_in_words(extra: str, packages: dict[str, str | None]) -> str:

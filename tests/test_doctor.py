@@ -32,10 +32,31 @@ def test_report_tells_what_is_here() -> None:
 def test_self_test_passes_on_our_kernels() -> None:
     report = examine()
     cpu = [check for check in report["self_test"] if check["backend"] == "cpu"]
+    cpu = [check for check in cpu if "bfloat16" not in check["operation"]]
     assert [check["operation"] for check in cpu] == OPERATIONS
     assert all(check["ok"] and 0 < check["error"] < 1e-6 for check in cpu)
     assert report["ok"]
     assert native.cpu is not None and report["cpu"]["in_force"] == native.cpu.isa()
+
+
+@pytest.mark.usefixtures("compiled_cpu", "fresh_registry")
+def test_products_of_bfloat16_are_tested_where_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    before = native.cpu.isa()
+    try:
+        assert native.cpu.select_isa("emulated_bf16")
+        checks = {each["operation"]: each for each in examine()["self_test"]}
+        for operation in OPERATIONS[:3]:
+            check = checks[f"{operation} bfloat16"]
+            assert check["ok"] and 1e-4 < check["error"] < 1e-2
+        assert native.cpu.select_isa("baseline")
+        report = examine()
+        assert not [each for each in report["self_test"] if "bfloat16" in each["operation"]]
+        main(["doctor"])
+        assert f"widen it to float32, or are native's: {report['cpu']['why_no_bf16']}" in (
+            capsys.readouterr().out
+        )
+    finally:
+        native.cpu.select_isa(before)
 
 
 def test_text_and_json_tell_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from gdfast import native
 
 ROOT = Path(__file__).parents[1]
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -59,6 +59,9 @@ def test_select_isa() -> None:
             assert native.cpu.isa() == isa
         assert not native.cpu.select_isa("sse9")
         assert native.cpu.isa() == native.cpu.supported_isas()[-1]
+        # For tests alone, and so not among those that are supported.
+        assert native.cpu.select_isa("emulated_bf16")
+        assert native.cpu.isa() == "emulated_bf16"
     finally:
         native.cpu.select_isa(before)
 

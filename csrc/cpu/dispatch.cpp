@@ -6,31 +6,40 @@
 namespace gdfast::cpu {
 namespace {
 
-#define GDFAST_TABLE(isa)                   \
-  {#isa,                                    \
-   isa::conv2d,                             \
-   isa::conv2d_grad_input,                  \
-   isa::conv2d_grad_weight,                 \
-   isa::max_pool2d,                         \
-   isa::max_pool2d_grad,                    \
-   isa::conv2d_relu_max_pool2d,             \
-   isa::conv2d_relu_max_pool2d_grad_weight, \
-   isa::linear,                             \
-   isa::linear_backward,                    \
-   isa::sgd,                                \
-   isa::batch_norm,                         \
-   isa::batch_norm_backward}
+#define GDFAST_TABLE(isa, others)              \
+  {#isa,                                       \
+   isa::conv2d,                                \
+   isa::conv2d_grad_input,                     \
+   isa::conv2d_grad_weight,                    \
+   others::max_pool2d,                         \
+   others::max_pool2d_grad,                    \
+   others::conv2d_relu_max_pool2d,             \
+   others::conv2d_relu_max_pool2d_grad_weight, \
+   others::linear,                             \
+   others::linear_backward,                    \
+   others::sgd,                                \
+   others::batch_norm,                         \
+   others::batch_norm_backward}
 
 constexpr KernelTable kTables[] = {
-    GDFAST_TABLE(baseline),
+    GDFAST_TABLE(baseline, baseline),
 #ifdef GDFAST_HAS_X86_KERNELS
-    GDFAST_TABLE(avx2),
-    GDFAST_TABLE(avx512),
+    GDFAST_TABLE(avx2, avx2),
+    GDFAST_TABLE(avx512, avx512),
+#endif
+#ifdef GDFAST_HAS_AVX512_BF16_KERNELS
+    GDFAST_TABLE(avx512_bf16, avx512),
 #endif
 };
-constexpr int kTableCount = sizeof(kTables) / sizeof(kTables[0]);
+static_assert(sizeof(kTables) / sizeof(kTables[0]) <= kMostIsas);
+constexpr KernelTable kEmulated = GDFAST_TABLE(emulated_bf16, baseline);
 
 bool runs_here(const char* isa) {
+#ifdef GDFAST_HAS_AVX512_BF16_KERNELS
+  if (std::strcmp(isa, "avx512_bf16") == 0) {
+    return __builtin_cpu_supports("avx512bf16") && runs_here("avx512");
+  }
+#endif
 #ifdef GDFAST_HAS_X86_KERNELS
   if (std::strcmp(isa, "avx512") == 0) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -59,7 +68,7 @@ const KernelTable* in_force = best();
 
 const KernelTable& kernels() { return *in_force; }
 
-int supported_isas(const char* names[3]) {
+int supported_isas(const char* names[kMostIsas]) {
   int count = 0;
   for (const KernelTable& table : kTables) {
     if (runs_here(table.isa)) names[count++] = table.isa;
@@ -68,6 +77,10 @@ int supported_isas(const char* names[3]) {
 }
 
 bool select_isa(const char* name) {
+  if (std::strcmp(name, kEmulated.isa) == 0) {
+    in_force = &kEmulated;
+    return true;
+  }
   for (const KernelTable& table : kTables) {
     if (std::strcmp(table.isa, name) == 0 && runs_here(name)) {
       in_force = &table;

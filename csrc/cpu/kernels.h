@@ -1,5 +1,6 @@
 // The CPU kernels' entry points. Every source beside this header is compiled once per instruction
 // set, into a namespace of that name; dispatch.cpp picks one table when the module is loaded.
+// conv2d_bf16.cpp alone makes avx512_bf16, which is avx512 with other convolutions of bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +13,22 @@
 
 namespace gdfast::cpu {
 
+#define GDFAST_DECLARE_CONV2D(isa)                                                             \
+  namespace isa {                                                                              \
+  /* output = activation(conv2d(input, weight) + bias); bias [K] may be null. */               \
+  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,             \
+              const void* bias, void* output, int threads);                                    \
+  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */             \
+  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                \
+                         const void* weight, void* grad_input, int threads);                   \
+  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */        \
+  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,               \
+                          const void* input, void* grad_weight, void* grad_bias, int threads); \
+  }
+
 #define GDFAST_DECLARE_KERNELS(isa)                                                                \
+  GDFAST_DECLARE_CONV2D(isa)                                                                       \
   namespace isa {                                                                                  \
-  /* output = activation(conv2d(input, weight) + bias); bias [K] may be null. */                   \
-  void conv2d(const Conv2dProblem& problem, const void* input, const void* weight,                 \
-              const void* bias, void* output, int threads);                                        \
-  /* grad_input = the transpose of conv2d in its input, applied to grad_output. */                 \
-  void conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,                    \
-                         const void* weight, void* grad_input, int threads);                       \
-  /* grad_weight = the transpose of conv2d in its weight; grad_bias [K] may be null. */            \
-  void conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,                   \
-                          const void* input, void* grad_weight, void* grad_bias, int threads);     \
   /* output = max_pool2d(input), and where in its window each value was. */                        \
   void max_pool2d(const MaxPool2dProblem& problem, const void* input, void* output, void* argmax,  \
                   int threads);                                                                    \
@@ -63,7 +69,10 @@ namespace gdfast::cpu {
 GDFAST_DECLARE_KERNELS(baseline)
 GDFAST_DECLARE_KERNELS(avx2)
 GDFAST_DECLARE_KERNELS(avx512)
+GDFAST_DECLARE_CONV2D(avx512_bf16)
+GDFAST_DECLARE_CONV2D(emulated_bf16)
 #undef GDFAST_DECLARE_KERNELS
+#undef GDFAST_DECLARE_CONV2D
 
 struct KernelTable {
   const char* isa;
@@ -84,10 +93,14 @@ struct KernelTable {
 // The table in force: the best that this processor runs, or the one that select_isa() asked for.
 const KernelTable& kernels();
 
-// Names of the instruction sets that were compiled and that this processor runs, lowest first.
-int supported_isas(const char* names[3]);
+constexpr int kMostIsas = 4;
 
-// Chooses one by name; false where it was not compiled or the processor lacks it.
+// Names of the instruction sets that were compiled and that this processor runs, lowest first.
+int supported_isas(const char* names[kMostIsas]);
+
+// Chooses one by name; false where it was not compiled or the processor lacks it. Beside those of
+// supported_isas() there is "emulated_bf16": the kernels of avx512_bf16 for any processor, slow, to
+// test them where it is not.
 bool select_isa(const char* name);
 
 }  // namespace gdfast::cpu

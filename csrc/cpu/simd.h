@@ -11,7 +11,8 @@
 namespace gdfast::cpu {
 namespace {
 
-#if defined(__AVX512F__)
+// Where kernels for AVX-512 are tested without it, the compiler makes up the vectors of that.
+#if defined(__AVX512F__) || defined(GDFAST_EMULATE_AVX512)
 constexpr int kVectorBytes = 64;
 constexpr int kVectorRegisters = 32;
 #elif defined(__AVX2__)
@@ -75,7 +76,9 @@ GDFAST_INLINE Vec<T> broadcast(T value) {
 // Has the compiler hold a value in a register from here on.
 template <typename T>
 GDFAST_INLINE void keep_in_register(Vec<T>& value) {
-#if defined(__x86_64__)
+#if defined(GDFAST_EMULATE_AVX512)
+  (void)value;  // it fills several
+#elif defined(__x86_64__)
   asm("" : "+v"(value));
 #elif defined(__aarch64__)
   asm("" : "+w"(value));

@@ -17,6 +17,20 @@
 namespace gdfast::cpu {
 namespace {
 
+// What the operands are made of: numbers of the type that sums are taken in. bf16_pairs.h has
+// another kind.
+template <typename T>
+struct Operand {
+  using Sum = T;
+  using Lane = T;  // of a vector of them
+
+  static GDFAST_INLINE Vec<T> line(const T* from) { return load(from); }
+  static GDFAST_INLINE Vec<T> spread(const T* from) { return broadcast(*from); }
+  static GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> value, Vec<T> line) {
+    sum += value * line;
+  }
+};
+
 // 6 x 4 vectors take 24 accumulators, 4 for the panel's line and 1 for the broadcast: 29 of 32
 // registers. 6 x 2 take 12, 2 and 1: 15 of 16.
 constexpr int kTileRows = 6;
@@ -35,6 +49,8 @@ enum class Start {
 
 template <typename T>
 struct TileArgs {
+  using A = typename Operand<T>::Sum;
+
   const T* const* rows;  // [segments][kTileRows], or [kTileRows] where segment_step is not 0
   int64_t row_step;
   int64_t segment_step = 0;
@@ -43,16 +59,18 @@ struct TileArgs {
   const T* panel;
   int64_t panel_step;
   int64_t segments, length;
-  const T* start;
+  const A* start;
   Start how;
-  T* const* out;  // [kTileRows], each to kVectors whole vectors
-  Ending<T> ending;
+  A* const* out;  // [kTileRows], each to kVectors whole vectors
+  Ending<A> ending;
 };
 
 template <typename T, int kVectors>
 void multiply_tile(const TileArgs<T>& args) {
-  constexpr int kWidth = kLanes<T>;
-  Vec<T> sum[kTileRows][kVectors] = {};
+  using A = typename Operand<T>::Sum;
+  using Lane = typename Operand<T>::Lane;
+  constexpr int kWidth = kLanes<A>;
+  Vec<A> sum[kTileRows][kVectors] = {};
   const T* panel = args.panel;
   const int64_t row_step = args.row_step, panel_step = args.panel_step, length = args.length;
   const int64_t segment_step = args.segment_step, set_step = segment_step == 0 ? kTileRows : 0;
@@ -72,17 +90,19 @@ void multiply_tile(const TileArgs<T>& args) {
       }
       const int64_t end = min_of(begin + stretch, length);
       for (int64_t x = begin; x < end; ++x) {
-        Vec<T> line[kVectors];
+        Vec<Lane> line[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
+        for (int j = 0; j < kVectors; ++j) line[j] = Operand<T>::line(panel + j * kWidth);
 #pragma GCC unroll 6
         for (int i = 0; i < kTileRows; ++i) {
-          Vec<T> value = broadcast(row[i][at]);
+          Vec<Lane> value = Operand<T>::spread(row[i] + at);
           // One broadcast serves kVectors products: keep it in a register, or the compiler loads it
           // anew for each of them and the load ports become the limit.
-          keep_in_register<T>(value);
+          keep_in_register<Lane>(value);
 #pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+          for (int j = 0; j < kVectors; ++j) {
+            Operand<T>::add_product(sum[i][j], value, line[j]);
+          }
         }
         at += row_step;
         panel += panel_step;
@@ -95,7 +115,7 @@ void multiply_tile(const TileArgs<T>& args) {
     for (int j = 0; j < kVectors; ++j) {
       // Sums of a part are added to what came before as a whole: two levels of summation keep the
       // error of long reductions small.
-      sum[i][j] += args.how == Start::kAccumulate ? load<T>(args.out[i] + j * kWidth)
+      sum[i][j] += args.how == Start::kAccumulate ? load<A>(args.out[i] + j * kWidth)
                    : args.how == Start::kColumns  ? load(args.start + j * kWidth)
                                                   : broadcast(args.start[i]);
     }
@@ -104,7 +124,7 @@ void multiply_tile(const TileArgs<T>& args) {
 #pragma GCC unroll 6
   for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store<T>(args.out[i] + j * kWidth, sum[i][j]);
+    for (int j = 0; j < kVectors; ++j) store<A>(args.out[i] + j * kWidth, sum[i][j]);
   }
   finish_rows(args.ending, args.out, kTileRows, kVectors * kWidth);
 }
@@ -117,12 +137,12 @@ GDFAST_INLINE void multiply_tile(int vectors, const TileArgs<T>& args) {
       return multiply_tile<T, 1>(args);
     case 2:
       return multiply_tile<T, 2>(args);
-#if defined(__AVX512F__)
     case 3:
-      return multiply_tile<T, 3>(args);
+      if constexpr (kMaxVectors >= 3) multiply_tile<T, 3>(args);
+      return;
     case 4:
-      return multiply_tile<T, 4>(args);
-#endif
+      if constexpr (kMaxVectors >= 4) multiply_tile<T, 4>(args);
+      return;
   }
 }
 

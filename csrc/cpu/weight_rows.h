@@ -3,10 +3,36 @@
 #pragma once
 
 #include "../conv2d_problem.h"
+#include "convert.h"
 #include "pack.h"
 
 namespace gdfast::cpu {
 namespace {
+
+// to[y * to_step + x] = from[x * from_step + y], rounded to T, for x below count and y below lines;
+// lines of from are whole vectors.
+template <typename T>
+void transpose_narrowed(const float* from, int64_t from_step, int64_t count, int64_t lines, T* to,
+                        int64_t to_step) {
+  constexpr int kWidth = kLanes<float>;
+  for (int64_t x = 0; x < count; x += kWidth) {
+    const int64_t x_count = min_of(kWidth, count - x);
+    for (int64_t y = 0; y < lines; y += kWidth) {
+      Vec<float> square[kWidth] = {};
+      for (int64_t i = 0; i < x_count; ++i) square[i] = load(from + (x + i) * from_step + y);
+      transpose<float>(square);
+      const int64_t y_count = min_of(kWidth, lines - y);
+      for (int64_t i = 0; i < y_count; ++i) {
+        T* line = to + (y + i) * to_step + x;
+        if (x_count == kWidth) {
+          store_narrowed(line, square[i]);
+        } else {
+          store_some(line, square[i], x_count);
+        }
+      }
+    }
+  }
+}
 
 class WeightRows {
  public:
@@ -42,11 +68,13 @@ class WeightRows {
   template <typename T, typename A>
   void write(const A* sums, int64_t width, int64_t valid, int64_t row, int64_t end,
              T* weight) const {
-    if constexpr (kSame<T, A>) {
-      if (side_by_side_) {
+    if (side_by_side_) {
+      if constexpr (kSame<T, A>) {
         transpose_widened(sums, width, valid, end - row, end - row, weight + row, strides_.n);
-        return;
+      } else {
+        transpose_narrowed(sums, width, end - row, valid, weight + row, strides_.n);
       }
+      return;
     }
     for (; row < end; ++row, sums += width) {
       const Row to = at(row);

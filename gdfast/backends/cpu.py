@@ -59,6 +59,8 @@ def _steps(steps: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
 def algorithm(op: str, query: Conv2dQuery) -> str:
     """The algorithm that the cost model gives one pass in the precision that is set now."""
     assert native.cpu is not None
+    if cpu_algorithms.bf16_applies(op, query):
+        return cpu_algorithms.BF16
     if is_strict() or query.dtype != torch.float32:
         return cpu_algorithms.DIRECT
     return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())

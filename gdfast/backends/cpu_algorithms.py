@@ -11,10 +11,11 @@ from math import ceil
 
 import torch
 
+from gdfast import native
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.geometry import Conv2dGeometry
 
-DIRECT, WINOGRAD = "direct", "winograd"
+DIRECT, WINOGRAD, BF16 = "direct", "winograd", "bf16"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,31 @@ def _fits_winograd(g: Conv2dGeometry) -> bool:
     return dense and max(g.padding) <= 2 and min(g.C, g.K) // g.groups >= 8 and g.N > 0
 
 
+def bf16_applies(op: str, query: Conv2dQuery) -> bool:
+    """Whether one pass can multiply bfloat16 as it is, here and now."""
+    g = query.geometry
+    # Groups of few channels would leave most lanes empty.
+    fits = g.N > 0 and (g.groups == 1 or min(g.C, g.K) // g.groups >= 16)
+    return query.dtype == torch.bfloat16 and fits and not why_no_bf16()
+
+
+def why_no_bf16() -> str:
+    """Why no convolution multiplies bfloat16 as it is, but widens it to float32 first, or ""."""
+    if native.cpu is None:
+        return native.failure("cpu")
+    if native.cpu.isa() in ("avx512_bf16", "emulated_bf16"):
+        return ""
+    if "avx512_bf16" in native.cpu.supported_isas():
+        return f"the kernels in force are those for {native.cpu.isa()}"
+    return "the processor, or the compiler of the kernels, has no AVX512_BF16"
+
+
 # All that there are, in order of preference where they are equally fast.
 ALGORITHMS = {
     DIRECT: Algorithm(lambda op, query: True),
     # Measured up to 1.1e-6 for sums that do not cancel: docs/cpu.md.
     WINOGRAD: Algorithm(_winograd_applies, stated_error=1.5e-6),
+    BF16: Algorithm(bf16_applies),
 }
 STATED_ERROR = {name: algorithm.stated_error for name, algorithm in ALGORITHMS.items()}
 
@@ -57,7 +78,7 @@ def candidates(op: str, query: Conv2dQuery, strict: bool) -> tuple[str, ...]:
 
 
 # Elements of float32 in a vector.
-_LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
+_LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "emulated_bf16": 4}
 
 # Costs in units of one vector multiply-add, fitted to measured times on AVX-512 and AVX2.
 _DIRECT_EFFICIENCY = 0.88

@@ -3,12 +3,12 @@
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
 of the CUDA and of the Triton kernels), and under the backend "auto" native PyTorch too. They are
 timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
-result there (see `tuning_check`). A choice once made is kept, since another algorithm rounds
-otherwise. What was chosen is remembered in a file (see `choices_file`), so that a machine pays for
-it once.
+result there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A
+choice once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in
+a file (see `choices_file`), so that a machine pays for it once.
 
-The cost model alone chooses (on a GPU under "auto" that is native: what has not been compared with
-it there does not run)
+The cost model alone chooses (under "auto" that is native on a GPU, and where it would be "bf16":
+what has not been compared with it there does not run)
 - what is too small to matter, or would not be worth it: after so many sizes of one layer;
 - under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
 - in forked processes: there, timing would be of one thread on busy CPUs;
@@ -201,7 +201,8 @@ def bind(
     predicted = _name(backend, _chooser(backend).algorithm(op, query), len(backends))
     if requested == AUTO:
         calls[NATIVE] = resolve(op, query, REFERENCE).operations[op](query)
-        if query.device.type == "cuda":
+        # Its kernels were not measured yet on any processor that has their instruction.
+        if query.device.type == "cuda" or predicted == cpu_algorithms.BF16:
             predicted = NATIVE
     machine = " ".join(_chooser(each).machine(query) for each in backends)
     key = _key(op, query, tuple(calls), machine)
@@ -253,13 +254,15 @@ def _choose(
     on_gpu = query.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return predicted
-    if on_gpu:
+    wait = partial(torch.cuda.synchronize, query.device) if on_gpu else None
+    doubted = [n for n in calls if n != NATIVE and (on_gpu or n == cpu_algorithms.BF16)]
+    if doubted:
         try:
-            choice = _timed_on_gpu(predicted.name, op, query, calls, arguments)
+            right = _agreeing(op, query, {name: calls[name] for name in doubted}, arguments)
         except RuntimeError:  # no memory for a comparison, or nothing to compare with
             return predicted
-    else:
-        choice = _timed(predicted.name, {n: partial(c, *arguments) for n, c in calls.items()})
+        calls = {n: call for n, call in calls.items() if n in right or n not in doubted}
+    choice = _timed(predicted.name, {n: partial(c, *arguments) for n, c in calls.items()}, wait)
     if not choice.seconds:
         return choice  # nothing was found out that would be worth remembering
     if _mode == FORCE:
@@ -285,19 +288,29 @@ def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
     return _sizes[layer] <= _MOST_SIZES
 
 
-def _timed_on_gpu(
-    predicted: str, op: str, query: Conv2dQuery,
-    calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...],
-) -> Choice:  # fmt: skip
-    ours = {name: call for name, call in calls.items() if name != NATIVE}
+def _agreeing(
+    op: str, query: Conv2dQuery, calls: dict[str, Callable[..., Any]], arguments: tuple[Any, ...]
+) -> list[str]:
+    """Those of the calls that do what native does, or on a CPU what "direct" does: in bfloat16,
+    native may round every part of a sum there.
+    """
     plain = "conv2d" if op == "conv2d_act" else op
-    native, products = (resolve(o, query, REFERENCE).operations[o](query) for o in (op, plain))
-    tf32 = input_precision(query.dtype, strict=False) == "tf32"
-    names = tuning_check.agreeing(op, ours, native, products, arguments, tf32)
-    timed = {name: partial(calls[name], *arguments) for name in names}
-    if NATIVE in calls:
-        timed[NATIVE] = partial(native, *arguments)
-    return _timed(predicted, timed, partial(torch.cuda.synchronize, query.device))
+    on_gpu = query.device.type == "cuda"
+    if on_gpu:
+        exact, products = (
+            resolve(name, query, REFERENCE).operations[name](query) for name in (op, plain)
+        )
+    else:
+        no_act = Conv2dQuery(
+            query.device, query.dtype, query.layout,
+            geometry=query.geometry, strides=query.strides,
+        )  # fmt: skip
+        exact, products = (
+            cpu.BACKEND.operations[name](each, cpu_algorithms.DIRECT)
+            for name, each in ((op, query), (plain, no_act))
+        )
+    tf32 = on_gpu and input_precision(query.dtype, strict=False) == "tf32"
+    return tuning_check.agreeing(op, calls, exact, products, arguments, tf32)
 
 
 def _timed(

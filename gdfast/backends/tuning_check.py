@@ -1,7 +1,7 @@
-"""Whether a candidate computes what native PyTorch does, before its times may count.
+"""Whether a candidate computes what it should, before its times may count.
 
-GPUs, drivers and compilers are many, and what runs on one of them wrongly must not be chosen there
-for being fast.
+GPUs, drivers and compilers are many, and so are processors with new instructions: what runs on one
+of them wrongly must not be chosen there for being fast.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _TF32_ERROR = 2.0**-9  # of two operands, cut off after 10 bits
 def agreeing(
     op: str,
     calls: Mapping[str, Callable[..., Any]],
-    native: Callable[..., Any],
+    reference: Callable[..., Any],
     products: Callable[..., Any],
     arguments: tuple[Any, ...],
     tf32: bool,
 ) -> list[str]:
-    """Names of the calls whose results are native's but for rounding.
+    """Names of the calls whose results are the reference's but for rounding.
 
     What is compared are random numbers in tensors like these arguments: where those are zeros, or
-    overflow, a wrong result would pass. `products` is native's sum of products alone, without an
-    activation that hides their size. Warns of every call that does not agree; one that raises a
+    overflow, a wrong result would pass. `products` is the reference without an activation, which
+    hides the size of what is summed. Warns of every call that does not agree; one that raises a
     RuntimeError is passed over, here as by the timer. Raises OutOfMemoryError, which tells nothing
-    of a call, and what native raises.
+    of a call, and what the reference raises.
     """
     arguments = tuple(_random_like(a) if isinstance(a, Tensor) else a for a in arguments)
-    expected = native(*arguments)
+    expected = reference(*arguments)
     magnitudes = products(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
     names = []
     for name, call in calls.items():
@@ -57,7 +57,7 @@ def agreeing(
             names.append(name)
         else:
             warnings.warn(
-                f"{op}: {name}: expected native PyTorch's result but for rounding, got one whose "
+                f"{op}: {name}: expected the right result but for rounding, got one whose "
                 f"error is {excess:.3g} times what rounding allows; it is not used. Please report "
                 "this, with the output of `gdfast doctor`.",
                 FallbackWarning,

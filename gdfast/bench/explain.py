@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gdfast import optim
-from gdfast.backends import tuning
+from gdfast.backends import cpu_algorithms, tuning
 from gdfast.backends.tuning import Use
 from gdfast.bench import suites
 from gdfast.bench.step import Training
@@ -92,12 +92,17 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         text.append(f"-- {suite}")
         text += [line(cells) for row, cells in zip(rows, lines, strict=True) if row.suite == suite]
     native = sum(row.use.choice.name == tuning.NATIVE for row in rows)
+    notes = []
+    reason = cpu_algorithms.why_no_bf16()
+    if reason and any(row.use.query.dtype == torch.bfloat16 for row in rows):
+        notes = [f"On the CPU direct widens bfloat16 to float32; there is no bf16: {reason}."]
     return "\n".join(
         [
             *text,
             "",
             f"{native} of {len(rows)} run on native PyTorch. Median times of a call, on this "
             "machine, when the choice was made; - where a candidate was not timed.",
+            *notes,
         ]
     )
 

@@ -1,0 +1,57 @@
+// grad_input as convolutions of grad_output, one for each phase of the stride.
+//
+// The gradient of input pixel (h, w) takes from output pixel (p, q) through tap (r, s) where
+//   p * stride_h = h + pad_h - r * dilation_h,   q * stride_w = w + pad_w - s * dilation_w.
+// Pixels with the same h % stride_h divide evenly by the same taps r, so each phase is a
+// convolution of grad_output with step 1.
+#pragma once
+
+#include "parallel.h"
+#include "tap_conv.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// Calls run(conv, offset) for each phase, whose pixels begin at that offset of grad_input; taps is
+// room for R * S of them.
+template <typename Run>
+void for_each_phase(const Conv2dProblem& p, Tap* taps, const Run& run) {
+  TapConv conv;
+  conv.batch = p.N;
+  conv.step_h = conv.step_w = 1;
+  conv.source_height = p.P;
+  conv.source_width = p.Q;
+  conv.reduced = p.K / p.groups;
+  conv.produced = p.C / p.groups;
+  conv.groups = p.groups;
+  conv.source = p.output;
+  conv.dest = {p.input.n, p.input.c, p.input.h * p.stride_h, p.input.w * p.stride_w};
+  conv.weight_reduced = p.weight.n;
+  conv.weight_produced = p.weight.c;
+  conv.source_group = conv.reduced * p.output.c;
+  conv.dest_group = conv.produced * p.input.c;
+  conv.weight_group = conv.reduced * p.weight.n;
+  conv.taps = taps;
+
+  for (int64_t phase_h = 0; phase_h < min_of(p.stride_h, p.H); ++phase_h) {
+    for (int64_t phase_w = 0; phase_w < min_of(p.stride_w, p.W); ++phase_w) {
+      conv.height = ceil_div(p.H - phase_h, p.stride_h);
+      conv.width = ceil_div(p.W - phase_w, p.stride_w);
+      conv.tap_count = 0;
+      for (int64_t r = 0; r < p.R; ++r) {
+        const int64_t h = phase_h + p.pad_h - r * p.dilation_h;
+        if (h % p.stride_h != 0) continue;
+        for (int64_t s = 0; s < p.S; ++s) {
+          const int64_t w = phase_w + p.pad_w - s * p.dilation_w;
+          if (w % p.stride_w != 0) continue;
+          taps[conv.tap_count++] = {h / p.stride_h, w / p.stride_w,
+                                    r * p.weight.h + s * p.weight.w};
+        }
+      }
+      run(conv, phase_h * p.input.h + phase_w * p.input.w);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
