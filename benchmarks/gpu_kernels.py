@@ -24,6 +24,7 @@ from torch.nn import Parameter
 import gdfast
 from gdfast import native, ops, optim
 from gdfast.backends import cuda_conv2d, cuda_tiles, precision
+from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
 from gdfast.bench.cases import Conv2dCase
 from gdfast.bench.workload import LAYOUTS, relative_error
@@ -33,6 +34,7 @@ Run = Callable[[], list[tuple[Tensor, Tensor]]]  # results with what they should
 
 _ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 _TF32_ERROR = 2e-3
+_SUMS_ERROR = 1e-5  # of sums in float32, whatever they are returned in
 _NORM_ERROR = 5e-2  # of float32 sums too, over what half types have rounded
 
 # Read number by number; in chunks of 16 bytes, with parts of tiles; few channels, padded to 16.
@@ -70,14 +72,7 @@ def passes(
     torch.backends.cudnn.allow_tf32 = tf32
     with precision("strict" if strict else "fast"):
         if by:
-            geometry = Conv2dGeometry.of(
-                "conv2d", input.shape, weight.shape, case.stride, case.padding * 2, case.dilation,
-                case.groups,
-            )  # fmt: skip
-            query = gdfast.backends.Conv2dQuery(
-                input.device, dtype, geometry=geometry,
-                strides=(input.stride(), weight.stride(), grad.stride()),
-            )  # fmt: skip
+            query = _query(case, input, weight, grad)
             ours = [
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
@@ -89,6 +84,47 @@ def passes(
         ours = [value.cpu() for value in ours if value is not None]
     exact = _by_operations(case, [value.double() for value in here], "reference")
     return list(zip(ours, exact[: len(ours)], strict=True))
+
+
+def _query(case: Conv2dCase, *tensors: Tensor) -> gdfast.backends.Conv2dQuery:
+    """What backends are asked for, on input, weight and a tensor of the output's layout."""
+    geometry = Conv2dGeometry.of(
+        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2,
+        case.dilation, case.groups,
+    )  # fmt: skip
+    return gdfast.backends.Conv2dQuery(
+        tensors[0].device, tensors[0].dtype, geometry=geometry,
+        strides=tuple(tensor.stride() for tensor in tensors),
+    )  # fmt: skip
+
+
+def activated(
+    case: Conv2dCase, activation: str, dtype: torch.dtype, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Convolution, bias and activation in one kernel."""
+    here = [random(size, dtype) for size in (case.input_shape, case.weight_shape, (case.K,))]
+    window = case.stride, case.padding, case.dilation, case.groups
+    ours = ops.conv2d_act(
+        *(value.to(device) for value in here), *window, activation=activation, negative_slope=0.2,
+        backend=backend,
+    )  # fmt: skip
+    return [(ours.cpu(), activate(F.conv2d(*(v.double() for v in here), *window), activation, 0.2))]
+
+
+def with_sums(case: Conv2dCase, dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
+    """Convolution, with the sums that a normalisation after it needs: of what was rounded."""
+    torch.backends.cudnn.allow_tf32 = False
+    here = [random(size, dtype) for size in (case.input_shape, case.weight_shape, (case.K,))]
+    grad = random(case.output_shape, dtype)
+    input, weight, bias, shift = (v.to(device) for v in (*here, here[2].double() + 0.5))
+    run = cuda_conv2d.conv2d_with_sums(_query(case, input, weight, grad.to(device)))
+    output, sums, squares = (value.cpu() for value in run(input, weight, bias, shift))
+    window = case.stride, case.padding, case.dilation, case.groups
+    exact = F.conv2d(*(value.double() for value in here), *window)
+    rest = output.double() - shift.cpu()[:, None, None]
+    return [
+        (output, exact), (sums, rest.sum((0, 2, 3))), (squares, rest.square().sum((0, 2, 3)))
+    ]  # fmt: skip
 
 
 def _by_operations(case: Conv2dCase, tensors: list[Tensor], backend: str) -> list[Tensor]:
@@ -123,7 +159,9 @@ def normalised(
     dtype: torch.dtype, layout: str, residual: bool, device: str, backend: str
 ) -> list[tuple[Tensor, Tensor]]:
     size, C = (3, 20, 5, 6), 20
-    leaves = [random(size, dtype, layout), torch.rand(C) + 0.5, torch.randn(C)]
+    params = [torch.rand(C) + 0.5, torch.randn(C)]
+    params = [value.double() if dtype == torch.float64 else value for value in params]
+    leaves = [random(size, dtype, layout), *params]
     leaves += [random(size, dtype, layout)] * residual
 
     def of(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -183,7 +221,11 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             run = partial(passes, _CONVOLUTIONS[1], layout="channels_last", by=tile, **where)
             yield f"conv2d in tiles of {tile}, bfloat16", partial(run, bfloat16), 0
             yield f"conv2d in tiles of {tile}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
-        yield from _hopper(where)
+        for dtype in (bfloat16, float32):
+            for case in _CONVOLUTIONS[:2]:
+                run = partial(with_sums, case, dtype, device)
+                most = _ERROR[bfloat16] if dtype == bfloat16 else _SUMS_ERROR
+                yield f"conv2d_with_sums {case}, {dtype}", run, most
     for case in _DEPTHWISE:
         for layout in LAYOUTS:
             for dtype in (bfloat16, float32):
@@ -198,6 +240,25 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"max_pool2d, {layout}, {dtype}", partial(pooled, dtype, layout, **where), 0
     for dtype, masters in ((float32, False), (bfloat16, False), (bfloat16, True)):
         yield f"sgd_, {dtype}, masters {masters}", partial(updated, dtype, masters, **where), 0
+    for activation in ACTIVATIONS:
+        run = partial(activated, _CONVOLUTIONS[1], activation, bfloat16, **where)
+        yield f"conv2d_act, {activation}", run, 0
+    yield from _other_dtypes(where)
+    if backend == "cuda":
+        yield from _hopper(where)
+
+
+def _other_dtypes(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
+    """Instances of the same templates: float16, and float64 where a backend has it."""
+    dtypes = (torch.float16,) if where["backend"] == "triton" else (torch.float16, torch.float64)
+    for dtype in dtypes:
+        for name, case in (("conv2d", _CONVOLUTIONS[1]), ("depthwise", _DEPTHWISE[0])):
+            run = partial(passes, case, dtype, "channels_last", **where)
+            yield f"{name} {case}, {dtype}", run, 0
+        run = partial(normalised, dtype, "channels_last", True, **where)
+        yield f"batch_norm_act, {dtype}", run, 0 if dtype == torch.float64 else _NORM_ERROR
+        yield f"max_pool2d, {dtype}", partial(pooled, dtype, "channels_last", **where), 0
+        yield f"sgd_, {dtype}", partial(updated, dtype, False, **where), 0
 
 
 def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
