@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from gdfast.bench.cases import Conv2dCase
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Without "hopper" job 4 goes on, job 5 does not.
 WORKER = """
@@ -187,6 +189,28 @@ def test_inductor_knows_its_options(task: str, gpu: ModuleType) -> None:
     except gpu_rivals.Absent as absence:
         pytest.skip(str(absence))
     torch.compile(torch.relu, options=options)  # which raises for a name that it does not know
+
+
+@pytest.mark.parametrize("task", ["forward", "grad_input", "grad_weight"])
+def test_inductor_is_given_the_same_pass(
+    task: str, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_rivals
+
+    monkeypatch.setattr(gpu_rivals, "inductor_options", lambda task: {})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = Conv2dCase("asymmetric", 2, 4, 7, 6, 6, 3, 2, (2, 1), (1, 0), (1, 2), groups=2)
+    sizes = case.input_shape, case.weight_shape, case.output_shape
+    input, weight, grad = (torch.randn(size) for size in sizes)
+    window = case.stride, case.padding, case.dilation, case.groups
+    exact = {
+        "forward": torch.conv2d(input, weight, None, *window),
+        "grad_input": torch.nn.grad.conv2d_input(input.shape, weight, grad, *window),
+        "grad_weight": torch.nn.grad.conv2d_weight(input, weight.shape, grad, *window),
+    }[task]
+    torch.testing.assert_close(
+        gpu_rivals.call("inductor", case, task, [input, weight, grad])(), exact
+    )
 
 
 def test_no_time_is_spent_once_it_is_over(gpu: ModuleType) -> None:
