@@ -11,6 +11,7 @@ with --backend reference on native PyTorch. The exit status is 1 where a result 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gdfast
-from gdfast import native, ops, optim
+from gdfast import native, nn, ops, optim
 from gdfast.backends import cuda_conv2d, cuda_tiles, precision
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
@@ -34,7 +35,6 @@ Run = Callable[[], list[tuple[Tensor, Tensor]]]  # results with what they should
 
 _ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 _TF32_ERROR = 2e-3
-_SUMS_ERROR = 1e-5  # of sums in float32, whatever they are returned in
 _NORM_ERROR = 5e-2  # of float32 sums too, over what half types have rounded
 
 # Read number by number; in chunks of 16 bytes, with parts of tiles; few channels, padded to 16.
@@ -111,20 +111,27 @@ def activated(
     return [(ours.cpu(), activate(F.conv2d(*(v.double() for v in here), *window), activation, 0.2))]
 
 
-def with_sums(case: Conv2dCase, dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
-    """Convolution, with the sums that a normalisation after it needs: of what was rounded."""
+def with_norm(
+    case: Conv2dCase, dtype: torch.dtype, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """A layer with its normalisation in training, whose statistics the convolution may take."""
     torch.backends.cudnn.allow_tf32 = False
-    here = [random(size, dtype) for size in (case.input_shape, case.weight_shape, (case.K,))]
-    grad = random(case.output_shape, dtype)
-    input, weight, bias, shift = (v.to(device) for v in (*here, here[2].double() + 0.5))
-    run = cuda_conv2d.conv2d_with_sums(_query(case, input, weight, grad.to(device)))
-    output, sums, squares = (value.cpu() for value in run(input, weight, bias, shift))
-    window = case.stride, case.padding, case.dilation, case.groups
-    exact = F.conv2d(*(value.double() for value in here), *window)
-    rest = output.double() - shift.cpu()[:, None, None]
-    return [
-        (output, exact), (sums, rest.sum((0, 2, 3))), (squares, rest.square().sum((0, 2, 3)))
-    ]  # fmt: skip
+    layer = nn.ConvNormAct(
+        case.C, case.K, (case.R, case.S), stride=case.stride, padding=case.padding,
+        dilation=case.dilation, groups=case.groups,
+    ).to(dtype)  # fmt: skip
+    image, grad = random(case.input_shape, dtype), random(case.output_shape, dtype)
+
+    def run(backend: str, layer: Any, image: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [image.requires_grad_(), *layer.parameters()]
+        with gdfast.backend(backend):
+            output = layer(image)
+            grads = torch.autograd.grad(output, leaves, grad)
+        return [value.detach().cpu() for value in (output, *grads)]
+
+    exact = run("native", copy.deepcopy(layer).double(), image.double(), grad.double())
+    ours = run(backend, layer.to(device), image.to(device), grad.to(device))
+    return list(zip(ours, exact, strict=True))
 
 
 def _by_operations(case: Conv2dCase, tensors: list[Tensor], backend: str) -> list[Tensor]:
@@ -221,11 +228,6 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             run = partial(passes, _CONVOLUTIONS[1], layout="channels_last", by=tile, **where)
             yield f"conv2d in tiles of {tile}, bfloat16", partial(run, bfloat16), 0
             yield f"conv2d in tiles of {tile}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
-        for dtype in (bfloat16, float32):
-            for case in _CONVOLUTIONS[:2]:
-                run = partial(with_sums, case, dtype, device)
-                most = _ERROR[bfloat16] if dtype == bfloat16 else _SUMS_ERROR
-                yield f"conv2d_with_sums {case}, {dtype}", run, most
     for case in _DEPTHWISE:
         for layout in LAYOUTS:
             for dtype in (bfloat16, float32):
@@ -240,6 +242,9 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"max_pool2d, {layout}, {dtype}", partial(pooled, dtype, layout, **where), 0
     for dtype, masters in ((float32, False), (bfloat16, False), (bfloat16, True)):
         yield f"sgd_, {dtype}, masters {masters}", partial(updated, dtype, masters, **where), 0
+    for case in (*_CONVOLUTIONS[:2], _CONVOLUTIONS[3]):
+        for dtype, most in ((bfloat16, _NORM_ERROR), (float32, 0)):
+            yield f"ConvNormAct {case}, {dtype}", partial(with_norm, case, dtype, **where), most
     for activation in ACTIVATIONS:
         run = partial(activated, _CONVOLUTIONS[1], activation, bfloat16, **where)
         yield f"conv2d_act, {activation}", run, 0
