@@ -25,8 +25,8 @@ from gdfast.bench.cases import Conv2dCase, NormCase, SgdCase, StepCase
 from gdfast.bench.workload import LAYOUTS, allowed_error, relative_error
 
 _SETTINGS = {"momentum": 0.9, "weight_decay": 1e-4}
-# Three products of TF32 numbers are exact to 2^-21 or so; sums differ in their order.
-_FLOAT32_ERROR = 2e-6
+# Three products of TF32 numbers are exact to 2^-17 at worst, one is to 2^-11.
+_FLOAT32_ERROR = 1e-5
 _ROUNDINGS = 8  # of a whole step's gradients, where native has none by luck
 _LOSSES_APART = 0.05  # after three steps
 _RIVALS_ROUNDINGS = 8  # of another library's results from cuDNN's

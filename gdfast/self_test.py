@@ -17,8 +17,8 @@ from gdfast.errors import BackendError
 # Takes a backend and what puts a number's tensor where it is computed; gives one flat tensor.
 Operation = Callable[[str, Callable[[Tensor], Tensor]], Tensor]
 
-# Three products of TF32 numbers are exact to 2^-21 or so.
-_TF32X3_ERROR = 2e-6
+# Three products of TF32 numbers are exact to 2^-17 at worst, one is to 2^-11.
+_TF32X3_ERROR = 1e-5
 
 
 class Check(NamedTuple):
@@ -49,7 +49,7 @@ _TF32X3 = _Arithmetic(" tf32x3", torch.float32, "fast", _TF32X3_ERROR)
 def run(backend: str) -> list[Check]:
     """Test a backend: in float32, and on a GPU's tensor cores in bfloat16 and three TF32 products.
 
-    An error may be twice native PyTorch's and one rounding, 2e-6 in three products of TF32 numbers.
+    An error may be twice native PyTorch's and one rounding, 1e-5 in three products of TF32 numbers.
     """
     on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"  # there Triton's kernels run in the interpreter
