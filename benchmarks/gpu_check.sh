@@ -10,10 +10,11 @@
 #
 # It has not been run on a GPU yet. It needs Linux, nvcc, a CUDA build of torch, triton, pybind11,
 # CMake >= 3.24, Ninja or make, and pytest (PYTHON=..., default python3); nothing is downloaded.
-# GPU_CHECK_SECONDS (default 525) bounds the whole; what comes before measuring takes at most 350. GPU_CHECK_ROWS (a part of their name) measures those rows alone and
-# leaves out tests, sanitizers and profile, for what a first call had no time for. GPU_CHECK_COMMIT
-# names the commit where the tree came without its repository. With --dry-run nothing is built and no
-# GPU is needed: native PyTorch stands for our kernels, on tiny cases on the CPU.
+# GPU_CHECK_SECONDS (default 525) bounds the whole; what comes before measuring takes at most 350.
+# GPU_CHECK_ROWS (a part of their name) measures those rows alone and leaves out tests, sanitizers
+# and profile: for what a first call had no time for. GPU_CHECK_COMMIT names the commit where the
+# tree came without its repository. With --dry-run nothing is built and no GPU is needed: native
+# PyTorch stands for our kernels, on tiny cases on the CPU.
 set -uo pipefail
 
 folder=${1:?"usage: $0 DIR [--dry-run]: the folder that gets the results"}
@@ -159,7 +160,8 @@ if [[ -z ${GPU_CHECK_ROWS:-} ]]; then
   launch step triton-odd tests.log 165 "${pytest[@]}" --maxfail=30 -k "$odd" \
     tests/test_triton_gpu.py
   jobs_running+=($!)
-  launch step triton-memory tests.log 165 "${pytest[@]}" --maxfail=30 tests/test_triton_gpu_memory.py
+  launch step triton-memory tests.log 165 "${pytest[@]}" --maxfail=30 \
+    tests/test_triton_gpu_memory.py
   jobs_running+=($!)
 fi
 
@@ -178,8 +180,8 @@ fi
 
 launch step doctor build.log 100 "$python" -m gdfast doctor
 doctor=$!
-# A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes a
-# candidate of the tuner once it has been right, in a process of its own.
+# A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes
+# a candidate of the tuner once it has been right, in a process of its own.
 if [[ $built ]]; then
   if step hopper tests.log 40 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py; then
     export GDFAST_HOPPER=1
@@ -190,7 +192,8 @@ if [[ $built ]]; then
   fi
 fi
 if [[ $built && -z ${GPU_CHECK_ROWS:-} ]]; then
-  cuda_files=$(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py | grep -vE 'test_triton|_hopper')
+  cuda_files=$(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py |
+    grep -vE 'test_triton|_hopper')
   # shellcheck disable=SC2086  # a list of files
   launch step cuda-tests tests.log 110 "${pytest[@]}" --continue-on-collection-errors \
     --maxfail=30 -m gpu $cuda_files
