@@ -192,12 +192,13 @@ if [[ $built ]]; then
   fi
 fi
 if [[ $built && -z ${GPU_CHECK_ROWS:-} ]]; then
-  cuda_files=$(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py |
-    grep -vE 'test_triton|_hopper')
-  # shellcheck disable=SC2086  # a list of files
-  launch step cuda-tests tests.log 110 "${pytest[@]}" --continue-on-collection-errors \
-    --maxfail=30 -m gpu $cuda_files
-  jobs_running+=($!)
+  # A process for each file: what costs one its GPU costs the others nothing.
+  for file in $(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py |
+    grep -vE 'test_triton|_hopper'); do
+    name=${file##*/test_}
+    launch step "${name%.py}" tests.log 110 "${pytest[@]}" --maxfail=30 -m gpu "$file"
+    jobs_running+=($!)
+  done
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
       # Without torch's allocator, whose large blocks would hide a step beyond a tensor's end.

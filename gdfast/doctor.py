@@ -21,7 +21,6 @@ _EXTRAS = {
     "tensorboard": ("tensorboard",),
     "triton": ("triton",),
 }  # fmt: skip
-_ON_GPU = ("cuda", "triton")
 # Beside those of our own, which all begin with GDFAST_.
 _ENVIRONMENT = (
     "ATEN_CPU_CAPABILITY",
@@ -68,7 +67,7 @@ def examine() -> dict[str, Any]:
     checks = [check for name in usable for check in self_test.run(name)]
     wrong = {check.backend for check in checks if not check.ok}
     ok = bool(usable) and not wrong
-    on_gpu = [name for name in usable if name in _ON_GPU and torch.cuda.is_available()]
+    timed = [name for name in usable if self_test.runs_on_gpu(name) and name not in wrong]
     return {
         "ok": ok,
         "versions": {
@@ -115,7 +114,7 @@ def examine() -> dict[str, Any]:
             if name.startswith("GDFAST_") or name in _ENVIRONMENT
         },
         "nchw_over_channels_last": {
-            name: round(_layout_cost(name, "cuda", 32), 2) for name in on_gpu if name not in wrong
+            name: round(_layout_cost(name, "cuda", 32), 2) for name in timed
         },
         "self_test": [check._asdict() for check in checks],
         "seconds": round(time.perf_counter() - started, 2),

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdfast import ops
-from gdfast.backends import precision
+from gdfast import native, ops
+from gdfast.backends import precision, triton_backend
 from gdfast.bench.workload import relative_error
 from gdfast.errors import BackendError
 
@@ -51,9 +51,15 @@ def run(backend: str) -> list[Check]:
 
     An error may be twice native PyTorch's and one rounding, 1e-5 in three products of TF32 numbers.
     """
-    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"  # there Triton's kernels run in the interpreter
+    on_gpu = runs_on_gpu(backend)
+    device = "cuda" if on_gpu else "cpu"
     return [check(backend, device, *each) for each in _plan(tensor_cores=on_gpu)]
+
+
+def runs_on_gpu(backend: str) -> bool:
+    """Whether a backend that can be used has a GPU, rather than a simulator or an interpreter."""
+    simulated = {"cuda": native.cuda_is_simulated, "triton": triton_backend.is_interpreted()}
+    return not simulated.get(backend, True) and torch.cuda.is_available()
 
 
 def _plan(tensor_cores: bool) -> Iterator[tuple[str, Operation, _Arithmetic]]:

@@ -121,3 +121,11 @@ def test_our_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GDFAST_HOPPER", "GDFAST_POOL", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "0")
     assert {"GDFAST_HOPPER", "GDFAST_POOL", "TRITON_INTERPRET"} < set(examine()["environment"])
+
+
+def test_simulated_kernels_are_not_tested_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(native, "cuda_is_simulated", False)
+    on_gpu = {name: self_test.runs_on_gpu(name) for name in ("cpu", "cuda", "triton")}
+    assert on_gpu == {"cpu": False, "cuda": True, "triton": False}

@@ -73,22 +73,24 @@ def test_hoppers_kernel_is_a_candidate_once_its_tests_passed(tree: Path) -> None
     assert status == 0, summary
     assert "hopper: its kernels are candidates" in summary and "commit c0ffee" in summary
     assert "hopper=," in only(calls, "test_cuda_hopper.py")
-    tests, measured = only(calls, "-m gpu"), only(calls, "--seconds 4")
-    assert "hopper=1, commit=c0ffee, modules=native" in tests
-    assert "hopper=1, commit=c0ffee, modules=native" in measured
-    assert "tests/test_cuda_conv2d.py tests/test_gpu.py," in tests
-    assert calls.index(only(calls, "test_cuda_hopper.py")) < calls.index(tests)
+    tests = [only(calls, f"-m gpu tests/test_{name}.py,") for name in ("cuda_conv2d", "gpu")]
+    measured = only(calls, "--seconds 4")
+    for call in (*tests, measured):
+        assert "hopper=1, commit=c0ffee, modules=native" in call
+        assert calls.index(only(calls, "test_cuda_hopper.py")) < calls.index(call)
+    assert sum("-m gpu" in call for call in calls) == 2
     # While kernels are compiled, none of ours can be used; then each runs under every tool.
     assert "modules=none" in only(calls, "--warm 0/4")
     assert sum("gpu_kernels.py" in call for call in calls) == 4
     assert {"memcheck", "racecheck", "initcheck", "synccheck"} < set(calls)
-    assert calls.index(measured) > calls.index(tests) and "gpu_profile.py" in calls[-1]
+    assert calls.index(measured) > max(map(calls.index, tests)) and "gpu_profile.py" in calls[-1]
 
 
 def test_hoppers_kernel_is_left_out_where_its_tests_failed(tree: Path) -> None:
     status, summary, calls = run(tree, hopper=1)
     assert status == 1 and "hopper: its kernels are left out" in summary
-    assert "hopper=," in only(calls, "-m gpu") and "hopper=," in only(calls, "--seconds 4")
+    assert "hopper=," in only(calls, "tests/test_gpu.py")
+    assert "hopper=," in only(calls, "--seconds 4")
 
 
 def test_chosen_rows_are_measured_without_tests(tree: Path) -> None:
