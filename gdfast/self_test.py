@@ -53,7 +53,7 @@ def run(backend: str) -> list[Check]:
     """
     on_gpu = runs_on_gpu(backend)
     device = "cuda" if on_gpu else "cpu"
-    return [check(backend, device, *each) for each in _plan(tensor_cores=on_gpu)]
+    return [check(backend, device, *each) for each in _plan(bfloat16=on_gpu, tf32x3=on_gpu)]
 
 
 def runs_on_gpu(backend: str) -> bool:
@@ -62,17 +62,17 @@ def runs_on_gpu(backend: str) -> bool:
     return not simulated.get(backend, True) and torch.cuda.is_available()
 
 
-def _plan(tensor_cores: bool) -> Iterator[tuple[str, Operation, _Arithmetic]]:
+def _plan(*, bfloat16: bool, tf32x3: bool) -> Iterator[tuple[str, Operation, _Arithmetic]]:
     operations = _operations()
     for name, operation in operations.items():
         yield name, operation, _FLOAT32
-    if not tensor_cores:
-        return
-    for name, operation in operations.items():
-        yield name, operation, _BFLOAT16
-    for name, operation in operations.items():
-        if name.startswith("conv2d") and "depthwise" not in name:
-            yield name, operation, _TF32X3
+    if bfloat16:
+        for name, operation in operations.items():
+            yield name, operation, _BFLOAT16
+    if tf32x3:
+        for name, operation in operations.items():
+            if name.startswith("conv2d") and "depthwise" not in name:
+                yield name, operation, _TF32X3
 
 
 def check(
@@ -109,7 +109,9 @@ def check(
 def _operations() -> dict[str, Operation]:
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
-    convolution = draw(5, 6, 17, 13), draw(8, 3, 3, 2), draw(8)
+    # Channels that fill no vector, and such that do: kernels read them in other ways.
+    odd = draw(5, 34, 17, 13), draw(36, 17, 3, 2), draw(36)
+    even = draw(2, 32, 9, 8), draw(48, 32, 3, 3), draw(48)
     depthwise = draw(3, 16, 9, 11), draw(16, 1, 3, 3), draw(16)
     normalised = draw(4, 16, 7, 5), draw(16).abs() + 0.5, draw(16), draw(4, 16, 7, 5)
     # All values differ, in half types too: of equal ones a gradient may go to another.
@@ -121,6 +123,9 @@ def _operations() -> dict[str, Operation]:
             input, weight, bias, stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2,
             backend=backend,
         )  # fmt: skip
+
+    def plain_conv2d(backend: str, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.conv2d(input, weight, bias, padding=1, backend=backend)
 
     def depthwise_conv2d(backend: str, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.conv2d(input, weight, bias, padding=1, groups=16, backend=backend)
@@ -143,15 +148,18 @@ def _operations() -> dict[str, Operation]:
         )  # fmt: skip
         return weight
 
+    convolutions = (
+        ("", conv2d, odd),
+        (" of 32 channels", plain_conv2d, even),
+        (" depthwise", depthwise_conv2d, depthwise),
+    )
+    passes: tuple[tuple[str, tuple[int, ...]], ...]
+    passes = ("conv2d", ()), ("conv2d_grad_input", (0,)), ("conv2d_grad_weight", (1, 2))
     return {
-        "conv2d": partial(_differentiated, conv2d, convolution, ()),
-        "conv2d_grad_input": partial(_differentiated, conv2d, convolution, (0,)),
-        "conv2d_grad_weight": partial(_differentiated, conv2d, convolution, (1, 2)),
-        "conv2d depthwise": partial(_differentiated, depthwise_conv2d, depthwise, ()),
-        "conv2d_grad_input depthwise": partial(_differentiated, depthwise_conv2d, depthwise, (0,)),
-        "conv2d_grad_weight depthwise": partial(
-            _differentiated, depthwise_conv2d, depthwise, (1, 2)
-        ),
+        op + kind: partial(_differentiated, function, values, wanted)
+        for kind, function, values in convolutions
+        for op, wanted in passes
+    } | {
         "batch_norm_act": partial(_differentiated, batch_norm_act, normalised, ()),
         "batch_norm_act_backward": partial(
             _differentiated, batch_norm_act, normalised, (0, 1, 2, 3)
