@@ -10,9 +10,11 @@
 #
 # It has not been run on a GPU yet. It needs Linux, nvcc, a CUDA build of torch, triton, pybind11,
 # CMake >= 3.24, Ninja or make, and pytest (PYTHON=..., default python3); nothing is downloaded.
-# GPU_CHECK_SECONDS (default 525) bounds the whole, GPU_CHECK_ROWS (a part of their name) chooses
-# rows. With --dry-run nothing is built and no GPU is needed: native PyTorch stands for our kernels,
-# on tiny cases on the CPU.
+# GPU_CHECK_SECONDS (default 525) bounds the whole; what comes before measuring takes at most 350.
+# GPU_CHECK_ROWS (a part of their name) measures those rows alone and leaves out tests, sanitizers
+# and profile: for what a first call had no time for. GPU_CHECK_COMMIT names the commit where the
+# tree came without its repository. With --dry-run nothing is built and no GPU is needed: native
+# PyTorch stands for our kernels, on tiny cases on the CPU.
 set -uo pipefail
 
 folder=${1:?"usage: $0 DIR [--dry-run]: the folder that gets the results"}
@@ -29,9 +31,14 @@ summary=$folder/summary.txt
 for name in summary.txt build.log tests.log sanitizer.log profile.txt; do : > "$folder/$name"; done
 rm -f "$folder"/results.*
 export PYTHONPATH=$root PYTHONUNBUFFERED=1
-export GDFAST_HOPPER=1  # each row is timed in a process of its own, which may be lost
+# Without it, cuBLAS refuses deterministic algorithms, which some tests ask for.
+export CUBLAS_WORKSPACE_CONFIG=:4096:8
 failed=0
-unset TRITON_INTERPRET GDFAST_CUDA_SIMULATE GDFAST_BACKEND GDFAST_AUTOTUNE
+unset TRITON_INTERPRET GDFAST_CUDA_SIMULATE GDFAST_BACKEND GDFAST_AUTOTUNE GDFAST_HOPPER
+if [[ -z ${GPU_CHECK_COMMIT:-} ]] && GPU_CHECK_COMMIT=$(git rev-parse HEAD 2> /dev/null); then
+  git diff --quiet HEAD || GPU_CHECK_COMMIT+=-changed
+fi
+export GPU_CHECK_COMMIT
 
 left() { echo $((limit - (SECONDS - started))); }
 say() { echo "[$((SECONDS - started)) s] $*" | tee -a "$summary"; }
@@ -72,6 +79,7 @@ profile() { # SECONDS
     --seconds "$((most - 10))" || failed=1
 }
 
+say "commit ${GPU_CHECK_COMMIT:-unknown}"
 if [[ $dry ]]; then
   say "dry run: native PyTorch in the place of our kernels, on the CPU; times mean nothing"
   step kernels sanitizer.log 120 "$python" benchmarks/gpu_kernels.py --backend reference \
@@ -142,13 +150,20 @@ for part in 0 1 2 3; do
     "$python" benchmarks/gpu_layers.py "$folder" --warm "$part/4" > /dev/null 2>&1
   warming+=($!)
 done
-odd='test_odd_cases or test_nchw' # each compiles kernels of its own
-launch step triton-tests tests.log 165 "$python" -m pytest -q --tb=short -p no:cacheprovider \
-  --maxfail=30 -k "not ($odd)" tests/test_triton_gpu.py
-jobs_running=($!)
-launch step triton-odd tests.log 165 "$python" -m pytest -q --tb=short -p no:cacheprovider \
-  --maxfail=30 -k "$odd" tests/test_triton_gpu.py
-jobs_running+=($!)
+pytest=("$python" -m pytest -q --tb=short -p no:cacheprovider)
+jobs_running=()
+if [[ -z ${GPU_CHECK_ROWS:-} ]]; then
+  odd='test_odd_cases or test_nchw' # each compiles kernels of its own
+  launch step triton-tests tests.log 165 "${pytest[@]}" --maxfail=30 -k "not ($odd)" \
+    tests/test_triton_gpu.py
+  jobs_running+=($!)
+  launch step triton-odd tests.log 165 "${pytest[@]}" --maxfail=30 -k "$odd" \
+    tests/test_triton_gpu.py
+  jobs_running+=($!)
+  launch step triton-memory tests.log 165 "${pytest[@]}" --maxfail=30 \
+    tests/test_triton_gpu_memory.py
+  jobs_running+=($!)
+fi
 
 step build build.log 170 bash -c build || failed=1
 if compgen -G "$scratch/native/_cuda*.so" > /dev/null; then
@@ -160,16 +175,30 @@ else
   built=
   failed=1
 fi
-step doctor build.log 40 "$python" -m gdfast doctor
 
 # --- Tests and sanitizers, side by side: none of them is timed ---------------------------------
 
+launch step doctor build.log 100 "$python" -m gdfast doctor
+doctor=$!
+# A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes
+# a candidate of the tuner once it has been right, in a process of its own.
 if [[ $built ]]; then
-  cuda_files=$(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py | grep -v test_triton)
-  # shellcheck disable=SC2086  # a list of files
-  launch step cuda-tests tests.log 110 "$python" -m pytest -q --tb=short -p no:cacheprovider \
-    --continue-on-collection-errors --maxfail=30 -m 'gpu or cuda_simulator' $cuda_files
-  jobs_running+=($!)
+  if step hopper tests.log 40 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py; then
+    export GDFAST_HOPPER=1
+    say "hopper: its kernels are candidates from here on, where the GPU is one"
+  else
+    say "hopper: its kernels are left out from here on"
+    failed=1
+  fi
+fi
+if [[ $built && -z ${GPU_CHECK_ROWS:-} ]]; then
+  # A process for each file: what costs one its GPU costs the others nothing.
+  for file in $(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py |
+    grep -vE 'test_triton|_hopper'); do
+    name=${file##*/test_}
+    launch step "${name%.py}" tests.log 110 "${pytest[@]}" --maxfail=30 -m gpu "$file"
+    jobs_running+=($!)
+  done
   if command -v compute-sanitizer > /dev/null; then
     for tool in memcheck racecheck initcheck synccheck; do
       # Without torch's allocator, whose large blocks would hide a step beyond a tensor's end.
@@ -185,13 +214,18 @@ if [[ $built ]]; then
   fi
 fi
 for job in "${jobs_running[@]}"; do wait "$job" || failed=1; done
+wait "$doctor"  # what it tells is in build.log; tests have the last word
 # What is not yet compiled will be when its turn comes.
 for job in "${warming[@]}"; do kill -KILL -- "-$job"; done 2> /dev/null
 wait 2> /dev/null
 
 # --- Measurements, with nothing beside them ----------------------------------------------------
 
-measure "$(($(left) - 65))"
-profile "$(($(left) - 5))"
+if [[ ${GPU_CHECK_ROWS:-} ]]; then
+  measure "$(($(left) - 10))"
+else
+  measure "$(($(left) - 65))"
+  profile "$(($(left) - 5))"
+fi
 say "results in $folder"
 exit $failed

@@ -11,6 +11,7 @@ with --backend reference on native PyTorch. The exit status is 1 where a result 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,8 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gdfast
-from gdfast import native, ops, optim
+from gdfast import native, nn, ops, optim
 from gdfast.backends import cuda_conv2d, cuda_tiles, precision
+from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
 from gdfast.bench.cases import Conv2dCase
 from gdfast.bench.workload import LAYOUTS, relative_error
@@ -70,14 +72,7 @@ def passes(
     torch.backends.cudnn.allow_tf32 = tf32
     with precision("strict" if strict else "fast"):
         if by:
-            geometry = Conv2dGeometry.of(
-                "conv2d", input.shape, weight.shape, case.stride, case.padding * 2, case.dilation,
-                case.groups,
-            )  # fmt: skip
-            query = gdfast.backends.Conv2dQuery(
-                input.device, dtype, geometry=geometry,
-                strides=(input.stride(), weight.stride(), grad.stride()),
-            )  # fmt: skip
+            query = _query(case, input, weight, grad)
             ours = [
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
@@ -89,6 +84,54 @@ def passes(
         ours = [value.cpu() for value in ours if value is not None]
     exact = _by_operations(case, [value.double() for value in here], "reference")
     return list(zip(ours, exact[: len(ours)], strict=True))
+
+
+def _query(case: Conv2dCase, *tensors: Tensor) -> gdfast.backends.Conv2dQuery:
+    """What backends are asked for, on input, weight and a tensor of the output's layout."""
+    geometry = Conv2dGeometry.of(
+        "conv2d", case.input_shape, case.weight_shape, case.stride, case.padding * 2,
+        case.dilation, case.groups,
+    )  # fmt: skip
+    return gdfast.backends.Conv2dQuery(
+        tensors[0].device, tensors[0].dtype, geometry=geometry,
+        strides=tuple(tensor.stride() for tensor in tensors),
+    )  # fmt: skip
+
+
+def activated(
+    case: Conv2dCase, activation: str, dtype: torch.dtype, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Convolution, bias and activation in one kernel."""
+    here = [random(size, dtype) for size in (case.input_shape, case.weight_shape, (case.K,))]
+    window = case.stride, case.padding, case.dilation, case.groups
+    ours = ops.conv2d_act(
+        *(value.to(device) for value in here), *window, activation=activation, negative_slope=0.2,
+        backend=backend,
+    )  # fmt: skip
+    return [(ours.cpu(), activate(F.conv2d(*(v.double() for v in here), *window), activation, 0.2))]
+
+
+def with_norm(
+    case: Conv2dCase, dtype: torch.dtype, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """A layer with its normalisation in training, whose statistics the convolution may take."""
+    torch.backends.cudnn.allow_tf32 = False
+    layer = nn.ConvNormAct(
+        case.C, case.K, (case.R, case.S), stride=case.stride, padding=case.padding,
+        dilation=case.dilation, groups=case.groups,
+    ).to(dtype)  # fmt: skip
+    image, grad = random(case.input_shape, dtype), random(case.output_shape, dtype)
+
+    def run(backend: str, layer: Any, image: Tensor, grad: Tensor) -> list[Tensor]:
+        leaves = [image.requires_grad_(), *layer.parameters()]
+        with gdfast.backend(backend):
+            output = layer(image)
+            grads = torch.autograd.grad(output, leaves, grad)
+        return [value.detach().cpu() for value in (output, *grads)]
+
+    exact = run("native", copy.deepcopy(layer).double(), image.double(), grad.double())
+    ours = run(backend, layer.to(device), image.to(device), grad.to(device))
+    return list(zip(ours, exact, strict=True))
 
 
 def _by_operations(case: Conv2dCase, tensors: list[Tensor], backend: str) -> list[Tensor]:
@@ -123,7 +166,9 @@ def normalised(
     dtype: torch.dtype, layout: str, residual: bool, device: str, backend: str
 ) -> list[tuple[Tensor, Tensor]]:
     size, C = (3, 20, 5, 6), 20
-    leaves = [random(size, dtype, layout), torch.rand(C) + 0.5, torch.randn(C)]
+    params = [torch.rand(C) + 0.5, torch.randn(C)]
+    params = [value.double() if dtype == torch.float64 else value for value in params]
+    leaves = [random(size, dtype, layout), *params]
     leaves += [random(size, dtype, layout)] * residual
 
     def of(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -183,7 +228,6 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             run = partial(passes, _CONVOLUTIONS[1], layout="channels_last", by=tile, **where)
             yield f"conv2d in tiles of {tile}, bfloat16", partial(run, bfloat16), 0
             yield f"conv2d in tiles of {tile}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
-        yield from _hopper(where)
     for case in _DEPTHWISE:
         for layout in LAYOUTS:
             for dtype in (bfloat16, float32):
@@ -198,6 +242,28 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"max_pool2d, {layout}, {dtype}", partial(pooled, dtype, layout, **where), 0
     for dtype, masters in ((float32, False), (bfloat16, False), (bfloat16, True)):
         yield f"sgd_, {dtype}, masters {masters}", partial(updated, dtype, masters, **where), 0
+    for case in (*_CONVOLUTIONS[:2], _CONVOLUTIONS[3]):
+        for dtype, most in ((bfloat16, _NORM_ERROR), (float32, 0)):
+            yield f"ConvNormAct {case}, {dtype}", partial(with_norm, case, dtype, **where), most
+    for activation in ACTIVATIONS:
+        run = partial(activated, _CONVOLUTIONS[1], activation, bfloat16, **where)
+        yield f"conv2d_act, {activation}", run, 0
+    yield from _other_dtypes(where)
+    if backend == "cuda":
+        yield from _hopper(where)
+
+
+def _other_dtypes(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
+    """Instances of the same templates: float16, and float64 where a backend has it."""
+    dtypes = (torch.float16,) if where["backend"] == "triton" else (torch.float16, torch.float64)
+    for dtype in dtypes:
+        for name, case in (("conv2d", _CONVOLUTIONS[1]), ("depthwise", _DEPTHWISE[0])):
+            run = partial(passes, case, dtype, "channels_last", **where)
+            yield f"{name} {case}, {dtype}", run, 0
+        run = partial(normalised, dtype, "channels_last", True, **where)
+        yield f"batch_norm_act, {dtype}", run, 0 if dtype == torch.float64 else _NORM_ERROR
+        yield f"max_pool2d, {dtype}", partial(pooled, dtype, "channels_last", **where), 0
+        yield f"sgd_, {dtype}", partial(updated, dtype, False, **where), 0
 
 
 def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
@@ -220,7 +286,6 @@ def main() -> int:
     arguments = parser.parse_args()
     simulated = native.cuda_is_simulated or arguments.backend == "reference"
     device = arguments.device or ("cpu" if simulated else "cuda")
-    torch.manual_seed(0)
     wrong = count = 0
     with gdfast.autotune("off"):
         for name, run, most in everything(device, arguments.backend):
@@ -228,6 +293,7 @@ def main() -> int:
                 continue
             count += 1
             print(name, end=": ", flush=True)  # before it may crash
+            torch.manual_seed(0)  # the same numbers, whatever -k leaves out
             try:
                 pairs = run()
                 if device == "cuda":

@@ -16,6 +16,9 @@ import argparse
 import contextlib
 import gc
 import json
+import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +28,16 @@ from typing import Any
 import gpu_rows
 import gpu_table
 import torch
-from gpu_goals import BACKENDS, GOALS, SECONDS, SECONDS_OF_ENTRY, WITHOUT_TF32
+from gpu_goals import (
+    BACKENDS,
+    BOTH_LAYOUTS,
+    GOALS,
+    SECONDS,
+    SECONDS_OF_ENTRY,
+    SUSPECT,
+    WITHOUT_TF32,
+)
+from gpu_rivals import Absent
 from gpu_rows import Entry
 from gpu_supervisor import Job, answer, supervise
 from gpu_work import Where, Work
@@ -85,7 +97,7 @@ def words(error: BaseException) -> str:
 def measure(entry: Entry, without: list[str], at: Where) -> dict[str, Any]:
     """Checks and times one entry, without the calls and backends that are named."""
     set_up(entry)
-    result: dict[str, Any] = {"wrong": {}, "failed": {}, "tiles": {}}
+    result: dict[str, Any] = {"wrong": {}, "failed": {}, "absent": {}, "tiles": {}}
     reasons = {name: reason for name, _, reason in backends.available()}
     with tuning.recorded({}) as uses:
         work = entry.build(at)
@@ -96,8 +108,12 @@ def measure(entry: Entry, without: list[str], at: Where) -> dict[str, Any]:
                 continue
             answer(stage=f"native {name}")
             try:
-                call()
-                calls[f"native {name}"] = call
+                if reason := work.differs(call()):
+                    result["failed"][f"native {name}"] = reason
+                else:
+                    calls[f"native {name}"] = call
+            except Absent as absence:
+                result["absent"][name] = str(absence)
             except Exception as error:  # torch.compile has many ways to fail
                 result["failed"][f"native {name}"] = words(error)
         for name in BACKENDS:
@@ -178,6 +194,8 @@ def worker(dry: bool) -> int:
     found = gpu_rows.entries(dry)
     for job in orders["jobs"]:
         entry = found[job["id"]]
+        if SUSPECT in job["without"]:  # for good, unless another one is guilty and ends the process
+            os.environ["GDFAST_HOPPER"] = "0"
         if budgets[entry.row] <= 0:
             answer(skip=job["id"])
             continue
@@ -238,12 +256,16 @@ def run(folder: Path, seconds: float, dry: bool, only: str) -> int:
         entry = found[job.id]
         if job.failed:
             result["failed"] = {**result.get("failed", {}), **job.failed}
+        if SUSPECT in job.failed and "ours cuda" in result.get("seconds", {}):
+            # Without it all went well: it was to blame, and is not tried again.
+            for other in jobs:
+                other.failed.setdefault(SUSPECT, f"left out since {entry}")
         facts = {name: getattr(entry, name) for name in ("row", "name", "task", "layout")}
         document["entries"].append(facts | result)
         save(folder, document)
 
     jobs = [
-        Job(index, entry.row, candidates(entry), SECONDS_OF_ENTRY[entry.row])
+        Job(index, entry.row, candidates(entry), SECONDS_OF_ENTRY[entry.row], suspects())
         for index, entry in enumerate(found)
         if only in entry.row
     ]
@@ -256,11 +278,36 @@ def run(folder: Path, seconds: float, dry: bool, only: str) -> int:
 
 def candidates(entry: Entry) -> tuple[str, ...]:
     rivals = {goal.rival for goal in GOALS if goal.row == entry.row}
+    if entry.row in BOTH_LAYOUTS:
+        rivals |= {f"{rival} NCHW" for rival in rivals}
     return (*BACKENDS, *(f"native {rival}" for rival in sorted(rivals)))
 
 
+def with_hopper() -> bool:
+    return os.environ.get("GDFAST_HOPPER", "0") not in ("", "0")
+
+
+def suspects() -> dict[str, str]:
+    """What to do without first, by stage that failed."""
+    return dict.fromkeys(("cuda", "time"), SUSPECT) if with_hopper() else {}
+
+
+def commit() -> str:
+    """Of the working tree, which need not be a repository: GPU_CHECK_COMMIT may tell."""
+    if known := os.environ.get("GPU_CHECK_COMMIT"):
+        return known
+    if (git := shutil.which("git")) is None:
+        return "unknown"
+    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
 def machine(dry: bool) -> dict[str, Any]:
-    facts = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    facts = {
+        "commit": commit(), "torch": torch.__version__, "python": sys.version.split()[0],
+        "hopper": "a candidate" if with_hopper() else "no candidate",
+    }  # fmt: skip
     with contextlib.suppress(ImportError):
         import triton
 
@@ -277,6 +324,7 @@ def machine(dry: bool) -> dict[str, Any]:
 
 def save(folder: Path, document: dict[str, Any]) -> None:
     """The results as JSON, as tables and as a picture."""
+    document["goals"] = gpu_table.ratios(document)
     text = json.dumps(document, indent=1)
     write_atomic(folder / "results.json", f"{text}\n".encode())
     write_atomic(folder / "results.txt", gpu_table.whole(document).encode())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from gpu_goals import BOTH_LAYOUTS, TRITON_RIVALS
 from gpu_work import Where, Work, layer, norm_both_ways, tiny, training, update
 
 from gdfast.bench.cases import (
@@ -85,7 +86,13 @@ def _entries(dry: bool) -> Iterator[Entry]:
     for C, pixels in ((64, 56), (128, 28), (256, 14), (512, 7)):
         dense = _square(f"3x3 {C} @{pixels}", C, pixels, 3, 1, _FEWER_IMAGES)
         yield from _passes("float32 3x3", dense, dry, torch.float32)
+    bottleneck = _square("3x3 64 @56", 64, 56, 3, 1, _IMAGES)
+    wide = _square("3x3 256 @14", 256, 14, 3, 1, _IMAGES)
+    for dense in (bottleneck, Conv2dCase("1x1 64->256 @56", _IMAGES, 64, 56, 56, 256, 1, 1)):
+        yield from _passes("NCHW layers", dense, dry, layout="NCHW")
     yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile")
+    for dense in (bottleneck, wide):
+        yield from _passes("Triton rivals", dense, dry, rivals=TRITON_RIVALS)
 
 
 def _square(name: str, C: int, pixels: int, size: int, groups: int, N: int) -> Conv2dCase:
@@ -95,11 +102,14 @@ def _square(name: str, C: int, pixels: int, size: int, groups: int, N: int) -> C
 
 def _passes(
     row: str, case: Conv2dCase, dry: bool, dtype: torch.dtype = torch.bfloat16,
-    layout: str = "channels_last",
+    layout: str = "channels_last", rivals: tuple[str, ...] = (),
 ) -> Iterator[Entry]:  # fmt: skip
     case = tiny(case) if dry else case
     for task in PASSES:
-        build = partial(layer, case=case, task=task, dtype=dtype, layout=layout)
+        build = partial(
+            layer, case=case, task=task, dtype=dtype, layout=layout,
+            also_nchw=row in BOTH_LAYOUTS, rivals=rivals,
+        )  # fmt: skip
         yield Entry(row, case.name, task, build, layout)
 
 

@@ -4,7 +4,7 @@ The worker gets JSON on its standard input: the jobs, and the seconds that are l
 answers in lines: `@{"begin": id}`, `@{"stage": name}`, `@{"note": words}`, `@{"skip": id}` and
 `@{"end": id, "result": ...}`. When it dies or a job takes too long, another worker goes on from
 there. A stage is named after what it tries; where it was one of the job's candidates that failed,
-the job is done again without it.
+the job is done again without it, or first without a suspect that the stage may have run.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ _MOST_STARTS_IN_VAIN = 2
 
 @dataclass
 class Job:
-    """`seconds` are what it may take, `failed` is why candidates no longer take part."""
+    """`seconds` are what it may take, `failed` is why candidates no longer take part.
+
+    `suspects` are what is left out, by stage that fails, before the stage is given up.
+    """
 
     id: int
     row: str
     candidates: tuple[str, ...]
     seconds: float
+    suspects: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,8 +74,11 @@ def supervise(
             continue
         job, stage = guilty
         in_vain = 0
-        again = stage in job.candidates and stage not in job.failed
-        job.failed[stage] = why
+        suspect = job.suspects.get(stage, stage)
+        if suspect in job.failed:
+            suspect = stage
+        again = suspect not in job.failed and (suspect != stage or stage in job.candidates)
+        job.failed[suspect] = why
         if not again:
             pending.remove(job)
             done(job, {})

@@ -12,7 +12,7 @@ from math import log2
 from statistics import geometric_mean
 from typing import Any
 
-from gpu_goals import BACKENDS, GOALS, Goal
+from gpu_goals import BACKENDS, GOALS, SUSPECT, Goal
 
 # FLOP/s by kind of arithmetic, and bytes/s of memory: NVIDIA's data sheets, without sparsity.
 _HOPPER = {"bfloat16": 989e12, "tf32": 495e12, "3 x tf32": 165e12, "float32": 67e12}
@@ -36,9 +36,12 @@ def share(entry: Measured, backend: str, gpu: str) -> float | None:
 
 
 def ratio(entry: Measured, backend: str, rival: str) -> float | None:
+    """Of the rival's time to ours; of the shorter where it was timed in NCHW besides."""
     seconds = entry.get("seconds", {})
-    native, ours = seconds.get(f"native {rival}"), seconds.get(f"ours {backend}")
-    return native / ours if native and ours else None
+    names = f"native {rival}", f"native {rival} NCHW"
+    natives = [value for name in names if (value := seconds.get(name))]
+    ours = seconds.get(f"ours {backend}")
+    return min(natives) / ours if natives and ours else None
 
 
 def of_goal(document: Document, goal: Goal) -> list[Measured]:
@@ -51,6 +54,21 @@ def of_goal(document: Document, goal: Goal) -> list[Measured]:
     ]
 
 
+def ratios(document: Document) -> list[dict[str, Any]]:
+    """Of each goal and backend the ratio that was reached, None where nothing was timed."""
+    found = []
+    for goal in GOALS:
+        entries = of_goal(document, goal)
+        for backend in BACKENDS:
+            values = [value for entry in entries if (value := ratio(entry, backend, goal.rival))]
+            found.append({
+                "goal": goal.title, "rival": goal.rival, "backend": backend,
+                "ratio": round(geometric_mean(values), 4) if values else None,
+                "wanted": goal.ratio[backend], "entries": len(values), "of": len(entries),
+            })  # fmt: skip
+    return found
+
+
 def goals(document: Document) -> str:
     """One line for each goal and backend."""
     lines = [
@@ -58,22 +76,19 @@ def goals(document: Document) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     gpu = document["machine"]["gpu"]
-    for goal in GOALS:
-        entries = of_goal(document, goal)
-        for backend in BACKENDS:
-            ratios = [value for entry in entries if (value := ratio(entry, backend, goal.rival))]
-            shares = [value for entry in entries if (value := share(entry, backend, gpu))]
-            mean = geometric_mean(ratios) if ratios else None
-            wanted = goal.ratio[backend]
-            reached = "-" if mean is None else "yes" if mean >= wanted else "no"
-            if mean is not None and len(ratios) < len(entries):
-                reached += ", of a part"
-            cells = [
-                goal.title, goal.rival, backend, "-" if mean is None else f"{mean:.2f}",
-                f"{wanted:g}", reached, f"{geometric_mean(shares):.0%}" if shares else "-",
-                _count(entries, backend, len(ratios)),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+    which = [goal for goal in GOALS for _ in BACKENDS]
+    for goal, reached in zip(which, ratios(document), strict=True):
+        entries, backend, mean = of_goal(document, goal), reached["backend"], reached["ratio"]
+        shares = [value for entry in entries if (value := share(entry, backend, gpu))]
+        verdict = "-" if mean is None else "yes" if mean >= reached["wanted"] else "no"
+        if mean is not None and reached["entries"] < len(entries):
+            verdict += ", of a part"
+        cells = [
+            goal.title, goal.rival, backend, "-" if mean is None else f"{mean:.2f}",
+            f"{reached['wanted']:g}", verdict, f"{geometric_mean(shares):.0%}" if shares else "-",
+            _count(entries, backend, reached["entries"]),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -102,14 +117,20 @@ def every(document: Document) -> str:
             if seconds is None:
                 cells += [_why(entry, backend), "", "", "", ""]
             else:
-                rivals = [n.removeprefix("native ") for n in entry["seconds"] if "native" in n]
-                ratios = (f"{rival} {ratio(entry, backend, rival):.2f}" for rival in rivals)
+                natives = {
+                    name.removeprefix("native "): value
+                    for name, value in entry["seconds"].items() if name.startswith("native ")
+                }  # fmt: skip
+                against = [f"{name} {value / seconds:.2f}" for name, value in natives.items()]
+                against += [f"{name} absent" for name in entry.get("absent", {})]
                 low, high = entry["null_spread"]
                 part = share(entry, backend, gpu)
                 tiles = entry["tiles"].get(backend, [])[:3]
                 how = [*tiles, *(["no graph"] if not entry["graph"] else [])]
+                if backend == "cuda" and SUSPECT in entry.get("failed", {}):
+                    how.append(f"without {SUSPECT}")
                 cells += [
-                    f"{seconds * 1e6:.1f}", ", ".join(ratios),
+                    f"{seconds * 1e6:.1f}", ", ".join(against),
                     "" if part is None else f"{part:.0%}", f"{low:.2f}-{high:.2f}", ", ".join(how),
                 ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
@@ -126,7 +147,7 @@ def _why(entry: Measured, backend: str) -> str:
 def _failure(entry: Measured, backend: str) -> str:
     """Why a backend has no time: it failed, or what all of the entry's depend on did."""
     others = (f"{name}: {why}" for name, why in entry.get("failed", {}).items()
-              if name not in BACKENDS)  # fmt: skip
+              if name not in (*BACKENDS, SUSPECT))  # fmt: skip
     wrong = backend in entry.get("wrong", {})
     return entry.get("failed", {}).get(backend) or ("" if wrong else next(others, ""))
 
@@ -156,18 +177,13 @@ def picture(document: Document) -> str:
             f'<path d="M{at} 30V{bottom}" stroke="{"#000" if mark == 1 else "#ddd"}"/>'
             f'<text x="{at}" y="{bottom + 14}" text-anchor="middle">{mark:g}</text>'
         )
-    for index, (goal, backend) in enumerate(bars):
-        top = 34 + height * index
-        values = [
-            value for entry in of_goal(document, goal)
-            if (value := ratio(entry, backend, goal.rival))
-        ]  # fmt: skip
+    for index, ((goal, backend), reached) in enumerate(zip(bars, ratios(document), strict=True)):
+        top, mean = 34 + height * index, reached["ratio"]
         label = escape(f"{goal.title} / {goal.rival}, {backend}")
         parts.append(f'<text x="10" y="{top + 12}">{label}</text>')
         aim = x(goal.ratio[backend])
         parts.append(f'<path d="M{aim:.1f} {top}v15" stroke="#d62728" stroke-width="2"/>')
-        if values:
-            mean = geometric_mean(values)
+        if mean is not None:
             ends = sorted((x(1), x(mean)))
             parts.append(
                 f'<rect x="{ends[0]:.1f}" y="{top + 2}" width="{ends[1] - ends[0]:.1f}" '

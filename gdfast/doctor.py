@@ -9,11 +9,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    import torch
+from functools import partial
+from typing import Any
 
 # Packages of the extras, by the names under which they are installed.
 _EXTRAS = {
@@ -24,27 +21,21 @@ _EXTRAS = {
     "tensorboard": ("tensorboard",),
     "triton": ("triton",),
 }  # fmt: skip
+# Beside those of our own, which all begin with GDFAST_.
 _ENVIRONMENT = (
-    "GDFAST_AUTOTUNE",
-    "GDFAST_BACKEND",
-    "GDFAST_CACHE_DIR",
-    "GDFAST_CPU_ISA",
-    "GDFAST_NATIVE_DIR",
-    "GDFAST_PRECISION",
-    "OMP_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUDA_HOME",
+    "CUDA_LAUNCH_BLOCKING",
     "CUDA_VISIBLE_DEVICES",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
+    "XDG_CACHE_HOME",
 )
-
-
-class Check(NamedTuple):
-    """One operation of one backend against float64: relative errors, ours and native PyTorch's."""
-
-    backend: str
-    operation: str
-    error: float | None
-    native_error: float | None
-    ok: bool
-    reason: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,18 +52,23 @@ def main(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Collect the facts and test every backend that can be used here; takes about two seconds."""
+    """Collect the facts and test every backend that can be used here.
+
+    That takes a few seconds; on a GPU, where Triton has not yet compiled its kernels, a minute.
+    """
     import numpy
     import torch
 
-    from gdfast import __version__, backends, native, processor
+    from gdfast import __version__, backends, native, processor, self_test
     from gdfast.backends import cpu_algorithms
 
     started = time.perf_counter()
     available = backends.available()
     usable = [each.name for each in available if each.ok and each.name != "reference"]
-    checks = [check for name in usable for check in _self_test(name)]
-    ok = bool(usable) and all(check.ok for check in checks)
+    checks = [check for name in usable for check in self_test.run(name)]
+    wrong = {check.backend for check in checks if not check.ok}
+    ok = bool(usable) and not wrong
+    timed = [name for name in usable if self_test.runs_on_gpu(name) and name not in wrong]
     return {
         "ok": ok,
         "versions": {
@@ -114,7 +110,14 @@ def examine() -> dict[str, Any]:
             "cpu_module": native.cpu.__file__ if native.cpu else None,
             "cuda_module": native.cuda.__file__ if native.cuda else None,
         },
-        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("GDFAST_") or name in _ENVIRONMENT
+        },
+        "nchw_over_channels_last": {
+            name: round(_layout_cost(name, "cuda", 32), 2) for name in timed
+        },
         "self_test": [check._asdict() for check in checks],
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -133,99 +136,30 @@ def _autotune() -> dict[str, Any]:
     }
 
 
-def _self_test(backend: str) -> list[Check]:
-    """Run every operation on a small asymmetric case and compare with float64."""
+def _layout_cost(backend: str, device: str, images: int) -> float:
+    """How many times as long a 3x3 convolution takes in NCHW as in channels_last."""
     import torch
 
-    from gdfast.backends import cpu_algorithms, precision
-    from gdfast.bench.workload import relative_error
-    from gdfast.errors import BackendError
+    from gdfast import autotune, ops
+    from gdfast.bench import timer
+    from gdfast.bench.workload import LAYOUTS
 
-    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
-    device = "cuda" if on_gpu else "cpu"  # there Triton's kernels run in the interpreter
-    cases = [(name, run, torch.float32) for name, run in _operations(3, 4).items()]
-    if backend == "cpu" and not cpu_algorithms.why_no_bf16():
-        cases += [
-            (f"{name} bfloat16", run, torch.bfloat16)
-            for name, run in _operations(17, 18).items()
-            if name != "sgd_"
-        ]
-    checks = []
+    def clock() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-    def run(case: Callable[[str, torch.dtype, str], torch.Tensor], name: str) -> torch.Tensor:
-        # Float32 as it is: native takes TF32 for some sizes and not for others.
-        with precision("strict"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return case(name, dtype, device).cpu()
-
-    for operation, case, dtype in cases:
-        exact = case("reference", torch.float64, "cpu")
-        native_error = relative_error(run(case, "reference"), exact)
-        try:
-            error = relative_error(run(case, backend), exact)
-        except BackendError as refusal:
-            # A backend may have a forward and no backward: that is legal, and told.
-            checks.append(Check(backend, operation, None, native_error, True, str(refusal)))
-            continue
-        except RuntimeError as failure:
-            checks.append(Check(backend, operation, None, native_error, False, str(failure)))
-            continue
-        # Native adds the same numbers in another order: one rounding more is no mistake.
-        ok = error <= 2 * native_error + torch.finfo(dtype).eps
-        checks.append(Check(backend, operation, error, native_error, ok, ""))
-    return checks
-
-
-def _operations(
-    channels: int, filters: int
-) -> dict[str, Callable[[str, torch.dtype, str], torch.Tensor]]:
-    """Functions of (backend, dtype, device) that give a result as one flat tensor.
-
-    A convolution has two groups of as many channels and filters.
-    """
-    import torch
-
-    from gdfast import ops
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    generator = torch.Generator().manual_seed(0)
-    convolution = (
-        draw(5, 2 * channels, 17, 13), draw(2 * filters, channels, 3, 2), draw(2 * filters),
-    )  # fmt: skip
-    update = draw(1001), draw(1001), draw(1001)
-
-    def conv2d(*wanted: int) -> Callable[[str, torch.dtype, str], torch.Tensor]:
-        def run(backend: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-            tensors = [value.to(device, dtype, copy=True) for value in convolution]
-            for index in wanted:
-                tensors[index].requires_grad_()
-            input, weight, bias = tensors
-            output = ops.conv2d(
-                input, weight, bias, stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2,
-                backend=backend,
-            )  # fmt: skip
-            if not wanted:
-                return output.flatten()
-            grads = torch.autograd.grad(output.square().sum(), [tensors[index] for index in wanted])
-            return torch.cat([grad.flatten() for grad in grads])
-
-        return run
-
-    def sgd_(backend: str, dtype: torch.dtype, device: str) -> torch.Tensor:
-        weight, grad, momentum = (value.to(device, dtype, copy=True) for value in update)
-        ops.sgd_(
-            weight, grad, momentum, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True,
-            backend=backend,
-        )  # fmt: skip
-        return weight
-
-    return {
-        "conv2d": conv2d(),
-        "conv2d_grad_input": conv2d(0),
-        "conv2d_grad_weight": conv2d(1, 2),
-        "sgd_": sgd_,
-    }
+    input, weight = (
+        torch.randn(size, dtype=torch.bfloat16, device=device)
+        for size in ((images, 64, 56, 56), (64, 64, 3, 3))
+    )
+    calls = {}
+    for name, layout in LAYOUTS.items():
+        image, filters = (value.contiguous(memory_format=layout) for value in (input, weight))
+        calls[name] = partial(ops.conv2d, image, filters, padding=1, backend=backend)
+    with autotune("off"), torch.no_grad():
+        times = timer.compare(calls, rounds=5, clock=clock)
+    return times.ratio("channels_last", "NCHW")
 
 
 def _version(package: str) -> str | None:
@@ -263,7 +197,15 @@ def _in_words(report: dict[str, Any]) -> str:
         *(("extra", _extra_in_words(*item)) for item in report["extras"].items()),
         *(("path", f"{name}: {path}") for name, path in report["paths"].items() if path),
         *(("set", f"{name}={value}") for name, value in report["environment"].items()),
-        *(("self-test", _check_in_words(Check(**check))) for check in report["self_test"]),
+        *(
+            (
+                "layout",
+                f"{name}: a 3x3 convolution of 64 channels in NCHW takes {ratio:.2f} times "
+                "as long as in channels_last",
+            )
+            for name, ratio in report["nchw_over_channels_last"].items()
+        ),
+        *(("self-test", _check_in_words(check)) for check in report["self_test"]),
     ]
     if report["ok"]:
         verdict = f"everything is in order ({report['seconds']} s)"
@@ -287,9 +229,9 @@ def _extra_in_words(extra: str, packages: dict[str, str | None]) -> str:
     return f'{extra}: lacks {", ".join(missing)}; pip install "gdfast[{extra}]"'
 
 
-def _check_in_words(check: Check) -> str:
-    name = f"{check.backend} {check.operation}"
-    verdict = "pass" if check.ok else "FAIL"
-    if check.error is None:
-        return f"{name}: {'not run' if check.ok else verdict}: {check.reason}"
-    return f"{name}: {verdict}, error {check.error:.1e} (native {check.native_error:.1e})"
+def _check_in_words(check: dict[str, Any]) -> str:
+    name = f"{check['backend']} {check['operation']}"
+    verdict = "pass" if check["ok"] else "FAIL"
+    if check["error"] is None:
+        return f"{name}: {'not run' if check['ok'] else verdict}: {check['reason']}"
+    return f"{name}: {verdict}, error {check['error']:.1e} (native {check['native_error']:.1e})"

@@ -24,15 +24,15 @@ from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, max_pool2d_dispatch
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs CUDA; skipped where there is none")
-
-
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+    on_gpu = torch.cuda.is_available()
+    kernels_on_gpu = on_gpu and native.cuda is not None and not native.cuda_is_simulated
+    for item in items:
+        if item.get_closest_marker("gpu") and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+        if item.get_closest_marker("cuda_simulator") and kernels_on_gpu:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -38,12 +38,13 @@ SIZES = [
 
 
 def check(
-    values: dict[str, Tensor], device: torch.device, residual: bool, **settings: Any
-) -> dict[str, Tensor]:
+    values: dict[str, Tensor], device: torch.device, residual: bool, *, backend: str = "cuda",
+    **settings: Any,
+) -> dict[str, Tensor]:  # fmt: skip
     """Every result's error against float64 at most twice native's, plus one rounding."""
     values = {name: tensor.to(device) for name, tensor in values.items()}
     settings = {"training": True, **settings}
-    ours = run(ops.batch_norm_act, values, residual, backend="cuda", **settings)
+    ours = run(ops.batch_norm_act, values, residual, backend=backend, **settings)
     natives = run(native_norm, values, residual, **settings)
     exact = run(native_norm, values, residual, torch.float64, **settings)
     for name, expected in exact.items():

@@ -194,6 +194,13 @@ def test_few_channels_with_zeros_beside_them(
     check(case, values, (output, grad_input, *grads))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sums_of_4608_products(dtype: torch.dtype, cuda_device: torch.device) -> None:
+    case = Conv2dCase("long-sums", 1, 512, 3, 4, 24, 3, 3, padding=(1, 1))
+    values = tensors_of(case, dtype, True, cuda_device)
+    check(case, values, passes(case, values, "cuda"))
+
+
 def test_any_strides(cuda_device: torch.device) -> None:
     case = BY_NAME["same-3x3"]
     values = tensors_of(case, torch.float32, False, cuda_device)
@@ -225,7 +232,7 @@ def test_images_more_than_31_bits_apart(
     values = tensors_of(case, torch.bfloat16, True, cuda_device)
     apart = 2**31 + 16
     memory = torch.empty(apart + 5 * 4 * 16, dtype=torch.bfloat16, device=cuda_device)
-    far = dict(values)
+    far, near_query = dict(values), query_of(case, values)
     for name, channels in (("input", 8), ("grad", 16)):
         far[name] = memory.as_strided(
             values[name].shape, (apart, 1, case.W * channels, channels)
@@ -234,11 +241,17 @@ def test_images_more_than_31_bits_apart(
         input, weight, bias, grad = far.values()
         if name == "input":
             ours = cuda_conv2d.conv2d(replace_output(query, values))(input, weight, bias)
-            near = cuda_conv2d.conv2d(query_of(case, values))(*list(values.values())[:3])
+            near = cuda_conv2d.conv2d(near_query)(*list(values.values())[:3])
         else:
             ours = cuda_conv2d.conv2d_grad_input(query)(grad, weight)[1]
-            near = cuda_conv2d.conv2d_grad_input(query_of(case, values))(values["grad"], weight)[1]
+            near = cuda_conv2d.conv2d_grad_input(near_query)(values["grad"], weight)[1]
         assert torch.equal(ours, near)
+        both = [
+            cuda_conv2d.conv2d_grad_weight(each)(tensors["grad"], tensors["input"], True)
+            for each, tensors in ((query, far), (near_query, values))
+        ]
+        for one, other in zip(*both, strict=True):
+            assert torch.equal(one, other)
         far[name] = values[name]
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cuda_conv2d import check, passes, tensors_of
 from test_models import TRAINED
 from torch import Tensor
 
 import gdfast
 from gdfast import models, native, ops, optim
+from gdfast.bench.cases import RESNET50, Conv2dCase
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +30,13 @@ pytestmark = [
 def no_tf32() -> Any:
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         yield
+
+
+@pytest.mark.parametrize("case", RESNET50, ids=str)
+def test_layers_of_resnet50(case: Conv2dCase) -> None:
+    case = case.with_batch(2)
+    values = tensors_of(case, torch.bfloat16, True, torch.device("cuda"))
+    check(case, values, passes(case, values, "cuda"))
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mnist_files import digits, write_pair
 
+from gdfast import backends
 from gdfast.train import Settings, SettingsError, train
 
 pytestmark = pytest.mark.skipif(
@@ -55,6 +56,27 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     # One process alone talks and writes.
     assert both.stdout.count("everything is in") == alone.stdout.count("everything is in") == 1
     assert "2 processes share every batch" in both.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_two_gpus_take_the_steps_of_one(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("needs NCCL")
+    if reason := {each.name: each.reason for each in backends.available()}[backend]:
+        pytest.skip(f"needs the backend {backend}: {reason}")
+    monkeypatch.setenv("GDFAST_BACKEND", backend)
+    write_pair(tmp_path / "data", "train", *digits(250))
+    options = ("--data", f"mnist:{tmp_path / 'data'}", "--epochs", "2", "--warmup", "4",
+               "--batch-size", "32", "--device", "cuda")  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run([], tmp_path / "one", *options)
+    run(launcher, tmp_path / "two", *options)
+    # In TF32, and sums over a batch are split differently.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
 
 
 def test_half_a_launch_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from gdfast.bench.cases import Conv2dCase
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# Without "hopper" job 4 goes on, job 5 does not.
 WORKER = """
 import json, os, sys, time
 for job in json.load(sys.stdin)["jobs"]:
@@ -32,6 +36,10 @@ for job in json.load(sys.stdin)["jobs"]:
             os._exit(9)
         if (id, stage) == (1, "triton"):
             time.sleep(60)
+        if (id, stage) == (4, "cuda") and "hopper" not in job["without"]:
+            os._exit(8)
+        if (id, stage) == (5, "cuda"):
+            os._exit(6)
     say(stage="time")
     if id == 2:
         os._exit(7)
@@ -72,7 +80,7 @@ def test_without_a_gpu_it_stops_and_says_why(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_leaves_eight_whole_files(tmp_path: Path) -> None:
-    result = run_check(tmp_path, "--dry-run", GPU_CHECK_ROWS="SGD")
+    result = run_check(tmp_path, "--dry-run", GPU_CHECK_ROWS="SGD", GPU_CHECK_COMMIT="c0ffee")
     assert result.returncode == 0, result.stdout + result.stderr
     names = {"summary.txt", "build.log", "tests.log", "sanitizer.log", "profile.txt"}
     assert {file.name for file in tmp_path.iterdir()} == names | {
@@ -81,7 +89,13 @@ def test_a_dry_run_leaves_eight_whole_files(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.txt").read_text()
     for step in ("kernels", "measure", "profile"):
         assert f"{step}: done" in summary
-    assert "| SGD | fused | cuda |" in summary
+    assert "commit c0ffee" in summary and "| SGD | fused | cuda |" in summary
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["machine"]["commit"] == "c0ffee"
+    goals = {(g["goal"], g["rival"], g["backend"]): g for g in document["goals"]}
+    triton = goals["SGD", "fused", "triton"]
+    assert triton["ratio"] > 0 and triton["wanted"] == triton["entries"] == 1
+    assert goals["depthwise channels_last", "cuDNN", "cuda"]["ratio"] is None
     assert "== SGD: 3 tensors, update, triton, torch.profiler" in (
         tmp_path / "profile.txt"
     ).read_text()  # fmt: skip
@@ -94,18 +108,109 @@ def test_a_worker_that_dies_or_hangs_costs_only_itself(gpu: ModuleType) -> None:
     candidates = ("cuda", "triton")
     supervise(
         [sys.executable, "-c", WORKER],
-        [Job(id, "row", candidates, 1.0) for id in range(4)],
+        [Job(id, "row", candidates, 1.0, {"cuda": "hopper"} if id > 3 else {}) for id in range(6)],
         {"row": 100.0},
         lambda job, result: results.append((job.id, job.failed, result)),
         seconds=60,
     )
-    assert [id for id, *_ in results] == [0, 1, 2, 3]
+    assert [id for id, *_ in results] == [0, 1, 2, 3, 4, 5]
     assert results[0][1] == {"cuda": "the process ended with 9: a last word"}
     assert results[0][2] == {"without": ["cuda"]}
     assert results[1][1] == {"triton": "stopped after 1 s"}
     assert results[1][2] == {"without": ["triton"]}
     assert list(results[2][1]) == ["time"] and results[2][2] == {}
     assert results[3][1:] == ({}, {"without": []})
+    assert results[4][1:] == ({"hopper": "the process ended with 8: "}, {"without": ["hopper"]})
+    assert list(results[5][1]) == results[5][2]["without"] == ["hopper", "cuda"]
+
+
+def test_what_went_well_without_hopper_leaves_it_out(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GDFAST_HOPPER", "1")
+    told: list[dict[str, str]] = []
+
+    def supervise(command: Any, jobs: Any, budgets: Any, done: Any, *, seconds: float) -> None:
+        assert jobs[0].suspects == {"cuda": "hopper", "time": "hopper"}
+        jobs[0].failed["hopper"] = "hung"
+        done(jobs[0], {"failed": {}})  # of cuda there is no time: who was to blame is not known
+        told.append(dict(jobs[2].failed))
+        jobs[1].failed["hopper"] = "hung"
+        timed = {"seconds": {"native cuDNN": 2.0, "ours cuda": 1.0}, "graph": True}
+        done(jobs[1], {**timed, "null_spread": [1, 1], "tiles": {}})
+        told.append(dict(jobs[2].failed))
+
+    monkeypatch.setattr(gpu, "supervise", supervise)
+    assert gpu.run(tmp_path, 1.0, True, "ResNet-50 layers") == 1
+    assert told[0] == {} and told[1]["hopper"].startswith("left out since ResNet-50 layers: ")
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["machine"]["hopper"] == "a candidate"
+    assert document["entries"][1]["failed"] == {"hopper": "hung"}
+    assert "without hopper" in (tmp_path / "results.txt").read_text()
+
+
+def test_the_kernel_for_hopper_is_run_last(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_kernels
+
+    monkeypatch.setattr(gpu_kernels.native, "cuda", SimpleNamespace(hopper_missing=lambda i: ""))
+    names = [name for name, *_ in gpu_kernels.everything("cpu", "cuda")]
+    hopper = ["by hopper" in name for name in names]
+    assert any(hopper) and hopper == sorted(hopper)
+
+
+def test_another_library_that_is_not_there_has_a_reason(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_rivals
+    import gpu_rows
+    import gpu_work
+
+    monkeypatch.setattr(gpu_rivals.importlib.util, "find_spec", lambda name: None)
+    entry = next(entry for entry in gpu_rows.entries(dry=True) if entry.row == "Triton rivals")
+    work = entry.build(gpu.where(True))
+    tensors = [torch.ones(2)] * 3
+    case = gpu_work.tiny(gpu_rows.RESNET50[0])
+    work.native["flag_gems"] = gpu_rivals.call("flag_gems", case, "forward", tensors)
+    work.native["attorch"] = lambda: torch.zeros_like(work.native["cuDNN"]())
+    result = gpu.measure(SimpleNamespace(row=entry.row, build=lambda at: work), [], gpu.where(True))
+    assert result["absent"] == {"flag_gems": "flag_gems is not installed"}
+    assert result["failed"]["native attorch"].startswith("error 1.0e+00, allowed")
+    assert "native inductor" in result["seconds"]
+
+
+@pytest.mark.parametrize("task", ["forward", "grad_input", "grad_weight"])
+def test_inductor_knows_its_options(task: str, gpu: ModuleType) -> None:
+    import gpu_rivals
+
+    try:
+        options = gpu_rivals.inductor_options(task)
+    except gpu_rivals.Absent as absence:
+        pytest.skip(str(absence))
+    torch.compile(torch.relu, options=options)  # which raises for a name that it does not know
+
+
+@pytest.mark.parametrize("task", ["forward", "grad_input", "grad_weight"])
+def test_inductor_is_given_the_same_pass(
+    task: str, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_rivals
+
+    monkeypatch.setattr(gpu_rivals, "inductor_options", lambda task: {})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    case = Conv2dCase("asymmetric", 2, 4, 7, 6, 6, 3, 2, (2, 1), (1, 0), (1, 2), groups=2)
+    sizes = case.input_shape, case.weight_shape, case.output_shape
+    input, weight, grad = (torch.randn(size) for size in sizes)
+    window = case.stride, case.padding, case.dilation, case.groups
+    exact = {
+        "forward": torch.conv2d(input, weight, None, *window),
+        "grad_input": torch.nn.grad.conv2d_input(input.shape, weight, grad, *window),
+        "grad_weight": torch.nn.grad.conv2d_weight(input, weight.shape, grad, *window),
+    }[task]
+    torch.testing.assert_close(
+        gpu_rivals.call("inductor", case, task, [input, weight, grad])(), exact
+    )
 
 
 def test_no_time_is_spent_once_it_is_over(gpu: ModuleType) -> None:
@@ -122,7 +227,8 @@ def test_no_time_is_spent_once_it_is_over(gpu: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("row", ["ResNet-50 layers", "BatchNorm + ReLU", "SGD", "small steps",
-                                 "depthwise", "grouped", "float32 3x3"])  # fmt: skip
+                                 "depthwise", "grouped", "float32 3x3", "NCHW layers",
+                                 "Triton rivals"])  # fmt: skip
 def test_rows_are_checked_and_timed(row: str, gpu: ModuleType) -> None:
     import gpu_rows
 
@@ -163,7 +269,7 @@ def test_kernels_are_compared_one_by_one(
     words = ["gpu_kernels.py", "--backend", "reference", "-k"]
     monkeypatch.setattr(sys, "argv", [*words, "max_pool2d"])
     assert gpu_kernels.main() == 0
-    assert "4 of 4 right" in capsys.readouterr().out
+    assert "6 of 6 right" in capsys.readouterr().out
     monkeypatch.setattr(gpu_kernels, "_ERROR", dict.fromkeys(gpu_kernels._ERROR, -1.0))
     monkeypatch.setattr(sys, "argv", [*words, "sgd_, torch.float32"])
     assert gpu_kernels.main() == 1
@@ -221,6 +327,13 @@ def test_the_tables_tell_ratios_rooflines_and_failures(gpu: ModuleType) -> None:
     assert f"{layer} 7x7 | forward | cuda | time: the process ended with -9 |" in text
     assert f"{layer} 5x5 | forward | cuda | no time left |" in text
     assert gpu_table.share(document()["entries"][0], "cuda", "another GPU") is None
+
+
+def test_a_rival_has_the_better_of_its_layouts(gpu: ModuleType) -> None:
+    import gpu_table
+
+    seconds = {"native cuDNN": 4.0, "native cuDNN NCHW": 3.0, "ours cuda": 2.0}
+    assert gpu_table.ratio({"seconds": seconds}, "cuda", "cuDNN") == 1.5
 
 
 def test_the_picture_is_xml(gpu: ModuleType) -> None:

@@ -30,7 +30,7 @@ ROWS = (
     ("losses", "models"),
     ("data", "metrics", "face"),
     ("train",),
-    ("bench", "doctor"),
+    ("bench", "doctor", "self_test"),
     ("explain",),
     ("cli", "__main__"),
 )
