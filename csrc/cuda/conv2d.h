@@ -26,22 +26,18 @@ struct Where {
   uintptr_t stream;
 };
 
-// For a batch normalisation that follows: sums over images and pixels of output - shift and of its
-// square, [K]. None are taken where workspace is null.
-struct Conv2dSums {
-  void* workspace;
-  const double* shift;
-  double* sum;
-  double* sum_of_squares;
-};
-
-// The bytes of workspace that these sums need.
-int64_t conv2d_sums_workspace(const Conv2dProblem& problem);
-
-// output = activation(conv2d(input, weight) + bias); bias may be null.
+// output = activation(conv2d(input, weight) + bias); bias may be null. `moments` [splits, 3, K], in
+// the type that sums are taken in, gets what a batch normalisation of output begins with
+// (moments.h). No moments are taken, and no workspace needed, where it is null.
 void conv2d(const Conv2dProblem& problem, const Conv2dWay& way, const void* input,
-            const void* weight, const void* bias, void* output, const Conv2dSums& sums,
+            const void* weight, const void* bias, void* output, void* moments, void* workspace,
             const Where& where);
+int64_t conv2d_moment_splits(const Conv2dProblem& problem);
+int64_t conv2d_moments_workspace(const Conv2dProblem& problem);  // bytes
+
+// Joins `count` parts [count, 3, K] to the moments of conv2d.
+void join_moments(const Conv2dProblem& problem, const void* parts, int64_t count, void* moments,
+                  const Where& where);
 
 void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                        const void* weight, void* grad_input, const Where& where);
