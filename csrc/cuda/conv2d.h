@@ -50,4 +50,20 @@ void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, cons
                         const void* input, void* grad_weight, void* grad_bias, void* workspace,
                         int64_t splits, const Where& where);
 
+// --- Few channels (conv2d_stem.h): one group, no dilation, not float64, not kIeee ---------------
+
+// Bytes of shared memory of a block; a GPU may have fewer than some problems ask for.
+int64_t conv2d_stem_shared_bytes(const Conv2dProblem& problem);
+int64_t conv2d_stem_moments_workspace(const Conv2dProblem& problem);  // bytes
+// As conv2d; a block makes so many tiles of 8 x 16 positions by 64 filters.
+void conv2d_stem(const Conv2dProblem& problem, Precision precision, int64_t tiles_of_block,
+                 const void* input, const void* weight, const void* bias, void* output,
+                 void* moments, void* workspace, const Where& where);
+
+int64_t conv2d_stem_grad_weight_workspace(const Conv2dProblem& problem, int64_t splits, bool bias);
+// As conv2d_grad_weight.
+void conv2d_stem_grad_weight(const Conv2dProblem& problem, Precision precision,
+                             const void* grad_output, const void* input, void* grad_weight,
+                             void* grad_bias, void* workspace, int64_t splits, const Where& where);
+
 }  // namespace gdfast::cuda

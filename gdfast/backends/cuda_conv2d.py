@@ -2,7 +2,8 @@
 
 The kernels read 16 bytes of channels at a time where those lie side by side, and number by number
 else. A tensor of another layout is copied to channels_last first, which costs a pass over it. A few
-channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes.
+channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes, or
+have kernels of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import batch_norm, cuda_depthwise, cuda_stream, cuda_tiles, sgd
+from gdfast.backends import batch_norm, cuda_depthwise, cuda_stem, cuda_stream, cuda_tiles, sgd
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
@@ -60,6 +61,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
     tiles = cuda_tiles.candidates(op, query)
+    if query.device.type == "cuda" and cuda_stem.fits(op, query):
+        tiles = (cuda_stem.NAME, *tiles)
     # Not by themselves before they have run on a GPU: what waits there for what never comes ends
     # the process's use of it, which no comparison of results prevents.
     if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
@@ -182,7 +185,8 @@ class Kernel:
 
 
 # Each pass is run in the tile that is named, or in the cost model's; a depthwise layer has kernels
-# of its own. Forward ends with the activation that the query has, if any.
+# of its own, and one with few channels may have. Forward ends with the activation that the query
+# has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
     by = by or algorithm("conv2d", query)
@@ -202,13 +206,19 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
 
 
 def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What a `Kernel` runs, in a tile."""
+    """What a `Kernel` runs, in a tile or by the kernel for few channels."""
     assert native.cuda is not None
-    way, run = _way(query, by), native.cuda.conv2d
+    way = _way(query, SMALLEST if by == cuda_stem.NAME else by)
+    more: tuple[Any, ...] = ()
+    run, bytes_of = native.cuda.conv2d, native.cuda.conv2d_moments_workspace
+    if by == cuda_stem.NAME:
+        run, bytes_of = native.cuda.conv2d_stem, native.cuda.conv2d_stem_moments_workspace
+        more = (cuda_stem.tiles_of_block(query),)
+    # Fewer channels than _FEW are read where they lie.
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
     size, strides = query.geometry.output_size, query.strides[2]
     splits = native.cuda.conv2d_moment_splits(problem)
-    workspace_bytes = native.cuda.conv2d_moments_workspace(problem)
+    workspace_bytes = bytes_of(problem)
 
     def kernel(
         input: Tensor, weight: Tensor, bias: Tensor | None, with_moments: bool
@@ -223,7 +233,7 @@ def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor 
             moments = torch.empty(splits, 3, size[1], dtype=dtype, device=input.device)
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=input.device)
         run(
-            problem, way(), input.data_ptr(), weight.data_ptr(), _address(bias),
+            problem, way(), *more, input.data_ptr(), weight.data_ptr(), _address(bias),
             output.data_ptr(), _address(moments), _address(workspace),
             *cuda_stream.current(input.device),
         )  # fmt: skip
@@ -283,6 +293,8 @@ def conv2d_grad_weight(
     by = by or algorithm("conv2d_grad_weight", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    if by == cuda_stem.NAME:
+        return cuda_stem.conv2d_grad_weight(query, _problem(query)[0], _way(query, SMALLEST))
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, (copy_input, copy_grad) = _problem(query, "input", "output")
