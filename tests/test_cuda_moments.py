@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -288,3 +289,41 @@ def test_bits_do_not_depend_on_the_order_of_threads(
         monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", order)
         results.append(ops.conv2d_moments(input, weight, bias, groups=2, backend="cuda")[1])
     assert torch.equal(*results)
+
+
+def test_by_the_dispatcher_as_tensors_on_a_gpu_go(
+    handed_on: list[bool], cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("conv2d", "batch_norm"):
+        monkeypatch.setattr(sys.modules[f"gdfast.ops.{module}"], "are_ordinary", lambda _: False)
+    ours = nn.ConvNormAct(4, 6, 3, bias=True).to(cuda_device)
+    natives = copy.deepcopy(ours)
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    with gdfast.backend("cuda"):
+        results = passes(ours, input)
+    assert handed_on == [True, True, True, False]
+    with gdfast.backend("native"):
+        torch.testing.assert_close(results, passes(natives, input), rtol=1e-4, atol=1e-4)
+    depthwise = torch.randn(2, 4, 5, 5, device=cuda_device), torch.randn(4, 1, 3, 3).to(cuda_device)
+    assert ops.conv2d_moments(*depthwise, groups=4, backend="cuda")[1] is None
+
+
+def test_opcheck(cuda_device: torch.device) -> None:
+    """The operation that others than ours may call: its gradient is that of conv2d."""
+    input, weight, bias = (
+        torch.randn(size, device=cuda_device, requires_grad=True)
+        for size in ((2, 3, 6, 5), (4, 3, 3, 3), (4,))
+    )
+    arguments = (1, 2), (1, 0, 1, 0), (1, 1), 1, "cuda"
+    output, moments = torch.ops.gdfast.conv2d_moments(input, weight, bias, *arguments)
+    assert not moments.requires_grad
+    grad = torch.randn_like(output)
+    ours = torch.autograd.grad(output, (input, weight, bias), grad)
+    output = torch.ops.gdfast.conv2d(input, weight, bias, *arguments)
+    expected = torch.autograd.grad(output, (input, weight, bias), grad)
+    for gradient, same in zip(ours, expected, strict=True):
+        assert torch.equal(gradient, same)
+    tests = "test_schema", "test_autograd_registration"
+    torch.library.opcheck(
+        torch.ops.gdfast.conv2d_moments.default, (input, weight, bias, *arguments), test_utils=tests
+    )
