@@ -310,8 +310,8 @@ def test_a_candidate_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
         assert names[0] == "stem", op
         assert "128x64-padded" in names, op
     assert "stem" not in cuda_conv2d.candidates("conv2d_grad_input", image)
-    assert cuda_stem.tiles_of_block(image) == 5
-    assert cuda_stem.splits(image) == 396
+    assert cuda_stem.tiles_of_block(image) == 7
+    assert cuda_stem.splits(image) == 264
     small = on_a_gpu(Conv2dCase("", 1, 3, 16, 16, 64, 3, 3, (1, 1), (1, 1)))
     assert (cuda_stem.tiles_of_block(small), cuda_stem.splits(small)) == (1, 1)
 

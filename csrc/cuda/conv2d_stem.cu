@@ -26,24 +26,31 @@ struct Arguments {
   void* moments;  // [tiles, threads of a column, 3, K], or null
 };
 
-// Filters in rows of their depth, zeros where there is no number.
+// Filters in rows of their depth, zeros where there is no number; several of them at once, as
+// stage_patch does it.
 template <typename Math>
 GDFAST_DEVICE void stage_weights(const Arguments& a, int32_t first_filter, unsigned char* weights) {
   using Raw = typename Bits<sizeof(typename Math::Element)>::Type;
+  constexpr int kWarps = Math::kThreads / kWarp, kAtOnce = Math::kN / kWarps;
   const int depth = a.steps * 32 / static_cast<int>(sizeof(Raw));
-  for (int line = warp_index(); line < Math::kN; line += Math::kThreads / kWarp) {
-    Raw* const to = reinterpret_cast<Raw*>(weights + line * a.weight_row_bytes);
-    const unsigned char* const filter = a.weight + (first_filter + line) * a.filter_bytes;
-    const bool exists = first_filter + line < a.filters;
-#pragma unroll 4
-    for (int index = warp_lane(); index < depth; index += kWarp) {
-      const Divided row = divide(index, a.row_depth);
-      const Divided column = divide(row.rest, a.patch.channels);
-      const unsigned char* const from =
-          filter + (row.quotient * a.weight_bytes.h + column.quotient * a.weight_bytes.w +
-                    column.rest * a.weight_channel_bytes);
-      const bool inside = exists && row.quotient < a.rows && row.rest < a.row_values;
-      to[index] = inside ? *reinterpret_cast<const Raw*>(from) : Raw{0};
+  for (int index = warp_lane(); index < depth; index += kWarp) {
+    const Divided row = divide(index, a.row_depth);
+    const Divided column = divide(row.rest, a.patch.channels);
+    const int64_t offset = row.quotient * a.weight_bytes.h + column.quotient * a.weight_bytes.w +
+                           column.rest * a.weight_channel_bytes;
+    const bool exists = row.quotient < a.rows && row.rest < a.row_values;
+    Raw values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t filter = first_filter + warp_index() + i * kWarps;
+      const unsigned char* const from = a.weight + (filter * a.filter_bytes + offset);
+      const bool inside = exists && filter < a.filters;
+      values[i] = inside ? *reinterpret_cast<const Raw*>(from) : Raw{0};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int line = warp_index() + i * kWarps;
+      reinterpret_cast<Raw*>(weights + line * a.weight_row_bytes)[index] = values[i];
     }
   }
 }

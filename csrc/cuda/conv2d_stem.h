@@ -61,25 +61,44 @@ struct StemPatch {
 };
 
 // Copies it, with zeros outside of the image; what is between rows stays as it is. A second copy
-// begins one number later.
+// begins one number later. Each thread asks for several numbers before it waits for the first: of
+// some rows, whose columns it works out once.
 template <typename Element, int kThreads, int kCopies>
 GDFAST_DEVICE void stage_patch(const StemPatch& a, const StemTile& tile, unsigned char* patch) {
   using Raw = typename Bits<sizeof(Element)>::Type;
+  constexpr int kWarps = kThreads / kWarp, kRowsAtOnce = 8, kColumnsAtOnce = 2;
   const int32_t top = tile.p * a.stride_h - a.pad_h, left = tile.q * a.stride_w - a.pad_w;
   const unsigned char* const image = a.input + tile.image * a.bytes.outer;
-  for (int row = warp_index(); row < a.rows; row += kThreads / kWarp) {
-    const int32_t h = top + row;
-    Raw* const to = reinterpret_cast<Raw*>(patch + row * a.row_bytes);
-#pragma unroll 4
-    for (int index = warp_lane(); index < a.row_values; index += kWarp) {
-      const Divided column = divide(index, a.channels);
-      const int32_t w = left + column.quotient;
-      const unsigned char* const from =
-          image + (h * a.bytes.h + w * a.bytes.w + column.rest * a.channel_bytes);
-      const Raw raw = is_inside(a.H, a.W, h, w) ? *reinterpret_cast<const Raw*>(from) : Raw{0};
-      to[index] = raw;
-      if constexpr (kCopies == 2) {
-        reinterpret_cast<Raw*>(patch + a.copy_bytes + row * a.row_bytes)[index + 1] = raw;
+  for (int first = warp_index(); first < a.rows; first += kWarps * kRowsAtOnce) {
+    for (int index = warp_lane(); index < a.row_values; index += kWarp * kColumnsAtOnce) {
+      Raw values[kColumnsAtOnce][kRowsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j) {
+        const Divided column = divide(index + j * kWarp, a.channels);
+        const int32_t w = left + column.quotient;
+        const unsigned char* const from = image + (w * a.bytes.w + column.rest * a.channel_bytes);
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          const int row = first + i * kWarps;
+          const bool inside = row < a.rows && is_inside(a.H, a.W, top + row, w);
+          values[j][i] =
+              inside ? *reinterpret_cast<const Raw*>(from + (top + row) * a.bytes.h) : Raw{0};
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j) {
+        const int at = index + j * kWarp;
+#pragma unroll
+        for (int i = 0; i < kRowsAtOnce; ++i) {
+          const int row = first + i * kWarps;
+          if (row >= a.rows || at >= a.row_values) continue;
+          Raw* const to = reinterpret_cast<Raw*>(patch + row * a.row_bytes) + at;
+          to[0] = values[j][i];
+          if constexpr (kCopies == 2) {
+            reinterpret_cast<Raw*>(reinterpret_cast<unsigned char*>(to) + a.copy_bytes)[1] =
+                values[j][i];
+          }
+        }
       }
     }
   }

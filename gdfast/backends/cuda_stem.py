@@ -29,9 +29,12 @@ _MOST_CHANNELS = 4
 _SHARED_BYTES = 99 * 1024
 _TILE = 8, 16  # positions of a block at a time
 _FILTERS = 64
-_TILES_OF_BLOCK = 16  # at most, while it has its filters in shared memory
-_BLOCKS = 8  # for each multiprocessor, at least, before one has more than a tile
-_SPLITS = 3  # blocks of grad_weight for each
+# A block that makes several tiles brings its filters to shared memory once, which takes about as
+# many instructions as a tile. Six blocks are two or three rounds of those that fit one
+# multiprocessor.
+_MOST_TILES = 32
+_BLOCKS = 6
+_SPLITS = 2  # blocks of grad_weight for each, which its registers allow
 _MOST_SPLITS = 512
 _LEAST_TILES = 4  # of one split
 _COLUMNS = 24 * 8  # of a filter's numbers, row by row, for a block of grad_weight
@@ -74,9 +77,7 @@ def _tiles(query: Conv2dQuery) -> int:
 def tiles_of_block(query: Conv2dQuery) -> int:
     """How many tiles a block of the forward pass makes, one after another."""
     blocks = ceil(query.geometry.K / _FILTERS) * _tiles(query)
-    return max(
-        1, min(_TILES_OF_BLOCK, blocks // (_BLOCKS * cuda_tiles.multiprocessors(query.device)))
-    )
+    return max(1, min(_MOST_TILES, blocks // (_BLOCKS * cuda_tiles.multiprocessors(query.device))))
 
 
 def splits(query: Conv2dQuery) -> int:
