@@ -159,22 +159,6 @@ def test_running_statistics_that_are_not_packed_are_moved(cuda_device: torch.dev
     assert wide._version > before
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sums_from_elsewhere(layout: str, cuda_device: torch.device) -> None:
-    values = {n: t.to(cuda_device) for n, t in randoms((3, 8, 5, 4), layout=layout).items()}
-    input, weight, bias = (values[name] for name in ("input", "weight", "bias"))
-    expected = native_norm(input, weight, bias, None, None)
-    query = batch_norm_dispatch.forward_query(
-        input, weight, bias, None, None, None, True, 1e-5, "relu", 0.0
-    )
-    shift = torch.randn(8, dtype=torch.float64, device=cuda_device)
-    away = input.double() - shift.view(8, 1, 1)
-    sums = shift, away.sum((0, 2, 3)), away.square().sum((0, 2, 3))
-    output, mean, _ = batch_norm.cuda(query)(input, weight, bias, None, None, None, 0.1, sums)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(mean.double(), input.double().mean((0, 2, 3)))
-
-
 def test_a_nan_stays_in_its_channel(cuda_device: torch.device) -> None:
     input = torch.randn(2, 8, 3, 4).to(memory_format=torch.channels_last).to(cuda_device)
     input[1, 2, 0, 0] = torch.nan

@@ -76,6 +76,17 @@ def test_convolutions_multiply_on_the_tensor_cores() -> None:
     assert all(code.count("HMMA") == 0 for code in convolutions() if "Plain" in code.arguments)
 
 
+def test_stems_multiply_on_the_tensor_cores_what_shared_memory_has() -> None:
+    # Warps of 64 x 32, and of 64 x 48; one step at a time.
+    products = {"conv2d_stem_kernel": 16, "conv2d_stem_grad_weight_kernel": 24}
+    stems = [code for code in codes() if code.kernel in products]
+    assert {code.kernel for code in stems} == products.keys()
+    for code in stems:
+        three = 3 if "Tf32x3Operands" in code.arguments else 1
+        assert code.count("HMMA") == products[code.kernel] * three, code
+        assert code.count("LDS") and not code.count(r"LD\.|ST\."), code
+
+
 def test_convolutions_copy_16_bytes_past_the_registers() -> None:
     for code in convolutions():
         if code.arguments[-1] == "1":

@@ -3,42 +3,20 @@
 //   output = activation((input - mean) * invstd * weight + bias + residual)
 //
 // 1. moments_kernel     mean and sum of squared deviations of each channel in each split. Threads
-//                       keep their own by Welford's update and join them by Chan's formula, which
-//                       loses nothing to a large mean.
-// 2. statistics_kernel  joins the splits, or takes sums that others have made or the running
-//                       statistics; moves the latter; turns all into the factors of one pass.
+//                       keep their own by Welford's update and join them (moments.h).
+//                       A convolution that wrote the input may have done it.
+// 2. statistics_kernel  joins the splits, or takes the running statistics; moves the latter; turns
+//                       all into the factors of one pass.
 // 3. normalise_kernel   that pass.
-//
-// Source: Chan, Golub and LeVeque, 1979, "Updating formulae and a pairwise algorithm".
 #include "activation.h"
 #include "batch_norm.h"
 #include "kernels.h"
+#include "moments.h"
 
 namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "batch_norm_act";
-
-// Of kCount channels side by side: over `count` values of each their mean, and the sum of the
-// squares of what they differ from it.
-template <typename A, int kCount>
-struct Moments {
-  A count;
-  A mean[kCount];
-  A squares[kCount];
-
-  GDFAST_DEVICE void join(Moments& to, const Moments& other) {
-    const A total = to.count + other.count;
-    const A share = total > 0 ? other.count / total : A(0);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const A away = other.mean[i] - to.mean[i];
-      to.squares[i] += other.squares[i] + away * away * (to.count * share);
-      to.mean[i] += away * share;
-    }
-    to.count = total;
-  }
-};
 
 template <typename T, int kVector, bool kAcross>
 GDFAST_KERNEL(kBatchNormThreads, 2)
@@ -84,25 +62,20 @@ moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, Su
   }
   join_rows(joint, place.tile_row, walk.tile_rows, walk.tile_columns);
   if (place.tile_row > 0 || !place.exists) return;
-  A* const to = partial + int64_t{2} * blockIdx.x * walk.C + place.column * kChannels;
+  A* const to = partial + int64_t{3} * blockIdx.x * walk.C + place.column * kChannels;
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
-    to[i] = joint.mean[i];
-    to[walk.C + i] = joint.squares[i];
+    write_part<A, A>(to + i, walk.C, {joint.count, {joint.mean[i]}, {joint.squares[i]}});
   }
 }
 
-// What statistics_kernel takes them from.
-enum class Source : int32_t { kSplits, kSums, kRunning };
-
 struct StatisticsArguments {
-  Source source;
+  bool training;
   BatchNormForward to;
-  BatchNormSums sums;
   bool wide_params;
   double momentum, eps;
-  // The splits' rows, each of `per_row` values of a channel.
-  int C, rows, rows_per_split, splits, per_row;
+  int C;
+  int64_t splits;
 };
 
 template <typename T>
@@ -110,45 +83,24 @@ GDFAST_KERNEL(kJoinChannels* kJoinThreads, 1)
 statistics_kernel(const GDFAST_GRID_CONSTANT StatisticsArguments a, const SumOf<T>* partial,
                   SumOf<T>* factors) {
   using A = SumOf<T>;
-  const int c =
-      static_cast<int>(blockIdx.x) * kJoinChannels + static_cast<int>(threadIdx.x) % kJoinChannels;
-  const int thread = static_cast<int>(threadIdx.x) / kJoinChannels;
+  const int c = join_channel();
   Moments<double, 1> joint{};
-  if (a.source == Source::kSplits) {
-    if (c < a.C) {
-      for (int split = thread; split < a.splits; split += kJoinThreads) {
-        const int left = a.rows - split * a.rows_per_split;
-        const int rows = left < a.rows_per_split ? left : a.rows_per_split;
-        const A* const from = partial + int64_t{2} * split * a.C + c;
-        Moments<double, 1>::join(joint,
-                                 {static_cast<double>(rows) * a.per_row, {from[0]}, {from[a.C]}});
-      }
-    }
-    join_rows(joint, thread, kJoinThreads, kJoinChannels);
-  }
-  if (thread > 0 || c >= a.C) return;
+  if (a.training) joint = join_parts(partial, a.C, c, 0, a.splits);
+  if (threadIdx.x >= kJoinChannels || c >= a.C) return;
 
-  const double count = static_cast<double>(a.rows) * a.per_row;
   double mean, variance;
-  if (a.source == Source::kRunning) {
-    mean = param_at<T>(a.to.running_mean, a.wide_params, c, A(0));
-    variance = param_at<T>(a.to.running_var, a.wide_params, c, A(1));
-  } else {
-    if (a.source == Source::kSplits) {
-      mean = joint.mean[0];
-      variance = joint.squares[0] / count;
-    } else {
-      const double distance = a.sums.sum[c] / count;
-      mean = a.sums.shift[c] + distance;
-      variance = a.sums.sum_of_squares[c] / count - distance * distance;
-      if (variance < 0) variance = 0;  // by rounding; a NaN stays one
-    }
+  if (a.training) {
+    mean = joint.mean[0];
+    variance = joint.squares[0] / joint.count;
     const auto move = [&](void* running, double value) {
       const double before = param_at<T>(running, a.wide_params, c, A(0));
       set_param<T>(running, a.wide_params, c, (1 - a.momentum) * before + a.momentum * value);
     };
     move(a.to.running_mean, mean);
-    move(a.to.running_var, variance * (count / (count - 1)));
+    move(a.to.running_var, variance * (joint.count / (joint.count - 1)));
+  } else {
+    mean = param_at<T>(a.to.running_mean, a.wide_params, c, A(0));
+    variance = param_at<T>(a.to.running_var, a.wide_params, c, A(1));
   }
   const A invstd = static_cast<A>(1 / std::sqrt(variance + a.eps));
   static_cast<A*>(a.to.mean)[c] = static_cast<A>(mean);
@@ -216,40 +168,29 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
 }
 
 template <typename T>
-void forward(const BatchNormProblem& p, const BatchNormForward& to, Source source, double momentum,
-             const BatchNormSums& sums, void* memory, uintptr_t stream) {
+void forward(const BatchNormProblem& p, const BatchNormForward& to, bool training, double momentum,
+             const BatchNormMoments& moments, void* memory, uintptr_t stream) {
   using A = SumOf<T>;
   const BatchNormWorkspace<T> workspace(p, memory);
   const auto* const input = static_cast<const T*>(to.input);
-  StatisticsArguments statistics{source,
-                                 to,
-                                 sums,
-                                 p.param_dtype != p.dtype,
-                                 momentum,
-                                 p.eps,
-                                 static_cast<int>(p.C),
-                                 static_cast<int>(p.N * p.S),
-                                 0,
-                                 0,
-                                 1};
-  with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
-    constexpr int kVector = decltype(kind)::kVector;
-    constexpr bool kAcross = decltype(kind)::kAcross;
-    if (source == Source::kSplits) {
+  const auto* partial = static_cast<const A*>(moments.parts);
+  StatisticsArguments statistics{training,     to,    p.param_dtype != p.dtype,
+                                 momentum,     p.eps, static_cast<int>(p.C),
+                                 moments.count};
+  if (training && partial == nullptr) {
+    with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
+      constexpr int kVector = decltype(kind)::kVector;
+      constexpr bool kAcross = decltype(kind)::kAcross;
       const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, true);
       launch(kOp, moments_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads,
              kBatchNormThreads * kValuesStep<Moments<A, kAcross ? kVector : 1>>, stream, walk,
              input, workspace.partial);
-      statistics.rows = walk.rows;
-      statistics.rows_per_split = walk.rows_per_split;
       statistics.splits = walk.splits;
-      statistics.per_row = kAcross ? 1 : kVector;
-    }
-  });
+    });
+    partial = workspace.partial;
+  }
   launch(kOp, statistics_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.C, kJoinChannels))),
-         kJoinChannels * kJoinThreads,
-         kJoinChannels * kJoinThreads * kValuesStep<Moments<double, 1>>, stream, statistics,
-         workspace.partial, workspace.factors);
+         kJoinChannels * kJoinThreads, kJoinMemory, stream, statistics, partial, workspace.factors);
   with_vectors<T>(p, are_aligned(to.input, to.residual, to.output), [&](auto kind) {
     constexpr int kVector = decltype(kind)::kVector;
     constexpr bool kAcross = decltype(kind)::kAcross;
@@ -280,22 +221,18 @@ int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
         if (walk.splits > splits) splits = walk.splits;
       });
     }
-    const auto tables = (ceil_div(p.C, 4) * 4 * kFactorTables + 2 * splits * p.C);
+    const auto tables = (ceil_div(p.C, 4) * 4 * kFactorTables + 3 * splits * p.C);
     bytes = tables * static_cast<int64_t>(sizeof(SumOf<T>));
   });
   return bytes;
 }
 
 void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
-                double momentum, const BatchNormSums* sums, void* workspace, int device,
+                double momentum, const BatchNormMoments& moments, void* workspace, int device,
                 uintptr_t stream) {
   const DeviceGuard guard(kOp, device);
-  const Source source = !training         ? Source::kRunning
-                        : sums == nullptr ? Source::kSplits
-                                          : Source::kSums;
   with_dtype(problem.dtype, [&](auto zero) {
-    forward<decltype(zero)>(problem, to, source, momentum,
-                            sums == nullptr ? BatchNormSums{} : *sums, workspace, stream);
+    forward<decltype(zero)>(problem, to, training, momentum, moments, workspace, stream);
   });
 }
 

@@ -77,23 +77,23 @@ void bind_conv2d(py::module_& m) {
   m.def(
       "conv2d",
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t input, uintptr_t weight,
-         uintptr_t bias, uintptr_t output, uintptr_t workspace, uintptr_t shift, uintptr_t sum,
-         uintptr_t sum_of_squares, int device, uintptr_t stream) {
+         uintptr_t bias, uintptr_t output, uintptr_t moments, uintptr_t workspace, int device,
+         uintptr_t stream) {
         launching(problem, [&] {
           conv2d(problem, way, pointer(input), pointer(weight), pointer(bias), pointer(output),
-                 {pointer(workspace), pointer<double>(shift), pointer<double>(sum),
-                  pointer<double>(sum_of_squares)},
-                 {device, stream});
+                 pointer(moments), pointer(workspace), {device, stream});
         });
       },
       py::arg("problem"), py::arg("way"), py::arg("input"), py::arg("weight"), py::arg("bias"),
-      py::arg("output"), py::arg("workspace"), py::arg("shift"), py::arg("sum"),
-      py::arg("sum_of_squares"), py::arg("device"), py::arg("stream"),
-      "Writes activation(conv2d + bias) to output and, unless the workspace is 0, the sums of "
-      "output - shift and of its square, float64 [K]. Tensors are addresses on the device, bias 0 "
-      "for none.");
-  m.def("conv2d_sums_workspace", &conv2d_sums_workspace, py::arg("problem"),
-        "The bytes of workspace that conv2d needs for sums.");
+      py::arg("output"), py::arg("moments"), py::arg("workspace"), py::arg("device"),
+      py::arg("stream"),
+      "Writes activation(conv2d + bias) to output and, unless its address is 0, what a batch "
+      "normalisation of that begins with to moments [splits, 3, K]. Tensors are addresses on the "
+      "device, bias 0 for none.");
+  m.def("conv2d_moment_splits", &conv2d_moment_splits, py::arg("problem"),
+        "The first size of the moments that conv2d writes.");
+  m.def("conv2d_moments_workspace", &conv2d_moments_workspace, py::arg("problem"),
+        "The bytes of workspace that conv2d needs for moments.");
   m.def(
       "conv2d_grad_input",
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output,

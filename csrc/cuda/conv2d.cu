@@ -2,6 +2,7 @@
 #include "activation.h"
 #include "conv2d_launch.h"
 #include "device.h"
+#include "moments.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -14,13 +15,13 @@ struct Arguments {
   uint32_t column_tiles;
   Activation activation;
   double negative_slope;
-  void* sums;           // [blocks of positions, threads of a column, K, 2], or null
-  const double* shift;  // [K]
-  int64_t all_filters;
+  void* moments;  // [blocks of positions, threads of a column, 3, K], or null
+  int32_t all_filters;
 };
 
 template <typename Math>
 using Memory = BlockMemory<Math, false, false>;
+using Smallest = TensorCores<HalfOperands<Half>, Block64x64>;
 
 template <typename Math, bool kChunked>
 GDFAST_KERNEL(Math::kThreads, 2)
@@ -53,55 +54,35 @@ conv2d_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
     }
     activate(values, a.activation, static_cast<Sum>(a.negative_slope));
   };
-  if (a.sums != nullptr) {
-    const int64_t first_sum = first_row / Math::kM * kThreadsOfColumn<Math> * a.all_filters;
-    sum_results<Math, Its>(static_cast<Sum*>(a.sums) + (first_sum + before) * 2, a.all_filters,
-                           a.shift + before, rows.count, first_column, filters, finish);
+  if (a.moments != nullptr) {
+    const int64_t first_part = first_row / Math::kM * kThreadsOfColumn<Math>;
+    write_moments<Math, Its>(
+        static_cast<Sum*>(a.moments) + 3 * first_part * a.all_filters + before, a.all_filters,
+        first_column, filters, [&](int row) { return row < rows.count; }, finish);
   }
   write_results<Math, Its>(a.output, rows, group, first_column, finish);
 }
 
-// Adds up in order what the blocks have summed: a few threads for each filter, whose sums are added
-// up in their order too.
-constexpr int kJoined = 32, kJoinThreads = 512, kJoinParts = kJoinThreads / kJoined;
-
 struct JoinArguments {
-  const void* sums;  // [count, filters, 2]
-  int64_t count, filters;
-  double *sum, *squares;
+  int64_t parts, of_split;
+  int C;
 };
 
+// Joins what blocks have written to fewer parts.
 template <typename Sum>
-GDFAST_KERNEL(kJoinThreads, 1)
-conv2d_join_sums_kernel(GDFAST_GRID_CONSTANT const JoinArguments a) {
-  const int64_t filter = int64_t{blockIdx.x} * kJoined + this_thread() % kJoined;
-  const int part = this_thread() / kJoined;
-  double sum = 0, squares = 0;
-  if (filter < a.filters) {
-    const Sum* const from = static_cast<const Sum*>(a.sums) + filter * 2;
-#pragma unroll 4
-    for (int64_t i = part; i < a.count; i += kJoinParts) {
-      sum += from[i * a.filters * 2];
-      squares += from[i * a.filters * 2 + 1];
-    }
-  }
-  double* const parts = reinterpret_cast<double*>(shared_memory());
-  parts[this_thread()] = sum;
-  parts[kJoinThreads + this_thread()] = squares;
-  sync_block();
-  if (part > 0 || filter >= a.filters) return;
-  for (int other = 1; other < kJoinParts; ++other) {
-    sum += parts[other * kJoined + this_thread()];
-    squares += parts[kJoinThreads + other * kJoined + this_thread()];
-  }
-  a.sum[filter] = sum;
-  a.squares[filter] = squares;
+GDFAST_KERNEL(kJoinChannels* kJoinThreads, 1)
+conv2d_moments_kernel(GDFAST_GRID_CONSTANT const JoinArguments a, const Sum* parts, Sum* moments) {
+  const int64_t first = blockIdx.y * a.of_split, end = first + a.of_split;
+  const int c = join_channel();
+  const auto joint = join_parts(parts, a.C, c, first, end < a.parts ? end : a.parts);
+  if (threadIdx.x >= kJoinChannels || c >= a.C) return;
+  write_part(moments + int64_t{3} * blockIdx.y * a.C + c, a.C, joint);
 }
 
 }  // namespace
 
 void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, const void* weight,
-            const void* bias, void* output, const Conv2dSums& sums, const Where& where) {
+            const void* bias, void* output, void* moments, void* workspace, const Where& where) {
   const int64_t positions = p.N * p.P * p.Q, K = p.K / p.groups, C = p.C / p.groups;
   if (positions == 0) return;
   const int64_t bytes = bytes_of(p.dtype);
@@ -115,9 +96,8 @@ void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, con
       0,
       p.activation,
       p.negative_slope,
-      sums.workspace,
-      sums.shift,
-      p.K};
+      moments == nullptr ? nullptr : workspace,
+      small(p.K)};
   const bool chunked = has_chunks(input, p.input, C, p.N, p.H, p.W, bytes) &&
                        has_chunks(weight, p.weight, C, p.K, p.R, p.S, bytes);
   const DeviceGuard guard("conv2d", where.device);
@@ -130,20 +110,33 @@ void conv2d(const Conv2dProblem& p, const Conv2dWay& way, const void* input, con
                     static_cast<unsigned>(p.groups));
     launch("conv2d", conv2d_kernel<Math, decltype(instance)::kChunked>, grid, Math::kThreads,
            Memory<Math>::kSize, where.stream, a);
-    if (sums.workspace == nullptr) return;
-    const JoinArguments join{sums.workspace, row_tiles * kThreadsOfColumn<Math>, p.K, sums.sum,
-                             sums.sum_of_squares};
-    launch("conv2d", conv2d_join_sums_kernel<typename Math::Sum>,
-           dim3(static_cast<unsigned>(blocks_for(p.K, kJoined))), kJoinThreads,
-           2 * kJoinThreads * sizeof(double), where.stream, join);
+    if (moments == nullptr) return;
+    join_moments(p, workspace, row_tiles * kThreadsOfColumn<Math>, moments, where);
   });
 }
 
-int64_t conv2d_sums_workspace(const Conv2dProblem& p) {
-  // Whatever the instance is, it has no more blocks and threads of a column than these.
+void join_moments(const Conv2dProblem& p, const void* parts, int64_t count, void* moments,
+                  const Where& where) {
+  const int64_t splits = conv2d_moment_splits(p);
+  const JoinArguments join{count, blocks_for(count, splits), small(p.K)};
+  const dim3 grid(static_cast<unsigned>(blocks_for(p.K, kJoinChannels)),
+                  static_cast<unsigned>(splits));
+  const auto run = [&](auto zero) {
+    using Sum = decltype(zero);
+    launch("conv2d", conv2d_moments_kernel<Sum>, grid, kJoinChannels * kJoinThreads, kJoinMemory,
+           where.stream, join, static_cast<const Sum*>(parts), static_cast<Sum*>(moments));
+  };
+  p.dtype == DType::kFloat64 ? run(double{}) : run(float{});
+}
+
+int64_t conv2d_moment_splits(const Conv2dProblem& p) { return moment_splits(p.N * p.P * p.Q); }
+
+int64_t conv2d_moments_workspace(const Conv2dProblem& p) {
+  // No instance has more parts than these.
   const bool plain = p.dtype == DType::kFloat64 || p.dtype == DType::kFloat32;
-  return blocks_for(p.N * p.P * p.Q, 64) * (plain ? 4 : 2) * p.K * 2 *
-         (p.dtype == DType::kFloat64 ? 8 : 4);
+  const int64_t parts = blocks_for(p.N * p.P * p.Q, 64) *
+                        (plain ? kThreadsOfColumn<Plain<float>> : kThreadsOfColumn<Smallest>);
+  return parts * 3 * p.K * (p.dtype == DType::kFloat64 ? 8 : 4);
 }
 
 }  // namespace gdfast::cuda

@@ -26,22 +26,18 @@ struct Where {
   uintptr_t stream;
 };
 
-// For a batch normalisation that follows: sums over images and pixels of output - shift and of its
-// square, [K]. None are taken where workspace is null.
-struct Conv2dSums {
-  void* workspace;
-  const double* shift;
-  double* sum;
-  double* sum_of_squares;
-};
-
-// The bytes of workspace that these sums need.
-int64_t conv2d_sums_workspace(const Conv2dProblem& problem);
-
-// output = activation(conv2d(input, weight) + bias); bias may be null.
+// output = activation(conv2d(input, weight) + bias); bias may be null. `moments` [splits, 3, K], in
+// the type that sums are taken in, gets what a batch normalisation of output begins with
+// (moments.h). No moments are taken, and no workspace needed, where it is null.
 void conv2d(const Conv2dProblem& problem, const Conv2dWay& way, const void* input,
-            const void* weight, const void* bias, void* output, const Conv2dSums& sums,
+            const void* weight, const void* bias, void* output, void* moments, void* workspace,
             const Where& where);
+int64_t conv2d_moment_splits(const Conv2dProblem& problem);
+int64_t conv2d_moments_workspace(const Conv2dProblem& problem);  // bytes
+
+// Joins `count` parts [count, 3, K] to the moments of conv2d.
+void join_moments(const Conv2dProblem& problem, const void* parts, int64_t count, void* moments,
+                  const Where& where);
 
 void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                        const void* weight, void* grad_input, const Where& where);
@@ -53,5 +49,21 @@ int64_t conv2d_grad_weight_workspace(const Conv2dProblem& problem, int64_t split
 void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                         const void* input, void* grad_weight, void* grad_bias, void* workspace,
                         int64_t splits, const Where& where);
+
+// --- Few channels (conv2d_stem.h): one group, no dilation, not float64, not kIeee ---------------
+
+// Bytes of shared memory of a block; a GPU may have fewer than some problems ask for.
+int64_t conv2d_stem_shared_bytes(const Conv2dProblem& problem);
+int64_t conv2d_stem_moments_workspace(const Conv2dProblem& problem);  // bytes
+// As conv2d; a block makes so many tiles of 8 x 16 positions by 64 filters.
+void conv2d_stem(const Conv2dProblem& problem, Precision precision, int64_t tiles_of_block,
+                 const void* input, const void* weight, const void* bias, void* output,
+                 void* moments, void* workspace, const Where& where);
+
+int64_t conv2d_stem_grad_weight_workspace(const Conv2dProblem& problem, int64_t splits, bool bias);
+// As conv2d_grad_weight.
+void conv2d_stem_grad_weight(const Conv2dProblem& problem, Precision precision,
+                             const void* grad_output, const void* input, void* grad_weight,
+                             void* grad_bias, void* workspace, int64_t splits, const Where& where);
 
 }  // namespace gdfast::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "matrix_product.h"
+#include "moments.h"
 
 namespace gdfast::cuda {
 
@@ -79,39 +80,44 @@ GDFAST_DEVICE void keep_results(typename Math::Sums& sums) {
   sync_block();
 }
 
-// How many threads share a column of the results when these are added up.
+// How many threads share a column of the results when moments are made of it.
 template <typename Math>
 constexpr int kThreadsOfColumn = Math::kThreads / Math::kN;
 
-// Adds up the results that are kept, as write_results will write them, over `rows` rows: of each
-// column value - shift and its square, to `sums`: [thread of a column, column, 2]. Columns of all
-// groups are `stride` apart from the next thread's.
-template <typename Math, typename Memory, typename Finish>
-GDFAST_DEVICE void sum_results(typename Math::Sum* sums, int64_t stride, const double* shift,
-                               int32_t rows, int32_t first_column, int32_t columns,
-                               Finish&& finish) {
+// Means and squared deviations of the columns of the results that are kept, as write_results will
+// write them, over the rows that exist(row): a part for each thread of a column (moments.h).
+// `parts` is where the first one's count of this group's first column goes; all groups have
+// `all_columns`.
+template <typename Math, typename Memory, typename Exists, typename Finish>
+GDFAST_DEVICE void write_moments(typename Math::Sum* parts, int32_t all_columns,
+                                 int32_t first_column, int32_t columns, Exists&& exists,
+                                 Finish&& finish) {
   using Sum = typename Math::Sum;
   constexpr int kRows = Math::kM / kThreadsOfColumn<Math>;
   const int column = this_thread() % Math::kN, part = this_thread() / Math::kN;
   if (first_column + column >= columns) return;
-  const auto middle = static_cast<Sum>(shift[first_column + column]);
-  Sum sum = 0, squares = 0;
-  for (int row = part * kRows; row < (part + 1) * kRows && row < rows; ++row) {
+  // Squares of what values differ from the first one lose little when the mean's are taken off.
+  Sum count = 0, origin = 0, sum = 0, squares = 0;
+  for (int row = part * kRows; row < (part + 1) * kRows; ++row) {
+    if (!exists(row)) continue;
     Sum value[1] = {result_row<Math, Memory>(row)[column]};
     finish(value, first_column + column);
-    const Sum rest = to_float(from_float<typename Math::Element>(value[0])) - middle;
-    sum += rest;
-    squares += rest * rest;
+    const Sum rounded = to_float(from_float<typename Math::Element>(value[0]));
+    if (count == 0) origin = rounded;
+    const Sum away = rounded - origin;
+    count += 1;
+    sum += away;
+    squares += away * away;
   }
-  Sum* const to = sums + (part * stride + first_column + column) * 2;
-  to[0] = sum;
-  to[1] = squares;
+  const Sum distance = count > 0 ? sum / count : Sum(0);
+  write_part<Sum, Sum>(parts + int64_t{3} * part * all_columns + first_column + column, all_columns,
+                       {count, {origin + distance}, {squares - sum * distance}});
 }
 
 // Rounds and writes the results that are kept, neighbours in memory by neighbouring threads.
 // `finish` gets a few of a row, which it may change, and the column that they begin at.
-template <typename Math, typename Memory, typename Finish>
-GDFAST_DEVICE void write_results(const Output& to, const Positions& rows, int group,
+template <typename Math, typename Memory, typename Rows, typename Finish>
+GDFAST_DEVICE void write_results(const Output& to, const Rows& rows, int group,
                                  int32_t first_column, Finish&& finish) {
   using T = typename Math::Element;
   constexpr int kLanes = 16 / static_cast<int>(sizeof(T)), kChunks = Math::kN / kLanes;

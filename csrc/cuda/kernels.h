@@ -20,10 +20,15 @@ void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, const S
          int device, uintptr_t stream);
 
 // Batch normalisation as in ../cpu/kernels.h. N S, C <= 65535 and N S < 2^31. The workspace has as
-// many bytes as batch_norm_workspace_bytes says, from an address that 16 divides.
+// many bytes as batch_norm_workspace_bytes says, from an address that 16 divides. Moments of the
+// input, which conv2d may have written with it, take the place of a pass over it.
+struct BatchNormMoments {
+  const void* parts;  // [count, 3, C] in the type that sums are taken in (moments.h), or null
+  int64_t count;
+};
 int64_t batch_norm_workspace_bytes(const BatchNormProblem& problem);
 void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
-                double momentum, const BatchNormSums* sums, void* workspace, int device,
+                double momentum, const BatchNormMoments& moments, void* workspace, int device,
                 uintptr_t stream);
 void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,
                          bool training, PreActivation from, void* workspace, int device,

@@ -2,7 +2,8 @@
 
 Forward kernels take (input, weight, bias, running_mean, running_var, residual, momentum) and return
 (output, mean, invstd): the statistics that the input was normalised with, in the type that sums are
-taken in. In training they move the running statistics where there are any.
+taken in. In training they move the running statistics where there are any. CUDA's take `moments`
+too, which its convolution has found out about the input.
 
 Backward kernels take (grad_output, input, weight, bias, other, mean, invstd, wanted): `other` is
 what `pre_activation` names, `wanted` four booleans. They return the gradients of input, weight,
@@ -24,12 +25,11 @@ from gdfast.backends import cuda_stream, memory
 from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
+from gdfast.errors import mismatch
 
 Wanted = tuple[bool, bool, bool, bool]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
-Sums = tuple[Tensor, Tensor, Tensor]
-_NO_SUMS = None, None, None
 
 # What the CUDA kernels count in 32 bits, with room for a split beyond it, and on a grid's axis.
 _MOST_PIXELS = 2**30
@@ -155,11 +155,18 @@ def cuda_why_not(query: BatchNormQuery) -> str:
     return ""
 
 
+def _check_moments(moments: Tensor, channels: int, dtype: torch.dtype) -> None:
+    if moments.shape[1:] != (3, channels) or moments.dtype != dtype:
+        expected = f"size [splits, 3, {channels}] and {dtype}, as conv2d_moments gives with input"
+        got = f"size {list(moments.shape)} and {moments.dtype}"
+        raise RuntimeError(mismatch("batch_norm_act", "moments", expected, got))
+
+
 def cuda(query: BatchNormQuery) -> Forward:
     """The CUDA kernels for one shape; input has the strides of the query.
 
-    They also take sums that the kernel which wrote the input has taken, in the place of a pass over
-    it: a shift, and the sums of input - shift and of its square, float64 [C].
+    In training, moments of the input that `cuda_conv2d.Kernel` gave with it take the place of a
+    pass over it.
     """
     assert native.cuda is not None
     run, problem = native.cuda.batch_norm, _problem(query, native.cuda)
@@ -170,8 +177,10 @@ def cuda(query: BatchNormQuery) -> Forward:
     def kernel(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
         running_var: Tensor | None, residual: Tensor | None, momentum: float,
-        sums: Sums | None = None,
+        moments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        if moments is not None:
+            _check_moments(moments, size[1], stats_dtype)
         output = torch.empty_strided(size, strides, dtype=dtype, device=device)
         mean = torch.empty(size[1], dtype=stats_dtype, device=device)
         invstd = torch.empty_like(mean)
@@ -183,8 +192,8 @@ def cuda(query: BatchNormQuery) -> Forward:
         run(
             problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
             _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
-            invstd.data_ptr(), training, momentum, *map(_address, sums or _NO_SUMS),
-            workspace.data_ptr(),
+            invstd.data_ptr(), training, momentum, _address(moments),
+            0 if moments is None else len(moments), workspace.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
         if training:

@@ -2,7 +2,8 @@
 
 The kernels read 16 bytes of channels at a time where those lie side by side, and number by number
 else. A tensor of another layout is copied to channels_last first, which costs a pass over it. A few
-channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes.
+channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes, or
+have kernels of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_depthwise, cuda_stream, cuda_tiles, sgd
+from gdfast.backends import batch_norm, cuda_depthwise, cuda_stem, cuda_stream, cuda_tiles, sgd
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
@@ -34,7 +35,6 @@ _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them to
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
 _MOST_BLOCKS = 65535  # a grid's second and third axis
-_NO_SUMS = 0, 0, 0, 0
 
 
 def why_not(query: Conv2dQuery) -> str:
@@ -61,6 +61,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
     tiles = cuda_tiles.candidates(op, query)
+    if query.device.type == "cuda" and cuda_stem.fits(op, query):
+        tiles = (cuda_stem.NAME, *tiles)
     # Not by themselves before they have run on a GPU: what waits there for what never comes ends
     # the process's use of it, which no comparison of results prevents.
     if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
@@ -163,23 +165,90 @@ def _pad(tensor: Tensor, channels: int) -> Tensor:
     return padded
 
 
+class Kernel:
+    """A forward pass for one query.
+
+    `run(input, weight, bias, moments)` gives the output and, if asked for, what `batch_norm.cuda`
+    takes of it in the place of a pass over it: [splits, 3, K], or None for no positions.
+    """
+
+    def __init__(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+        self._run = run
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._run(input, weight, bias, False)[0]
+
+    def with_moments(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._run(input, weight, bias, True)
+
+
 # Each pass is run in the tile that is named, or in the cost model's; a depthwise layer has kernels
-# of its own. Forward ends with the activation that the query has, if any.
+# of its own, and one with few channels may have. Forward ends with the activation that the query
+# has, if any.
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
     by = by or algorithm("conv2d", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d(query, _problem(query)[0])
+    if by in HOPPER:
+        return _hopper_conv2d(query, by)
     if by.endswith(PADDED):
         padded = padded_query(query)
-        whole = conv2d(padded, by.removesuffix(PADDED))
-        channels = padded.geometry.C
-        return lambda input, weight, bias: whole(
-            _pad(input, channels), _pad(weight, channels), bias
+        whole, channels = _forward(padded, by.removesuffix(PADDED)), padded.geometry.C
+        return Kernel(
+            lambda input, weight, bias, moments: whole(
+                _pad(input, channels), _pad(weight, channels), bias, moments
+            )
         )
+    return Kernel(_forward(query, by))
+
+
+def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What a `Kernel` runs, in a tile or by the kernel for few channels."""
+    assert native.cuda is not None
+    way = _way(query, SMALLEST if by == cuda_stem.NAME else by)
+    more: tuple[Any, ...] = ()
+    run, bytes_of = native.cuda.conv2d, native.cuda.conv2d_moments_workspace
+    if by == cuda_stem.NAME:
+        run, bytes_of = native.cuda.conv2d_stem, native.cuda.conv2d_stem_moments_workspace
+        more = (cuda_stem.tiles_of_block(query),)
+    # Fewer channels than _FEW are read where they lie.
+    problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
+    size, strides = query.geometry.output_size, query.strides[2]
+    splits = native.cuda.conv2d_moment_splits(problem)
+    workspace_bytes = bytes_of(problem)
+
+    def kernel(
+        input: Tensor, weight: Tensor, bias: Tensor | None, with_moments: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        input, weight = copy_input(input), copy_weight(weight)
+        if bias is not None:
+            bias = bias.contiguous()
+        moments = workspace = None
+        if with_moments and splits:
+            dtype = batch_norm.sum_dtype(input.dtype)
+            moments = torch.empty(splits, 3, size[1], dtype=dtype, device=input.device)
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=input.device)
+        run(
+            problem, way(), *more, input.data_ptr(), weight.data_ptr(), _address(bias),
+            output.data_ptr(), _address(moments), _address(workspace),
+            *cuda_stream.current(input.device),
+        )  # fmt: skip
+        return output, moments
+
+    return kernel
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
-    no_sums: tuple[int, ...] = () if by in HOPPER else _NO_SUMS
     size, strides = query.geometry.output_size, query.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -188,53 +257,10 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, *how(), input.data_ptr(), weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(),
-            *no_sums, *cuda_stream.current(input.device),
+            problem, *how(), input.data_ptr(), weight.data_ptr(), _address(bias),
+            output.data_ptr(), *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
-
-    return kernel
-
-
-def conv2d_with_sums(
-    query: Conv2dQuery, by: str = ""
-) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """A kernel for conv2d and what a batch normalisation that follows needs of its output.
-
-    It takes input, weight, bias and a shift, float64 [K], near the output's means: sums of squares
-    cancel the less the nearer it is. Returns the output, and the sums over images and pixels of
-    output - shift and of its square, float64 [K].
-    """
-    assert native.cuda is not None
-    by = by or algorithm("conv2d", query)
-    if by.endswith(PADDED):
-        padded = padded_query(query)
-        whole, channels = conv2d_with_sums(padded, by.removesuffix(PADDED)), padded.geometry.C
-        return lambda input, weight, bias, shift: whole(
-            _pad(input, channels), _pad(weight, channels), bias, shift
-        )
-    problem, (copy_input, copy_weight) = _problem(query, "input", "weight")
-    way, run = _way(query, by), native.cuda.conv2d
-    size, strides = query.geometry.output_size, query.strides[2]
-    workspace_bytes = native.cuda.conv2d_sums_workspace(problem)
-
-    def kernel(
-        input: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
-        sums = shift.new_zeros(2, size[1])
-        input, weight, shift = copy_input(input), copy_weight(weight), shift.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
-        workspace = input.new_empty(workspace_bytes, dtype=torch.uint8)
-        run(
-            problem, way(), input.data_ptr(), weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(), output.data_ptr(),
-            workspace.data_ptr(), shift.data_ptr(), sums[0].data_ptr(), sums[1].data_ptr(),
-            *cuda_stream.current(input.device),
-        )  # fmt: skip
-        return output, sums[0], sums[1]
 
     return kernel
 
@@ -267,6 +293,8 @@ def conv2d_grad_weight(
     by = by or algorithm("conv2d_grad_weight", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    if by == cuda_stem.NAME:
+        return cuda_stem.conv2d_grad_weight(query, _problem(query)[0], _way(query, SMALLEST))
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, (copy_input, copy_grad) = _problem(query, "input", "output")

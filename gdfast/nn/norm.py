@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdfast import ops
+from gdfast import native, ops
 from gdfast.nn.block import (
     ACTIVATIONS,
     NAMES,
@@ -19,15 +19,43 @@ from gdfast.nn.block import (
     traced,
 )
 from gdfast.nn.conv import Conv2d
+from gdfast.nn.conv_act import padded
+
+
+def convolve_for(norm: Any, conv: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    """conv(input), and the moments of it that `normalise` takes where it needs any, or None.
+
+    norm is the `torch.nn.BatchNorm2d` that follows; any module may be in the place of conv.
+    """
+    if (
+        native.cuda is None
+        or torch.compiler.is_compiling()
+        or not isinstance(input, Tensor)
+        or type(conv) is not Conv2d
+        or not _needs_statistics(norm)
+        or has_hooks(conv)
+        or "_conv_forward" in vars(conv)
+    ):
+        return conv(input), None
+    input, padding = padded(conv, input)
+    return ops.conv2d_moments(
+        input, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups
+    )
+
+
+def _needs_statistics(norm: Any) -> bool:
+    """Whether a norm normalises with the statistics of the batch."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def normalise(
-    norm: Any, input: Tensor, residual: Tensor | None, activation: str, negative_slope: float
-) -> Tensor:
+    norm: Any, input: Tensor, residual: Tensor | None, activation: str, negative_slope: float,
+    moments: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """activation(norm(input) + residual) for a `torch.nn.BatchNorm2d`, its statistics updated.
 
-    input and residual are [N, C, H, W]; activation as in `BatchNormAct2d`. Raises what
-    `gdfast.ops.batch_norm_act` raises.
+    input and residual are [N, C, H, W]; activation as in `BatchNormAct2d`; moments are those that
+    `convolve_for` gave with the input. Raises what `gdfast.ops.batch_norm_act` raises.
     """
     if isinstance(input, Tensor) and input.dim() != 4:
         norm._check_input_dim(input)
@@ -46,7 +74,7 @@ def normalise(
     return ops.batch_norm_act(
         input, weight, bias, mean, variance, residual, training=training,
         momentum=0.0 if momentum is None else momentum, eps=norm.eps, activation=activation,
-        negative_slope=negative_slope,
+        negative_slope=negative_slope, moments=moments,
     )  # fmt: skip
 
 
@@ -145,10 +173,10 @@ class ConvNormAct(torch.nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if is_traced(self, input):
             return traced(self, input, residual)
-        output = self.conv(input)
-        norm, act = self.norm, self.act
+        conv, norm, act = self.conv, self.norm, self.act
         name = NAMES.get(type(act))
         if name is not None and type(norm) is BatchNorm2d and not has_hooks(norm, act):
-            return normalise(norm, output, residual, name, slope_of(act))
-        output = norm(output)
+            output, moments = convolve_for(norm, conv, input)
+            return normalise(norm, output, residual, name, slope_of(act), moments)
+        output = norm(conv(input))
         return act(output if residual is None else output + residual)

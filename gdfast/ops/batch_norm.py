@@ -41,6 +41,7 @@ def batch_norm_act(
     activation: str = "relu",
     negative_slope: float = 0.01,
     backend: str = "auto",
+    moments: Tensor | None = None,
 ) -> Tensor:
     """Normalises each channel, adds a residual and applies an activation: `activation(
     torch.nn.functional.batch_norm(input, ...) + residual)`.
@@ -52,6 +53,9 @@ def batch_norm_act(
     variance unbiased; in evaluation they are the running ones. Returns [N, C, H, W], channels_last
     where the input is. Other shapes, dtypes and devices run on native PyTorch, and so does an input
     without elements, which leaves the running statistics as they are.
+
+    moments: what `conv2d_moments` gave with this very input, unchanged since, spares a pass over it
+    in training.
 
     Raises RuntimeError for sizes and dtypes that do not fit together and for evaluation without
     running statistics, ValueError for one value per channel in training, one running statistic
@@ -65,7 +69,7 @@ def batch_norm_act(
             batch_norm_act, (input, weight, bias, running_mean, running_var, residual),
             input, weight, bias, running_mean, running_var, residual, training=training,
             momentum=momentum, eps=eps, activation=activation, negative_slope=negative_slope,
-            backend=backend,
+            backend=backend, moments=moments,
         )  # fmt: skip
     backend = chosen(backend)
     tensors = input, weight, bias, running_mean, running_var, residual
@@ -82,7 +86,7 @@ def batch_norm_act(
         return _native(tensors, training, momentum, eps, activation, negative_slope)
     return _batch_norm_act(
         _dense(input), weight, bias, running_mean, running_var, residual, training, momentum, eps,
-        activation, negative_slope, backend,
+        activation, negative_slope, backend, moments if training else None,
     )  # fmt: skip
 
 
@@ -128,8 +132,10 @@ def _dense(input: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, invstd: Tensor) -> None:
-    """`inputs` are six tensors or None, training, eps, activation, negative_slope, backend."""
-    input, weight, bias, _, _, residual, training, eps, activation, slope, backend = inputs
+    """`inputs` are six tensors or None, training, eps, activation, negative_slope, backend and
+    moments.
+    """
+    input, weight, bias, _, _, residual, training, eps, activation, slope, backend, _ = inputs
     source = pre_activation(activation, slope, residual)
     other = {"input": None, "residual": residual, "output": output}[source]
     ctx.save_for_backward(input, weight, bias, other, mean, invstd)
@@ -165,7 +171,7 @@ def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _backward_of_op(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return *_backward(ctx, grad_output, ctx.needs_input_grad), None, None, None, None, None
+    return *_backward(ctx, grad_output, ctx.needs_input_grad), *[None] * 6
 
 
 class _BatchNormActFunction(torch.autograd.Function):
@@ -177,7 +183,7 @@ class _BatchNormActFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-        return *_backward(ctx, grad_output, ctx.needs_input_grad), *[None] * 6
+        return *_backward(ctx, grad_output, ctx.needs_input_grad), *[None] * 7
 
 
 _forward_op = torch.ops.gdfast.batch_norm_act.default

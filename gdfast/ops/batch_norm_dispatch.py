@@ -24,10 +24,11 @@ OP = "batch_norm_act"
 _SETTINGS = "bool training, float eps, str activation, float negative_slope"
 
 # The results: output, and per channel mean, 1 / sqrt(variance + eps) and, in training, the unbiased
-# variance, which moves the running one.
+# variance, which moves the running one. `moments` is what `ops.conv2d_moments` gave with the input.
 library.define(
     f"{OP}(Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
-    f"Tensor? residual, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor? residual, {_SETTINGS}, str backend, Tensor? moments=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 # `other` is the tensor that pre_activation names. A gradient that is not wanted is None, as
 # aten.native_batch_norm_backward's are for its output_mask.
@@ -72,12 +73,13 @@ def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, residual: Tensor | None, training: bool, momentum: float,
     eps: float, activation: str, negative_slope: float, backend: str,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs a forward pass, running statistics included: output, mean, invstd."""
     backend = chosen(backend)
     key = (
         _facts(input), _facts(weight), _facts(bias), _facts(running_mean), _facts(running_var),
-        _facts(residual), training, eps, activation, negative_slope, backend,
+        _facts(residual), training, eps, activation, negative_slope, backend, moments is None,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -85,8 +87,15 @@ def forward(
             input, weight, bias, running_mean, running_var, residual, training, eps, activation,
             negative_slope,
         )  # fmt: skip
+        if moments is not None and resolve(OP, query, backend).name != "cuda":
+            return forward(
+                input, weight, bias, running_mean, running_var, residual, training, momentum, eps,
+                activation, negative_slope, backend,
+            )  # fmt: skip
         kernel = _bind(key, OP, query, backend)
-    return kernel(input, weight, bias, running_mean, running_var, residual, momentum)
+    if moments is None:
+        return kernel(input, weight, bias, running_mean, running_var, residual, momentum)
+    return kernel(input, weight, bias, running_mean, running_var, residual, momentum, moments)
 
 
 def backward(

@@ -13,7 +13,15 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from gdfast.backends.linear import MOST_OUTPUTS
 from gdfast.swap import layers
-from gdfast.swap.match import NORMS, POOLS, Group, Matcher, drop_identities, rewrite
+from gdfast.swap.match import (
+    NORMS,
+    POOLS,
+    Group,
+    Matcher,
+    drop_identities,
+    hand_on_moments,
+    rewrite,
+)
 from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked, uncarry
 from gdfast.swap.report import Fused, Skipped, qualified
 from gdfast.swap.trace import STACK, Trace, Untraceable, trace
@@ -155,6 +163,7 @@ def _fuse_parent(
         if "forward" in vars(module) and not carries_fused(module):
             raise Untraceable(f"the forward of {path} was replaced on the instance")
     rewrite(traced.graph, groups)
+    hand_on_moments(traced.graph, modules)
     install(root, traced, {path: type(modules[path]) in _LAYERS for path in (*bypassed, *inlined)})
     return groups, inlined
 

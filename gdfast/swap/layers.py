@@ -23,11 +23,13 @@ def norm_act(
     activation: str = "none",
     slope: Any = None,
     in_place: bool = False,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """activation(norm(input) + residual) for a `torch.nn.BatchNorm2d`, its statistics updated.
 
     `slope` is leaky_relu's or the module that has it; `in_place` says that the residual is added
-    to the normalized input in place, which decides the dtype where the two have different ones.
+    to the normalized input in place, which decides the dtype where the two have different ones;
+    `moments` are those that `convolve_for` gave with the input.
     """
     slope = _number(slope)
     if residual is None or (
@@ -35,8 +37,8 @@ def norm_act(
         and residual.dtype == input.dtype
         and residual.shape == input.shape
     ):
-        return normalise(norm, input, residual, activation, slope)
-    output = normalise(norm, input, None, "none", slope)
+        return normalise(norm, input, residual, activation, slope, moments)
+    output = normalise(norm, input, None, "none", slope, moments)
     output = output.add_(residual) if in_place else output + residual
     return activate(output, activation, slope)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from gdfast import nn
+from gdfast.nn.norm import convolve_for
 from gdfast.swap import layers
 
 NORMS = (torch.nn.BatchNorm2d, nn.BatchNorm2d)
@@ -291,6 +292,27 @@ class Matcher:
         if node.op == "call_module":
             return type(self._modules[str(node.target)]) not in _PURE
         return _is_in_place(node)
+
+
+def hand_on_moments(graph: Graph, modules: Modules) -> None:
+    """Lets the convolution in front of a fused norm give it the moments of what it computes."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not layers.norm_act:
+            continue
+        norm, convolution, *rest = node.args
+        if (
+            not isinstance(norm, Node) or not isinstance(convolution, Node)
+            or len(convolution.users) > 1 or convolution.op != "call_module"
+            or type(modules[str(convolution.target)]) is not CONVOLUTION
+            or (input := _only_input(convolution)) is None
+        ):  # fmt: skip
+            continue
+        with graph.inserting_before(convolution):
+            parts = (graph.create_node("get_attr", n.target) for n in (norm, convolution))
+            both = graph.call_function(convolve_for, (*parts, input))
+            output, moments = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+        node.args = norm, output, *rest, moments
+        graph.erase_node(convolution)
 
 
 def drop_identities(graph: Graph, modules: Modules) -> list[str]:

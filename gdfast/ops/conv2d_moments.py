@@ -1,0 +1,157 @@
+"""conv2d, and moments of its output for the batch normalisation that follows.
+
+Of the backends only cuda takes them, in the kernel that writes the output: batch normalisation then
+reads that once less. Whatever runs a convolution otherwise gives None in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+from torch.utils.flop_counter import register_flop_formula
+
+from gdfast import native
+from gdfast.backends import chosen
+from gdfast.backends.cuda_conv2d import Kernel
+from gdfast.geometry import integer, named_padding, pair
+from gdfast.ops.conv2d import (
+    Conv2dFunction,
+    _save_conv2d,
+    are_tensors,
+    autocast,
+    batched_gradients,
+    conv2d,
+    run_operation,
+    why_native,
+)
+from gdfast.ops.conv2d_dispatch import bind, conv2d_key, conv2d_query, known_kernel, library
+
+OP = "conv2d_moments"
+
+# The second result is None where the kernel takes no moments.
+library.define(
+    f"{OP}(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+    "int groups, str backend) -> (Tensor, Tensor)"
+)
+
+
+def conv2d_moments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """`gdfast.ops.conv2d`, and moments of its output for `gdfast.ops.batch_norm_act`, or None.
+
+    Arguments and errors are those of `gdfast.ops.conv2d`. The moments, [splits, 3, K] in the type
+    that sums are taken in, are counts, means and squared deviations of the channels over some
+    pixels each; autograd sees constants in them, as batch_norm_act's gradient has them as functions
+    of its input. They are None where no tile of the cuda backend runs the convolution, and in
+    compiled code.
+    """
+    if not _may_have_moments(input, weight, bias, backend):
+        output = conv2d(input, weight, bias, stride, padding, dilation, groups, backend=backend)
+        return output, None
+    if torch._C._is_any_autocast_enabled():
+        input, weight, bias = autocast(input, weight, bias)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
+    if isinstance(padding, str):
+        sides = named_padding(padding, weight.shape[2:], stride, dilation)
+    else:
+        rows, columns = pair("padding", padding)
+        sides = rows, columns, rows, columns
+    inputs = (
+        input, weight, bias, stride, sides, dilation, integer("groups", groups), chosen(backend)
+    )  # fmt: skip
+    results: tuple[Tensor, Tensor | None]
+    results = Conv2dMomentsFunction.apply(*inputs) if torch.is_grad_enabled() else _run(inputs)
+    return results
+
+
+def _may_have_moments(input: Any, weight: Any, bias: Any, backend: str) -> bool:
+    return (
+        native.cuda is not None
+        and not torch.compiler.is_compiling()
+        and are_tensors(input, weight, bias)
+        and input.device.type == ("cpu" if native.cuda_is_simulated else "cuda")
+        and input.dim() == 4
+        and not has_torch_function_variadic(input, weight, bias)
+        and not why_native(input, weight)
+        and not batched_gradients()
+        and chosen(backend) in ("auto", "cuda")
+    )
+
+
+def _run(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    results: tuple[Tensor, Tensor | None]
+    results = run_operation(torch.ops.gdfast.conv2d_moments.default, _kernel, inputs, inputs[:3])
+    return results
+
+
+class Conv2dMomentsFunction(torch.autograd.Function):
+    """conv2d_moments on checked arguments, those of `Conv2dFunction`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        output, moments = _run(inputs)
+        _save(ctx, inputs, (output, moments))
+        return output, moments
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 8
+        return Conv2dFunction.backward(ctx, grad_output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+    _save_conv2d(ctx, inputs, None)
+    if output[1] is not None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _kernel(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Runs the kernel that runs conv2d, whose choice is kept by the same key."""
+    backend = chosen(backend)
+    arguments = stride, padding, dilation, groups
+    key = conv2d_key(input, weight, bias, *arguments, backend)
+    kernel = known_kernel(key)
+    if kernel is None:
+        query = conv2d_query("conv2d", input, weight, bias, *arguments)
+        kernel = bind(key, "conv2d", query, backend, input, weight, bias)
+    if isinstance(kernel, Kernel):
+        return kernel.with_moments(input, weight, bias)
+    return kernel(input, weight, bias), None
+
+
+def _fake(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    return torch.ops.gdfast.conv2d.default(input, weight, bias, *arguments), None
+
+
+library.impl(OP, _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake(f"gdfast::{OP}", _fake, lib=library)
+torch.library.register_autograd(
+    f"gdfast::{OP}", Conv2dMomentsFunction.backward, setup_context=_save, lib=library
+)
+
+
+@register_flop_formula(torch.ops.gdfast.conv2d_moments)
+def _flops(input: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * prod(out_shape[0]) * prod(weight[1:])

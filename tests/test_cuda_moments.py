@@ -1,0 +1,329 @@
+"""Moments that CUDA's convolution hands to batch normalisation, in the simulator or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_cuda_conv2d import BY_NAME, WHOLE, query_of, tensors_of
+from test_norm import NATIVE_ACTS, passes
+from torch import Tensor
+
+import gdfast
+from gdfast import native, nn, ops
+from gdfast.backends import batch_norm, cuda_conv2d
+from gdfast.bench.cases import Conv2dCase
+from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
+
+pytestmark = [
+    pytest.mark.cuda_simulator,
+    pytest.mark.usefixtures("nan_filled_memory", "fresh_registry", "float32_as_it_is"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+
+# More than one split, tile and part of a tile; groups.
+MANY = Conv2dCase("many-pixels", 3, 6, 29, 31, 70, 1, 1, groups=2)
+
+
+@pytest.fixture
+def float32_as_it_is() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture
+def handed_on(monkeypatch: pytest.MonkeyPatch, cuda_device: torch.device) -> list[bool]:
+    """Of each batch normalisation by our kernels, whether it was given moments."""
+    seen = []
+    run = native.cuda.batch_norm
+
+    def spy(*arguments: Any) -> None:
+        seen.append(arguments[12] != 0)
+        run(*arguments)
+
+    monkeypatch.setattr(native.cuda, "batch_norm", spy)
+    return seen
+
+
+def joined(moments: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Count, mean and variance."""
+    counts, means, squares = moments.double().unbind(1)
+    count = float(counts[:, 0].sum())
+    mean = (means * counts).sum(0) / count
+    return count, mean, (squares + counts * (means - mean).square()).sum(0) / count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [WHOLE, MANY, BY_NAME["c17-k10"], BY_NAME["batch-33"]], ids=str)
+def test_of_the_output(case: Conv2dCase, dtype: torch.dtype, cuda_device: torch.device) -> None:
+    values = tensors_of(case, dtype, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    bias += 100
+    kernel = cuda_conv2d.conv2d(query_of(case, values))
+    output, moments = kernel.with_moments(input, weight, bias)
+    assert torch.equal(output, kernel(input, weight, bias))
+    count, mean, variance = joined(moments)
+    assert count == output[:, 0].numel()
+    exact = torch.var_mean(output.double(), (0, 2, 3), correction=0)
+    type = torch.float64 if dtype == torch.float64 else torch.float32
+    eps = torch.finfo(type).eps
+    torch.testing.assert_close(mean, exact[1], rtol=max(4 * eps, 1e-13), atol=0)
+    torch.testing.assert_close(variance, exact[0], rtol=max(64 * eps, 1e-12), atol=0)
+
+
+@pytest.mark.parametrize("tile", ["64x64", "128x64", "128x128", "64x64-padded"])
+def test_of_every_tile(tile: str, cuda_device: torch.device) -> None:
+    case = Conv2dCase("", 2, 8, 13, 11, 136, 1, 1)
+    case = replace(case, C=3) if tile.endswith("padded") else case
+    values = tensors_of(case, torch.bfloat16, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    output, moments = cuda_conv2d.conv2d(query_of(case, values), tile).with_moments(
+        input, weight, bias
+    )
+    exact = torch.var_mean(output.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(joined(moments)[1:], exact[::-1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_mean_costs_no_more_than_without_them(cuda_device: torch.device) -> None:
+    """Mean 1000, deviation 1: their difference from float64 is that of a pass of its own."""
+    torch.manual_seed(0)
+    input = torch.randn(4, 8, 40, 33, device=cuda_device).to(memory_format=torch.channels_last)
+    weight = torch.eye(8, device=cuda_device)[:, :, None, None]
+    bias = torch.full((8,), 1000.0, device=cuda_device)
+    output, moments = ops.conv2d_moments(input, weight, bias, backend="cuda")
+    assert moments is not None
+    exact = torch.nn.functional.batch_norm(output.double(), None, None, training=True)
+    errors = []
+    for given in (moments, None):
+        result = ops.batch_norm_act(
+            output, None, None, None, None, training=True, activation="none", moments=given,
+            backend="cuda",
+        )  # fmt: skip
+        errors.append(float((result.double() - exact).abs().max()))
+    # A rounding of the mean, which is one of 1000 / 2^24.
+    assert errors[0] < max(2 * errors[1], 1e-4)
+    (variance,) = torch.var(output.double(), (0, 2, 3), correction=0)[None]
+    torch.testing.assert_close(joined(moments)[2], variance, rtol=1e-5, atol=0)
+
+
+def test_batch_normalisation_believes_them(cuda_device: torch.device) -> None:
+    input = torch.randn(2, 8, 5, 4, device=cuda_device)
+    query = batch_norm_dispatch.forward_query(
+        input, None, None, None, None, None, True, 1e-5, "none", 0.0
+    )
+    moments = torch.tensor([40.0, 3.0, 40 * 4.0], device=cuda_device)[None, :, None].repeat(1, 1, 8)
+    output, *_ = batch_norm.cuda(query)(input, *[None] * 5, 0.1, moments)
+    torch.testing.assert_close(output, (input - 3) / (4 + 1e-5) ** 0.5)
+    with pytest.raises(RuntimeError, match=r"moments: expected size \[splits, 3, 8\]"):
+        batch_norm.cuda(query)(input, *[None] * 5, 0.1, moments[:, :1])
+
+
+@pytest.mark.parametrize("activation", NATIVE_ACTS)
+def test_conv_norm_act(activation: str, handed_on: list[bool], cuda_device: torch.device) -> None:
+    for bias, residual, momentum in ((False, False, 0.3), (True, True, None)):
+        ours = nn.ConvNormAct(
+            4, 6, 3, stride=2, bias=bias, activation=activation, negative_slope=0.2,
+            momentum=momentum,
+        ).to(cuda_device)  # fmt: skip
+        native_s = copy.deepcopy(ours)
+        native_s.requires_grad_()
+        input = torch.randn(3, 4, 9, 8, device=cuda_device)
+        more = (torch.randn(3, 6, 5, 4, device=cuda_device),) if residual else ()
+        handed_on.clear()
+        with gdfast.backend("cuda"):
+            results = passes(ours, input, *more)
+        assert handed_on == [True, True, True, False]  # three batches, and one in evaluation
+        with gdfast.backend("native"):
+            expected = passes(native_s, input, *more)
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_running_statistics_they_serve_evaluation_too(
+    handed_on: list[bool], cuda_device: torch.device
+) -> None:
+    layer = nn.ConvNormAct(4, 6, 3).to(cuda_device).eval()
+    layer.norm = nn.BatchNorm2d(6, track_running_stats=False).to(cuda_device).eval()
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    with gdfast.backend("cuda"):
+        output = layer(input)
+    assert handed_on == [True]
+    with gdfast.backend("native"):
+        torch.testing.assert_close(output, layer(input))
+
+
+def test_hooks_of_the_convolution_run(handed_on: list[bool], cuda_device: torch.device) -> None:
+    layer = nn.ConvNormAct(4, 6, 3).to(cuda_device)
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    with gdfast.backend("cuda"):
+        plain = layer(input)
+        layer.conv.register_forward_hook(lambda _, __, output: output * 2)
+        torch.testing.assert_close(layer(input), plain, rtol=1e-4, atol=1e-4)
+    assert handed_on == [True, False]
+
+
+def test_autocast(handed_on: list[bool], cuda_device: torch.device) -> None:
+    layer = nn.ConvNormAct(4, 6, 3).to(cuda_device)
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    results = {}
+    for backend in ("cuda", "native"):
+        layer.zero_grad()
+        with gdfast.backend(backend), torch.autocast(cuda_device.type, torch.bfloat16):
+            output = layer(input)
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+        results[backend] = output.detach(), layer.conv.weight.grad, layer.norm.weight.grad
+    assert handed_on == [True]
+    torch.testing.assert_close(results["cuda"], results["native"], rtol=0.05, atol=0.05)
+
+
+class Residual(torch.nn.Module):
+    """As models for PyTorch are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True)
+        )
+        self.conv1 = torch.nn.Conv2d(8, 8, 3, padding="same", bias=False)
+        self.conv2 = torch.nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.bn1, self.bn2 = torch.nn.BatchNorm2d(8), torch.nn.BatchNorm2d(8)
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = self.stem(input)
+        output = torch.relu(self.bn1(self.conv1(input)))
+        output = self.bn2(self.conv2(output))
+        output += input
+        return torch.relu_(output)
+
+
+def test_a_fused_model(handed_on: list[bool], cuda_device: torch.device) -> None:
+    ours = Residual().to(cuda_device)
+    native_s = copy.deepcopy(ours)
+    gdfast.swap_(ours, fuse=True)
+    input = torch.randn(2, 3, 11, 9, device=cuda_device)
+    with gdfast.backend("cuda"):
+        results = passes(ours, input)
+        # Copied and hooked, it still does what its modules say.
+        again = copy.deepcopy(ours).train()
+        again.conv1.register_forward_hook(lambda *_: None)
+        again(input)
+    assert handed_on == [True] * 9 + [False] * 3 + [True, False, True]
+    torch.testing.assert_close(results, passes(native_s, input), rtol=1e-3, atol=1e-3)
+
+
+def test_depthwise_layers_and_no_images_have_none(cuda_device: torch.device) -> None:
+    depthwise = torch.randn(2, 4, 5, 5, device=cuda_device), torch.randn(4, 1, 3, 3).to(cuda_device)
+    assert ops.conv2d_moments(*depthwise, groups=4, backend="cuda")[1] is None
+    none = torch.randn(0, 3, 5, 5, device=cuda_device), torch.randn(4, 3, 3, 3).to(cuda_device)
+    output, moments = ops.conv2d_moments(*none, backend="cuda")
+    assert output.shape == (0, 4, 3, 3)
+    assert moments is None
+    assert ops.conv2d_moments(*none, backend="native")[1] is None
+
+
+def test_the_choice_is_that_of_conv2d(cuda_device: torch.device) -> None:
+    values = tensors_of(BY_NAME["c17-k10"], torch.float32, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    before = len(conv2d_dispatch._kernels)
+    output, moments = ops.conv2d_moments(input, weight, bias, padding=1, backend="cuda")
+    assert torch.equal(output, ops.conv2d(input, weight, bias, padding=1, backend="cuda"))
+    assert moments is not None
+    assert len(conv2d_dispatch._kernels) == before + 1
+
+
+def test_other_backends_of_the_normalisation_do_without(cuda_device: torch.device) -> None:
+    input, weight = torch.randn(2, 3, 6, 5).to(cuda_device), torch.randn(4, 3, 3, 3).to(cuda_device)
+    output, moments = ops.conv2d_moments(input, weight, backend="cuda")
+    assert moments is not None
+    arguments = output, None, None, None, None, None, True, 0.1, 1e-5, "none", 0.0
+    result = batch_norm_dispatch.forward(*arguments, "reference", moments)[0]
+    torch.testing.assert_close(
+        result, torch.nn.functional.batch_norm(output, None, None, training=True)
+    )
+
+
+def test_compiled_layers_take_the_separate_way(
+    handed_on: list[bool], cuda_device: torch.device
+) -> None:
+    layer = nn.ConvNormAct(4, 6, 3).to(cuda_device)
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    torch.compiler.reset()
+    with gdfast.backend("cuda"):
+        expected = layer(input)
+        output = torch.compile(layer, backend="aot_eager", fullgraph=True)(input)
+    torch.testing.assert_close(output, expected)
+    assert handed_on == [True, False]
+
+
+def test_gradients_by_finite_differences(cuda_device: torch.device) -> None:
+    def layer(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        output, moments = ops.conv2d_moments(input, weight, bias, backend="cuda")
+        assert moments is not None
+        assert not moments.requires_grad
+        return ops.batch_norm_act(
+            output, None, None, None, None, training=True, activation="silu", moments=moments,
+            backend="cuda",
+        )  # fmt: skip
+
+    inputs = (
+        torch.randn(size, dtype=torch.float64, device=cuda_device, requires_grad=True)
+        for size in ((2, 2, 3, 3), (2, 2, 2, 2), (2,))
+    )
+    assert torch.autograd.gradcheck(layer, tuple(inputs))
+
+
+def test_bits_do_not_depend_on_the_order_of_threads(
+    cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.cuda_is_simulated:
+        pytest.skip("needs `make cuda-simulator`")
+    values = tensors_of(MANY, torch.bfloat16, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    results = []
+    for order in ("ascending", "descending"):
+        monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", order)
+        results.append(ops.conv2d_moments(input, weight, bias, groups=2, backend="cuda")[1])
+    assert torch.equal(*results)
+
+
+def test_by_the_dispatcher_as_tensors_on_a_gpu_go(
+    handed_on: list[bool], cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("conv2d", "batch_norm"):
+        monkeypatch.setattr(sys.modules[f"gdfast.ops.{module}"], "are_ordinary", lambda _: False)
+    ours = nn.ConvNormAct(4, 6, 3, bias=True).to(cuda_device)
+    natives = copy.deepcopy(ours)
+    input = torch.randn(3, 4, 9, 8, device=cuda_device)
+    with gdfast.backend("cuda"):
+        results = passes(ours, input)
+    assert handed_on == [True, True, True, False]
+    with gdfast.backend("native"):
+        torch.testing.assert_close(results, passes(natives, input), rtol=1e-4, atol=1e-4)
+    depthwise = torch.randn(2, 4, 5, 5, device=cuda_device), torch.randn(4, 1, 3, 3).to(cuda_device)
+    assert ops.conv2d_moments(*depthwise, groups=4, backend="cuda")[1] is None
+
+
+def test_opcheck(cuda_device: torch.device) -> None:
+    """The operation that others than ours may call: its gradient is that of conv2d."""
+    input, weight, bias = (
+        torch.randn(size, device=cuda_device, requires_grad=True)
+        for size in ((2, 3, 6, 5), (4, 3, 3, 3), (4,))
+    )
+    arguments = (1, 2), (1, 0, 1, 0), (1, 1), 1, "cuda"
+    output, moments = torch.ops.gdfast.conv2d_moments(input, weight, bias, *arguments)
+    assert not moments.requires_grad
+    grad = torch.randn_like(output)
+    ours = torch.autograd.grad(output, (input, weight, bias), grad)
+    output = torch.ops.gdfast.conv2d(input, weight, bias, *arguments)
+    expected = torch.autograd.grad(output, (input, weight, bias), grad)
+    for gradient, same in zip(ours, expected, strict=True):
+        assert torch.equal(gradient, same)
+    tests = "test_schema", "test_autograd_registration"
+    torch.library.opcheck(
+        torch.ops.gdfast.conv2d_moments.default, (input, weight, bias, *arguments), test_utils=tests
+    )
