@@ -27,7 +27,7 @@ from gdfast.geometry import (
     named_padding,
     pair,
 )
-from gdfast.ops import conv2d_dispatch
+from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d_dispatch import library
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -155,7 +155,10 @@ def conv_gradients(
         grad_input = conv_grad_input(
             grad_output, weight, ctx.input_size, ctx.input_channels_last, *ctx.arguments
         )
-    if need_weight:
+    begun = in_backward.begin(ctx, grad_output, input) if in_backward.targets else None
+    if begun is not None:
+        (grad_bias,) = begun
+    elif need_weight:
         grad_weight, grad_bias = conv_grad_weight(
             grad_output, input, ctx.weight_size, ctx.weight_channels_last, need_bias,
             *ctx.arguments,
