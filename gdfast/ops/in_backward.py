@@ -28,15 +28,18 @@ from gdfast.backends.cuda_grad_weight import BegunGradWeight
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops.sgd_dispatch import is_plain
 
-# Updates a weight by a gradient that was begun. False, with nothing done, where it cannot.
-Update = Callable[[Tensor, BegunGradWeight], bool]
-
 
 class Target:
-    """A weight's update."""
+    """What becomes of a weight's gradient.
 
-    def __init__(self, update: Update) -> None:
-        self.update = update
+    `update(weight, begun)` updates the weight by a gradient that was begun, or returns False, with
+    nothing done; `accept(weight)` uses `weight.grad`.
+    """
+
+    def __init__(
+        self, update: Callable[[Tensor, BegunGradWeight], bool], accept: Callable[[Tensor], None]
+    ) -> None:
+        self.update, self.accept = update, accept
         self.is_shared = False  # seen to be used more than once: what waits would hold memory
 
 
@@ -126,19 +129,34 @@ class _Waiting:
         begun, self._begun = self._begun, []
         if self._task != torch._C._current_graph_task_id():
             return None  # left over from one that failed
-        (total,) = gradients
-        self._target.is_shared = total is not None or len(begun) > 1
-        if not self._target.is_shared:
+        weight, target, (rest,) = self._weight, self._target, gradients
+        if rest is None and len(begun) == 1:
             ((one, stream),) = begun
-            with _after(stream, self._weight.device):
-                if self._target.update(self._weight, one):
+            with _after(stream, weight.device):
+                if target.update(weight, one):
                     return None
-        for one, stream in begun:
-            with _after(stream, self._weight.device):
-                gradient = one.gradient(self._weight)
-            total = gradient if total is None else total + gradient
-        assert total is not None
-        return (total,)
+        else:
+            target.is_shared = True
+        total = _sum(begun, weight)
+        if rest is not None:
+            return (rest + total,)
+        # Autograd lets nobody make a gradient of none.
+        weight.grad = total if weight.grad is None else weight.grad + total
+        target.accept(weight)
+        return None
+
+
+def _sum(begun: list[tuple[BegunGradWeight, Any]], weight: Tensor) -> Tensor:
+    """The gradients that were begun, on the current stream."""
+    current, total = _current_stream(weight.device), None
+    for one, stream in begun:
+        with _after(stream, weight.device):
+            gradient = one.gradient(weight)
+        if stream != current:
+            gradient.record_stream(current)
+        total = gradient if total is None else total + gradient
+    assert total is not None
+    return total
 
 
 def _current_stream(device: torch.device) -> Any:

@@ -72,7 +72,7 @@ class InBackward:
                     new.add(param)
                     self._handles[param] = param.register_post_accumulate_grad_hook(hook)
                     self._groups[param] = index
-                    in_backward.targets[id(param)] = in_backward.Target(update)
+                    in_backward.targets[id(param)] = in_backward.Target(update, hook)
 
     def refuse_unfinished(self) -> None:
         """Raises where gradients are to be thrown away that have been used already."""
