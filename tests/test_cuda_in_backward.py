@@ -55,7 +55,7 @@ def no_gradient_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("memory for a gradient was asked for")
 
-    monkeypatch.setattr(cuda_grad_weight.GradWeight, "empty_like_weight", refuse)
+    monkeypatch.setattr(cuda_grad_weight.GradWeight, "empty_weight", refuse)
 
 
 def run_in(tile: Callable[[str, Any], str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,34 +172,41 @@ def test_every_tile(
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_half_types_are_updated_by_gradients_that_were_not_rounded(
-    dtype: torch.dtype, parts: int, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    dtype: torch.dtype, autocast: bool, parts: int, updates: list[Any], cuda_device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of half types with float32 copies, and of float32 under autocast."""
     split_in(parts, monkeypatch)
     errors = []
     for fused in (False, True):
         torch.manual_seed(2)
-        layer = gdfast.nn.Conv2d(8, 16, 3, bias=False).to(cuda_device, dtype)
+        layer = gdfast.nn.Conv2d(8, 16, 3, bias=False)
+        layer = layer.to(cuda_device, torch.float32 if autocast else dtype)
         images = torch.randn(3, 8, 7, 6, device=cuda_device).to(dtype)
-        start = layer.weight.detach().double().requires_grad_()
         optimizer = optim.SGD(
-            layer.parameters(), lr=1.0, momentum=0.9, master_weights=True, in_backward=fused
-        )
-        output = layer(images)
-        (gradient,) = torch.autograd.grad(
-            nn.functional.conv2d(images.double(), start).sum(), [start]
-        )
+            layer.parameters(), lr=1.0, momentum=0.9, master_weights=not autocast,
+            in_backward=fused,
+        )  # fmt: skip
+        start = layer.weight.detach().double().requires_grad_()
+        exact = nn.functional.conv2d(images.double(), start).sum()
+        (gradient,) = torch.autograd.grad(exact, [start])
+        with torch.autocast(cuda_device.type, dtype, enabled=autocast):
+            output = layer(images)
         output.sum().backward()
         optimizer.step()
-        master = optimizer.state[layer.weight]["master_weight"]
-        assert torch.equal(layer.weight, master.to(dtype))
-        error = (master.double() - (start.detach() - gradient)).abs().max() / gradient.abs().max()
+        kept = layer.weight if autocast else optimizer.state[layer.weight]["master_weight"]
+        assert kept.dtype == torch.float32 and torch.equal(
+            layer.weight, kept.to(layer.weight.dtype)
+        )
+        error = (kept.double() - (start - gradient)).abs().max() / gradient.abs().max()
         errors.append(error.item())
-    hook, fused_error = errors
-    assert fused_error < 8 * torch.finfo(torch.float32).eps
-    # Half of what rounding to the type costs, at least.
-    assert torch.finfo(dtype).eps / 8 < hook < torch.finfo(dtype).eps
+    ordinary, ours = errors
+    assert ours < 8 * torch.finfo(torch.float32).eps
+    assert torch.finfo(dtype).eps / 8 < ordinary < torch.finfo(dtype).eps
+    assert updates == [(16, 8, 3, 3)]
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -264,13 +271,19 @@ def in_three_ways(layer: nn.Module, images: Tensor) -> Tensor:
     return layer(seen).square().mean() + layer.weight.abs().sum()
 
 
-def cast(layer: nn.Module, images: Tensor) -> Tensor:
+def cast_twice(layer: nn.Module, images: Tensor) -> Tensor:
     with torch.autocast(images.device.type, torch.bfloat16):
-        return layer(images).float().square().mean()
+        return twice(layer, images).float()
 
 
-@pytest.mark.parametrize("loss", [twice, regularised, in_three_ways, cast])
-def test_a_weight_that_something_else_uses_too(
+def cast_by_hand(layer: nn.Module, images: Tensor) -> Tensor:
+    weight = layer.weight.bfloat16()
+    weight.register_hook(lambda grad: grad.clamp(max=0))
+    return ops.conv2d(images.bfloat16(), weight).float().square().mean()
+
+
+@pytest.mark.parametrize("loss", [twice, regularised, in_three_ways, cast_twice, cast_by_hand])
+def test_a_weight_that_something_else_uses_or_sees(
     loss: Callable[..., Tensor], updates: list[Any], cuda_device: torch.device
 ) -> None:
     results = []

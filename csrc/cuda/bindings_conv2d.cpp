@@ -1,5 +1,6 @@
 // Binds the convolution kernels.
 #include "../bindings_conv2d_problem.h"
+#include "../sgd_arguments.h"
 #include "bindings.h"
 #include "conv2d.h"
 #include "conv2d_hopper.h"
@@ -25,6 +26,14 @@ void check_channels(int channels) {
   if (channels == 0 || channels == 64 || channels == 128 || channels == 256) return;
   throw py::value_error("conv2d_hopper: channels: expected 0, 64, 128 or 256, got " +
                         std::to_string(channels));
+}
+
+void check_weight_dtype(DType weight, DType images) {
+  const bool half = images == DType::kBFloat16 || images == DType::kFloat16;
+  if (weight == images || (half && weight == DType::kFloat32)) return;
+  throw py::value_error(
+      "conv2d_grad_weight_sgd: dtype: expected the problem's, or float32 where that is a half "
+      "type");
 }
 
 void check_splits(int64_t splits) {
@@ -131,12 +140,14 @@ void bind_conv2d(py::module_& m) {
       "conv2d_grad_weight_sgd",
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output, uintptr_t input,
          uintptr_t workspace, int64_t splits, uintptr_t weight, uintptr_t momentum_buffer,
-         uintptr_t master, double lr, double momentum, double dampening, double weight_decay,
-         bool nesterov, bool maximize, bool first_step, uintptr_t lr_address, int device,
-         uintptr_t stream) {
+         uintptr_t master, const std::string& dtype, double lr, double momentum, double dampening,
+         double weight_decay, bool nesterov, bool maximize, bool first_step, uintptr_t lr_address,
+         int device, uintptr_t stream) {
         check_splits(grad_output == 0 ? splits : 1);
-        const SgdHyper hyper{problem.dtype, lr,       momentum,   dampening, weight_decay, 1.0,
-                             nesterov,      maximize, first_step, false,     master != 0};
+        const DType type = sgd_dtype(dtype).first;
+        check_weight_dtype(type, problem.dtype);
+        const SgdHyper hyper{type,     lr,       momentum,   dampening, weight_decay, 1.0,
+                             nesterov, maximize, first_step, false,     master != 0};
         const SgdTensor tensor{pointer(weight), nullptr, pointer(momentum_buffer), pointer(master),
                                0};
         py::gil_scoped_release release;
@@ -146,13 +157,14 @@ void bind_conv2d(py::module_& m) {
       },
       py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
       py::arg("workspace"), py::arg("splits"), py::arg("weight"), py::arg("momentum_buffer"),
-      py::arg("master"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+      py::arg("master"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
       py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("first_step"),
       py::arg("lr_address"), py::arg("device"), py::arg("stream"),
       "Updates a weight by SGD instead of writing its gradient: by what conv2d_grad_weight left in "
       "the workspace or, where grad_output is not 0, without any. The momentum buffer (none where "
       "momentum is 0) and the master copy (none but for half types: then both are float32) lie in "
-      "memory as the weight does; lr_address (float64, instead of lr) is on the device, 0 for "
+      "memory as the weight does, which is of the problem's dtype or, where that is a half type, "
+      "float32; lr_address (float64, instead of lr) is on the device, 0 for "
       "none.");
   bind_hopper(m);
 }

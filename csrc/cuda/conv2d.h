@@ -58,7 +58,8 @@ void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, cons
                         int64_t splits, const Where& where);
 
 // A weight, its momentum buffer and its master copy, all in the memory order of problem.weight, and
-// how they are updated. Neither tensor.grad nor hyper.grad_scale is looked at.
+// how they are updated. hyper.dtype is the problem's or, where that is a half type, float32: of a
+// weight that was cast for the convolution. tensor.grad and hyper.grad_scale are not looked at.
 struct SgdWeight {
   SgdTensor tensor;
   SgdHyper hyper;

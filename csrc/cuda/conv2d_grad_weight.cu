@@ -22,19 +22,22 @@ struct Arguments {
 template <typename Math>
 using Memory = BlockMemory<Math, true, true>;
 
-// Where the elements of a weight lie, [K, R, S, C / groups] in the order of their index.
+// Where the elements of a weight lie, counted in elements: [K, R, S, C / groups] in the order of
+// their index.
 struct WeightPlaces {
   Divisor taps;  // of one filter
   Taps places;
-  int64_t filter_bytes;
+  int64_t filter_step;
 };
 
 WeightPlaces weight_places(const Conv2dProblem& p) {
-  return {Divisor::of(p.C / p.groups * p.R * p.S), weight_taps(p), p.weight.n * bytes_of(p.dtype)};
+  WeightPlaces all{Divisor::of(p.C / p.groups * p.R * p.S), weight_taps(p), p.weight.n};
+  all.places.bytes = channel_steps(p.weight, 1);
+  return all;
 }
 
-GDFAST_DEVICE int64_t offset_of(const WeightPlaces& a, int64_t filter, int32_t tap) {
-  return filter * a.filter_bytes + place_at(a.places, tap).offset;
+GDFAST_DEVICE int64_t place_of(const WeightPlaces& a, int64_t filter, int32_t tap) {
+  return filter * a.filter_step + place_at(a.places, tap).offset;
 }
 
 constexpr int kUpdatesAtOnce = 8;  // of a thread: enough to hide some of the way to memory
@@ -60,9 +63,7 @@ GDFAST_DEVICE void update_tile(const WeightUpdate<typename Math::Sum>& update,
       // Added to 0 as the sum of one split is, which makes 0 of -0.
       gradients[i] = typename Math::Sum(0) + result_row<Math, Memory>(row)[column];
       const bool inside = row < rows && column < columns;
-      const int64_t offset =
-          inside ? offset_of(places, first_filter + row, first_column + column) : 0;
-      at[i] = inside ? offset / static_cast<int64_t>(sizeof(Element)) : -1;
+      at[i] = inside ? place_of(places, first_filter + row, first_column + column) : -1;
     }
     update_weight<Element>(update, at, gradients);
   }
@@ -133,15 +134,15 @@ struct SplitSums {
   WeightPlaces places;
 };
 
-// One element, and where it belongs: its offset in bytes.
+// One element, and its place.
 template <typename Sum>
-GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t index, int64_t& offset) {
+GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t index, int64_t& place) {
   const Sum* from = static_cast<const Sum*>(a.sums) + index;
   Sum sum = 0;
 #pragma unroll 8
   for (int64_t split = 0; split < a.splits; ++split, from += a.count) sum += *from;
   const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
-  offset = offset_of(a.places, filter.quotient, filter.rest);
+  place = place_of(a.places, filter.quotient, filter.rest);
   return sum;
 }
 
@@ -152,9 +153,9 @@ GDFAST_KERNEL(kSumThreads, 1)
 sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to) {
   const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
   if (index >= a.count) return;
-  int64_t offset;
-  const Sum sum = sum_splits<Sum>(a, index, offset);
-  *reinterpret_cast<T*>(static_cast<unsigned char*>(to) + offset) = from_float<T>(sum);
+  int64_t place;
+  const Sum sum = sum_splits<Sum>(a, index, place);
+  static_cast<T*>(to)[place] = from_float<T>(sum);
 }
 
 template <typename T, typename Sum>
@@ -163,10 +164,9 @@ sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
                       GDFAST_GRID_CONSTANT const WeightUpdate<Sum> update) {
   const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
   if (index >= a.count) return;
-  int64_t offset;
-  const Sum gradient[] = {sum_splits<Sum>(a, index, offset)};
-  const int64_t at[] = {offset / static_cast<int64_t>(sizeof(T))};
-  update_weight<T>(update, at, gradient);
+  int64_t place[1];
+  const Sum gradient[] = {sum_splits<Sum>(a, index, place[0])};
+  update_weight<T>(update, place, gradient);
 }
 
 template <typename Math>
@@ -236,8 +236,7 @@ void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void
         static_cast<unsigned char*>(workspace) + splits * weights * sum_bytes(p.dtype);
   }
   const SplitSums weight_sums{workspace, weights, used, weight_places(p)};
-  const SplitSums bias_sums{
-      arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), bytes_of(p.dtype)}};
+  const SplitSums bias_sums{arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), 1}};
   const DeviceGuard guard("conv2d_grad_weight", where.device);
   with_instance(p.dtype, way, is_chunked(p, grad_output, input), [&](auto instance) {
     using Instance = decltype(instance);
@@ -262,7 +261,7 @@ void launch_sum_splits_sgd(const SplitSums& a, const SgdWeight& weight, const Wh
 void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t splits,
                     const SgdWeight& weight, const Where& where) {
   const SplitSums a{workspace, weight_elements(p), used_splits(p, splits), weight_places(p)};
-  switch (p.dtype) {
+  switch (weight.hyper.dtype) {
     case DType::kFloat32:
       return launch_sum_splits_sgd<float, float>(a, weight, where);
     case DType::kFloat64:

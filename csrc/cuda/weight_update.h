@@ -10,6 +10,7 @@ namespace gdfast::cuda {
 template <typename Math>
 struct WeightUpdate {
   void *param, *momentum, *master;  // param is null where nothing is updated
+  bool wide;                        // whether param and momentum are Math, whatever images are
   const double* lr;                 // on the device, instead of the factors', or null
   SgdFactors<Math> factors;
   SgdMomentum kind;
@@ -17,8 +18,15 @@ struct WeightUpdate {
 
 template <typename Math>
 WeightUpdate<Math> weight_update(const SgdWeight& weight) {
-  return {weight.tensor.param, weight.tensor.momentum,          weight.tensor.master,
-          weight.lr,           sgd_factors<Math>(weight.hyper), sgd_momentum_kind(weight.hyper)};
+  constexpr DType kMath = sizeof(Math) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const SgdTensor& tensor = weight.tensor;
+  return {tensor.param,
+          tensor.momentum,
+          tensor.master,
+          weight.hyper.dtype == kMath,
+          weight.lr,
+          sgd_factors<Math>(weight.hyper),
+          sgd_momentum_kind(weight.hyper)};
 }
 
 // Updates a few elements. All are read before any is written, so that they are waited for together.
@@ -67,12 +75,13 @@ GDFAST_DEVICE void update_elements(const WeightUpdate<Math>& to, const int64_t (
   }
 }
 
-// Updates the elements of a weight of type T at some places, counted in elements; none at one that
-// is negative.
+// Updates the elements of a weight at some places, counted in elements; none at one that is
+// negative. T is the type of the weight, unless that is wide.
 template <typename T, int kCount, typename Math>
 GDFAST_DEVICE void update_weight(const WeightUpdate<Math>& to, const int64_t (&places)[kCount],
                                  const Math (&gradients)[kCount]) {
   if constexpr (sizeof(T) == 2) {
+    if (to.wide) return update_elements<false, Math>(to, places, gradients);
     if (to.master != nullptr) return update_elements<true, T>(to, places, gradients);
   }
   update_elements<false, T>(to, places, gradients);

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from gdfast import native
 from gdfast.backends import cuda_stream
 from gdfast.backends.registry import Conv2dQuery
-from gdfast.backends.sgd import SgdHyper, SgdTensors, address, split_lr
+from gdfast.backends.sgd import DTYPES, SgdHyper, SgdTensors, address, split_lr
 
 Copy = Callable[[Tensor], Tensor]
 
@@ -47,7 +47,7 @@ class GradWeight:
     def __call__(
         self, grad_output: Tensor, input: Tensor, bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        grad_weight = self.empty_like_weight(input)
+        grad_weight = self.empty_weight(input.dtype, input.device)
         _, grad_bias = self._run(grad_output, input, bias, grad_weight)
         return grad_weight, grad_bias
 
@@ -58,11 +58,11 @@ class GradWeight:
         if self.parts == 1 and not bias and not self._empty_batch:
             return Unsplit(self, grad_output, input), None
         workspace, grad_bias = self._run(grad_output, input, bias, None)
-        return Parts(self, workspace), grad_bias
+        return Parts(self, workspace, input.dtype), grad_bias
 
-    def empty_like_weight(self, like: Tensor) -> Tensor:
-        """A tensor for the gradient, of the dtype and on the device of another one."""
-        return torch.empty_strided(self.size, self.strides, dtype=like.dtype, device=like.device)
+    def empty_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for a gradient."""
+        return torch.empty_strided(self.size, self.strides, dtype=dtype, device=device)
 
     def _run(
         self, grad_output: Tensor, input: Tensor, bias: bool, grad_weight: Tensor | None
@@ -92,8 +92,8 @@ class BegunGradWeight(ABC):
         return self._kernel.strides
 
     @abstractmethod
-    def gradient(self, like: Tensor) -> Tensor:
-        """The gradient, of the dtype and on the device of the weight `like`."""
+    def gradient(self) -> Tensor:
+        """The gradient, of the type of images."""
 
     @abstractmethod
     def _operands(self) -> tuple[int, int, int]:
@@ -102,8 +102,8 @@ class BegunGradWeight(ABC):
     def update(self, tensors: SgdTensors, hyper: SgdHyper) -> None:
         """Updates one weight in place, with its momentum buffer and master copy, if any.
 
-        All are in the memory order of a weight with `strides`; neither gradients nor their scale
-        are looked at.
+        All are in the memory order of a weight with `strides`, the weight of the type of images
+        or, where that is a half type, float32; neither gradients nor their scale are looked at.
         """
         assert native.cuda is not None
         (weight,), _, momenta, masters = tensors
@@ -112,8 +112,8 @@ class BegunGradWeight(ABC):
         native.cuda.conv2d_grad_weight_sgd(
             kernel.problem, kernel.way(), *self._operands(), kernel.parts, weight.data_ptr(),
             *(address(each[0]) if each else 0 for each in (momenta, masters)),
-            lr, hyper.momentum, hyper.dampening, hyper.weight_decay, hyper.nesterov,
-            hyper.maximize, hyper.first_step, address(lr_tensor),
+            DTYPES[weight.dtype], lr, hyper.momentum, hyper.dampening, hyper.weight_decay,
+            hyper.nesterov, hyper.maximize, hyper.first_step, address(lr_tensor),
             *cuda_stream.current(weight.device),
         )  # fmt: skip
         increment_version([weight, *momenta, *masters])
@@ -126,7 +126,7 @@ class Unsplit(BegunGradWeight):
         super().__init__(kernel)
         self._grad_output, self._input = grad_output, input
 
-    def gradient(self, like: Tensor) -> Tensor:
+    def gradient(self) -> Tensor:
         return self._kernel(self._grad_output, self._input, False)[0]
 
     def _operands(self) -> tuple[int, int, int]:
@@ -138,16 +138,17 @@ class Unsplit(BegunGradWeight):
 class Parts(BegunGradWeight):
     """The parts are summed, and lie in a workspace."""
 
-    def __init__(self, kernel: GradWeight, workspace: Tensor) -> None:
+    def __init__(self, kernel: GradWeight, workspace: Tensor, dtype: torch.dtype) -> None:
         super().__init__(kernel)
-        self._workspace = workspace
+        self._workspace, self._dtype = workspace, dtype
 
-    def gradient(self, like: Tensor) -> Tensor:
+    def gradient(self) -> Tensor:
         assert native.cuda is not None
-        kernel, grad_weight = self._kernel, self._kernel.empty_like_weight(like)
+        kernel, device = self._kernel, self._workspace.device
+        grad_weight = kernel.empty_weight(self._dtype, device)
         native.cuda.conv2d_grad_weight(
             kernel.problem, kernel.way(), 0, 0, grad_weight.data_ptr(), 0,
-            self._workspace.data_ptr(), kernel.parts, *cuda_stream.current(like.device),
+            self._workspace.data_ptr(), kernel.parts, *cuda_stream.current(device),
         )  # fmt: skip
         return grad_weight
 

@@ -110,7 +110,7 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
+    cast: tuple[Any, ...] = tuple(
         tensor.to(dtype)
         if tensor is not None
         and tensor.device.type == device
@@ -119,6 +119,9 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
         else tensor
         for tensor in (input, weight, bias)
     )
+    if not torch.compiler.is_compiling() and in_backward.targets and cast[1] is not weight:
+        in_backward.note_cast(cast[1])
+    return cast
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gdfast.backends.cuda_grad_weight import BegunGradWeight
+from gdfast.backends.sgd import HALF_TYPES
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops.sgd_dispatch import is_plain
 
@@ -47,8 +48,17 @@ class Target:
 # optimizer: then all of this costs backward one look.
 targets: dict[int, Target] = {}
 
+_OUR_CAST = "gdfast: cast for a convolution"
+
 # By the id of the weight and the number of the backward pass. Only nodes keep what waits there.
 _waiting: weakref.WeakValueDictionary[tuple[int, int], _Waiting] = weakref.WeakValueDictionary()
+
+
+def note_cast(weight: Tensor) -> None:
+    """Notes that it was we who cast a weight, for autocast: nobody else sees its gradient there."""
+    node: Any = weight.grad_fn
+    if node is not None:
+        node.metadata[_OUR_CAST] = True
 
 
 def begin(ctx: Any, grad_output: Tensor, input: Tensor | None) -> tuple[Tensor | None] | None:
@@ -60,6 +70,8 @@ def begin(ctx: Any, grad_output: Tensor, input: Tensor | None) -> tuple[Tensor |
     if not need_weight or input is None:
         return None
     node = ctx.next_functions[1][0]
+    if node is not None and _OUR_CAST in node.metadata:
+        node = node.next_functions[0][0]
     weight = getattr(node, "variable", None)
     target = targets.get(id(weight))
     if weight is None or target is None or target.is_shared:
@@ -81,19 +93,21 @@ def begin(ctx: Any, grad_output: Tensor, input: Tensor | None) -> tuple[Tensor |
     return (grad_bias,)
 
 
-def _is_ordinary(*tensors: Tensor) -> bool:
-    """Whether all are plain tensors in memory, of one dtype and device, and nobody looks on."""
+def _is_ordinary(weight: Tensor, *operands: Tensor) -> bool:
+    """Whether all are plain tensors in memory, of types that go together, and nobody looks on."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
+    tensors = weight, *operands
     if torch._C._are_functorch_transforms_active() or not is_plain(tensors):
         return False
-    first = tensors[0]
-    keys = _ordinary_keys(first.device.type)
+    dtype = operands[0].dtype
+    if weight.dtype != dtype and (weight.dtype, dtype in HALF_TYPES) != (torch.float32, True):
+        return False
+    keys = _ordinary_keys(weight.device.type)
     return all(
-        torch._C._dispatch_keys(each).raw_repr() == keys
-        and (each.dtype, each.device) == (first.dtype, first.device)
+        torch._C._dispatch_keys(each).raw_repr() == keys and each.device == weight.device
         for each in tensors
-    )
+    ) and all(each.dtype == dtype for each in operands)
 
 
 @lru_cache(maxsize=8)
@@ -151,7 +165,7 @@ def _sum(begun: list[tuple[BegunGradWeight, Any]], weight: Tensor) -> Tensor:
     current, total = _current_stream(weight.device), None
     for one, stream in begun:
         with _after(stream, weight.device):
-            gradient = one.gradient(weight)
+            gradient = one.gradient().to(weight.dtype)
         if stream != current:
             gradient.record_stream(current)
         total = gradient if total is None else total + gradient
