@@ -85,6 +85,8 @@ def _entries(dry: bool) -> Iterator[Entry]:
     for C, pixels in ((64, 56), (128, 28), (256, 14), (512, 7)):
         dense = _square(f"3x3 {C} @{pixels}", C, pixels, 3, 1, _FEWER_IMAGES)
         yield from _passes("float32 3x3", dense, dry, torch.float32)
+    for place in ("hooks", "in backward"):
+        yield _step("ResNet-50 step, updated in backward", big, amp=True, place=place)
     yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile")
 
 
@@ -103,5 +105,8 @@ def _passes(
         yield Entry(row, case.name, task, build, layout)
 
 
-def _step(row: str, case: StepCase, amp: bool, rival: str = "eager") -> Entry:
-    return Entry(row, case.name, "step", partial(training, case=case, amp=amp, rival=rival))
+def _step(
+    row: str, case: StepCase, amp: bool, rival: str = "eager", place: str = "step"
+) -> Entry:  # fmt: skip
+    build = partial(training, case=case, amp=amp, rival=rival, place=place)
+    return Entry(row, case.name, place, build)
