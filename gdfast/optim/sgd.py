@@ -38,13 +38,16 @@ class SGD(torch.optim.SGD):
 
     `in_backward` updates each parameter during backward, as soon as its gradient is complete, and
     keeps no gradient: `.grad` stays None, and its memory is free before the next one is computed.
-    The weights are the same bits as without. `step` updates what has a gradient nevertheless and
-    ends the step: it must follow each backward, and hyperparameters change after it. Refused with
-    RuntimeError are a second backward before `step`, `zero_grad` between the two, create_graph,
-    other post-accumulate-grad hooks on a parameter, DistributedDataParallel, several processes and
-    GradScaler, which `step` alone sees: then weights have changed by scaled gradients. What reads
-    or changes `.grad` between backward and step by hand can't be seen, and does nothing: clipping
-    by norm, above all. Hooks of `Tensor.register_hook` work.
+    The weights are the same bits as without. Where our CUDA kernels compute the only gradient of a
+    convolution's weight, their last pass does the update, and no gradient is stored at all; half
+    types, and float32 under autocast, are then updated by gradients that were never rounded to the
+    half type. `step` updates what has a gradient nevertheless and ends the step: it must follow
+    each backward, and hyperparameters change after it. Refused with RuntimeError are a second
+    backward before `step`, `zero_grad` between the two, create_graph, other post-accumulate-grad
+    hooks on a parameter, DistributedDataParallel, several processes and GradScaler, which `step`
+    alone sees: then weights have changed by scaled gradients. What reads or changes `.grad` between
+    backward and step by hand can't be seen, and does nothing: clipping by norm, above all. Hooks of
+    `Tensor.register_hook` work.
 
     `torch.amp.GradScaler` needs no pass of its own: the step divides gradients by the scale, and
     they stay so, as native's fused step leaves them. Where it found an infinity, nothing changes.
