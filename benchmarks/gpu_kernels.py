@@ -185,6 +185,7 @@ def updated_in_backward(
             optimizer.zero_grad()
         return [weight.detach().cpu()]
 
+    torch.backends.cudnn.allow_tf32 = False
     with gdfast.backend(backend):
         make = partial(optim.SGD, in_backward=True, master_weights=dtype == torch.bfloat16)
         ours = run(make, dtype, device, ops.conv2d)

@@ -70,9 +70,9 @@ def begin(ctx: Any, grad_output: Tensor, input: Tensor | None) -> tuple[Tensor |
     if not need_weight or input is None:
         return None
     node = ctx.next_functions[1][0]
-    if node is not None and _OUR_CAST in node.metadata:
+    if not hasattr(node, "variable") and _OUR_CAST in getattr(node, "metadata", ()):
         node = node.next_functions[0][0]
-    weight = getattr(node, "variable", None)
+    weight = getattr(node, "variable", None)  # of what accumulates a leaf's gradient
     target = targets.get(id(weight))
     if weight is None or target is None or target.is_shared:
         return None
