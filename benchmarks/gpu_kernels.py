@@ -212,6 +212,32 @@ def updated(
     return list(zip(ours, run(torch.optim.SGD, torch.float64, "cpu"), strict=True))
 
 
+def updated_in_backward(
+    dtype: torch.dtype, bias: bool, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """A weight in the last pass of its gradient: with a bias by parts, without by the only one."""
+    start, images = random((40, 24, 3, 3), dtype), random((2, 24, 9, 8), dtype)
+    hyper: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
+
+    def run(make: Any, dtype: torch.dtype, device: str, convolve: Any) -> list[Tensor]:
+        weight = Parameter(start.to(device, dtype, copy=True))
+        zeros = torch.zeros(40, dtype=dtype, device=device)
+        added = Parameter(zeros) if bias else None
+        optimizer = make([weight], **hyper)
+        for _ in range(2):
+            convolve(images.to(device, dtype), weight, added).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [weight.detach().cpu()]
+
+    torch.backends.cudnn.allow_tf32 = False
+    with gdfast.backend(backend):
+        make = partial(optim.SGD, in_backward=True, master_weights=dtype == torch.bfloat16)
+        ours = run(make, dtype, device, ops.conv2d)
+    exact = run(torch.optim.SGD, torch.float64, "cpu", F.conv2d)
+    return list(zip(ours, exact, strict=True))
+
+
 def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
     """Names, what to run, and the largest error that is right (0: the dtype's)."""
     bfloat16, float32 = torch.bfloat16, torch.float32
@@ -248,6 +274,10 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
     for activation in ACTIVATIONS:
         run = partial(activated, _CONVOLUTIONS[1], activation, bfloat16, **where)
         yield f"conv2d_act, {activation}", run, 0
+    for dtype in (float32, bfloat16):
+        for bias in (False, True):
+            run = partial(updated_in_backward, dtype, bias, **where)
+            yield f"sgd_ in backward, {dtype}, bias {bias}", run, 0
     yield from _other_dtypes(where)
     if backend == "cuda":
         yield from _hopper(where)

@@ -90,6 +90,8 @@ def _entries(dry: bool) -> Iterator[Entry]:
     wide = _square("3x3 256 @14", 256, 14, 3, 1, _IMAGES)
     for dense in (bottleneck, Conv2dCase("1x1 64->256 @56", _IMAGES, 64, 56, 56, 256, 1, 1)):
         yield from _passes("NCHW layers", dense, dry, layout="NCHW")
+    for place in ("hooks", "in backward"):
+        yield _step("ResNet-50 step, updated in backward", big, amp=True, place=place)
     yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile")
     for dense in (bottleneck, wide):
         yield from _passes("Triton rivals", dense, dry, rivals=TRITON_RIVALS)
@@ -113,5 +115,8 @@ def _passes(
         yield Entry(row, case.name, task, build, layout)
 
 
-def _step(row: str, case: StepCase, amp: bool, rival: str = "eager") -> Entry:
-    return Entry(row, case.name, "step", partial(training, case=case, amp=amp, rival=rival))
+def _step(
+    row: str, case: StepCase, amp: bool, rival: str = "eager", place: str = "step"
+) -> Entry:  # fmt: skip
+    build = partial(training, case=case, amp=amp, rival=rival, place=place)
+    return Entry(row, case.name, place, build)

@@ -7,7 +7,7 @@ is tiny and on the CPU, and native runs in the place of each backend.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import gpu_rivals
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 import gdfast
 from gdfast import ops, optim
@@ -212,8 +212,27 @@ class Training:
         return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
 
 
-def training(where: Where, case: StepCase, amp: bool, rival: str) -> Work:
-    """A training step of a model, channels_last; the rival is "eager" or "compile"."""
+def _in_backward(params: Iterable[Parameter], *, watched: bool, **settings: Any) -> optim.SGD:
+    """Updates in backward; a gradient that is watched must be made, and then goes by hooks."""
+    params = list(params)
+    if watched:
+        for param in params:
+            param.register_hook(lambda _: None)
+    return optim.SGD(params, in_backward=True, **settings)
+
+
+# Where our optimizer updates parameters.
+UPDATES: dict[str, Callable[..., optim.SGD]] = {
+    "step": optim.SGD,
+    "hooks": partial(_in_backward, watched=True),
+    "in backward": partial(_in_backward, watched=False),
+}
+
+
+def training(where: Where, case: StepCase, amp: bool, rival: str, place: str = "step") -> Work:
+    """A training step of a model, channels_last; the rival is "eager" or "compile", `place` one of
+    UPDATES.
+    """
     models = suites.both_models(case)
     model, plain = (
         each.to(where.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -251,14 +270,14 @@ def training(where: Where, case: StepCase, amp: bool, rival: str) -> Work:
         allowed = 2 * known["error"] + _ROUNDINGS * rounding
         if not error <= allowed:
             return f"gradients: error {error:.1e}, allowed {allowed:.1e}"
-        ours = train(model, make=optim.SGD, lr=0.01)
+        ours = train(model, make=UPDATES[place], lr=0.01)
         loss = on(backend, partial(third_loss, ours)).item()
         if not abs(loss - known["loss"]) <= _LOSSES_APART * abs(known["loss"]):
             return f"loss of the third step: {loss:.4f}, native's {known['loss']:.4f}"
         return ""
 
     def ours(backend: str) -> Callable[[], Any]:
-        return partial(on, backend, train(model, make=optim.SGD))
+        return partial(on, backend, train(model, make=UPDATES[place]))
 
     compiled = rival == "compile" and not where.dry
     native = {rival: train(plain, make=fused, compiled=compiled)}

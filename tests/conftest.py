@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when torch loads libgomp. Thousands of tiny kernels on two threads take ten times as long
 # where other work keeps the threads from being there at once, if those that wait spin.
@@ -17,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 
+import gdfast
 from gdfast import native
-from gdfast.backends import precision, registry
-from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, max_pool2d_dispatch
+from gdfast.backends import cuda_grad_weight, cuda_tiles, precision, registry
+from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward, max_pool2d_dispatch
 
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []
 
@@ -71,6 +74,31 @@ def cuda_device() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA or `make cuda-simulator`")
     return torch.device("cuda")
+
+
+@pytest.fixture
+def by_cuda_alone(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CUDA kernels compute all they can, in their smallest tile, float32 in full; and no optimizer
+    is left that asked for gradients."""
+    monkeypatch.setattr(cuda_tiles, "candidates", lambda op, query: (cuda_tiles.SMALLEST,))
+    with gdfast.backend("cuda"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    gc.collect()
+    assert not in_backward.targets
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of weights, as they are updated in the last pass of their gradient."""
+    shapes: list[tuple[int, ...]] = []
+    update = cuda_grad_weight.BegunGradWeight.update
+
+    def noted(begun: Any, tensors: Any, hyper: Any) -> None:
+        shapes.append(tuple(tensors.params[0].shape))
+        update(begun, tensors, hyper)
+
+    monkeypatch.setattr(cuda_grad_weight.BegunGradWeight, "update", noted)
+    return shapes
 
 
 @pytest.fixture(params=["ascending", "descending"])

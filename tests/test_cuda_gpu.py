@@ -138,3 +138,43 @@ def test_a_step_can_be_recorded_as_a_graph() -> None:
             graph.replay()
             losses.append(loss.item())
     assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_updates_in_backward_follow_streams_and_graphs(recorded: bool) -> None:
+    """Weights in the last pass of their gradient, by a learning rate that changes on the GPU."""
+    weights = []
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        conv = gdfast.nn.Conv2d
+        module = torch.nn.Sequential(conv(16, 32, 3, bias=False), conv(32, 32, 3))
+        module = module.cuda().to(memory_format=torch.channels_last)
+        images, lr = torch.randn(4, 16, 20, 20, device="cuda"), torch.tensor(0.1, device="cuda")
+        settings = {"lr": lr, "momentum": 0.9, "in_backward": in_backward}
+        optimizer = optim.SGD(module.parameters(), **settings)
+
+        def step(module: Any = module, images: Tensor = images, optimizer: Any = optimizer) -> None:
+            module(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with gdfast.backend("cuda"), gdfast.autotune("off"):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000_000)  # what runs elsewhere comes too early
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            run = step
+            if recorded:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step()
+                run = graph.replay
+            for _ in range(3):
+                lr.mul_(0.5)
+                run()
+        weights.append([p.detach() for p in module.parameters()])
+    for ours, expected in zip(*weights, strict=True):
+        assert torch.equal(ours, expected)

@@ -1,5 +1,6 @@
 // Binds the convolution kernels.
 #include "../bindings_conv2d_problem.h"
+#include "../sgd_arguments.h"
 #include "bindings.h"
 #include "conv2d.h"
 #include "conv2d_hopper.h"
@@ -25,6 +26,20 @@ void check_channels(int channels) {
   if (channels == 0 || channels == 64 || channels == 128 || channels == 256) return;
   throw py::value_error("conv2d_hopper: channels: expected 0, 64, 128 or 256, got " +
                         std::to_string(channels));
+}
+
+void check_weight_dtype(DType weight, DType images) {
+  const bool half = images == DType::kBFloat16 || images == DType::kFloat16;
+  if (weight == images || (half && weight == DType::kFloat32)) return;
+  throw py::value_error(
+      "conv2d_grad_weight_sgd: dtype: expected the problem's, or float32 where that is a half "
+      "type");
+}
+
+void check_splits(int64_t splits) {
+  if (splits >= 1 && splits <= 65535) return;
+  throw py::value_error("conv2d_grad_weight: splits: expected 1 to 65535, got " +
+                        std::to_string(splits));
 }
 
 void bind_hopper(py::module_& m) {
@@ -113,10 +128,7 @@ void bind_conv2d(py::module_& m) {
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output, uintptr_t input,
          uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace, int64_t splits,
          int device, uintptr_t stream) {
-        if (splits < 1 || splits > 65535) {
-          throw py::value_error("conv2d_grad_weight: splits: expected 1 to 65535, got " +
-                                std::to_string(splits));
-        }
+        check_splits(splits);
         launching(problem, [&] {
           conv2d_grad_weight(problem, way, pointer(grad_output), pointer(input),
                              pointer(grad_weight), pointer(grad_bias), pointer(workspace), splits,
@@ -126,8 +138,41 @@ void bind_conv2d(py::module_& m) {
       py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("workspace"), py::arg("splits"),
       py::arg("device"), py::arg("stream"),
-      "Writes grad_weight and, unless its address is 0, grad_bias; positions are summed in splits, "
-      "which are then added up in order.");
+      "Writes grad_weight and grad_bias, unless their address is 0; positions are summed in "
+      "splits, "
+      "which are then added up in order. Without grad_weight its parts stay in the workspace, from "
+      "which a call without grad_output and grad_bias makes it.");
+  m.def(
+      "conv2d_grad_weight_sgd",
+      [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output, uintptr_t input,
+         uintptr_t workspace, int64_t splits, uintptr_t weight, uintptr_t momentum_buffer,
+         uintptr_t master, const std::string& dtype, double lr, double momentum, double dampening,
+         double weight_decay, bool nesterov, bool maximize, bool first_step, uintptr_t lr_address,
+         int device, uintptr_t stream) {
+        check_splits(grad_output == 0 ? splits : 1);
+        const DType type = sgd_dtype(dtype).first;
+        check_weight_dtype(type, problem.dtype);
+        const SgdHyper hyper{type,     lr,       momentum,   dampening, weight_decay, 1.0,
+                             nesterov, maximize, first_step, false,     master != 0};
+        const SgdTensor tensor{pointer(weight), nullptr, pointer(momentum_buffer), pointer(master),
+                               0};
+        launching(problem, [&] {
+          conv2d_grad_weight_sgd(
+              problem, way, pointer(grad_output), pointer(input), pointer(workspace), splits,
+              {tensor, hyper, pointer<const double>(lr_address)}, {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
+      py::arg("workspace"), py::arg("splits"), py::arg("weight"), py::arg("momentum_buffer"),
+      py::arg("master"), py::arg("dtype"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+      py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("first_step"),
+      py::arg("lr_address"), py::arg("device"), py::arg("stream"),
+      "Updates a weight by SGD instead of writing its gradient: by what conv2d_grad_weight left in "
+      "the workspace or, where grad_output is not 0, without any. The momentum buffer (none where "
+      "momentum is 0) and the master copy (none but for half types: then both are float32) lie in "
+      "memory as the weight does, which is of the problem's dtype or, where that is a half type, "
+      "float32; lr_address (float64, instead of lr) is on the device, 0 for "
+      "none.");
   bind_hopper(m);
 }
 

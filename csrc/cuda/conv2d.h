@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../conv2d_problem.h"
+#include "../sgd_math.h"
 
 namespace gdfast::cuda {
 
@@ -46,9 +47,27 @@ void conv2d_grad_input(const Conv2dProblem& problem, const Conv2dWay& way, const
 int64_t conv2d_grad_weight_workspace(const Conv2dProblem& problem, int64_t splits, bool bias);
 
 // Positions are summed in `splits` parts, which are then added up in order; grad_bias may be null.
+// Where grad_weight is, its parts stay in the workspace; where grad_output is, they are there
+// already.
 void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, const void* grad_output,
                         const void* input, void* grad_weight, void* grad_bias, void* workspace,
                         int64_t splits, const Where& where);
+
+// A weight, its momentum buffer and its master copy, all in the memory order of problem.weight, and
+// how they are updated. hyper.dtype is the problem's or, where that is a half type, float32: of a
+// weight that was cast for the convolution. tensor.grad and hyper.grad_scale are not looked at.
+struct SgdWeight {
+  SgdTensor tensor;
+  SgdHyper hyper;
+  const double* lr;  // on the device, instead of hyper.lr, or null
+};
+
+// Updates a weight by the gradient that conv2d_grad_weight would have written, to the same bits in
+// float32 and float64. grad_output null: by the parts that it left in the workspace. Else without
+// any, in one split.
+void conv2d_grad_weight_sgd(const Conv2dProblem& problem, const Conv2dWay& way,
+                            const void* grad_output, const void* input, const void* workspace,
+                            int64_t splits, const SgdWeight& weight, const Where& where);
 
 // --- Few channels (conv2d_stem.h): one group, no dilation, not float64, not kIeee ---------------
 

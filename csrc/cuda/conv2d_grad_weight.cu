@@ -1,8 +1,10 @@
 // The gradients in the weight and the bias: a block makes kM filters by kN taps, summing over the
 // positions of one split. What the splits have summed is added up in order by a second kernel, so
-// that the same numbers come out in every run.
+// that the same numbers come out in every run. What is last, the second kernel or the only split,
+// may update the weight by SGD instead of writing its gradient.
 #include "conv2d_launch.h"
 #include "device.h"
+#include "weight_update.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -20,9 +22,58 @@ struct Arguments {
 template <typename Math>
 using Memory = BlockMemory<Math, true, true>;
 
+// Where the elements of a weight lie, counted in elements: [K, R, S, C / groups] in the order of
+// their index.
+struct WeightPlaces {
+  Divisor taps;  // of one filter
+  Taps places;
+  int64_t filter_step;
+};
+
+WeightPlaces weight_places(const Conv2dProblem& p) {
+  WeightPlaces all{Divisor::of(p.C / p.groups * p.R * p.S), weight_taps(p), p.weight.n};
+  all.places.bytes = channel_steps(p.weight, 1);
+  return all;
+}
+
+GDFAST_DEVICE int64_t place_of(const WeightPlaces& a, int64_t filter, int32_t tap) {
+  return filter * a.filter_step + place_at(a.places, tap).offset;
+}
+
+constexpr int kUpdatesAtOnce = 8;  // of a thread: enough to hide some of the way to memory
+
+// Updates the part of a weight that the block has summed the gradient of.
+template <typename Math, typename Memory>
+GDFAST_DEVICE void update_tile(const WeightUpdate<typename Math::Sum>& update,
+                               const WeightPlaces& places, typename Math::Sums& sums,
+                               int64_t first_filter, int32_t rows, int32_t first_column,
+                               int32_t columns) {
+  using Element = typename Math::Element;
+  constexpr int kStep = kUpdatesAtOnce * Math::kThreads;
+  static_assert(Math::kM * Math::kN % kStep == 0, "steps are whole");
+  keep_results<Math, Memory>(sums);
+#pragma unroll 1
+  for (int first = this_thread(); first < Math::kM * Math::kN; first += kStep) {
+    typename Math::Sum gradients[kUpdatesAtOnce];
+    int64_t at[kUpdatesAtOnce];
+#pragma unroll
+    for (int i = 0; i < kUpdatesAtOnce; ++i) {
+      const int index = first + i * Math::kThreads;
+      const int row = index / Math::kN, column = index % Math::kN;
+      // Added to 0 as the sum of one split is, which makes 0 of -0.
+      gradients[i] = typename Math::Sum(0) + result_row<Math, Memory>(row)[column];
+      const bool inside = row < rows && column < columns;
+      at[i] = inside ? place_of(places, first_filter + row, first_column + column) : -1;
+    }
+    update_weight<Element>(update, at, gradients);
+  }
+}
+
 template <typename Math, bool kChunked>
 GDFAST_KERNEL(Math::kThreads, 2)
-conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
+conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a,
+                          GDFAST_GRID_CONSTANT const WeightPlaces places,
+                          GDFAST_GRID_CONSTANT const WeightUpdate<typename Math::Sum> update) {
   using Element = typename Math::Element;
   using Sum = typename Math::Sum;
   using Its = Memory<Math>;
@@ -55,6 +106,10 @@ conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
         }
       });
 
+  if (update.param != nullptr) {
+    return update_tile<Math, Its>(update, places, sums, int64_t{group} * filters + first_row,
+                                  filters - first_row, first_column, taps - first_column);
+  }
   const int64_t first_filter = (split * a.groups + group) * filters + first_row;
   Sum* const weight_sums = static_cast<Sum*>(a.weight_sums) + first_filter * taps + first_column;
   Math::for_each_pair(sums, [&](int row, int column, Sum& first, Sum& second) {
@@ -76,33 +131,49 @@ conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
 struct SplitSums {
   const void* sums;  // [splits, count]
   int64_t count, splits;
-  void* to;
-  Divisor taps;  // of one filter
-  Taps places;
-  int64_t filter_bytes;
+  WeightPlaces places;
 };
+
+// One element, and its place.
+template <typename Sum>
+GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t index, int64_t& place) {
+  const Sum* from = static_cast<const Sum*>(a.sums) + index;
+  Sum sum = 0;
+#pragma unroll 8
+  for (int64_t split = 0; split < a.splits; ++split, from += a.count) sum += *from;
+  const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
+  place = place_of(a.places, filter.quotient, filter.rest);
+  return sum;
+}
 
 constexpr int kSumThreads = 256;
 
 template <typename T, typename Sum>
 GDFAST_KERNEL(kSumThreads, 1)
-sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a) {
+sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to) {
   const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
   if (index >= a.count) return;
-  const Sum* from = static_cast<const Sum*>(a.sums) + index;
-  Sum sum = 0;
-#pragma unroll 8
-  for (int64_t split = 0; split < a.splits; ++split, from += a.count) sum += *from;
-  const Divided filter = divide(static_cast<int32_t>(index), a.taps);
-  const int64_t offset = filter.quotient * a.filter_bytes + place_at(a.places, filter.rest).offset;
-  *reinterpret_cast<T*>(static_cast<unsigned char*>(a.to) + offset) = from_float<T>(sum);
+  int64_t place;
+  const Sum sum = sum_splits<Sum>(a, index, place);
+  static_cast<T*>(to)[place] = from_float<T>(sum);
+}
+
+template <typename T, typename Sum>
+GDFAST_KERNEL(kSumThreads, 1)
+sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
+                      GDFAST_GRID_CONSTANT const WeightUpdate<Sum> update) {
+  const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
+  if (index >= a.count) return;
+  int64_t place[1];
+  const Sum gradient[] = {sum_splits<Sum>(a, index, place[0])};
+  update_weight<T>(update, place, gradient);
 }
 
 template <typename Math>
-void sum_splits(const SplitSums& a, const Where& where) {
+void launch_sum_splits(const SplitSums& a, void* to, const Where& where) {
   launch("conv2d_grad_weight", sum_splits_kernel<typename Math::Element, typename Math::Sum>,
          dim3(static_cast<unsigned>(blocks_for(a.count, kSumThreads))), kSumThreads, 0,
-         where.stream, a);
+         where.stream, a, to);
 }
 
 int64_t sum_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
@@ -115,45 +186,104 @@ int64_t conv2d_grad_weight_workspace(const Conv2dProblem& p, int64_t splits, boo
   return splits * (weight_elements(p) + (bias ? p.K : 0)) * sum_bytes(p.dtype);
 }
 
+namespace {
+
+// What is read, in splits; where sums go is left to the caller.
+Arguments arguments_of(const Conv2dProblem& p, const void* grad_output, const void* input,
+                       int64_t splits) {
+  return {output_operand(p, grad_output, output_positions(p), filters(p, p.output.c)),
+          input_operand(p, input, window_positions(p), window_taps(p)),
+          nullptr,
+          nullptr,
+          blocks_for(p.N * p.P * p.Q, splits * kStepBytes) * kStepBytes,  // whole steps of any type
+          small(p.groups),
+          0};
+}
+
+bool is_chunked(const Conv2dProblem& p, const void* grad_output, const void* input) {
+  const int64_t bytes = bytes_of(p.dtype);
+  return has_chunks(grad_output, p.output, p.K / p.groups, p.N, p.P, p.Q, bytes) &&
+         has_chunks(input, p.input, p.C / p.groups, p.N, p.H, p.W, bytes);
+}
+
+template <typename Instance>
+void launch_products(const Conv2dProblem& p, Arguments a, int64_t splits,
+                     const WeightUpdate<typename Instance::Math::Sum>& update, const Where& where) {
+  using Math = typename Instance::Math;
+  a.column_tiles = static_cast<uint32_t>(blocks_for(p.C / p.groups * p.R * p.S, int64_t{Math::kN}));
+  const int64_t blocks = blocks_for(p.K / p.groups, Math::kM) * a.column_tiles;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits),
+                  static_cast<unsigned>(p.groups));
+  launch("conv2d_grad_weight", conv2d_grad_weight_kernel<Math, Instance::kChunked>, grid,
+         Math::kThreads, Memory<Math>::kSize, where.stream, a, weight_places(p), update);
+}
+
+// The sums of no positions are zeros.
+int64_t used_splits(const Conv2dProblem& p, int64_t splits) {
+  return p.N * p.P * p.Q == 0 ? 0 : splits;
+}
+
+}  // namespace
+
 void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
                         const void* input, void* grad_weight, void* grad_bias, void* workspace,
                         int64_t splits, const Where& where) {
-  const int64_t C = p.C / p.groups, K = p.K / p.groups, bytes = bytes_of(p.dtype);
-  const int64_t positions = p.N * p.P * p.Q, weights = weight_elements(p);
-  // The sums of no positions are zeros.
-  const int64_t used = positions == 0 ? 0 : splits;
-  void* const bias_sums = grad_bias == nullptr ? nullptr
-                                               : static_cast<unsigned char*>(workspace) +
-                                                     splits * weights * sum_bytes(p.dtype);
-  const Arguments arguments{
-      output_operand(p, grad_output, output_positions(p), filters(p, p.output.c)),
-      input_operand(p, input, window_positions(p), window_taps(p)),
-      workspace,
-      bias_sums,
-      blocks_for(positions, splits * kStepBytes) * kStepBytes,  // whole steps in every type
-      small(p.groups),
-      0};
-  const SplitSums weight_sums{
-      workspace,      weights,           used, grad_weight, Divisor::of(C * p.R * p.S),
-      weight_taps(p), p.weight.n * bytes};
-  const SplitSums all_bias_sums{bias_sums,      p.K,  used, grad_bias, Divisor::of(1),
-                                weight_taps(p), bytes};
-  const bool chunked = has_chunks(grad_output, p.output, K, p.N, p.P, p.Q, bytes) &&
-                       has_chunks(input, p.input, C, p.N, p.H, p.W, bytes);
+  const int64_t weights = weight_elements(p), used = used_splits(p, splits);
+  Arguments arguments = arguments_of(p, grad_output, input, splits);
+  arguments.weight_sums = workspace;
+  if (grad_bias != nullptr) {
+    arguments.bias_sums =
+        static_cast<unsigned char*>(workspace) + splits * weights * sum_bytes(p.dtype);
+  }
+  const SplitSums weight_sums{workspace, weights, used, weight_places(p)};
+  const SplitSums bias_sums{arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), 1}};
   const DeviceGuard guard("conv2d_grad_weight", where.device);
-  with_instance(p.dtype, way, chunked, [&](auto instance) {
-    using Math = typename decltype(instance)::Math;
-    if (used > 0) {
-      Arguments a = arguments;
-      a.column_tiles = static_cast<uint32_t>(blocks_for(C * p.R * p.S, Math::kN));
-      const int64_t blocks = blocks_for(K, Math::kM) * a.column_tiles;
-      const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(splits),
-                      static_cast<unsigned>(p.groups));
-      launch("conv2d_grad_weight", conv2d_grad_weight_kernel<Math, decltype(instance)::kChunked>,
-             grid, Math::kThreads, Memory<Math>::kSize, where.stream, a);
+  with_instance(p.dtype, way, is_chunked(p, grad_output, input), [&](auto instance) {
+    using Instance = decltype(instance);
+    if (used > 0 && grad_output != nullptr) {
+      launch_products<Instance>(p, arguments, splits, {}, where);
     }
-    sum_splits<Math>(weight_sums, where);
-    if (grad_bias != nullptr) sum_splits<Math>(all_bias_sums, where);
+    using Math = typename Instance::Math;
+    if (grad_weight != nullptr) launch_sum_splits<Math>(weight_sums, grad_weight, where);
+    if (grad_bias != nullptr) launch_sum_splits<Math>(bias_sums, grad_bias, where);
+  });
+}
+
+namespace {
+
+template <typename T, typename Sum>
+void launch_sum_splits_sgd(const SplitSums& a, const SgdWeight& weight, const Where& where) {
+  launch("conv2d_grad_weight", sum_splits_sgd_kernel<T, Sum>,
+         dim3(static_cast<unsigned>(blocks_for(a.count, kSumThreads))), kSumThreads, 0,
+         where.stream, a, weight_update<Sum>(weight));
+}
+
+void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t splits,
+                    const SgdWeight& weight, const Where& where) {
+  const SplitSums a{workspace, weight_elements(p), used_splits(p, splits), weight_places(p)};
+  switch (weight.hyper.dtype) {
+    case DType::kFloat32:
+      return launch_sum_splits_sgd<float, float>(a, weight, where);
+    case DType::kFloat64:
+      return launch_sum_splits_sgd<double, double>(a, weight, where);
+    case DType::kBFloat16:
+      return launch_sum_splits_sgd<BFloat16, float>(a, weight, where);
+    case DType::kFloat16:
+      return launch_sum_splits_sgd<Half, float>(a, weight, where);
+  }
+}
+
+}  // namespace
+
+void conv2d_grad_weight_sgd(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
+                            const void* input, const void* workspace, int64_t splits,
+                            const SgdWeight& weight, const Where& where) {
+  const DeviceGuard guard("conv2d_grad_weight", where.device);
+  if (grad_output == nullptr) return sum_splits_sgd(p, workspace, splits, weight, where);
+  with_instance(p.dtype, way, is_chunked(p, grad_output, input), [&](auto instance) {
+    using Instance = decltype(instance);
+    launch_products<Instance>(p, arguments_of(p, grad_output, input, 1), 1,
+                              weight_update<typename Instance::Math::Sum>(weight), where);
   });
 }
 

@@ -1,21 +1,9 @@
 // SGD on the GPU: up to 82 tensors per launch, whose metadata travel as kernel arguments, so that
 // a step allocates nothing, copies nothing and waits for nothing.
-#include "device.h"
 #include "kernels.h"
+#include "sgd_half.h"
 
 namespace gdfast::cuda {
-
-// Half types: float32 arithmetic, rounded once at each store.
-template <typename T>
-struct SgdHalfElement {
-  using Math = float;
-  GDFAST_SGD_FUNCTION float widen(T value) { return to_float(value); }
-  GDFAST_SGD_FUNCTION T narrow(float value) { return from_float<T>(value); }
-};
-template <>
-struct SgdElement<Half> : SgdHalfElement<Half> {};
-template <>
-struct SgdElement<BFloat16> : SgdHalfElement<BFloat16> {};
 
 namespace {
 

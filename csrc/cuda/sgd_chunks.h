@@ -76,12 +76,13 @@ struct SgdElement {
 template <typename T, bool kMaster>
 using SgdState = std::conditional_t<kMaster, typename SgdElement<T>::Math, T>;
 
-template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T, typename State,
-          typename Math>
-GDFAST_SGD_FUNCTION void sgd_update_stored(const SgdFactors<Math>& factors, T& param, T& grad,
-                                           State& momentum, State& master) {
+// `Gradient` is T, or Math where a gradient was never rounded.
+template <SgdMomentum kMomentum, SgdGrad kGrad, bool kMaster, typename T, typename Gradient,
+          typename State, typename Math>
+GDFAST_SGD_FUNCTION void sgd_update_stored(const SgdFactors<Math>& factors, T& param,
+                                           Gradient& grad, State& momentum, State& master) {
   using Element = SgdElement<T>;
-  Math p = Element::widen(param), g = Element::widen(grad), m = Math(0);
+  Math p = Element::widen(param), g = SgdElement<Gradient>::widen(grad), m = Math(0);
   if (kMaster) {
     const Math kept = SgdElement<State>::widen(master);
     p = sgd_master(kept, Element::widen(Element::narrow(kept)), p);
@@ -90,7 +91,7 @@ GDFAST_SGD_FUNCTION void sgd_update_stored(const SgdFactors<Math>& factors, T& p
   sgd_update<kMomentum, kGrad>(factors, p, g, m);
   param = Element::narrow(p);
   if (kMaster) master = SgdElement<State>::narrow(p);
-  if (kGrad != SgdGrad::kRead) grad = Element::narrow(g);
+  if (kGrad != SgdGrad::kRead) grad = SgdElement<Gradient>::narrow(g);
   if (kMomentum != SgdMomentum::kNone) momentum = SgdElement<State>::narrow(m);
 }
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import batch_norm, cuda_depthwise, cuda_stem, cuda_stream, cuda_tiles, sgd
 from gdfast.backends.cuda_depthwise import depthwise_fits
+from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -297,27 +298,8 @@ def conv2d_grad_weight(
         return cuda_stem.conv2d_grad_weight(query, _problem(query)[0], _way(query, SMALLEST))
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
-    problem, (copy_input, copy_grad) = _problem(query, "input", "output")
-    way, run, parts = _way(query, by), native.cuda.conv2d_grad_weight, splits(query, by)
-    size, strides = query.geometry.weight_size, query.strides[1]
-    bytes_of = {
-        bias: native.cuda.conv2d_grad_weight_workspace(problem, parts, bias)
-        for bias in (False, True)
-    }
-
-    def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        grad_weight = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
-        grad_bias = input.new_empty(size[0]) if bias else None
-        grad_output, input = copy_grad(grad_output), copy_input(input)
-        workspace = input.new_empty(bytes_of[bias], dtype=torch.uint8)
-        run(
-            problem, way(), grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
-            0 if grad_bias is None else grad_bias.data_ptr(), workspace.data_ptr(), parts,
-            *cuda_stream.current(input.device),
-        )  # fmt: skip
-        return grad_weight, grad_bias
-
-    return kernel
+    problem, copies = _problem(query, "input", "output")
+    return GradWeight(query, problem, copies, _way(query, by), splits(query, by))
 
 
 def _padded_grad_weight(

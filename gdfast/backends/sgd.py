@@ -107,21 +107,16 @@ def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     """Runs the CUDA kernel on the current stream. Nothing waits for the GPU."""
     assert native.cuda is not None
     device = tensors.params[0].device
-    on_device = lr_on(device, hyper.lr)
-    lr, lr_tensor = (0.0, on_device) if isinstance(on_device, Tensor) else (on_device, None)
-    lr_tensor, grad_scale, found_inf = (
-        None if value is None else value.to(device, dtype)
-        for value, dtype in (
-            (lr_tensor, torch.float64),
-            (hyper.grad_scale, torch.float32),
-            (hyper.found_inf, torch.float32),
-        )
+    lr, lr_tensor = split_lr(device, hyper.lr)
+    grad_scale, found_inf = (
+        None if value is None else value.to(device, torch.float32)
+        for value in (hyper.grad_scale, hyper.found_inf)
     )
     done = native.cuda.sgd(
         at.params, addresses(tensors.grads), at.momenta, at.masters, at.numels,
         DTYPES[tensors.params[0].dtype], lr, hyper.momentum, hyper.dampening, hyper.weight_decay,
         hyper.nesterov, hyper.maximize, hyper.first_step, hyper.zero_grad,
-        _address(lr_tensor), _address(grad_scale), _address(found_inf),
+        address(lr_tensor), address(grad_scale), address(found_inf),
         *cuda_stream.current(device),
     )  # fmt: skip
     if done:
@@ -154,6 +149,14 @@ def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
 def lr_on(device: torch.device, lr: float | Tensor) -> float | Tensor:
     """lr as a tensor only where it lies on the device: one elsewhere is read without a copy."""
     return lr.item() if isinstance(lr, Tensor) and lr.device != device else lr
+
+
+def split_lr(device: torch.device, lr: float | Tensor) -> tuple[float, Tensor | None]:
+    """lr as CUDA kernels take it: a number, or instead of it a float64 tensor on their device."""
+    on_device = lr_on(device, lr)
+    if isinstance(on_device, Tensor):
+        return 0.0, on_device.to(torch.float64)
+    return on_device, None
 
 
 @lru_cache(maxsize=64)
@@ -200,7 +203,7 @@ def _reference_one(
         param.copy_(master)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 

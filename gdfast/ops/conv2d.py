@@ -27,7 +27,7 @@ from gdfast.geometry import (
     named_padding,
     pair,
 )
-from gdfast.ops import conv2d_dispatch
+from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d_dispatch import library
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -110,7 +110,7 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
+    cast: tuple[Any, ...] = tuple(
         tensor.to(dtype)
         if tensor is not None
         and tensor.device.type == device
@@ -119,6 +119,9 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
         else tensor
         for tensor in (input, weight, bias)
     )
+    if not torch.compiler.is_compiling() and in_backward.targets and cast[1] is not weight:
+        in_backward.note_cast(cast[1])
+    return cast
 
 
 def _save_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -156,7 +159,10 @@ def conv_gradients(
         grad_input = conv_grad_input(
             grad_output, weight, ctx.input_size, ctx.input_channels_last, *ctx.arguments
         )
-    if need_weight:
+    begun = in_backward.begin(ctx, grad_output, input) if in_backward.targets else None
+    if begun is not None:
+        (grad_bias,) = begun
+    elif need_weight:
         grad_weight, grad_bias = conv_grad_weight(
             grad_output, input, ctx.weight_size, ctx.weight_channels_last, need_bias,
             *ctx.arguments,

@@ -158,6 +158,22 @@ def conv2d_grad_weight(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Runs the gradients in the weight and, with `bias`, the bias on the backend that takes it."""
+    kernel = grad_weight_kernel(
+        grad_output, input, weight_size, channels_last, bias, stride, padding, dilation, groups,
+        backend,
+    )  # fmt: skip
+    gradients: tuple[Tensor, Tensor | None] = kernel(grad_output, input, bias)
+    return gradients
+
+
+def grad_weight_kernel(
+    grad_output: Tensor, input: Tensor, weight_size: Sequence[int], channels_last: bool, bias: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    backend: str,
+) -> Callable[..., Any]:  # fmt: skip
+    """The kernel that conv2d_grad_weight runs. Some can leave the weight's to the optimizer: those
+    have a method `begin` (see `backends.cuda_grad_weight`).
+    """
     backend = chosen(backend)
     key = conv2d_grad_weight_key(
         grad_output, input, weight_size, channels_last, bias, stride, padding, dilation, groups,
@@ -169,7 +185,7 @@ def conv2d_grad_weight(
             grad_output, input, weight_size, channels_last, stride, padding, dilation, groups
         )
         kernel = bind(key, "conv2d_grad_weight", query, backend, grad_output, input, bias)
-    return kernel(grad_output, input, bias)
+    return kernel
 
 
 def conv2d_query(

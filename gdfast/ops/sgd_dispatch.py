@@ -202,6 +202,18 @@ def _walk_together(
     )
 
 
+def walk_with(strides: tuple[int, ...], tensors: SgdTensors) -> bool:
+    """Whether a kernel that walks through memory by the strides of a dense tensor can update one
+    parameter with its state."""
+    (param,), _, momenta, masters = tensors
+    kind = torch.float32 if masters else param.dtype, param.device
+    return (
+        _same_order(param.shape, param.stride(), strides)
+        and is_plain((*tensors.params, *momenta, *masters))
+        and all(_walk_together([param], [each], kind) for each in (*momenta, *masters))
+    )
+
+
 def _all_dense(tensors: Tensors) -> bool:
     return all(map(_is_contiguous, tensors)) or all(
         t.layout is torch.strided and _is_dense(t.shape, t.stride()) for t in tensors

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from gdfast.backends.cuda_grad_weight import BegunGradWeight
 from gdfast.errors import mismatch
+from gdfast.ops import in_backward
 
 _OP = "SGD(in_backward=True)"
 _ORDINARY = "Or leave in_backward out"
@@ -23,19 +25,28 @@ class InBackward:
     parameter has run its backward by then, and needs it no longer. The gradient is handed on rather
     than kept, so that its memory is free before the next one is computed.
 
+    Where a convolution has begun the only gradient of a weight, `finish(group, param, begun)` is
+    called instead, in the same place (see `ops.in_backward`). It returns False, with nothing done,
+    where it cannot use that; the gradient comes by the hook then.
+
     Raises RuntimeError, or ValueError for a parameter that is listed twice, where it sees what it
     would get wrong.
     """
 
-    def __init__(self, update: Callable[[int, Tensor, Tensor], None]) -> None:
+    def __init__(
+        self, update: Callable[[int, Tensor, Tensor], None],
+        finish: Callable[[int, Tensor, BegunGradWeight], bool],
+    ) -> None:  # fmt: skip
         self._update = weakref.WeakMethod(update)  # of the optimizer, which owns this
+        self._finish = weakref.WeakMethod(finish)
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._groups: dict[Tensor, int] = {}
         self._updated: set[Tensor] = set()  # since the last step
 
     def __del__(self) -> None:
-        for handle in self._handles.values():
+        for param, handle in self._handles.items():
             handle.remove()
+            in_backward.targets.pop(id(param), None)
 
     def watch(self, groups: list[dict[str, Any]]) -> None:
         """Sets hooks for parameters that have none yet. Frozen ones get theirs when they thaw."""
@@ -47,6 +58,10 @@ class InBackward:
             if live is not None:
                 live._on_gradient(param)
 
+        def update(param: Tensor, begun: BegunGradWeight) -> bool:
+            live = this()
+            return live is not None and live._on_begun(param, begun)
+
         new: set[Tensor] = set()
         for index, group in enumerate(groups):
             for param in group["params"]:
@@ -57,6 +72,7 @@ class InBackward:
                     new.add(param)
                     self._handles[param] = param.register_post_accumulate_grad_hook(hook)
                     self._groups[param] = index
+                    in_backward.targets[id(param)] = in_backward.Target(update, hook)
 
     def refuse_unfinished(self) -> None:
         """Raises where gradients are to be thrown away that have been used already."""
@@ -92,6 +108,18 @@ class InBackward:
         self._updated.add(param)
         param.grad = None
         update(self._groups[param], param, grad)
+
+    def _on_begun(self, param: Tensor, begun: BegunGradWeight) -> bool:
+        finish = self._finish()
+        if finish is None or param.grad is not None or param in self._updated:
+            return False
+        if not self._updated:
+            _refuse_processes()
+        _refuse_hooks(param, ours=1)
+        if not finish(self._groups[param], param, begun):
+            return False
+        self._updated.add(param)
+        return True
 
 
 def _refuse_hooks(param: Tensor, ours: int) -> None:

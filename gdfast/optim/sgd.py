@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gdfast import ops
+from gdfast.backends.cuda_grad_weight import BegunGradWeight
 from gdfast.backends.sgd import HALF_TYPES, SgdHyper, SgdTensors
-from gdfast.ops.sgd_dispatch import Checked, run_sgd
+from gdfast.ops.sgd_dispatch import Checked, run_sgd, walk_with
 from gdfast.optim.in_backward import InBackward
 
 
@@ -37,13 +38,16 @@ class SGD(torch.optim.SGD):
 
     `in_backward` updates each parameter during backward, as soon as its gradient is complete, and
     keeps no gradient: `.grad` stays None, and its memory is free before the next one is computed.
-    The weights are the same bits as without. `step` updates what has a gradient nevertheless and
-    ends the step: it must follow each backward, and hyperparameters change after it. Refused with
-    RuntimeError are a second backward before `step`, `zero_grad` between the two, create_graph,
-    other post-accumulate-grad hooks on a parameter, DistributedDataParallel, several processes and
-    GradScaler, which `step` alone sees: then weights have changed by scaled gradients. What reads
-    or changes `.grad` between backward and step by hand can't be seen, and does nothing: clipping
-    by norm, above all. Hooks of `Tensor.register_hook` work.
+    The weights are the same bits as without. Where our CUDA kernels compute the only gradient of a
+    convolution's weight, their last pass does the update, and no gradient is stored at all; half
+    types, and float32 under autocast, are then updated by gradients that were never rounded to the
+    half type. `step` updates what has a gradient nevertheless and ends the step: it must follow
+    each backward, and hyperparameters change after it. Refused with RuntimeError are a second
+    backward before `step`, `zero_grad` between the two, create_graph, other post-accumulate-grad
+    hooks on a parameter, DistributedDataParallel, several processes and GradScaler, which `step`
+    alone sees: then weights have changed by scaled gradients. What reads or changes `.grad` between
+    backward and step by hand can't be seen, and does nothing: clipping by norm, above all. Hooks of
+    `Tensor.register_hook` work.
 
     `torch.amp.GradScaler` needs no pass of its own: the step divides gradients by the scale, and
     they stay so, as native's fused step leaves them. Where it found an infinity, nothing changes.
@@ -92,7 +96,7 @@ class SGD(torch.optim.SGD):
         self._step_supports_amp_scaling = not self.defaults["differentiable"]
         if self.in_backward:
             if "_backward" not in vars(self):
-                self._backward = InBackward(self._update_in_backward)
+                self._backward = InBackward(self._update_in_backward, self._finish_in_backward)
             self._backward.watch(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,11 +183,7 @@ class SGD(torch.optim.SGD):
         """Updates parameters of a group; `key` finds again what was checked of them before."""
         if group["fused"] and not all(map(torch.is_floating_point, params)):
             raise RuntimeError("`fused=True` requires all the params to be floating point Tensors")
-        hyper = SgdHyper(
-            group["lr"], group["momentum"], group["dampening"], float(group["weight_decay"]),
-            group["nesterov"], group["maximize"], False, self.fused_zero_grad,
-            getattr(self, "grad_scale", None), getattr(self, "found_inf", None),
-        )  # fmt: skip
+        hyper = self._hyper(group)
         tensors = SgdTensors(params, grads, [], [])
         if self.master_weights:
             is_half = [p.dtype in HALF_TYPES for p in params]
@@ -191,6 +191,37 @@ class SGD(torch.optim.SGD):
             self._run(key, half._replace(masters=list(map(self._master, half.params))), hyper)
             tensors = tensors.only([not each for each in is_half])
         self._run(key, tensors, hyper)
+
+    def _hyper(self, group: dict[str, Any]) -> SgdHyper:
+        return SgdHyper(
+            group["lr"], group["momentum"], group["dampening"], float(group["weight_decay"]),
+            group["nesterov"], group["maximize"], False, self.fused_zero_grad,
+            getattr(self, "grad_scale", None), getattr(self, "found_inf", None),
+        )  # fmt: skip
+
+    def _finish_in_backward(self, index: int, param: Tensor, begun: BegunGradWeight) -> bool:
+        """Updates a weight in the last pass of its gradient, or returns False if it can't be."""
+        hyper = self._hyper(self.param_groups[index])
+        if hyper.grad_scale is not None or hyper.found_inf is not None:
+            return False
+        state = self.state[param]
+        with torch.no_grad():
+            is_half = self.master_weights and param.dtype in HALF_TYPES
+            masters = [self._master(param)] if is_half else []
+            momenta = []
+            if hyper.momentum:
+                buffer = state.get("momentum_buffer")
+                hyper = hyper._replace(first_step=buffer is None)
+                if buffer is None:
+                    buffer = torch.empty_like((masters or [param])[0], requires_grad=False)
+                momenta = [buffer]
+            tensors = SgdTensors([param], [], momenta, masters)
+            if not walk_with(begun.strides, tensors):
+                return False
+            begun.update(tensors, hyper)
+        if momenta:
+            (state["momentum_buffer"],) = momenta
+        return True
 
     def _master(self, param: Tensor) -> Tensor:
         state = self.state[param]
