@@ -36,7 +36,7 @@ def conv2d(groups: int, which: str) -> None:
 def batch_norm(which: str) -> None:
     problem = native.cuda.BatchNormProblem(2, 4, 30, False, "float16", "float32", "none", 0.0, 1e-5)
     if which == "batch_norm_act":
-        native.cuda.batch_norm(problem, *[0] * 9, True, 0.1, 0, 0, 0, 0, *current(CPU))
+        native.cuda.batch_norm(problem, *[0] * 9, True, 0.1, 0, 0, 0, *current(CPU))
     else:
         addresses = [0] * 7 + [16] + [0] * 3  # only the gradient in the input is wanted
         native.cuda.batch_norm_backward(problem, *addresses, True, "input", 0, *current(CPU))
@@ -98,4 +98,4 @@ def test_a_grid_that_is_too_large() -> None:
     way = native.cuda.Conv2dWay("ieee", "64x64")
     expected = r"^conv2d: CUDA simulator: grid: .* \(bfloat16, input \[1, 70000, 1, 1\], weight"
     with pytest.raises(RuntimeError, match=expected):
-        native.cuda.conv2d(problem, way, *[0] * 8, *current(CPU))
+        native.cuda.conv2d(problem, way, *[0] * 6, *current(CPU))
