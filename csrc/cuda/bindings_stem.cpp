@@ -19,10 +19,11 @@ void bind_stem(py::module_& m) {
       [](const Conv2dProblem& problem, const Conv2dWay& way, int64_t tiles_of_block,
          uintptr_t input, uintptr_t weight, uintptr_t bias, uintptr_t output, uintptr_t moments,
          uintptr_t workspace, int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        conv2d_stem(problem, way.precision, tiles_of_block, pointer(input), pointer(weight),
-                    pointer(bias), pointer(output), pointer(moments), pointer(workspace),
-                    {device, stream});
+        launching(problem, [&] {
+          conv2d_stem(problem, way.precision, tiles_of_block, pointer(input), pointer(weight),
+                      pointer(bias), pointer(output), pointer(moments), pointer(workspace),
+                      {device, stream});
+        });
       },
       py::arg("problem"), py::arg("way"), py::arg("tiles_of_block"), py::arg("input"),
       py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("moments"),
@@ -37,10 +38,11 @@ void bind_stem(py::module_& m) {
       [](const Conv2dProblem& problem, const Conv2dWay& way, uintptr_t grad_output, uintptr_t input,
          uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t workspace, int64_t splits,
          int device, uintptr_t stream) {
-        py::gil_scoped_release release;
-        conv2d_stem_grad_weight(problem, way.precision, pointer(grad_output), pointer(input),
-                                pointer(grad_weight), pointer(grad_bias), pointer(workspace),
-                                splits, {device, stream});
+        launching(problem, [&] {
+          conv2d_stem_grad_weight(problem, way.precision, pointer(grad_output), pointer(input),
+                                  pointer(grad_weight), pointer(grad_bias), pointer(workspace),
+                                  splits, {device, stream});
+        });
       },
       py::arg("problem"), py::arg("way"), py::arg("grad_output"), py::arg("input"),
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("workspace"), py::arg("splits"),
