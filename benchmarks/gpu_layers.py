@@ -230,7 +230,7 @@ def warm_up(part: str) -> int:
     """Compiles what Triton and torch.compile will need, as far as caches keep it; `part` is I/N."""
     index, parts = map(int, part.split("/"))
     at = where(False)
-    torch.cuda.set_per_process_memory_fraction(0.35)  # others run beside it
+    torch.cuda.set_per_process_memory_fraction(0.12)  # tests and others like it run beside it
     # Those of torch.compile take longest, so they come first.
     found = sorted(gpu_rows.entries(), key=lambda entry: "native compile" not in candidates(entry))
     for entry in found[index::parts]:

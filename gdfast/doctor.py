@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -115,9 +116,7 @@ def examine() -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith("GDFAST_") or name in _ENVIRONMENT
         },
-        "nchw_over_channels_last": {
-            name: round(_layout_cost(name, "cuda", 32), 2) for name in timed
-        },
+        "nchw_over_channels_last": _layout_costs(timed),
         "self_test": [check._asdict() for check in checks],
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -134,6 +133,14 @@ def _autotune() -> dict[str, Any]:
         "file": str(file) if file else None,
         "choices": len(choices_file.read(file)) if file else 0,
     }
+
+
+def _layout_costs(backends: list[str]) -> dict[str, float]:
+    costs = {}
+    for backend in backends:
+        with suppress(RuntimeError):  # no memory, or no bfloat16: there is nothing to tell then
+            costs[backend] = round(_layout_cost(backend, "cuda", 32), 2)
+    return costs
 
 
 def _layout_cost(backend: str, device: str, images: int) -> float:
@@ -180,7 +187,7 @@ def _in_words(report: dict[str, Any]) -> str:
             f"{', '.join(cpu['instruction_sets']) or 'nothing'}; in force: {cpu['in_force']} "
             f"(torch: {cpu['torch_in_force']})",
         ),
-        ("bfloat16", _bf16_in_words(cpu["why_no_bf16"])),
+        ("bfloat16", _bf16_in_words(cpu["why_no_bf16"], cpu["in_force"])),
         *(
             ("GPU", f"{gpu['name']}, capability {gpu['capability']}, {gpu['gigabytes']} GiB")
             for gpu in report["cuda_devices"] or []
@@ -216,7 +223,9 @@ def _in_words(report: dict[str, Any]) -> str:
     return "\n".join([*(f"{name:<12} {text}" for name, text in lines), "", verdict])
 
 
-def _bf16_in_words(why_not: str) -> str:
+def _bf16_in_words(why_not: str, isa: str) -> str:
+    if isa.startswith("emulated"):
+        return "convolutions on the CPU emulate its products, for tests: slow"
     if why_not:
         return f"convolutions on the CPU widen it to float32, or are native's: {why_not}"
     return "convolutions on the CPU multiply it as it is, or are native's"

@@ -53,7 +53,9 @@ def run(backend: str) -> list[Check]:
     """
     on_gpu = runs_on_gpu(backend)
     device = "cuda" if on_gpu else "cpu"
-    bfloat16 = on_gpu or (backend == "cpu" and not cpu_algorithms.why_no_bf16())
+    bfloat16 = (on_gpu and torch.cuda.is_bf16_supported()) or (
+        backend == "cpu" and not cpu_algorithms.why_no_bf16()
+    )
     return [check(backend, device, *each) for each in _plan(bfloat16=bfloat16, tf32x3=on_gpu)]
 
 

@@ -194,6 +194,34 @@ def test_what_the_kernel_does_not_take(
     assert not updates
 
 
+class Halved(torch.autograd.Function):
+    """What quantisation does: a function of the user's own between a weight and its layer."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.variable = weight  # a name that autograd's own nodes have too
+        ctx.set_materialize_grads(False)
+        return weight / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return None if grad is None else grad / 2
+
+
+def test_a_function_between_weight_and_layer(updates: list[Any], cuda_device: torch.device) -> None:
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        weight = torch.randn(4, 4, 3, 3, device=cuda_device, requires_grad=True)
+        optimizer = optim.SGD([weight], lr=LR, in_backward=fused)
+        images = torch.randn(2, 4, 5, 4, device=cuda_device)
+        gdfast.ops.conv2d(images, Halved.apply(weight)).square().sum().backward()
+        optimizer.step()
+        results.append([weight.detach()])
+    assert_equal(*results)
+    assert not updates
+
+
 def test_an_empty_batch(updates: list[Any], cuda_device: torch.device) -> None:
     results = []
     for fused in (False, True):

@@ -145,6 +145,36 @@ def test_runs_natively_what_it_has_no_kernel_for(change: Callable[..., Any]) -> 
     torch.testing.assert_close(output, F.linear(*leaves))
 
 
+@pytest.mark.parametrize("frozen", ["input", "weight", "both"])
+def test_what_is_not_needed_may_change_before_backward(frozen: str) -> None:
+    input, weight, bias = arguments(64, 800, 10, torch.float32)
+    leaves = [input, weight, bias]
+    for i, name in enumerate(("input", "weight")):
+        if frozen in (name, "both"):
+            leaves[i] = leaves[i].detach()
+    right = torch.autograd.grad(F.linear(*leaves).sum(), [t for t in leaves if t.requires_grad])
+    output = ops.linear(*leaves)
+    assert is_ours(output)
+    with torch.no_grad():
+        if frozen != "input":  # the weight has no gradient, so that the input is not needed
+            leaves[0].add_(1)
+        if frozen != "weight":
+            leaves[1].add_(1)
+    found = torch.autograd.grad(output.sum(), [t for t in leaves if t.requires_grad])
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-3)
+
+
+def test_a_bias_of_many_rows() -> None:
+    rows = torch.rand(100_000, 64, generator=torch.Generator().manual_seed(0))
+    bias = torch.zeros(3, requires_grad=True)
+    output = ops.linear(rows, torch.randn(3, 64), bias)
+    assert is_ours(output)
+    grad = torch.rand(output.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(output, bias, grad)
+    right = grad.double().sum(0)
+    assert ((found - right).abs() / right).max() < 1e-7
+
+
 def test_errors_are_natives() -> None:
     bad = torch.randn(64, 801)
     for call in (ops.linear, F.linear):
@@ -196,8 +226,16 @@ def test_swap_gives_small_linear_layers_our_operation() -> None:
     torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-5)
     gdfast.restore_(model)
     assert not is_ours(model(batch))
-    with pytest.warns(UserWarning, match="no layer was replaced"):
-        assert not gdfast.swap_(large, fuse=True).fused
+    for other in (large, torch.nn.Linear(32, 4)):
+        with pytest.warns(UserWarning, match="no layer was replaced"):
+            assert not gdfast.swap_(other, fuse=True).fused
+
+
+@pytest.mark.parametrize("size", [(640,), (16, 640), (8, 4, 640)], ids=str)
+def test_verifies_inputs_of_any_dimensions(size: tuple[int, ...]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(640, 8))
+    report = gdfast.swap_(model, fuse=True, verify=torch.randn(size))
+    assert 0 <= report.fused[0].errors["grad_bias"] < 1e-5
 
 
 def test_problem_is_checked() -> None:

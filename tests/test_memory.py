@@ -143,6 +143,58 @@ memory.empty_strided((20 << 20,), (1,), torch.float32).fill_(1)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_what_is_counted_is_what_is_resident() -> None:
+    script = """
+import resource, random
+from gdfast.backends import memory
+import torch
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def floats(mb):
+    return memory.empty_strided((mb << 18,), (1,), torch.float32).fill_(1)
+floats(1), memory.release()
+base = resident()
+def check():
+    found, counted = resident() - base, sum(memory.use())
+    assert abs(found - counted) < 24 << 20, (found >> 20, counted >> 20)
+first, second = floats(32), floats(32)
+del first; memory.release(); check()
+del second; check()
+third = floats(32); check()
+memory.release(); check()
+generator, held = random.Random(0), [third]
+for _ in range(300):
+    if held and generator.random() < 0.5: held.pop(generator.randrange(len(held)))
+    else: held.append(floats(generator.randrange(1, 16)))
+    if generator.random() < 0.1: memory.release()
+    check()
+held.clear(); memory.release(); check()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for Linux's limit on data")
+def test_requests_that_fail_reserve_nothing() -> None:
+    script = """
+import resource
+from gdfast import native
+def size():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+used = int(open("/proc/self/statm").read().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (used + (64 << 20),) * 2)
+before = size()
+for _ in range(5):
+    try:
+        native.cpu.take_memory((200 << 18,), (1,), "float32")
+        raise SystemExit("expected an error")
+    except MemoryError:
+        pass
+assert size() - before < 64 << 20, size() - before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_a_capsule_that_nobody_takes_frees_its_block() -> None:
     assert native.cpu is not None
     capsule = native.cpu.take_memory((MB,), (1,), "float32")

@@ -144,6 +144,20 @@ GDFAST_INLINE void combine_rows(const T* factors, int64_t factor_i, int64_t fact
   }
 }
 
+// In double: a batch may have many rows, and they are all added up in one sum.
+template <typename T>
+void sum_rows(const LinearProblem& p, const T* rows, T* sums) {
+  constexpr int64_t kAtOnce = 16;
+  for (int64_t k0 = 0; k0 < p.K; k0 += kAtOnce) {
+    const int64_t count = min_of(kAtOnce, p.K - k0);
+    double totals[kAtOnce] = {};
+    for (int64_t n = 0; n < p.N; ++n) {
+      for (int64_t k = 0; k < count; ++k) totals[k] += rows[n * p.K + k0 + k];
+    }
+    for (int64_t k = 0; k < count; ++k) sums[k0 + k] = static_cast<T>(totals[k]);
+  }
+}
+
 template <typename T>
 void run_backward(const LinearProblem& p, const T* grad_output, const T* input, const T* weight,
                   T* grad_input, T* grad_weight, T* grad_bias, int threads) {
@@ -165,12 +179,7 @@ void run_backward(const LinearProblem& p, const T* grad_output, const T* input, 
       });
     }
   });
-  if (grad_bias == nullptr) return;
-  for (int64_t k = 0; k < p.K; ++k) {
-    T total = 0;
-    for (int64_t n = 0; n < p.N; ++n) total += grad_output[n * p.K + k];
-    grad_bias[k] = total;
-  }
+  if (grad_bias != nullptr) sum_rows(p, grad_output, grad_bias);
 }
 
 template <typename F>

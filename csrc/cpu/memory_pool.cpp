@@ -3,13 +3,14 @@
 // more than many kernels. Here freed blocks stay, and neighbours become one: whatever sizes a step
 // asks for in whatever order, it finds the pages that the step before it left.
 //
-// Blocks are cut from a stretch of address space as large as memory, of which only what was touched
-// is memory: of the free ranges the smallest that is large enough. What is held never exceeds the
-// most that was ever in use at once by more than an eighth: where fresh pages would, free ones go
-// back to the operating system first.
+// Blocks are cut from stretches of address space, of which only what was touched is memory: of the
+// free ranges the smallest that is large enough. What is in use and kept together never exceeds the
+// most that was ever in use by more than an eighth: where fresh pages would, free ones go back to
+// the operating system first.
 #include "memory_pool.h"
 
 #include <cstddef>
+#include <cstdint>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -32,8 +33,10 @@ namespace gdfast::cpu {
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
-// Address space is opened for use in steps of so much.
+// Address space is opened for use in steps of so much, and reserved in stretches of at least
+// kStretch.
 constexpr size_t kStep = 64 << 20;
+constexpr size_t kStretch = size_t{1} << 30;
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -44,10 +47,9 @@ struct Stretch {
 
 #ifdef _WIN32
 size_t page() { return 4096; }
-Stretch reserve(size_t bytes) {
-  const size_t size = round_up(bytes, kStep);
-  char* begin = static_cast<char*>(_aligned_malloc(size, page()));
-  return {begin, begin, begin, begin == nullptr ? nullptr : begin + size};
+Stretch reserve(size_t least, size_t) {
+  char* begin = static_cast<char*>(_aligned_malloc(least, page()));
+  return {begin, begin, begin, begin == nullptr ? nullptr : begin + least};
 }
 void unreserve(const Stretch& stretch) { _aligned_free(stretch.mapped); }
 bool open_for_use(char*, size_t) { return true; }
@@ -58,27 +60,22 @@ size_t page() {
   return bytes;
 }
 
-// Without access a mapping costs nothing, even where the system counts what could be written.
-Stretch reserve(size_t bytes) {
-  const size_t least = round_up(bytes, kStep) + kHugePage;
-  size_t size = least;
+// Without access a mapping costs nothing, even where the system counts what could be written. But
+// it counts for a limit on address space: with one, no more is reserved than what is asked for.
+Stretch reserve(size_t least, size_t wanted) {
   rlimit limit;
-  const bool unlimited = getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur == RLIM_INFINITY;
-  const long pages = sysconf(_SC_PHYS_PAGES);
-  if (unlimited && pages > 0 && static_cast<size_t>(pages) * page() > least) {
-    size = static_cast<size_t>(pages) * page();
-  }
-  for (;;) {
+  const bool limited = getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY;
+  least += kHugePage;  // for a beginning at a multiple of it
+  for (size_t size = limited || wanted < least ? least : wanted;; size = least) {
     void* mapped =
         mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped != MAP_FAILED) {
-      char* bytes_mapped = static_cast<char*>(mapped);
+      char* first = static_cast<char*>(mapped);
       const size_t beyond = reinterpret_cast<size_t>(mapped) % kHugePage;
-      char* begin = bytes_mapped + (beyond == 0 ? 0 : kHugePage - beyond);
-      return {bytes_mapped, begin, begin, bytes_mapped + size};
+      char* begin = first + (beyond == 0 ? 0 : kHugePage - beyond);
+      return {first, begin, begin, first + size};
     }
     if (size == least) return {};
-    size = size / 2 > least ? round_up(size / 2, kHugePage) : least;
   }
 }
 void unreserve(const Stretch& stretch) {
@@ -99,6 +96,7 @@ void give_pages_back(char* begin, size_t bytes) { madvise(begin, bytes, MADV_DON
 class Pool {
  public:
   void* take(size_t wanted) {
+    if (wanted > SIZE_MAX / 2) throw std::bad_alloc();
     const size_t bytes = round_up(wanted == 0 ? 1 : wanted, page());
     const std::lock_guard<std::mutex> lock(mutex_);
     auto found = by_size_.lower_bound({bytes, nullptr});
@@ -107,11 +105,9 @@ class Pool {
       found = by_size_.lower_bound({bytes, nullptr});
     }
     char* block = found->second;
-    const Range range = remove(free_.find(block));
-    // Where in a range its touched pages lie is not known: of a part of it as many are as can be.
-    const size_t touched = range.touched < bytes ? range.touched : bytes;
-    if (range.bytes > bytes) insert(block + bytes, {range.bytes - bytes, range.touched - touched});
-    sizes_[block] = bytes;
+    sizes_.emplace(block, bytes);
+    cut_front(block, bytes);
+    const size_t touched = untouch_front(block, bytes);
     taken_ += bytes;
     if (taken_ > most_taken_) most_taken_ = taken_;
     if (touched < bytes) {
@@ -120,12 +116,18 @@ class Pool {
     return block;
   }
 
-  void give(void* block) {
+  void give(void* block) noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = sizes_.find(static_cast<char*>(block));
-    taken_ -= found->second;
-    add_free(found->first, {found->second, found->second});
+    const size_t bytes = found->second;
     sizes_.erase(found);
+    taken_ -= bytes;
+    try {
+      add_free(static_cast<char*>(block), bytes);
+      touch(static_cast<char*>(block), bytes);
+    } catch (const std::bad_alloc&) {
+      // No memory even for the list of what is free: the block is lost.
+    }
   }
 
   PoolUse use() {
@@ -142,46 +144,85 @@ class Pool {
   std::mutex& mutex() { return mutex_; }
 
  private:
-  // A free range, and how much of it may hold pages.
-  struct Range {
-    size_t bytes, touched;
-  };
-  using Free = std::map<char*, Range>;
+  using Ranges = std::map<char*, size_t>;  // bytes by beginning
 
-  void insert(char* begin, Range range) {
-    free_.emplace(begin, range);
-    by_size_.emplace(range.bytes, begin);
-    kept_ += range.touched;
-  }
-
-  Range remove(Free::iterator it) {
-    const Range range = it->second;
-    by_size_.erase({range.bytes, it->first});
-    kept_ -= range.touched;
-    free_.erase(it);
-    return range;
-  }
-
-  // A range, and its free neighbours in the same stretch, become one.
-  void add_free(char* begin, Range range) {
-    const auto join = [&](Free::iterator it) {
-      const Range other = remove(it);
-      range.bytes += other.bytes;
-      range.touched += other.touched;
-    };
-    const auto after = free_.lower_bound(begin);
-    if (after != free_.end() && after->first == begin + range.bytes && !begins(after->first)) {
-      join(after);
+  // Joins a range with its neighbours among `ranges`, but for those of another stretch.
+  template <typename Removed>
+  std::pair<char*, size_t> joined(Ranges& ranges, char* begin, size_t bytes, Removed&& removed) {
+    auto after = ranges.lower_bound(begin);
+    if (after != ranges.end() && after->first == begin + bytes && !begins(after->first)) {
+      bytes += after->second;
+      removed(after->first, after->second);
+      after = ranges.erase(after);
     }
-    const auto next = free_.lower_bound(begin);
-    if (next != free_.begin() && !begins(begin)) {
-      const auto before = std::prev(next);
-      if (before->first + before->second.bytes == begin) {
+    if (after != ranges.begin() && !begins(begin)) {
+      const auto before = std::prev(after);
+      if (before->first + before->second == begin) {
         begin = before->first;
-        join(before);
+        bytes += before->second;
+        removed(before->first, before->second);
+        ranges.erase(before);
       }
     }
-    insert(begin, range);
+    return {begin, bytes};
+  }
+
+  void add_free(char* begin, size_t bytes) {
+    const auto range = joined(free_, begin, bytes,
+                              [&](char* other, size_t size) { by_size_.erase({size, other}); });
+    free_.insert(range);
+    by_size_.emplace(range.second, range.first);
+  }
+
+  // Takes the first bytes of the free range that begins there. Nodes are used again, so that
+  // nothing is allocated.
+  void cut_front(char* begin, size_t bytes) {
+    auto range = free_.extract(begin);
+    auto sized = by_size_.extract({range.mapped(), begin});
+    if (range.mapped() == bytes) return;
+    range.key() += bytes;
+    range.mapped() -= bytes;
+    sized.value() = {range.mapped(), range.key()};
+    free_.insert(std::move(range));
+    by_size_.insert(std::move(sized));
+  }
+
+  // Notes that free bytes may hold pages.
+  void touch(char* begin, size_t bytes) {
+    touched_.insert(joined(touched_, begin, bytes, [](char*, size_t) {}));
+    kept_ += bytes;
+  }
+
+  // The reverse, for the front of a free range, where no interval begins earlier. Returns how many
+  // of the bytes may hold pages.
+  size_t untouch_front(char* begin, size_t bytes) {
+    size_t touched = 0;
+    for (auto it = touched_.lower_bound(begin); it != touched_.end() && it->first < begin + bytes;
+         it = touched_.lower_bound(begin)) {
+      auto interval = touched_.extract(it);
+      const size_t left = static_cast<size_t>(begin + bytes - interval.key());
+      if (interval.mapped() <= left) {
+        touched += interval.mapped();
+        continue;
+      }
+      touched += left;
+      interval.key() += left;
+      interval.mapped() -= left;
+      touched_.insert(std::move(interval));
+      break;
+    }
+    kept_ -= touched;
+    return touched;
+  }
+
+  void clean_largest() {
+    auto largest = touched_.begin();
+    for (auto it = largest; it != touched_.end(); ++it) {
+      if (it->second > largest->second) largest = it;
+    }
+    give_pages_back(largest->first, largest->second);
+    kept_ -= largest->second;
+    touched_.erase(largest);
   }
 
   bool begins(const char* address) const {
@@ -194,64 +235,70 @@ class Pool {
   // Makes a free range of at least so many bytes. Throws std::bad_alloc.
   void grow(size_t bytes) {
     if (!stretches_.empty() && open_more(bytes)) return;
-    Stretch fresh = reserve(bytes);
-    if (fresh.begin == nullptr) {
-      unreserve_unused();
-      fresh = reserve(bytes);
+    if (add_stretch(bytes)) return;
+    unreserve_unused();
+    if (!add_stretch(bytes)) throw std::bad_alloc();
+  }
+
+  bool add_stretch(size_t bytes) {
+    size_t wanted = kStretch;
+    for (const Stretch& stretch : stretches_) {
+      wanted += static_cast<size_t>(stretch.end - stretch.mapped);
     }
-    if (fresh.begin == nullptr) throw std::bad_alloc();
+    stretches_.reserve(stretches_.size() + 1);
+    const Stretch fresh = reserve(round_up(bytes, kStep), wanted);
+    if (fresh.begin == nullptr) return false;
     stretches_.push_back(fresh);
-    if (!open_more(bytes)) throw std::bad_alloc();
+    if (open_more(bytes)) return true;
+    stretches_.pop_back();
+    unreserve(fresh);
+    return false;
+  }
+
+  bool open_more(size_t bytes) {
+    Stretch& stretch = stretches_.back();
+    size_t before = 0;  // what is free at the end already
+    auto last = free_.lower_bound(stretch.open);
+    if (last != free_.begin()) {
+      --last;
+      if (last->first >= stretch.begin && last->first + last->second == stretch.open) {
+        before = last->second;
+      }
+    }
+    const size_t room = static_cast<size_t>(stretch.end - stretch.open);
+    const size_t least = bytes - before;
+    size_t more = round_up(least, kStep);
+    if (more > room) more = room;
+    if (more < least) return false;
+    if (!open_for_use(stretch.open, more)) {
+      more = least;
+      if (!open_for_use(stretch.open, more)) return false;
+    }
+    char* begin = stretch.open;
+    stretch.open += more;
+    add_free(begin, more);
+    return true;
   }
 
   void unreserve_unused() {
     for (size_t i = stretches_.size(); i-- > 0;) {
       const Stretch stretch = stretches_[i];
       const auto it = free_.find(stretch.begin);
-      if (it == free_.end() || stretch.begin + it->second.bytes != stretch.open) continue;
-      remove(it);
+      if (it == free_.end() || stretch.begin + it->second != stretch.open) continue;
+      const size_t bytes = it->second;
+      cut_front(stretch.begin, bytes);
+      untouch_front(stretch.begin, bytes);
       unreserve(stretch);
       stretches_.erase(stretches_.begin() + static_cast<std::ptrdiff_t>(i));
     }
   }
 
-  bool open_more(size_t bytes) {
-    Stretch& stretch = stretches_.back();
-    size_t before = 0;  // what is free at the end already
-    if (!free_.empty()) {
-      const auto last = free_.lower_bound(stretch.open);
-      if (last != free_.begin()) {
-        const auto it = std::prev(last);
-        if (it->first >= stretch.begin && it->first + it->second.bytes == stretch.open) {
-          before = it->second.bytes;
-        }
-      }
-    }
-    const size_t room = static_cast<size_t>(stretch.end - stretch.open);
-    size_t more = round_up(bytes - before, kStep);
-    if (more > room) more = room;
-    if (before + more < bytes || !open_for_use(stretch.open, more)) return false;
-    char* begin = stretch.open;
-    stretch.open += more;
-    add_free(begin, {more, 0});
-    return true;
-  }
-
-  void clean_largest() {
-    auto largest = free_.begin();
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-      if (it->second.touched > largest->second.touched) largest = it;
-    }
-    give_pages_back(largest->first, largest->second.bytes);
-    kept_ -= largest->second.touched;
-    largest->second.touched = 0;
-  }
-
   std::mutex mutex_;
   std::vector<Stretch> stretches_;
   std::unordered_map<char*, size_t> sizes_;     // of the blocks in use
-  Free free_;                                   // by address
-  std::set<std::pair<size_t, char*>> by_size_;  // the same ranges
+  Ranges free_;                                 // what may be given out
+  std::set<std::pair<size_t, char*>> by_size_;  // the same
+  Ranges touched_;                              // the parts of it that may hold pages
   size_t taken_ = 0, kept_ = 0, most_taken_ = 0;
 };
 

@@ -70,9 +70,9 @@ struct Tf32Operands {
 // the two rests, 2^-22 of the whole, is left out. Tensor cores cut off what does not fit a sum;
 // over many steps that adds up, so that here they sum eight products and no more.
 //
-// A number that is not finite, or becomes so in TF32 for being within 2^-12 of the largest, has no
-// rest: corrections that it takes part in are left out, and the product of the larger parts is inf
-// or NaN as float32's would be.
+// A number that is not finite has no rest: corrections that it takes part in are left out, and the
+// product of the larger parts is inf or NaN as float32's would be. Numbers within 2^-12 of the
+// largest are infinite in TF32, and their products too.
 struct Tf32x3Operands {
   using Element = float;
   static constexpr int kTerms = 2;

@@ -155,10 +155,18 @@ def cuda_why_not(query: BatchNormQuery) -> str:
     return ""
 
 
-def _check_moments(moments: Tensor, channels: int, dtype: torch.dtype) -> None:
-    if moments.shape[1:] != (3, channels) or moments.dtype != dtype:
-        expected = f"size [splits, 3, {channels}] and {dtype}, as conv2d_moments gives with input"
-        got = f"size {list(moments.shape)} and {moments.dtype}"
+def _check_moments(
+    moments: Tensor, channels: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    size, layout = moments.shape, "contiguous" if moments.is_contiguous() else "strided"
+    if size[1:] != (3, channels) or (moments.dtype, moments.device, layout) != (
+        dtype, device, "contiguous",
+    ):  # fmt: skip
+        expected = (
+            f"size [splits, 3, {channels}], {dtype}, contiguous, on {device}, as conv2d_moments "
+            "gives with input"
+        )
+        got = f"size {list(size)}, {moments.dtype}, {layout}, on {moments.device}"
         raise RuntimeError(mismatch("batch_norm_act", "moments", expected, got))
 
 
@@ -180,7 +188,7 @@ def cuda(query: BatchNormQuery) -> Forward:
         moments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if moments is not None:
-            _check_moments(moments, size[1], stats_dtype)
+            _check_moments(moments, size[1], stats_dtype, input.device)
         output = torch.empty_strided(size, strides, dtype=dtype, device=device)
         mean = torch.empty(size[1], dtype=stats_dtype, device=device)
         invstd = torch.empty_like(mean)

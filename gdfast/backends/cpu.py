@@ -59,7 +59,7 @@ def _steps(steps: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
 def algorithm(op: str, query: Conv2dQuery) -> str:
     """The algorithm that the cost model gives one pass in the precision that is set now."""
     assert native.cpu is not None
-    if cpu_algorithms.bf16_applies(op, query):
+    if cpu_algorithms.bf16_applies(op, query) and not is_strict():
         return cpu_algorithms.BF16
     if is_strict() or query.dtype != torch.float32:
         return cpu_algorithms.DIRECT

@@ -195,6 +195,9 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_depthwise.conv2d(query, _problem(query)[0])
     if by in HOPPER:
         return _hopper_conv2d(query, by)
+    if by == cuda_stem.NAME:
+        stem, exact = _forward(query, by), _forward(query, SMALLEST)
+        return Kernel(lambda *arguments: (exact if _is_exact(query) else stem)(*arguments))
     if by.endswith(PADDED):
         padded = padded_query(query)
         whole, channels = _forward(padded, by.removesuffix(PADDED)), padded.geometry.C
@@ -204,6 +207,11 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
             )
         )
     return Kernel(_forward(query, by))
+
+
+def _is_exact(query: Conv2dQuery) -> bool:
+    """Whether float32 is to be multiplied in full now, which the kernel for few channels cannot."""
+    return query.dtype == torch.float32 and cuda_tiles.precision_of(query) == "ieee"
 
 
 def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -234,17 +242,13 @@ def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor 
             moments = torch.empty(splits, 3, size[1], dtype=dtype, device=input.device)
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=input.device)
         run(
-            problem, way(), *more, input.data_ptr(), weight.data_ptr(), _address(bias),
-            output.data_ptr(), _address(moments), _address(workspace),
+            problem, way(), *more, input.data_ptr(), weight.data_ptr(), sgd.address(bias),
+            output.data_ptr(), sgd.address(moments), sgd.address(workspace),
             *cuda_stream.current(input.device),
         )  # fmt: skip
         return output, moments
 
     return kernel
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
@@ -258,7 +262,7 @@ def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, *how(), input.data_ptr(), weight.data_ptr(), _address(bias),
+            problem, *how(), input.data_ptr(), weight.data_ptr(), sgd.address(bias),
             output.data_ptr(), *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
@@ -295,7 +299,10 @@ def conv2d_grad_weight(
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
     if by == cuda_stem.NAME:
-        return cuda_stem.conv2d_grad_weight(query, _problem(query)[0], _way(query, SMALLEST))
+        way = _way(query, SMALLEST)
+        stem = cuda_stem.conv2d_grad_weight(query, _problem(query)[0], way)
+        exact = conv2d_grad_weight(query, SMALLEST)
+        return lambda *tensors: (exact if _is_exact(query) else stem)(*tensors)
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output")

@@ -22,6 +22,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_stream, cuda_tiles
 from gdfast.backends.registry import Conv2dQuery
+from gdfast.backends.sgd import address
 
 NAME = "stem"
 _MOST_CHANNELS = 4
@@ -52,7 +53,9 @@ def fits(op: str, query: Conv2dQuery) -> bool:
         return False
     if g.C * query.dtype.itemsize % 16 == 0:  # what tiles read whole
         return False
-    return shared_bytes(query) <= _SHARED_BYTES and _tiles(query) < 2**31
+    if ceil(g.K / _FILTERS) > 65535 or _tiles(query) >= 2**31:  # blocks of a grid
+        return False
+    return shared_bytes(query) <= _SHARED_BYTES
 
 
 def shared_bytes(query: Conv2dQuery) -> int:
@@ -89,10 +92,6 @@ def splits(query: Conv2dQuery) -> int:
     return max(1, min(wanted, _tiles(query) // _LEAST_TILES, _MOST_SPLITS))
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def conv2d_grad_weight(
     query: Conv2dQuery, problem: Any, way: Callable[[], Any]
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
@@ -111,7 +110,7 @@ def conv2d_grad_weight(
         workspace = input.new_empty(bytes_of[bias], dtype=torch.uint8)
         run(
             problem, way(), grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
-            _address(grad_bias), workspace.data_ptr(), parts, *cuda_stream.current(input.device),
+            address(grad_bias), workspace.data_ptr(), parts, *cuda_stream.current(input.device),
         )  # fmt: skip
         return grad_weight, grad_bias
 

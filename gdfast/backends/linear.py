@@ -1,7 +1,7 @@
 """Linear layers with few outputs, on our CPU kernels: which they take, and the calls.
 
-A general matrix product makes poor use of a matrix of ten rows, and native PyTorch's needs two for
-the gradients, whose memory the operating system maps anew in every step.
+A general matrix product makes poor use of a matrix of ten rows. For the gradients native PyTorch
+calls it twice, each time reading grad_output anew and writing to fresh memory.
 """
 
 from __future__ import annotations
@@ -18,21 +18,29 @@ from gdfast.backends import memory
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 # Above it native's product is as fast: measured at 16 outputs and at 32.
-MOST_OUTPUTS = 16
+_MOST_OUTPUTS = 16
 # Below it the call costs more than the work.
 _LEAST_PRODUCTS = 32 * 1024
 _LEAST_COLUMNS = 64
 
 
+def fits_layer(in_features: int, out_features: int) -> bool:
+    """Whether the kernels may be the faster way for a layer, given enough rows on the CPU."""
+    return (
+        native.cpu is not None
+        and 1 <= out_features <= _MOST_OUTPUTS
+        and in_features >= _LEAST_COLUMNS
+    )
+
+
 def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels take these tensors, which lie on the CPU, and are the faster way."""
-    if native.cpu is None or input.dim() != 2 or weight.dim() != 2:
+    if input.dim() != 2 or weight.dim() != 2:
         return False
     (N, C), (K, columns) = input.shape, weight.shape
     return (
         columns == C
-        and 1 <= K <= MOST_OUTPUTS
-        and C >= _LEAST_COLUMNS
+        and fits_layer(C, K)
         and N * C * K >= _LEAST_PRODUCTS
         and input.dtype in _DTYPES
         and weight.dtype == input.dtype
@@ -40,6 +48,10 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.is_contiguous()
         and (bias is None or (bias.shape == (K,) and bias.dtype == input.dtype))
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @lru_cache(maxsize=4096)
@@ -57,26 +69,29 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.contiguous()
     native.cpu.linear(
         _problem(N, C, K, input.stride(0), input.dtype), input.data_ptr(), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), output.data_ptr(), torch.get_num_threads(),
+        _address(bias), output.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return output
 
 
 def linear_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of input, weight and bias from that of the output, None where not needed."""
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, columns: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of input, weight and bias from that of the output [N, K], None where they are
+    not needed. Then the other tensor [N, columns] or [K, columns] is not looked at.
+    """
     assert native.cpu is not None
-    (N, C), K, dtype = input.shape, weight.shape[0], input.dtype
+    (N, K), C, dtype = grad_output.shape, columns, grad_output.dtype
     grad_output = grad_output.contiguous()
+    input_step = C if input is None else input.stride(0)
     grads = (
         memory.empty_strided((N, C), (C, 1), dtype) if needed[0] else None,
         memory.empty_strided((K, C), (C, 1), dtype) if needed[1] else None,
         torch.empty(K, dtype=dtype) if needed[2] else None,
     )
     native.cpu.linear_backward(
-        _problem(N, C, K, input.stride(0), dtype), grad_output.data_ptr(), input.data_ptr(),
-        weight.data_ptr(), *(0 if grad is None else grad.data_ptr() for grad in grads),
-        torch.get_num_threads(),
+        _problem(N, C, K, input_step, dtype), grad_output.data_ptr(), _address(input),
+        _address(weight), *map(_address, grads), torch.get_num_threads(),
     )  # fmt: skip
     return grads

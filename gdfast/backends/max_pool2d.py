@@ -56,7 +56,7 @@ def nowhere(argmax: Tensor) -> int:
 def problem(query: MaxPool2dQuery, kernels: Any) -> Any:
     """The description of a query that a compiled module takes."""
     g = query.geometry
-    # A step over nothing may be larger than memory. Kernels get one that leaves windows apart.
+    # A step over nothing may be larger than memory. Kernels get that of windows side by side.
     stride = g.R if g.P == 1 else g.stride[0], g.S if g.Q == 1 else g.stride[1]
     dilation = 1 if g.R == 1 else g.dilation[0], 1 if g.S == 1 else g.dilation[1]
     return kernels.MaxPool2dProblem(

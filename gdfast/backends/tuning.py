@@ -56,7 +56,7 @@ from gdfast.backends.registry import (
     resolve,
     willing,
 )
-from gdfast.errors import mismatch
+from gdfast.errors import BackendError, mismatch
 from gdfast.tensor_cores import input_precision
 
 OFF, FORCE = "off", "force"
@@ -262,6 +262,11 @@ def _choose(
         except RuntimeError:  # no memory for a comparison, or nothing to compare with
             return predicted
         calls = {n: call for n, call in calls.items() if n in right or n not in doubted}
+        if not calls:
+            raise BackendError(
+                f"{op}: backend: none of its kernels gives native PyTorch's result for "
+                f"{query.dtype} and {query.geometry}. Ask for 'auto' to let another backend run it."
+            )
     choice = _timed(predicted.name, {n: partial(c, *arguments) for n, c in calls.items()}, wait)
     if not choice.seconds:
         return choice  # nothing was found out that would be worth remembering

@@ -9,8 +9,8 @@ run its own, the gradient of the input included. What it finds there decides:
 - more: gradients are made of all that was begun and added up, and go on as any gradient does.
 
 Kernels that can do that have a method `begin`. Everything else, and whatever watches gradients
-(hooks, torch.autograd.grad, graphs of gradients, tensors that are not plain ones, torch.compile)
-takes the ordinary way, on which an optimizer sees gradients by its hooks.
+(hooks on the weight, torch.autograd.grad, graphs of gradients, tensors that are not plain ones,
+torch.compile) takes the ordinary way, on which an optimizer sees gradients by its hooks.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Target:
 # optimizer: then all of this costs backward one look.
 targets: dict[int, Target] = {}
 
+_AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _OUR_CAST = "gdfast: cast for a convolution"
 
 # By the id of the weight and the number of the backward pass. Only nodes keep what waits there.
@@ -70,11 +71,13 @@ def begin(ctx: Any, grad_output: Tensor, input: Tensor | None) -> tuple[Tensor |
     if not need_weight or input is None:
         return None
     node = ctx.next_functions[1][0]
-    if not hasattr(node, "variable") and _OUR_CAST in getattr(node, "metadata", ()):
+    if not isinstance(node, _AccumulateGrad) and _OUR_CAST in getattr(node, "metadata", ()):
         node = node.next_functions[0][0]
-    weight = getattr(node, "variable", None)  # of what accumulates a leaf's gradient
+    if not isinstance(node, _AccumulateGrad):
+        return None
+    weight = node.variable
     target = targets.get(id(weight))
-    if weight is None or target is None or target.is_shared:
+    if target is None or target.is_shared:
         return None
     if not _is_ordinary(weight, grad_output, input) or weight.shape != ctx.weight_size:
         return None
@@ -139,10 +142,10 @@ class _Waiting:
         self._begun.append((begun, _current_stream(self._weight.device)))
 
     def _finish(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor] | None:
+        if self._task != torch._C._current_graph_task_id():
+            return None  # another pass: within this one, beside it, or after it failed
         self._handle.remove()
         begun, self._begun = self._begun, []
-        if self._task != torch._C._current_graph_task_id():
-            return None  # left over from one that failed
         weight, target, (rest,) = self._weight, self._target, gradients
         if rest is None and len(begun) == 1:
             ((one, stream),) = begun

@@ -18,9 +18,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiplies features by a matrix, as `torch.nn.functional.linear` does, and differentiably.
 
     input [..., C], weight [K, C], bias [K]; returns [..., K]. Ours is a batch [N, C] of float32 or
-    float64 on the CPU with at most 16 outputs; all else, and what a transform, autocast or
-    torch.compile calls, runs on native PyTorch, without a warning: it is the same product. Raises
-    what native raises.
+    float64 on the CPU, of 64 columns or more and at most 16 outputs; all else, and what a
+    transform, autocast or torch.compile calls, runs on native PyTorch, without a warning: it is the
+    same product. Raises what native raises.
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
@@ -53,7 +53,10 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        need_input, need_weight, _ = ctx.needs_input_grad
+        # As native does: what is not needed may be written to before backward.
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.columns = input.shape[1]
         return kernels.linear(input, weight, bias)
 
     @staticmethod
@@ -67,4 +70,4 @@ class LinearFunction(torch.autograd.Function):
                 grad_output.mT @ input if needed[1] else None,
                 grad_output.sum(0) if needed[2] else None,
             )
-        return kernels.linear_backward(grad_output, input, weight, needed)
+        return kernels.linear_backward(grad_output, input, weight, ctx.columns, needed)

@@ -204,13 +204,12 @@ class SGD(torch.optim.SGD):
         hyper = self._hyper(self.param_groups[index])
         if hyper.grad_scale is not None or hyper.found_inf is not None:
             return False
-        state = self.state[param]
         with torch.no_grad():
             is_half = self.master_weights and param.dtype in HALF_TYPES
             masters = [self._master(param)] if is_half else []
             momenta = []
             if hyper.momentum:
-                buffer = state.get("momentum_buffer")
+                buffer = self.state[param].get("momentum_buffer")
                 hyper = hyper._replace(first_step=buffer is None)
                 if buffer is None:
                     buffer = torch.empty_like((masters or [param])[0], requires_grad=False)
@@ -220,7 +219,7 @@ class SGD(torch.optim.SGD):
                 return False
             begun.update(tensors, hyper)
         if momenta:
-            (state["momentum_buffer"],) = momenta
+            (self.state[param]["momentum_buffer"],) = momenta
         return True
 
     def _master(self, param: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from gdfast.backends.linear import MOST_OUTPUTS
+from gdfast.backends.linear import fits_layer
 from gdfast.swap import layers
 from gdfast.swap.match import (
     NORMS,
@@ -218,7 +218,8 @@ def _is_small_linear(module: torch.nn.Module) -> bool:
     """Whether a module is a linear layer whose forward our operation may take the place of."""
     return (
         type(module) is torch.nn.Linear
-        and module.out_features <= MOST_OUTPUTS
+        and fits_layer(module.in_features, module.out_features)
+        and module.weight.device.type == "cpu"
         and ("forward" not in vars(module) or carries_fused(module))
     )
 

@@ -23,15 +23,16 @@ GRAD_OUTPUT = "grad_output"
 class Recording:
     """What each layer gave in one run, by kind; GRAD_OUTPUT is what its gradients came from."""
 
-    def __init__(self, layers: dict[str, Values]) -> None:
+    def __init__(self, layers: dict[str, Values], axes: dict[str, int]) -> None:
         self.layers = layers
+        self.axes = axes  # where in a layer's output its channels are
 
     def errors(self, native: Recording) -> dict[str, dict[str, float]]:
         """The errors of `Replaced.errors`, of the call that has the largest; NaN is the largest."""
         return {
             name: {
                 kind: worst(
-                    _relative_error(*pair, _size(kind, native.layers[name], call))
+                    _relative_error(*pair, native.size(name, kind, call))
                     for call, pair in enumerate(zip(values, native.layers[name][kind], strict=True))
                 )
                 for kind, values in kinds.items()
@@ -40,22 +41,21 @@ class Recording:
             for name, kinds in self.layers.items()
         }
 
+    def size(self, name: str, kind: str, call: int) -> Tensor:
+        """What an error of a value is relative to."""
+        values = self.layers[name]
+        if kind != "grad_bias":
+            return torch.linalg.vector_norm(values[kind][call].double())
+        sums = torch.zeros_like(values[kind][call], dtype=torch.float64)
+        for grad in values[GRAD_OUTPUT]:
+            rows = grad.double().abs().movedim(self.axes[name], 0).reshape(len(sums), -1)
+            sums += rows.sum(1)
+        return torch.linalg.vector_norm(sums)
+
 
 def worst(errors: Iterable[float]) -> float:
     """The largest error; NaN is the largest."""
     return max(errors, key=lambda error: (math.isnan(error), error))
-
-
-def _size(kind: str, native: Values, call: int) -> Tensor:
-    if kind != "grad_bias":
-        return torch.linalg.vector_norm(native[kind][call].double())
-    count = len(native[kind][call])
-    sums = torch.zeros(count, dtype=torch.float64)
-    for grad in native[GRAD_OUTPUT]:
-        # Outputs are last in a linear layer's result.
-        axis = -3 if grad.dim() >= 3 and grad.shape[-3] == count else -1
-        sums += grad.double().abs().movedim(axis, 0).flatten(1).sum(1).cpu()
-    return torch.linalg.vector_norm(sums)
 
 
 def _relative_error(ours: Tensor, native: Tensor, size: Tensor) -> float:
@@ -119,7 +119,8 @@ def record(
             for (name, kind, _), gradient in zip(sources, gradients, strict=True):
                 if gradient is not None:
                     seen[name].setdefault(kind, []).append(gradient)
-    return Recording(seen)
+    axes = {n: -1 if isinstance(m, torch.nn.Linear) else -3 for n, m in layers.items()}
+    return Recording(seen, axes)
 
 
 def _call(model: torch.nn.Module, batch: Any) -> Any:
