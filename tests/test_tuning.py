@@ -23,7 +23,7 @@ from mnist_files import digits, write_pair
 
 import gdfast
 from gdfast import backends, bench, doctor, ops
-from gdfast.backends import choices_file, cpu, cpu_algorithms, tuning, tuning_timer
+from gdfast.backends import choices_file, cpu, cpu_algorithms, memory, tuning, tuning_timer
 from gdfast.backends.choices import Choice
 from gdfast.errors import FallbackWarning
 from gdfast.models import SimpleCNN
@@ -68,6 +68,7 @@ def stopwatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopw
     monkeypatch.setattr(tuning, "_SECONDS_BETWEEN_SAVES", float("-inf"))
     watch = Stopwatch()
     monkeypatch.setattr(tuning_timer, "measure", watch)
+    monkeypatch.setattr(memory, "_seconds_per_fresh_byte", lambda threads: 0.0)
     start_anew()
     with gdfast.autotune("auto"):
         yield watch
@@ -107,6 +108,18 @@ class TestChoice:
         assert len(stopwatch.timed) == 3
         tuning.forget()
         assert ran(*arguments) == ["direct"] * 3
+
+    def test_natives_time_has_what_fresh_memory_costs(
+        self, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(memory, "_seconds_per_fresh_byte", lambda threads: 1e-6)
+        stopwatch.seconds = {"direct": 1.1, "winograd": 2.0, "native": 1.0}
+        large = tensors(n=8)  # results of 819,200 bytes, and a weight's gradient of 9,216
+        with tuning.recorded({}) as uses:
+            ops.conv2d(*large, padding=1).sum().backward()
+        assert [use.choice.name for use in uses] == ["direct", "direct", "native"]
+        assert uses[0].choice.seconds["native"] == pytest.approx(1 + 0.5 * 0.8192, rel=1e-3)
+        assert ran(*tensors(n=1)) == ["native"] * 3  # 102,400 bytes: the heap has them
 
     @pytest.mark.parametrize(
         ("seconds", "name"),
