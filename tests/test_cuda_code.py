@@ -12,6 +12,8 @@ from gdfast import native
 from gdfast.bench import cuda_code
 from gdfast.bench.cuda_code import Code
 
+# Disassembling takes a minute: once, by one process.
+pytestmark = pytest.mark.xdist_group("disassembly")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
