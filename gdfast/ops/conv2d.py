@@ -68,16 +68,23 @@ def conv2d(
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = autocast(input, weight, bias)
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    if isinstance(padding, str):
-        sides = named_padding(padding, weight.shape[2:], stride, dilation)
-    else:
-        rows, columns = pair("padding", padding)
-        sides = rows, columns, rows, columns
-    arguments = stride, sides, dilation, integer("groups", groups), backend
+    arguments = *settings("conv2d", weight, stride, padding, dilation, groups), backend
     if input.dim() == 3:
         return conv(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
     return conv(input, weight, bias, *arguments)
+
+
+def settings(
+    op: str, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    """stride, padding, dilation and groups as the operations take them: pairs, sides, a number."""
+    stride, dilation = pair("stride", stride, op), pair("dilation", dilation, op)
+    if isinstance(padding, str):
+        sides = named_padding(padding, weight.shape[2:], stride, dilation, op)
+    else:
+        rows, columns = pair("padding", padding, op)
+        sides = rows, columns, rows, columns
+    return stride, sides, dilation, integer("groups", groups, op)
 
 
 def are_tensors(input: Any, weight: Any, bias: Any) -> bool:

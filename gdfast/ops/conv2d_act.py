@@ -25,7 +25,6 @@ from gdfast.backends.activation import (
     output_tells,
 )
 from gdfast.backends.registry import AUTO
-from gdfast.geometry import integer, named_padding, pair
 from gdfast.ops import conv2d_act_dispatch as dispatch
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops.conv2d import (
@@ -38,6 +37,7 @@ from gdfast.ops.conv2d import (
     learn_whether_native,
     note_sizes,
     run_operation,
+    settings,
     why_native,
 )
 from gdfast.ops.conv2d_act_dispatch import OP
@@ -83,17 +83,11 @@ def conv2d_act(
         return activate(output, activation, negative_slope)
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = autocast(input, weight, bias)
-    stride, dilation = pair("stride", stride, OP), pair("dilation", dilation, OP)
-    if isinstance(padding, str):
-        sides = named_padding(padding, weight.shape[2:], stride, dilation, OP)
-    else:
-        rows, columns = pair("padding", padding, OP)
-        sides = rows, columns, rows, columns
-    arguments = stride, sides, dilation, integer("groups", groups, OP)
-    settings = activation, negative_slope, backend
+    arguments = settings(OP, weight, stride, padding, dilation, groups)
+    ending = activation, negative_slope, backend
     if input.dim() == 3:
-        return _conv_act(input.unsqueeze(0), weight, bias, *arguments, *settings).squeeze(0)
-    return _conv_act(input, weight, bias, *arguments, *settings)
+        return _conv_act(input.unsqueeze(0), weight, bias, *arguments, *ending).squeeze(0)
+    return _conv_act(input, weight, bias, *arguments, *ending)
 
 
 def _conv_act(*inputs: Any) -> Tensor:

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import register_flop_formula
 from gdfast import native
 from gdfast.backends import chosen
 from gdfast.backends.cuda_conv2d import Kernel
-from gdfast.geometry import integer, named_padding, pair
 from gdfast.ops.conv2d import (
     Conv2dFunction,
     _save_conv2d,
@@ -27,6 +26,7 @@ from gdfast.ops.conv2d import (
     batched_gradients,
     conv2d,
     run_operation,
+    settings,
     why_native,
 )
 from gdfast.ops.conv2d_dispatch import bind, conv2d_key, conv2d_query, known_kernel, library
@@ -64,15 +64,8 @@ def conv2d_moments(
         return output, None
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = autocast(input, weight, bias)
-    stride, dilation = pair("stride", stride), pair("dilation", dilation)
-    if isinstance(padding, str):
-        sides = named_padding(padding, weight.shape[2:], stride, dilation)
-    else:
-        rows, columns = pair("padding", padding)
-        sides = rows, columns, rows, columns
-    inputs = (
-        input, weight, bias, stride, sides, dilation, integer("groups", groups), chosen(backend)
-    )  # fmt: skip
+    arguments = settings("conv2d", weight, stride, padding, dilation, groups)
+    inputs = input, weight, bias, *arguments, chosen(backend)
     results: tuple[Tensor, Tensor | None]
     results = Conv2dMomentsFunction.apply(*inputs) if torch.is_grad_enabled() else _run(inputs)
     return results

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from gdfast.backends import Query, chosen, fall_back, preview
 from gdfast.backends.fused_pool import fits
-from gdfast.geometry import conv2d_is_channels_last, integer, is_channels_last, named_padding, pair
+from gdfast.geometry import conv2d_is_channels_last, is_channels_last, pair
 from gdfast.ops import conv2d_relu_max_pool2d_dispatch as dispatch
 from gdfast.ops.conv2d import (
     are_tensors,
@@ -27,6 +27,7 @@ from gdfast.ops.conv2d import (
     conv_grad_input,
     conv_grad_weight,
     run_operation,
+    settings,
     why_native,
 )
 from gdfast.ops.conv2d_dispatch import library
@@ -79,18 +80,11 @@ def conv2d_relu_max_pool2d(
         return F.max_pool2d(F.relu(output), pool_size, pool_stride, pool_padding)
     if torch._C._is_any_autocast_enabled():
         input, weight, bias = autocast(input, weight, bias)
-    stride, dilation = pair("stride", stride, _OP), pair("dilation", dilation, _OP)
-    if isinstance(padding, str):
-        sides = named_padding(padding, weight.shape[2:], stride, dilation, _OP)
-    else:
-        rows, columns = pair("padding", padding, _OP)
-        sides = rows, columns, rows, columns
     pool_size = pair("pool_size", pool_size, _OP)
     pool_stride = pool_size if pool_stride is None else pair("pool_stride", pool_stride, _OP)
     pool_padding = pair("pool_padding", pool_padding, _OP)
-    arguments = (
-        stride, sides, dilation, integer("groups", groups, _OP), pool_size, pool_stride,
-    )  # fmt: skip
+    of_conv = settings(_OP, weight, stride, padding, dilation, groups)
+    arguments = *of_conv, pool_size, pool_stride
     if input.dim() == 3:
         batch = input.unsqueeze(0)
         return _conv_pool(batch, weight, bias, arguments, pool_padding, backend).squeeze(0)
