@@ -13,7 +13,8 @@
 # GPU_CHECK_SECONDS (default 525) bounds the whole; what comes before measuring takes at most 350.
 # GPU_CHECK_ROWS (a part of their name) measures those rows alone and leaves out tests, sanitizers
 # and profile: for what a first call had no time for. GPU_CHECK_COMMIT names the commit where the
-# tree came without its repository. With --dry-run nothing is built and no GPU is needed: native
+# tree came without its repository. GPU_CHECK_NATIVE is a folder with gdfast's modules as built
+# elsewhere from this tree, for this Python and GPU; nothing is compiled by nvcc then. With --dry-run nothing is built and no GPU is needed: native
 # PyTorch stands for our kernels, on tiny cases on the CPU.
 set -uo pipefail
 
@@ -165,9 +166,15 @@ if [[ -z ${GPU_CHECK_ROWS:-} ]]; then
   jobs_running+=($!)
 fi
 
-step build build.log 170 bash -c build || failed=1
-if compgen -G "$scratch/native/_cuda*.so" > /dev/null; then
-  export GDFAST_NATIVE_DIR=$scratch/native
+native=$scratch/native
+if [[ ${GPU_CHECK_NATIVE:-} ]]; then
+  native=$(cd "$GPU_CHECK_NATIVE" && pwd)
+  say "build: none, the modules are those of GPU_CHECK_NATIVE"
+else
+  step build build.log 170 bash -c build || failed=1
+fi
+if compgen -G "$native/_cuda*.so" > /dev/null; then
+  export GDFAST_NATIVE_DIR=$native
   built=yes
 else
   # Of the tree's own modules, if any, nobody knows what they were built from.
@@ -183,7 +190,7 @@ doctor=$!
 # A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes
 # a candidate of the tuner once it has been right, in a process of its own.
 if [[ $built ]]; then
-  if step hopper tests.log 40 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py; then
+  if step hopper tests.log 60 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py; then
     export GDFAST_HOPPER=1
     say "hopper: its kernels are candidates from here on, where the GPU is one"
   else
