@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from gdfast import backends, data, models, nn, ops, optim
     from gdfast.backends import autotune, backend
     from gdfast.backends.precision import precision
+    from gdfast.graphs import GraphedStep
     from gdfast.swap import restore_, swap, swap_, swapped
 
 # Imported when first asked for, so that the command line answers before torch is loaded.
 _MODULES = ("backends", "data", "models", "nn", "ops", "optim")
 _FUNCTIONS = {
+    "GraphedStep": "graphs",
     "autotune": "backends",
     "backend": "backends",
     "precision": "backends",
@@ -28,6 +30,7 @@ _FUNCTIONS = {
 }
 
 __all__ = [
+    "GraphedStep",
     "__version__",
     "autotune",
     "backend",

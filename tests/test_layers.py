@@ -26,7 +26,7 @@ ROWS = (
     ("backends",),
     ("ops",),
     ("nn", "optim"),
-    ("swap",),
+    ("graphs", "swap"),
     ("losses", "models"),
     ("data", "metrics", "face"),
     ("train",),
@@ -37,6 +37,7 @@ ROWS = (
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 # Functions that the package itself offers, and the module that they come from.
 OFFERED = {
+    "GraphedStep": "graphs",
     "autotune": "backends",
     "backend": "backends",
     "restore_": "swap",

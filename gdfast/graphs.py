@@ -1,0 +1,179 @@
+"""A training step as a CUDA graph: recorded once, then launched as a whole.
+
+A small model's step is bound by what Python and the driver do to launch its kernels. A graph
+launches all of them at once. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from gdfast.errors import mismatch
+from gdfast.optim import SGD
+
+_MOST_GRAPHS = 8  # each keeps the memory of a whole step
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    batch: tuple[Tensor, ...]  # what is read: each batch is copied there
+    loss: Tensor
+    grads: list[Tensor | None]
+
+
+class GraphedStep:
+    """A training step, `loss = step(images, *targets)`, that CUDA runs as one graph.
+
+    One call is zero_grad, `loss = criterion(model(images), *targets)`, backward and
+    `optimizer.step()`, the first two under autocast to `autocast` where that dtype is given.
+    Returns the loss, detached. For every kind of batch (sizes, dtypes, layouts) the first `warmup`
+    calls are ordinary steps, in which algorithms are chosen and buffers come into being; the next
+    one is recorded, and it and all that follow replay the record. At most 8 kinds of batches are
+    recorded; the rest, and models on the CPU, take ordinary steps.
+
+    The learning rates of the optimizer become tensors on its parameters' device, so that schedulers
+    and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused
+    optimizers read them there. When another setting of the optimizer
+    changes, or a module goes from train to eval, what was recorded is dropped and recorded anew.
+    As in every CUDA graph, Python code of the model (prints, hooks, branches on values) runs only
+    while recording, and nothing may wait for the GPU (`.item()`, GradScaler, clipping that reads
+    the norm back). Gradients are those of the last call.
+
+    Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
+    devices, and RuntimeError where a step cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        criterion: Callable[..., Tensor],
+        optimizer: Optimizer,
+        *,
+        autocast: torch.dtype | None = None,
+        warmup: int = 3,
+    ) -> None:
+        if isinstance(model, DistributedDataParallel):
+            expected = "a model whose gradients stay in this process"
+            raise TypeError(mismatch("GraphedStep", "model", expected, type(model).__name__))
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.autocast, self.warmup = autocast, max(1, warmup)  # the first step makes buffers
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        devices = sorted({str(p.device) for p in self._params})
+        if len(devices) != 1:
+            words = ", ".join(devices) or "no parameters"
+            raise ValueError(
+                mismatch("GraphedStep", "optimizer", "parameters of one device", words)
+            )
+        self.device = self._params[0].device
+        self._recorded: dict[Any, _Recorded] = {}
+        self._calls: dict[Any, int] = {}
+        self._settings: Any = None
+        self._rates: dict[int, Tensor] = {}
+        self._last: _Recorded | None = None
+        self._pool: Any = None
+
+    @property
+    def graphs(self) -> int:
+        """How many kinds of batches are recorded."""
+        return len(self._recorded)
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return self._step(batch)
+        self._follow_settings()
+        kind = tuple((x.shape, x.stride(), x.dtype) for x in batch)
+        recorded = self._recorded.get(kind)
+        if recorded is None:
+            calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+            if calls <= self.warmup or len(self._recorded) == _MOST_GRAPHS:
+                with self._aside():
+                    return self._step(tuple(x.to(self.device, non_blocking=True) for x in batch))
+            recorded = self._recorded[kind] = self._record(batch)
+        for kept, given in zip(recorded.batch, batch, strict=True):
+            kept.copy_(given, non_blocking=True)
+        recorded.graph.replay()
+        if recorded is not self._last or self._params[0].grad is not recorded.grads[0]:
+            for param, grad in zip(self._params, recorded.grads, strict=True):
+                param.grad = grad
+            self._last = recorded
+        return recorded.loss.clone()
+
+    def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        images, *targets = batch
+        self.optimizer.zero_grad(set_to_none=True)
+        # A cast of the weights that autocast remembers must not outlive a record.
+        with torch.autocast(
+            self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
+        ):
+            loss = self.criterion(self.model(images), *targets)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a stream of its own, as what will be recorded."""
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            yield
+        current.wait_stream(stream)
+        self._last = None
+
+    def _record(self, batch: tuple[Tensor, ...]) -> _Recorded:
+        kept = tuple(torch.empty_like(x, device=self.device).copy_(x) for x in batch)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+                loss = self._step(kept)
+        except Exception as error:
+            raise RuntimeError(
+                f"GraphedStep: the step cannot be recorded as a CUDA graph: {error}\n"
+                "Nothing in it may wait for the GPU, as .item() and printing a tensor do; where "
+                "that is needed, take ordinary steps"
+            ) from error
+        self._last = None
+        return _Recorded(graph, kept, loss, [p.grad for p in self._params])
+
+    def _follow_settings(self) -> None:
+        """Puts learning rates where graphs read them; forgets graphs that have other settings."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            rate = self._rates.get(index)
+            if group["lr"] is not rate or rate is None:
+                # Torch's fused kernels read single precision; ours rounds as from a number.
+                dtype = torch.float64 if isinstance(self.optimizer, SGD) else torch.float32
+                if rate is None:
+                    rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
+                rate.fill_(group["lr"])
+                group["lr"] = rate
+        settings = (
+            [
+                {
+                    name: _told(value)
+                    for name, value in group.items()
+                    if name not in ("lr", "params")
+                }
+                for group in self.optimizer.param_groups
+            ],
+            [module.training for module in self.model.modules()],
+        )
+        if settings != self._settings:
+            self._recorded.clear()
+            self._calls.clear()
+            self._last, self._pool = None, None
+            self._settings = settings
+
+
+def _told(value: Any) -> Any:
+    """A setting as it can be compared: what a tensor holds is read by the graph itself."""
+    return id(value) if isinstance(value, Tensor) else value
