@@ -15,6 +15,7 @@ import gdfast
 from gdfast import GraphedStep, optim
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+FUSED = partial(torch.optim.SGD, fused=True)
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
