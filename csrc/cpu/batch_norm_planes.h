@@ -235,10 +235,9 @@ class Planes {
   // for_groups, but that what is left over ends in an overlapping vector where there was one.
   template <int kMost, typename Visit>
   GDFAST_INLINE static void for_lanes(int64_t begin, int64_t end, const Visit& visit) {
-    const int64_t rest = (end - begin) % kWidth;
-    if (rest == 0 || end - begin < kWidth) return for_groups<A, kMost>(begin, end, visit);
-    for_groups<A, kMost>(begin, end - rest, visit);
-    visit(Overlap{rest}, end - kWidth);
+    const int64_t rest = end - begin < kWidth ? 0 : (end - begin) % kWidth;
+    for_groups<A, kMost>(begin, end - rest, visit);  // once, since all of it is inlined
+    if (rest != 0) visit(Overlap{rest}, end - kWidth);
   }
 
   // Zeros for the lanes that do not count.
