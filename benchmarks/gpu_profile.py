@@ -21,7 +21,7 @@ from typing import Any
 import gpu_rows
 import gpu_table
 import torch
-from gpu_goals import BACKENDS
+from gpu_goals import BACKENDS, backends
 from gpu_layers import set_up, where, words
 
 import gdfast.ops  # noqa: F401  registers torch.ops.gdfast
@@ -71,7 +71,7 @@ def by_torch(document: dict[str, Any], seconds: float, write: Callable[[str], No
     found = gpu_rows.entries(at.dry)
     measured = {entry["row"] for entry in document["entries"]}
     steps = [index for index, e in enumerate(found) if e.row == _STEP and e.row in measured]
-    whole = [(step, name) for step in steps for name in ("eager", *BACKENDS)]
+    whole = [(step, name) for step in steps for name in ("eager", *backends(_STEP))]
     for number, backend in [*whole, *slowest(document, _LAYERS)]:
         entry = found[number]
         if time.monotonic() > end:

@@ -6,13 +6,14 @@ is the least time that the GPU's arithmetic and memory allow, over ours.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from math import log2
 from statistics import geometric_mean
 from typing import Any
 
-from gpu_goals import BACKENDS, GOALS, SUSPECT, Goal
+from gpu_goals import AUTO, BACKENDS, GOALS, SUSPECT, SUSPECT_ONCE, Goal, backends
 
 # FLOP/s by kind of arithmetic, and bytes/s of memory: NVIDIA's data sheets, without sparsity.
 _HOPPER = {"bfloat16": 989e12, "tf32": 495e12, "3 x tf32": 165e12, "float32": 67e12}
@@ -20,6 +21,8 @@ ROOFLINES = {
     "H200": {**_HOPPER, "memory": 4.8e12},
     "H100": {**_HOPPER, "memory": 3.35e12},
 }
+
+_MOST_TILES = 8  # told of in one line
 
 Document = dict[str, Any]
 Measured = dict[str, Any]
@@ -59,7 +62,7 @@ def ratios(document: Document) -> list[dict[str, Any]]:
     found = []
     for goal in GOALS:
         entries = of_goal(document, goal)
-        for backend in BACKENDS:
+        for backend in goal.ratio:
             values = [value for entry in entries if (value := ratio(entry, backend, goal.rival))]
             found.append({
                 "goal": goal.title, "rival": goal.rival, "backend": backend,
@@ -76,7 +79,7 @@ def goals(document: Document) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     gpu = document["machine"]["gpu"]
-    which = [goal for goal in GOALS for _ in BACKENDS]
+    which = [goal for goal in GOALS for _ in goal.ratio]
     for goal, reached in zip(which, ratios(document), strict=True):
         entries, backend, mean = of_goal(document, goal), reached["backend"], reached["ratio"]
         shares = [value for entry in entries if (value := share(entry, backend, gpu))]
@@ -110,7 +113,7 @@ def every(document: Document) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in document["entries"]:
-        for backend in BACKENDS:
+        for backend in backends(entry["row"]):
             name = f"{entry['row']}: {entry['name']}"
             cells = [name + " NCHW" * (entry["layout"] == "NCHW"), entry["task"], backend]
             seconds = entry.get("seconds", {}).get(f"ours {backend}")
@@ -125,16 +128,33 @@ def every(document: Document) -> str:
                 against += [f"{name} absent" for name in entry.get("absent", {})]
                 low, high = entry["null_spread"]
                 part = share(entry, backend, gpu)
-                tiles = entry["tiles"].get(backend, [])[:3]
-                how = [*tiles, *(["no graph"] if not entry["graph"] else [])]
-                if backend == "cuda" and SUSPECT in entry.get("failed", {}):
-                    how.append(f"without {SUSPECT}")
+                how = _how(entry, backend)
                 cells += [
                     f"{seconds * 1e6:.1f}", ", ".join(against),
                     "" if part is None else f"{part:.0%}", f"{low:.2f}-{high:.2f}", ", ".join(how),
                 ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _how(entry: Measured, backend: str) -> list[str]:
+    """What ran: for each choice of the tuner the queries that it was made for, most first."""
+    chosen = Counter(entry["tiles"].get(backend, ())).most_common()
+    how = [f"{name} x{count}" if count > 1 else name for name, count in chosen[:_MOST_TILES]]
+    if len(chosen) > _MOST_TILES:
+        how.append(f"{len(chosen) - _MOST_TILES} others")
+    if not entry["graph"]:
+        how.append("no graph")
+    alone = entry.get("gpu_seconds", {})
+    if ours := alone.get(f"ours {backend}"):
+        ratios = (
+            f"{name.removeprefix('native ')} {value / ours:.2f}"
+            for name, value in alone.items() if name.startswith("native ")
+        )  # fmt: skip
+        how.append(f"GPU alone {ours * 1e6:.1f} us: {', '.join(ratios)}")
+    if backend != "triton" and {SUSPECT, SUSPECT_ONCE} & entry.get("failed", {}).keys():
+        how.append(f"without {SUSPECT}")
+    return how
 
 
 def _why(entry: Measured, backend: str) -> str:
@@ -147,7 +167,7 @@ def _why(entry: Measured, backend: str) -> str:
 def _failure(entry: Measured, backend: str) -> str:
     """Why a backend has no time: it failed, or what all of the entry's depend on did."""
     others = (f"{name}: {why}" for name, why in entry.get("failed", {}).items()
-              if name not in (*BACKENDS, SUSPECT))  # fmt: skip
+              if name not in (*BACKENDS, AUTO, SUSPECT, SUSPECT_ONCE))  # fmt: skip
     wrong = backend in entry.get("wrong", {})
     return entry.get("failed", {}).get(backend) or ("" if wrong else next(others, ""))
 
@@ -159,8 +179,8 @@ def whole(document: Document) -> str:
 
 def picture(document: Document) -> str:
     """An SVG: a bar for each goal and backend from the line where native is, a tick at the goal."""
-    colours = {"cuda": "#1f77b4", "triton": "#ff7f0e"}
-    bars = [(goal, backend) for goal in GOALS for backend in BACKENDS]
+    colours = {"cuda": "#1f77b4", "triton": "#ff7f0e", AUTO: "#2ca02c"}
+    bars = [(goal, backend) for goal in GOALS for backend in goal.ratio]
     height, left, octave = 18, 330, 90
     width, bottom = left + 5 * octave + 70, 34 + height * len(bars)
 

@@ -19,6 +19,9 @@ Operation = Callable[[str, Callable[[Tensor], Tensor]], Tensor]
 
 # Three products of TF32 numbers are exact to 2^-17 at worst, one is to 2^-11.
 _TF32X3_ERROR = 1e-5
+# Rounding a float32 sum at each of its n additions makes it stray by about 2^-24 sqrt(n); here n is
+# at most 480, in grad_weight. Native's order of sums may be better, and is so by luck as well.
+_FLOAT32_ERROR = 2.0**-24 * 480**0.5
 
 
 class Check(NamedTuple):
@@ -41,7 +44,7 @@ class _Arithmetic(NamedTuple):
     least: float
 
 
-_FLOAT32 = _Arithmetic("", torch.float32, "strict", torch.finfo(torch.float32).eps)
+_FLOAT32 = _Arithmetic("", torch.float32, "strict", _FLOAT32_ERROR)
 _BFLOAT16 = _Arithmetic(" bfloat16", torch.bfloat16, "strict", torch.finfo(torch.bfloat16).eps)
 _TF32X3 = _Arithmetic(" tf32x3", torch.float32, "fast", _TF32X3_ERROR)
 
@@ -49,7 +52,8 @@ _TF32X3 = _Arithmetic(" tf32x3", torch.float32, "fast", _TF32X3_ERROR)
 def run(backend: str) -> list[Check]:
     """Test a backend: in float32, and in bfloat16 and three TF32 products where it has the like.
 
-    An error may be twice native PyTorch's and one rounding, 1e-5 in three products of TF32 numbers.
+    An error may be twice native PyTorch's and what rounding alone explains: in float32 1.3e-6, in
+    bfloat16 one rounding, in three products of TF32 numbers 1e-5.
     """
     on_gpu = runs_on_gpu(backend)
     device = "cuda" if on_gpu else "cpu"
@@ -105,7 +109,7 @@ def check(
         return told(None, native_error, True, str(refusal))
     except RuntimeError as failure:
         return told(None, native_error, False, str(failure))
-    # Native adds the same numbers in another order: one rounding more is no mistake.
+    # Native adds the same numbers in another order.
     return told(error, native_error, error <= 2 * native_error + least, "")
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_training import check_training
 from test_cuda_conv2d import check, passes, tensors_of
 from test_models import TRAINED
 from torch import Tensor
 
 import gdfast
-from gdfast import models, native, ops, optim
+from gdfast import native, ops, optim
 from gdfast.bench.cases import RESNET50, Conv2dCase
 
 pytestmark = [
@@ -41,25 +42,7 @@ def test_layers_of_resnet50(case: Conv2dCase) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_models_train_as_natively(name: str) -> None:
-    options, size = TRAINED[name]
-    torch.manual_seed(0)
-    model = models.create(name, **options).cuda().to(memory_format=torch.channels_last)
-    gdfast.swap_(model, fuse=True)
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    images = torch.randn(8, *size[1:], device="cuda")
-    losses = {}
-    for backend in ("cuda", "native"):
-        model.load_state_dict(start)
-        with gdfast.backend(backend):
-            optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-            losses[backend] = []
-            for _ in range(3):
-                optimizer.zero_grad()
-                loss = model(images).square().mean()
-                loss.backward()
-                optimizer.step()
-                losses[backend].append(loss.item())
-    assert losses["cuda"] == pytest.approx(losses["native"], rel=1e-3)
+    check_training(name, "cuda", ("NCHW", "channels_last"))
 
 
 def layers() -> torch.nn.Sequential:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -131,7 +132,8 @@ def test_what_went_well_without_hopper_leaves_it_out(
     told: list[dict[str, str]] = []
 
     def supervise(command: Any, jobs: Any, budgets: Any, done: Any, *, seconds: float) -> None:
-        assert jobs[0].suspects == {"cuda": "hopper", "time": "hopper"}
+        once = dict.fromkeys(("auto", "time"), "hopper, this once")  # Triton's kernels run then too
+        assert jobs[0].suspects == {"cuda": "hopper", **once}
         jobs[0].failed["hopper"] = "hung"
         done(jobs[0], {"failed": {}})  # of cuda there is no time: who was to blame is not known
         told.append(dict(jobs[2].failed))
@@ -147,6 +149,28 @@ def test_what_went_well_without_hopper_leaves_it_out(
     assert document["machine"]["hopper"] == "a candidate"
     assert document["entries"][1]["failed"] == {"hopper": "hung"}
     assert "without hopper" in (tmp_path / "results.txt").read_text()
+
+
+def test_a_failure_that_others_may_have_caused_leaves_hopper_out_once(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GDFAST_HOPPER", "1")
+    without = [[], ["hopper, this once"], [], ["hopper"], []]
+    row = "SGD"
+    jobs = [{"id": id, "without": names} for id, names in enumerate(without)]
+    orders = json.dumps({"jobs": jobs, "budgets": {row: 60.0}})
+    seen: list[bool] = []
+
+    def measure(entry: Any, without: list[str], at: Any) -> dict[str, Any]:
+        seen.append(gpu.with_hopper())
+        return {}
+
+    monkeypatch.setattr(sys, "stdin", StringIO(orders))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu.gpu_rows, "entries", lambda dry: 5 * [SimpleNamespace(row=row)])
+    assert gpu.worker(True) == 0
+    assert seen == [True, False, True, False, False]
 
 
 def test_the_kernel_for_hopper_is_run_last(
@@ -237,6 +261,7 @@ def test_rows_are_checked_and_timed(row: str, gpu: ModuleType) -> None:
         result = gpu.measure(entry, [], gpu.where(True))
         assert (result["wrong"], result["failed"]) == ({}, {})
         assert {"ours cuda", "ours triton"} < set(result["seconds"])
+        assert ("ours auto" in result["seconds"]) == ("step" in row)
         for name in gpu.candidates(entry):
             assert name in result["seconds"] or f"ours {name}" in result["seconds"]
 
@@ -327,6 +352,23 @@ def test_the_tables_tell_ratios_rooflines_and_failures(gpu: ModuleType) -> None:
     assert f"{layer} 7x7 | forward | cuda | time: the process ended with -9 |" in text
     assert f"{layer} 5x5 | forward | cuda | no time left |" in text
     assert gpu_table.share(document()["entries"][0], "cuda", "another GPU") is None
+
+
+def test_a_steps_row_tells_what_ran_and_the_time_of_the_gpu_alone(gpu: ModuleType) -> None:
+    import gpu_table
+
+    step = document()["entries"][0] | {
+        "row": "small steps", "task": "step", "graph": False,
+        "tiles": {"cuda": {"64x64": 1, "hopper-64": 30}, "auto": dict.fromkeys("abcdefghijk", 1)},
+        "seconds": {"native eager": 3e-3, "ours cuda": 2e-3, "ours auto": 1e-3},
+        "gpu_seconds": {"native eager": 2e-3, "ours cuda": 1e-3, "ours auto": 1e-3},
+        "failed": {"hopper, this once": "hung"},
+    }  # fmt: skip
+    text = gpu_table.every({**document(), "entries": [step]})
+    alone = "no graph, GPU alone 1000.0 us: eager 2.00, without hopper |"
+    assert f"| hopper-64 x30, 64x64, {alone}" in text
+    assert f"| a, b, c, d, e, f, g, h, 3 others, {alone}" in text
+    assert text.count("without hopper") == 2 and "| triton | not timed |" in text
 
 
 def test_a_rival_has_the_better_of_its_layouts(gpu: ModuleType) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_training import check_training
 from test_models import TRAINED
 from torch import Tensor
 from triton_here import NOT_IN_INTERPRETER
@@ -130,25 +131,7 @@ def test_the_same_bits_in_every_run() -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_models_train_as_natively(name: str) -> None:
-    options, size = TRAINED[name]
-    torch.manual_seed(0)
-    model = models.create(name, **options).cuda()
-    gdfast.swap_(model, fuse=True)
-    start = {key: value.clone() for key, value in model.state_dict().items()}
-    images = torch.randn(8, *size[1:], device="cuda")
-    losses = {}
-    for backend in ("triton", "native"):
-        model.load_state_dict(start)
-        with gdfast.backend(backend):
-            optimizer = optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-            losses[backend] = []
-            for _ in range(3):
-                optimizer.zero_grad()
-                loss = model(images).square().mean()
-                loss.backward()
-                optimizer.step()
-                losses[backend].append(loss.item())
-    assert losses["triton"] == pytest.approx(losses["native"], rel=1e-3)
+    check_training(name, "triton", ("channels_last",))
 
 
 def test_a_step_can_be_recorded_as_a_graph() -> None:

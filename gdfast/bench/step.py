@@ -33,8 +33,8 @@ _SHORTLIST = 1.15
 class Training:
     """A copy of a model in training on one random batch; a call does one step, gives the loss.
 
-    `images` and `labels` are drawn from a fixed seed. After a call each parameter's `grad` is that
-    of the step.
+    `images` and `labels` are drawn from a fixed seed, on the model's device. After a call each
+    parameter's `grad` is that of the step.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class Training:
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(case.N, case.C, case.H, case.W, generator=generator)
-        self.labels = torch.randint(case.classes, (case.N,), generator=generator)
-        self.images = images.to(dtype).to(memory_format=LAYOUTS[layout])
+        labels = torch.randint(case.classes, (case.N,), generator=generator)
+        device = next(model.parameters()).device
+        self.labels = labels.to(device)
+        self.images = images.to(device, dtype).to(memory_format=LAYOUTS[layout])
         model = copy.deepcopy(model).to(dtype)
         self.model = model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.model.parameters(), lr=lr, momentum=0.9)
@@ -195,7 +197,7 @@ def _check(
     for layout in LAYOUTS:
         for seed in range(_OTHER_ROUNDINGS):
             training = Training(case, native, loop, layout, dtype, lr=_CHECKED_LR)
-            _round_otherwise_(training.images, seed)
+            round_otherwise_(training.images, seed)
             training()
             error_of_native = max(error_of_native, relative_error(training.gradients(), reference))
     losses_of_native = [losses for _, losses in of_native.values()]
@@ -203,17 +205,17 @@ def _check(
     for layout, (error, losses) in of_ours.items():
         errors[f"{layout} gradients"] = error
         allowed[f"{layout} gradients"] = max(2.0, amplified) * error_of_native + roundings
-        errors[f"{layout} losses"] = min(_apart(losses, others) for others in losses_of_native)
-        allowed[f"{layout} losses"] = _LOSS_SPREADS * _apart(*losses_of_native) + roundings
+        errors[f"{layout} losses"] = min(apart(losses, others) for others in losses_of_native)
+        allowed[f"{layout} losses"] = _LOSS_SPREADS * apart(*losses_of_native) + roundings
     return Check(errors, allowed)
 
 
-def _round_otherwise_(images: Tensor, seed: int) -> None:
+def round_otherwise_(images: Tensor, seed: int) -> None:
     """Moves each value by up to one rounding."""
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
-    images.mul_(1 + (2 * noise.to(images.dtype) - 1) * torch.finfo(images.dtype).eps)
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)
+    images.mul_(1 + (2 * noise - 1) * torch.finfo(images.dtype).eps)
 
 
-def _apart(losses: Tensor, others: Tensor) -> float:
+def apart(losses: Tensor, others: Tensor) -> float:
     """The largest relative difference of two runs' losses, step by step."""
     return ((losses - others).abs() / others.abs()).max().item()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,11 +27,6 @@ from gdfast.extras import require
 from gdfast.geometry import Conv2dGeometry, MaxPool2dGeometry, dense_strides
 
 META = torch.device("meta")
-_TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
-    torch.int32: "*i32",
-}  # fmt: skip
-_WIDEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -76,58 +72,41 @@ def ahead_of_time(capability: int) -> Iterator[list[Code]]:
 
     def run(self: Any, tensors: Sequence[Tensor], changing: tuple[Any, ...]) -> None:
         arguments = *self.seen(tensors), *changing, *self._rest
-        compiled.append(_compile(self._kernel, arguments, self._options, capability))
+        compiled.append(_compile(self._kernel, self._grid, arguments, self._options, capability))
 
     with (
         mock.patch.object(launch, "gpu", lambda device: gpu),
         mock.patch.object(launch.Launch, "_run", run),
+        no_driver(capability),
     ):
         yield compiled
 
 
-def _compile(kernel: Any, arguments: tuple[Any, ...], options: Any, capability: int) -> Code:
-    from triton import compile
+@contextmanager
+def no_driver(capability: int, **parts: Any) -> Iterator[None]:
+    """Has Triton bind arguments and compile for a GPU with no driver but what `parts` stand for."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
-    signature: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for param, value in zip(kernel.params, arguments, strict=True):
-        kind, divisible = _type_of(value, param)
-        signature[param.name] = kind
-        if kind == "constexpr":
-            constants[param.name] = value
-        elif divisible:
-            attributes[param.num,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    result = compile(source, target=target, options=dict(options))
+    absent = SimpleNamespace(
+        # Triton keeps what it compiled for each device: here for each capability.
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        **parts,
+    )
+    with mock.patch.object(driver, "_active", absent):
+        yield
+
+
+def _compile(kernel: Any, grid: Any, arguments: Any, options: Any, capability: int) -> Code:
+    result = kernel.warmup(*arguments, grid=grid, **options)
     registers, stack = _resources(result.asm["cubin"])
+    settings = {p.name: arguments[p.num] for p in kernel.params if p.is_constexpr}
     return Code(
-        kernel.fn.__name__, capability,
-        {param.name: constants[param.name] for param in kernel.params if param.is_constexpr},
-        options["num_warps"], options["num_stages"], registers, stack, result.metadata.shared,
-        Counter(_instructions(result.asm["sass"])),
+        kernel.fn.__name__, capability, settings, options["num_warps"], options["num_stages"],
+        registers, stack, result.metadata.shared, Counter(_instructions(result.asm["sass"])),
     )  # fmt: skip
-
-
-def _type_of(value: Any, param: Any) -> tuple[Any, bool]:
-    """The type of an argument, and whether 16 divides it, as Triton's launcher would tell."""
-    if param.is_constexpr:
-        return "constexpr", False
-    if isinstance(value, Tensor):
-        return _TYPES[value.dtype], True
-    if hasattr(value, "block_shape"):  # a descriptor
-        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{value.block_shape}>", False
-    if isinstance(value, tuple):
-        return tuple(_type_of(each, param)[0] for each in value), False
-    if isinstance(value, float):
-        return "fp32", False
-    if value == 1 and not param.do_not_specialize:
-        return "constexpr", False
-    divisible = value % 16 == 0 and not param.do_not_specialize
-    return "i32" if abs(value) <= _WIDEST else "i64", divisible
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

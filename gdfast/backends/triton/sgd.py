@@ -71,7 +71,9 @@ def decoded(number):
 @triton.jit
 def sgd_kernel(
     element, lr_at, grad_scale_at, found_inf_at,  # of `element` only the type counts
-    params, grads, momenta, masters, numels, starts,  # tuples with an encoded entry for each tensor
+    # Tuples with an encoded entry for each tensor. None may be called `params`: the function that
+    # Triton generates to take a kernel's arguments has a variable of that name.
+    parameters, grads, momenta, masters, numels, starts,
     lr, momentum, undamped, weight_decay,
     MOMENTUM: tl.constexpr,  # "none", "first" or "running"
     NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, ZERO_GRAD: tl.constexpr,
@@ -79,11 +81,11 @@ def sgd_kernel(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    param, grad, buffer, master = params[0], grads[0], momenta[0], masters[0]
+    param, grad, buffer, master = parameters[0], grads[0], momenta[0], masters[0]
     numel, start = numels[0], starts[0]
-    for i in tl.static_range(1, len(params)):
+    for i in tl.static_range(1, len(parameters)):
         later = program >= decoded(starts[i])
-        param = tl.where(later, params[i], param)
+        param = tl.where(later, parameters[i], param)
         grad = tl.where(later, grads[i], grad)
         buffer = tl.where(later, momenta[i], buffer)
         if MASTER:
