@@ -137,21 +137,46 @@ GDFAST_DEVICE void multiply_stage(float (&sums)[kProducts][kN / 2], const unsign
   warpgroup_commit();
 }
 
-// Bias and activation of two rows' sums, each of two channels, the first of which is given.
+// Adds the bias to a thread's sums of 64 channels and applies the activation.
 template <typename T>
-GDFAST_DEVICE void finish(const HopperArguments& a, int channel, float (&sums)[4]) {
-  if (a.bias != nullptr && channel < a.channels) {  // which come in eights
-    const T* const bias = static_cast<const T*>(a.bias) + channel;
+GDFAST_DEVICE void finish(const HopperArguments& a, int first_channel, float* sums) {
+  constexpr int kCount = kChannels / 2;
+  float values[kCount];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] += to_float(bias[i % 2]);
+  for (int i = 0; i < kCount; ++i) values[i] = sums[i];
+  if (a.bias != nullptr) {
+    // Of every eight channels, four lanes have two each, in two rows.
+    const T* const bias = static_cast<const T*>(a.bias) + first_channel + warp_lane() % 4 * 2;
+#pragma unroll
+    for (int chunk = 0; chunk < kCount / 4; ++chunk) {
+      const bool inside = first_channel + 8 * chunk < a.channels;  // which come in eights
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float value = inside ? to_float(bias[8 * chunk + i]) : 0;
+        values[4 * chunk + i] += value, values[4 * chunk + 2 + i] += value;
+      }
+    }
   }
-  activate(sums, a.activation, a.negative_slope);
+  activate(values, a.activation, a.negative_slope);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i] = values[i];
+}
+
+// Asks once for all sums of a product what there is to do: most layers have neither.
+template <typename T, int kCount>
+GDFAST_DEVICE void finish_all(const HopperArguments& a, int first_channel, float (&sums)[kCount]) {
+  if (a.bias == nullptr && a.activation == Activation::kNone) return;
+  constexpr int kPart = kChannels / 2;
+#pragma unroll
+  for (int part = 0; part < kCount / kPart; ++part) {
+    finish<T>(a, first_channel + part * kChannels, sums + part * kPart);
+  }
 }
 
 // Writes a warp's 16 rows of one product, 64 channels at a time by way of shared memory, so that
 // eight lanes write the 128 bytes of a pixel. Chunks change places there as in a box: neither the
 // registers' way of writing nor the rows' way of reading meets itself in a bank.
-template <typename T, int kN, bool kGradient>
+template <typename T, int kN>
 GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
                               const float (&sums)[kN / 2], int first_row, unsigned char* results) {
   constexpr int kPack = 16 / sizeof(T);
@@ -173,10 +198,7 @@ GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
     sync_warp();
 #pragma unroll
     for (int chunk = 0; chunk < 8; ++chunk) {
-      float values[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = sums[32 * part + 4 * chunk + i];
-      if constexpr (!kGradient) finish<T>(a, first_channel + 8 * chunk + lane % 4 * 2, values);
+      const float* const values = sums + 32 * part + 4 * chunk;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = lane / 4 + 8 * i;
@@ -236,8 +258,9 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
     const Tile tile = tile_at<kN>(a, index);
 #pragma unroll
     for (int product = 0; product < Its::kProducts; ++product) {
-      write_rows<T, kN, kGradient>(a, tile, sums[product],
-                                   first_row + 64 * product + kWarpRows * warp, results);
+      if constexpr (!kGradient) finish_all<T>(a, tile.channel, sums[product]);
+      write_rows<T, kN>(a, tile, sums[product], first_row + 64 * product + kWarpRows * warp,
+                        results);
     }
   }
 }
