@@ -35,6 +35,15 @@ CASES = [
     Conv2dCase("one-step", 9, 64, 16, 16, 64, 1, 1),
     Conv2dCase("six-steps", 4, 16, 16, 16, 128, 2, 3, padding=(1, 1)),
     Conv2dCase("many-steps", 8, 72, 12, 12, 64, 3, 3, padding=(1, 1)),
+    # Strides: phases of the input, of the gradient; of odd sizes, and pixels that no window meets.
+    Conv2dCase("3x3/2", 2, 72, 14, 14, 72, 3, 3, stride=(2, 2), padding=(1, 1)),
+    Conv2dCase("3x3/2-odd", 2, 16, 13, 9, 24, 3, 3, stride=(2, 2), padding=(0, 1)),
+    Conv2dCase("1x1/2", 3, 64, 10, 11, 72, 1, 1, stride=(2, 2)),
+    Conv2dCase("2x5/(1,2)", 2, 24, 7, 12, 16, 2, 5, stride=(1, 2), padding=(0, 3)),
+    Conv2dCase(
+        "4x3/2-dilated", 1, 16, 17, 15, 64, 4, 3, stride=(2, 2), padding=(4, 1), dilation=(2, 3)
+    ),
+    Conv2dCase("smallest/2", 1, 8, 2, 2, 8, 3, 1, stride=(2, 2), padding=(2, 0)),
 ]
 # The simulator runs one of them in each order of threads.
 DTYPES = [(torch.bfloat16, "ascending"), (torch.float16, "descending")]
@@ -62,7 +71,7 @@ def tensors(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def window(case: Conv2dCase) -> dict[str, Any]:
-    return {"padding": case.padding, "dilation": case.dilation}
+    return {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
 
 
 def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device) -> None:
@@ -97,6 +106,9 @@ def test_it_computes_what_native_does(
         # another length, so that every stage is that of every step once.
         Conv2dCase("five-steps", 6, 24, 14, 14, 40, 1, 5, padding=(0, 2)),
         Conv2dCase("wide", 1, 72, 7, 9, 264, 3, 1, padding=(1, 0)),
+        # One step for each tile, whose weights stay; then with as many tiles as blocks.
+        Conv2dCase("weights-stay", 9, 64, 12, 12, 64, 1, 1),
+        Conv2dCase("strided", 5, 64, 13, 16, 200, 3, 2, stride=(2, 2), padding=(1, 1)),
     ],
     ids=str,
 )
@@ -106,19 +118,34 @@ def test_every_tile_does(
     check(case, torch.bfloat16, name, hopper)
 
 
-def test_activations_and_no_bias(hopper: torch.device) -> None:
-    case = CASES[0]
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda z: F.leaky_relu(z, 0.125),
+    "silu": F.silu,
+    "none": lambda z: z,
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "plain"])
+def test_activations(activation: str, with_bias: bool, hopper: torch.device) -> None:
+    case = Conv2dCase("3x1", 2, 72, 9, 10, 72, 3, 1, padding=(1, 0))
     values = tensors(case, torch.bfloat16, hopper)
-    input, weight, *_ = values.values()
-    plain = F.conv2d(input.double(), weight.double(), **window(case))
-    for activation, expected in (
-        ("relu6", F.relu6(plain)),
-        ("leaky_relu", F.leaky_relu(plain, 0.125)),
-    ):
-        plainly = {f.name: getattr(query_of(case, values), f.name) for f in fields(Conv2dQuery)}
-        query = Conv2dActQuery(**plainly, activation=activation, negative_slope=0.125)
-        output = cuda_conv2d.conv2d(query, "hopper-256")(input, weight, None)
-        assert torch.equal(output, expected.to(torch.bfloat16))
+    input, weight, bias, _ = values.values()
+    values["input"][1, 0, 0, 0] = float("nan")
+    added = bias if with_bias else None
+    exact = F.conv2d(
+        input.double(), weight.double(), None if added is None else added.double(), **window(case)
+    )
+    expected = ACTIVATIONS[activation](exact).to(torch.bfloat16)
+    plainly = {f.name: getattr(query_of(case, values), f.name) for f in fields(Conv2dQuery)}
+    query = Conv2dActQuery(**plainly, activation=activation, negative_slope=0.125)
+    for name in ("hopper-64", "hopper-256"):
+        output = cuda_conv2d.conv2d(query, name)(input, weight, added)
+        # Where float32 and float64 lie on either side of the middle between two bfloat16.
+        bound = 2**-8 if activation == "silu" else 0
+        torch.testing.assert_close(output, expected, rtol=bound, atol=1e-30, equal_nan=True)
 
 
 def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
@@ -136,7 +163,10 @@ def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
 
 
 REFUSED = {
-    "a stride of 1": Conv2dCase("stride", 1, 16, 8, 8, 16, 3, 3, stride=(2, 1)),
+    "strides of 1 and 2": Conv2dCase("stride", 1, 16, 8, 8, 16, 3, 3, stride=(3, 1)),
+    "images of at least the stride": Conv2dCase(
+        "one row", 1, 16, 1, 8, 16, 1, 1, stride=(2, 2), padding=(1, 0)
+    ),
     "one group": Conv2dCase("groups", 1, 16, 8, 8, 16, 3, 3, groups=2),
     "input: channels in eights": Conv2dCase("C", 1, 12, 8, 8, 16, 3, 3),
     "output: channels in eights": Conv2dCase("K", 1, 16, 8, 8, 12, 3, 3),

@@ -13,6 +13,8 @@
 // It compiles for sm_90a and its results are right in the simulator (hopper_simulator.h says what
 // that does not cover). The tuner may choose it with GDFAST_HOPPER=1 alone, and then where its
 // results on the GPU at hand are native's.
+#include <limits>
+
 #include "conv2d_hopper.h"
 #include "conv2d_hopper_kernel.h"
 #include "conv2d_hopper_tiles.h"
@@ -40,50 +42,91 @@ TensorMap channels_first(const char* op, const void* address, const HopperImage&
   return tensor_map<T>(op, address, {channels, w, h, n}, {kChannels, box_w, box_h, box_n});
 }
 
+// Each phase of an image as a tensor of its own.
+template <typename T>
+void phase_maps(const char* op, const void* address, const HopperImage& image, HopperPhases phases,
+                const PixelBox& box, TensorMap (&maps)[kMostPhases][kMostPhases]) {
+  for (int h = 0; h < phases.h; ++h) {
+    for (int w = 0; w < phases.w; ++w) {
+      const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
+      maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
+                                     phase_image(image, phases, h, w), small(box.w), small(box.h),
+                                     small(box.n));
+    }
+  }
+}
+
+// Divides a block's memory. Weights that all tiles of a block need stay there, where enough stages
+// fit beside them to have loads under way all the time.
+template <int kN>
+void divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t blocks) {
+  using Its = HopperTile<kN>;
+  constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Its::kKept;
+  const bool same_channels = blocks % a.tiles_channels == 0 && a.tiles > blocks;
+  const bool keeps =
+      one_phase && same_channels && steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
+  a.kept_steps = keeps ? small(steps) : 0;
+  a.stage_bytes = kPixelBytes + (keeps ? 0 : Its::kWeights);
+  const int64_t stages = (kRest - a.kept_steps * Its::kWeights) / a.stage_bytes;
+  a.stages = small(stages < kMostStages ? stages : kMostStages);
+}
+
 template <typename T, int kN, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const void* image,
-         const void* weight, HopperArguments a, const Where& where) {
-  const HopperImage& out = pass.out;
-  a.image = channels_first<T>(op, image, pass.in, a.box_w, a.box_h, a.box_n);
+void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const PixelBox& box,
+         const void* image, const void* weight, void* output, HopperArguments a,
+         const Where& where) {
+  using Its = HopperTile<kN>;
+  phase_maps<T>(op, image, pass.in, pass.in_phases(), box, a.images);
+  phase_maps<T>(op, output, pass.out, pass.out_phases(), box, a.outputs);
   a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight}, 1, 1,
                                kGradient ? kChannels : kN);
-  a.tiles_channels = small(tiles_for(out.channels, kN));
-  const int64_t tiles = pixel_tiles(out, {a.box_n, a.box_h, a.box_w}) * a.tiles_channels;
-  a.tiles = small(tiles);
-  const int64_t blocks = multiprocessors(op);
-  launch(op, conv2d_hopper_kernel<T, kN, kGradient>,
-         static_cast<unsigned>(tiles < blocks ? tiles : blocks), kThreads, HopperTile<kN>::kSize,
-         where.stream, a);
+  a.tiles_channels = small(tiles_for(pass.out.channels, kN));
+  a.tiles = small(pixel_tiles(first_phase(pass), box) * a.tiles_channels);
+  int64_t blocks = multiprocessors(op);
+  // A block's tiles then have the same channels.
+  if (a.tiles_channels <= blocks) blocks -= blocks % a.tiles_channels;
+  if (a.tiles < blocks) blocks = a.tiles;
+  const HopperPhases phases = pass.out_phases();
+  divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, blocks);
+  const int64_t bytes = Its::kKept + a.kept_steps * Its::kWeights + a.stages * a.stage_bytes;
+  launch(op, conv2d_hopper_kernel<T, kN, kGradient>, static_cast<unsigned>(blocks), kThreads,
+         static_cast<size_t>(bytes), where.stream, a);
+}
+
+void end_with(HopperArguments& a, Activation activation, double negative_slope) {
+  using Kind = Activation;
+  a.ending = activation == Kind::kSilu                        ? Ending::kSilu
+             : activation == Kind::kNone && a.bias == nullptr ? Ending::kNone
+                                                              : Ending::kLines;
+  a.zero_below = activation == Kind::kRelu || activation == Kind::kRelu6;
+  a.below = activation == Kind::kLeakyRelu ? static_cast<float>(negative_slope) : 1;
+  a.most = activation == Kind::kRelu6 ? 6 : std::numeric_limits<float>::infinity();
 }
 
 template <typename T, bool kGradient>
 void run(const char* op, const Conv2dProblem& p, int channels, const void* image,
          const void* weight, const void* bias, void* output, const Where& where) {
   const HopperPass pass = hopper_pass(p, kGradient);
-  const HopperImage& out = pass.out;
+  const HopperImage out = first_phase(pass);
   const PixelBox box = choose_pixel_box(out, kPixels);
   HopperArguments a{};
-  a.output = static_cast<unsigned char*>(output);
+  a.rows = pass.rows, a.columns = pass.columns;
   a.bias = bias;
-  a.stride_n = out.strides.n, a.stride_h = out.strides.h, a.stride_w = out.strides.w;
-  a.N = small(out.N), a.H = small(out.H), a.W = small(out.W), a.channels = small(out.channels);
+  a.channels = small(out.channels);
   a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
-  a.by_box_w = (65536 + a.box_w - 1) / a.box_w, a.by_box_h = (65536 + a.box_h - 1) / a.box_h;
   a.tiles_h = small(tiles_for(out.H, box.h)), a.tiles_w = small(tiles_for(out.W, box.w));
-  a.R = small(pass.R), a.S = small(pass.S);
   a.sums = small(tiles_for(pass.in.channels, kChannels));
-  a.first_h = small(pass.first_h), a.first_w = small(pass.first_w);
-  a.step_h = small(pass.step_h), a.step_w = small(pass.step_w);
-  a.activation = p.activation, a.negative_slope = static_cast<float>(p.negative_slope);
-  const HopperTileTime time{pixel_tiles(out, box), out.channels, pass.R * pass.S * a.sums,
-                            multiprocessors(op)};
+  end_with(a, p.activation, p.negative_slope);
+  const HopperPhases phases = pass.out_phases();
+  const HopperTileTime time{pixel_tiles(out, box), out.channels, p.R * p.S * a.sums,
+                            phases.h * phases.w, multiprocessors(op)};
   switch (channels != 0 ? channels : time.fastest()) {
     case 64:
-      return run<T, 64, kGradient>(op, p, pass, image, weight, a, where);
+      return run<T, 64, kGradient>(op, p, pass, box, image, weight, output, a, where);
     case 128:
-      return run<T, 128, kGradient>(op, p, pass, image, weight, a, where);
+      return run<T, 128, kGradient>(op, p, pass, box, image, weight, output, a, where);
     default:
-      return run<T, 256, kGradient>(op, p, pass, image, weight, a, where);
+      return run<T, 256, kGradient>(op, p, pass, box, image, weight, output, a, where);
   }
 }
 
@@ -105,7 +148,8 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& p, bool gradient) {
   const auto takes = [](const std::string& what) { return "it takes " + what; };
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return takes("half types");
   if (p.groups != 1) return takes("one group");
-  if (p.stride_h != 1 || p.stride_w != 1) return takes("a stride of 1");
+  if (p.stride_h > kMostPhases || p.stride_w > kMostPhases) return takes("strides of 1 and 2");
+  if (p.stride_h > p.H || p.stride_w > p.W) return takes("images of at least the stride");
   if (p.N == 0) return takes("at least one image");
   for (const auto& [name, image] :
        {std::pair{"input", HopperImage{p.N, p.C, p.H, p.W, p.input}},
@@ -115,12 +159,13 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& p, bool gradient) {
       return takes(reason);
     }
   }
-  const HopperPass pass = hopper_pass(p, gradient);
-  const int64_t steps = p.R * p.S * tiles_for(pass.in.channels, kChannels);
-  const int64_t tiles =
-      pixel_tiles(pass.out, choose_pixel_box(pass.out, kPixels)) * tiles_for(pass.out.channels, 64);
   const int64_t spans = (p.R * p.dilation_h + p.pad_h) | (p.S * p.dilation_w + p.pad_w);
-  if (tiles > kMost / 2 || steps > kMost / 64 || (spans | pass.in.W | pass.out.W) > kMost / 4) {
+  const int64_t steps = p.R * p.S * tiles_for(gradient ? p.K : p.C, kChannels);
+  const HopperPass pass = hopper_pass(p, gradient);
+  const HopperImage out = first_phase(pass);
+  const int64_t tiles =
+      pixel_tiles(out, choose_pixel_box(out, kPixels)) * tiles_for(out.channels, 64);
+  if (tiles > kMost / 8 || steps > kMost / 64 || (spans | pass.in.W | pass.out.W) > kMost / 4) {
     return takes("fewer pixels and taps");
   }
   return "";

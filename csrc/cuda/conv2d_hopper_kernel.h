@@ -1,120 +1,65 @@
-// The kernel of conv2d_hopper.cu: a block's loader, its consumers, and how they share its memory.
+// The kernel of conv2d_hopper.cu: a block's loader and its consumers.
 #pragma once
 
-#include "activation.h"
-#include "hopper.h"
+#include "conv2d_hopper_ring.h"
 
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kPixels = 128;   // of a tile: two products of 64 rows
-constexpr int kChannels = 64;  // summed per stage: one row of a box
-constexpr int kConsumers = 2;
-constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kPixelBytes = kPixels * kBoxRow;
-constexpr int kWarpRows = 16;  // of a product, for each warp
-
-// Registers of a thread: 65536 / 384 = 170 are 168 at launch, in units of 8.
-constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
-static_assert(kWarpgroup * (kLoaderRegisters + kConsumers * kConsumerRegisters) <= 65536,
-              "what a multiprocessor has");
-
-struct HopperArguments {
-  TensorMap image, weight;
-  unsigned char* output;
-  const void* bias;
-  int64_t stride_n, stride_h, stride_w;  // of the output, in elements
-  int N, H, W, channels;                 // of the output
-  int box_n, box_h, box_w;
-  int by_box_w, by_box_h;  // ceil(2^16 / box): exact for what is below 128
-  int tiles_h, tiles_w, tiles_channels, tiles;
-  int R, S, sums;  // sums: in units of kChannels
-  int first_h, first_w, step_h, step_w;
-  Activation activation;
-  float negative_slope;
-};
-
-// A tile of kN channels: how consumers divide it, and what lies where in dynamic shared memory.
-template <int kN>
-struct HopperTile {
-  // A consumer has registers for 128 sums a thread: all pixels of up to 128 channels, and then
-  // consumers take tiles in turn, or half of the pixels of 256, and then they share each tile.
-  static constexpr int kSharers = kN == 256 ? kConsumers : 1;
-  static constexpr int kTurns = kConsumers / kSharers;
-  static constexpr int kProducts = kPixels / 64 / kSharers;
-
-  static constexpr int kStages = kN == 256 ? 4 : 6;
-  static constexpr int kStage = kPixelBytes + kN * kBoxRow;
-  static constexpr int kResults = kStages * kStage;  // 16 rows of 64 channels for each warp
-  static constexpr int kWarpResults = kWarpRows * kBoxRow;
-  static constexpr int kBarriers = kResults + kConsumers * 4 * kWarpResults;
-  static constexpr int kBarrier = static_cast<int>(sizeof(uint64_t));
-  static constexpr int kSize = kBarriers + (2 * kStages + kConsumers) * kBarrier;
-  static_assert(kStage % 1024 == 0 && kSize <= 227 * 1024, "what a block may have");
-};
-
 #if defined(GDFAST_HOPPER)
 
-struct Tile {
-  int n, h, w, channel;  // the first of each
-};
-
-template <int kN>
-GDFAST_DEVICE Tile tile_at(const HopperArguments& a, int index) {
-  const int pixels = index / a.tiles_channels, row = pixels / a.tiles_w, image = row / a.tiles_h;
-  return {image * a.box_n, (row - image * a.tiles_h) * a.box_h,
-          (pixels - row * a.tiles_w) * a.box_w, (index - pixels * a.tiles_channels) * kN};
+// A step's weights, of kN channels that are made by kChannels that are summed.
+template <int kN, bool kGradient>
+GDFAST_DEVICE void load_weights(const HopperArguments& a, unsigned char* to, int channel, int sum,
+                                int r, int s, uint64_t* full) {
+  if constexpr (kGradient) {
+#pragma unroll 1
+    for (int part = 0; part < HopperTile<kN>::kParts; ++part) {
+      load_box(to + part * kChannels * kBoxRow, a.weight,
+               {channel + part * kChannels, s, r, sum * kChannels}, full);
+    }
+  } else {
+    load_box(to, a.weight, {sum * kChannels, s, r, channel}, full);
+  }
 }
-
-// The ring of stages and its barriers. Both sides count stages from the block's first; a barrier's
-// phase is over once per turn of the ring.
-template <int kN>
-struct Ring {
-  static constexpr unsigned kStages = HopperTile<kN>::kStages;
-
-  GDFAST_DEVICE unsigned char* stage(unsigned position) {
-    return shared_memory() + position % kStages * HopperTile<kN>::kStage;
-  }
-  GDFAST_DEVICE uint64_t* barrier(unsigned index) {
-    return reinterpret_cast<uint64_t*>(shared_memory() + HopperTile<kN>::kBarriers) + index;
-  }
-  GDFAST_DEVICE uint64_t* full(unsigned position) { return barrier(position % kStages); }
-  GDFAST_DEVICE uint64_t* empty(unsigned position) { return barrier(kStages + position % kStages); }
-  // Says that a consumer may begin its next tile.
-  GDFAST_DEVICE uint64_t* turn(int consumer) { return barrier(2 * kStages + consumer); }
-  GDFAST_DEVICE int parity(unsigned position) { return static_cast<int>(position / kStages & 1); }
-};
 
 template <int kN, bool kGradient>
 GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
+  using Its = HopperTile<kN>;
+  static_assert(kMostPhases == 2, "so that a shift divides by the phases, towards minus infinity");
+  const int shift_h = a.rows.in_phases - 1, shift_w = a.columns.in_phases - 1;
   // A box always counts in full, also where it reaches beyond its tensor.
-  const int bytes = a.box_n * a.box_h * a.box_w * kBoxRow + kN * kBoxRow;
-  unsigned position = 0;
-  for (int index = static_cast<int>(blockIdx.x); index < a.tiles;
-       index += static_cast<int>(gridDim.x)) {
+  const int pixel_bytes = a.box_n * a.box_h * a.box_w * kBoxRow;
+  Stage stage{0, 0};
+  for_each_tile(a, [&](int index, int phase_h, int phase_w) {
+    const HopperTaps &rows = a.rows.taps[phase_h], &columns = a.columns.taps[phase_w];
     const Tile tile = tile_at<kN>(a, index);
-    for (int r = 0; r < a.R; ++r) {
-      for (int s = 0; s < a.S; ++s) {
-        const int h = tile.h + a.first_h + r * a.step_h, w = tile.w + a.first_w + s * a.step_w;
-        for (int sum = 0; sum < a.sums; ++sum, ++position) {
-          unsigned char* const stage = Ring<kN>::stage(position);
-          uint64_t* const full = Ring<kN>::full(position);
+    // Weights that stay come with a block's first tile.
+    const bool with_weights = a.kept_steps == 0 || index == static_cast<int>(blockIdx.x);
+    const int bytes = pixel_bytes + (with_weights ? Its::kWeights : 0);
+    int step = 0;
+    for (int i = 0; i < rows.count; ++i) {
+      const int at_h = rows.at + i * rows.at_step, h = at_h >> shift_h;
+      for (int j = 0; j < columns.count; ++j) {
+        const int at_w = columns.at + j * columns.at_step, w = at_w >> shift_w;
+        const TensorMap& image = a.images[at_h - (h << shift_h)][at_w - (w << shift_w)];
+#pragma unroll 1
+        for (int sum = 0; sum < a.sums; ++sum, ++step, advance(stage, a.stages)) {
+          uint64_t* const full = Ring<kN>::full(stage);
           // In the first turn nobody has to leave a stage: the phase before the first is over.
-          barrier_wait(Ring<kN>::empty(position), Ring<kN>::parity(position) ^ 1);
+          barrier_wait(Ring<kN>::empty(stage), stage.parity ^ 1);
           barrier_arrive_expecting(full, bytes);
-          load_box(stage, a.image, {sum * kChannels, w, h, tile.n}, full);
-          if constexpr (kGradient) {
-            for (int part = 0; part < kN / kChannels; ++part) {
-              load_box(stage + kPixelBytes + part * kChannels * kBoxRow, a.weight,
-                       {tile.channel + part * kChannels, s, r, sum * kChannels}, full);
-            }
-          } else {
-            load_box(stage + kPixelBytes, a.weight, {sum * kChannels, s, r, tile.channel}, full);
+          load_box(Ring<kN>::pixels(a, stage), image,
+                   {sum * kChannels, tile.w + w, tile.h + h, tile.n}, full);
+          if (with_weights) {
+            load_weights<kN, kGradient>(a, Ring<kN>::weights(a, stage, step), tile.channel, sum,
+                                        rows.tap + i * rows.tap_step,
+                                        columns.tap + j * columns.tap_step, full);
           }
         }
       }
     }
-  }
+  });
 }
 
 // pixels: the first of a consumer's in the stage.
@@ -137,109 +82,135 @@ GDFAST_DEVICE void multiply_stage(float (&sums)[kProducts][kN / 2], const unsign
   warpgroup_commit();
 }
 
-// Bias and activation of two rows' sums, each of two channels, the first of which is given.
-template <typename T>
-GDFAST_DEVICE void finish(const HopperArguments& a, int channel, float (&sums)[4]) {
-  if (a.bias != nullptr && channel < a.channels) {  // which come in eights
-    const T* const bias = static_cast<const T*>(a.bias) + channel;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] += to_float(bias[i % 2]);
-  }
-  activate(sums, a.activation, a.negative_slope);
-}
-
-// Writes a warp's 16 rows of one product, 64 channels at a time by way of shared memory, so that
-// eight lanes write the 128 bytes of a pixel. Chunks change places there as in a box: neither the
-// registers' way of writing nor the rows' way of reading meets itself in a bank.
-template <typename T, int kN, bool kGradient>
-GDFAST_DEVICE void write_rows(const HopperArguments& a, const Tile& tile,
-                              const float (&sums)[kN / 2], int first_row, unsigned char* results) {
-  constexpr int kPack = 16 / sizeof(T);
-  const int lane = computed_again(warp_lane());
-  unsigned char* pixels[4];
+// Two rows' sums, each of two neighbouring channels, with their bias and activation.
+template <Ending kEnding>
+GDFAST_DEVICE void finish(const HopperArguments& a, float (&sums)[4], const float (&bias)[2]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int row = first_row + 4 * i + lane / 8;
-    const int line = row * a.by_box_w >> 16, image = line * a.by_box_h >> 16;
-    const int n = tile.n + image, h = tile.h + line - image * a.box_h,
-              w = tile.w + row - line * a.box_w;
-    const bool inside = image < a.box_n && n < a.N && h < a.H && w < a.W;
-    const int64_t offset = n * a.stride_n + h * a.stride_h + w * a.stride_w;
-    pixels[i] = inside ? a.output + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
+    float& z = sums[i];
+    z += bias[i % 2];
+    if constexpr (kEnding == Ending::kSilu) {
+      z = near_quotient(z, 1 + std::exp(-z));
+    } else {
+      const float below = a.below * z;
+      z = z < 0 ? (a.zero_below ? 0 : below) : z > a.most ? a.most : z;
+    }
   }
+}
+
+// Leaves a warp's 16 rows of one product in the boxes of a tile's results, 64 channels each. Of
+// each row four lanes have 16 bytes: no two of a warp's meet in a bank.
+template <typename T, int kN, Ending kEnding>
+GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 2], int channel,
+                             unsigned char* results, int first_row) {
+  const int lane = computed_again(warp_lane()), row_of_8 = lane / 4;
+  unsigned char* const to = results + (first_row + row_of_8) * kBoxRow + lane % 4 * 4;
 #pragma unroll
-  for (int part = 0; part < kN / kChannels; ++part) {
-    const int first_channel = tile.channel + part * kChannels;
-    sync_warp();
+  for (int chunk = 0; chunk < kN / 8; ++chunk) {
+    float values[4];
 #pragma unroll
-    for (int chunk = 0; chunk < 8; ++chunk) {
-      float values[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = sums[32 * part + 4 * chunk + i];
-      if constexpr (!kGradient) finish<T>(a, first_channel + 8 * chunk + lane % 4 * 2, values);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = lane / 4 + 8 * i;
-        *reinterpret_cast<uint32_t*>(results + row * kBoxRow + (chunk ^ row % 8) * 16 +
-                                     lane % 4 * 4) = pack_two<T>(values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) values[i] = sums[4 * chunk + i];
+    if constexpr (kEnding != Ending::kNone) {
+      const int at = channel + 8 * chunk + lane % 4 * 2;
+      float bias[2] = {0, 0};
+      if (a.bias != nullptr && at < a.channels) {  // which come in eights
+        const T* const from = static_cast<const T*>(a.bias) + at;
+        bias[0] = to_float(from[0]), bias[1] = to_float(from[1]);
       }
+      finish<kEnding>(a, values, bias);
     }
-    sync_warp();
-    const int channel = first_channel + lane % 8 * kPack;
+    unsigned char* const place = to + chunk / 8 * kPixelBytes + (chunk % 8 ^ row_of_8) * 16;
+    *reinterpret_cast<uint32_t*>(place) = pack_two<T>(values[0], values[1]);
+    *reinterpret_cast<uint32_t*>(place + 8 * kBoxRow) = pack_two<T>(values[2], values[3]);
+  }
+}
+
+// Writes a tile from the sums of those who share it. The unit goes on writing while they multiply
+// the next one: memory is theirs again when it has been read.
+template <typename T, int kN, bool kGradient, int kProducts>
+GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output, int index,
+                              const float (&sums)[kProducts][kN / 2], int consumer) {
+  using Its = HopperTile<kN>;
+  const int turn = consumer / Its::kSharers;
+  unsigned char* const results = shared_memory() + turn * Its::kResults;
+  const bool starts = consumer % Its::kSharers == 0 && threadIdx.x % kWarpgroup == 0;
+  const auto meet = [turn] { sync_threads_of(1 + turn, Its::kSharers * kWarpgroup); };
+  const Tile tile = tile_at<kN>(a, index);
+  const int first_row = consumer % Its::kSharers * kProducts * 64 + warp_index() % 4 * kWarpRows;
+  if (starts) stores_wait_read<0>();
+  meet();
+  const auto keep = [&](auto ending) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = 4 * i + lane / 8;
-      if (pixels[i] == nullptr || channel >= a.channels) continue;
-      const unsigned char* const from = results + row * kBoxRow + (lane % 8 ^ row % 8) * 16;
-      store_16(pixels[i] + channel * sizeof(T), load_16(from));
+    for (int product = 0; product < kProducts; ++product) {
+      keep_rows<T, kN, decltype(ending)::value>(a, sums[product], tile.channel, results,
+                                                first_row + 64 * product);
+    }
+  };
+  // Asked once for all: in most layers there is nothing to finish.
+  if (kGradient || a.ending == Ending::kNone) {
+    keep(std::integral_constant<Ending, Ending::kNone>{});
+  } else if (a.ending == Ending::kLines) {
+    keep(std::integral_constant<Ending, Ending::kLines>{});
+  } else {
+    keep(std::integral_constant<Ending, Ending::kSilu>{});
+  }
+  stores_ready();
+  meet();
+  if (!starts) return;
+  for (int part = 0; part < Its::kParts; ++part) {
+    const int channel = tile.channel + part * kChannels;
+    if (channel < a.channels) {
+      store_box(output, {channel, tile.w, tile.h, tile.n}, results + part * kPixelBytes);
     }
   }
+  stores_commit();
 }
 
 template <typename T, int kN, bool kGradient>
 GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
   using Its = HopperTile<kN>;
-  const int warp = warp_index() % 4;
-  unsigned char* const results =
-      shared_memory() + Its::kResults + (4 * consumer + warp) * Its::kWarpResults;
-  const int first_row = consumer % Its::kSharers * Its::kProducts * 64;
-  const unsigned steps = static_cast<unsigned>(a.R * a.S * a.sums);
   const auto arrive = [](uint64_t* barrier) {
     if (warp_lane() == 0) barrier_arrive(barrier);
   };
+  const int first_row = consumer % Its::kSharers * Its::kProducts * 64;
   const int mine = consumer / Its::kSharers;
   int turn = mine ^ 1;  // who begins has not to wait in the first tile
+  int number = 0;
+  Stage stage{0, 0};
   float sums[Its::kProducts][kN / 2];
-  const int grid = static_cast<int>(gridDim.x);
-  unsigned first = static_cast<unsigned>(mine) * steps;
-  for (int index = static_cast<int>(blockIdx.x) + mine * grid; index < a.tiles;
-       index += Its::kTurns * grid, first += Its::kTurns * steps, turn ^= 1) {
+  for_each_tile(a, [&](int index, int phase_h, int phase_w) {
+    const int steps = a.rows.taps[phase_h].count * a.columns.taps[phase_w].count * a.sums;
+    if (Its::kTurns > 1 && (number++ & 1) != mine) return advance(stage, a.stages, steps);
     // Parities tell one turn of the ring from the next, not from the one after that: stages are
     // waited for in their order, by one consumer after the other.
     if constexpr (Its::kTurns > 1) barrier_wait(Ring<kN>::turn(consumer), turn);
-    for (unsigned step = 0; step < steps; ++step) {
-      const unsigned position = first + step;
-      const unsigned char* const stage = Ring<kN>::stage(position);
-      barrier_wait(Ring<kN>::full(position), Ring<kN>::parity(position));
-      multiply_stage<T, kN, kGradient>(sums, stage + first_row * kBoxRow, stage + kPixelBytes,
-                                       step > 0);
+    turn ^= 1;
+    Stage before = stage;
+    for (int step = 0; step < steps; ++step) {
+      barrier_wait(Ring<kN>::full(stage), stage.parity);
+      multiply_stage<T, kN, kGradient>(sums, Ring<kN>::pixels(a, stage) + first_row * kBoxRow,
+                                       Ring<kN>::weights(a, stage, step), step > 0);
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
-      if (step > 0) arrive(Ring<kN>::empty(position - 1));
+      if (step > 0) arrive(Ring<kN>::empty(before));
+      before = stage;
+      advance(stage, a.stages);
     }
     if constexpr (Its::kTurns > 1) arrive(Ring<kN>::turn(consumer ^ 1));
     warpgroup_wait<0>();
 #pragma unroll
     for (auto& product : sums) warpgroup_take(product);
-    arrive(Ring<kN>::empty(first + steps - 1));
-
-    const Tile tile = tile_at<kN>(a, index);
+    if (steps > 0) arrive(Ring<kN>::empty(before));
+    if (steps == 0) {  // pixels of a gradient that no window meets
 #pragma unroll
-    for (int product = 0; product < Its::kProducts; ++product) {
-      write_rows<T, kN, kGradient>(a, tile, sums[product],
-                                   first_row + 64 * product + kWarpRows * warp, results);
+      for (auto& product : sums) {
+#pragma unroll
+        for (float& sum : product) sum = 0;
+      }
     }
-  }
+    write_tile<T, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer);
+  });
+  stores_wait<0>();
 }
 
 #endif
@@ -248,17 +219,7 @@ template <typename T, int kN, bool kGradient>
 GDFAST_KERNEL(kThreads, 1)
 conv2d_hopper_kernel(GDFAST_GRID_CONSTANT const HopperArguments a) {
 #if defined(GDFAST_HOPPER)
-  using Its = HopperTile<kN>;
-  if (threadIdx.x == 0) {
-    for (unsigned stage = 0; stage < Ring<kN>::kStages; ++stage) {
-      barrier_init(Ring<kN>::full(stage), 1);
-      barrier_init(Ring<kN>::empty(stage), 4 * Its::kSharers);  // warps
-    }
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      barrier_init(Ring<kN>::turn(consumer), 4);
-    }
-    barriers_ready();
-  }
+  if (threadIdx.x == 0) Ring<kN>::init_barriers();
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warpgroup = shuffle(warp_index() / 4, 0);

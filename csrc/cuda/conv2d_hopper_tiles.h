@@ -7,6 +7,8 @@
 
 namespace gdfast::cuda {
 
+constexpr int kMostPhases = 2;  // of a stride, along one axis
+
 // Pixels and channels of the images that a pass reads and writes, in elements. A gradient swaps
 // the two images, and the channels that are summed with those that are made.
 struct HopperImage {
@@ -14,11 +16,68 @@ struct HopperImage {
   Strides4 strides;
 };
 
+// The taps along one axis that pixels of one phase sum: the weight's `tap + j tap_step` reads, for
+// pixel i of the phase, row i stride + at + j at_step.
+struct HopperTaps {
+  int count, tap, tap_step, at, at_step;
+};
+
+// Rows or columns of a pass. Forward, windows step over the input; of a gradient the pixels fall
+// into phases: those of one are all reached by the same taps, from neighbouring outputs.
+struct HopperAxis {
+  int in_phases, out_phases;  // one of them is the stride, the other 1
+  HopperTaps taps[kMostPhases];
+};
+
+// How many phases an image has along its rows and columns.
+struct HopperPhases {
+  int h, w;
+};
+
 struct HopperPass {
   HopperImage in, out;
-  // Output row h sums input rows first_h + h + step_h r over taps r; columns likewise.
-  int64_t R, S, first_h, first_w, step_h, step_w;
+  HopperAxis rows, columns;
+
+  HopperPhases in_phases() const { return {rows.in_phases, columns.in_phases}; }
+  HopperPhases out_phases() const { return {rows.out_phases, columns.out_phases}; }
 };
+
+inline HopperAxis hopper_axis(int64_t stride, int64_t dilation, int64_t pad, int64_t taps,
+                              bool gradient) {
+  const auto small = [](int64_t value) { return static_cast<int>(value); };
+  if (!gradient) return {small(stride), 1, {{small(taps), 0, 1, small(-pad), small(dilation)}}};
+  HopperAxis axis{1, small(stride), {}};
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    HopperTaps found{0, 0, 1, 0, 0};
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      // Tap `tap` of output row o lies in input row o stride + tap dilation - pad.
+      const int64_t ahead = phase + pad - tap * dilation;
+      if (ahead % stride != 0) continue;
+      if (found.count == 0) found.tap = small(tap), found.at = small(ahead / stride);
+      if (found.count == 1) {
+        found.tap_step = small(tap) - found.tap, found.at_step = small(ahead / stride) - found.at;
+      }
+      ++found.count;
+    }
+    axis.taps[phase] = found;
+  }
+  return axis;
+}
+
+// The pixels of an image that a stride from one of its first pixels meets.
+inline HopperImage phase_image(const HopperImage& image, HopperPhases phases, int h, int w) {
+  const Strides4& s = image.strides;
+  return {image.N,
+          image.channels,
+          (image.H - h + phases.h - 1) / phases.h,
+          (image.W - w + phases.w - 1) / phases.w,
+          {s.n, s.c, s.h * phases.h, s.w * phases.w}};
+}
+
+// The phase of the output that has the most pixels.
+inline HopperImage first_phase(const HopperPass& pass) {
+  return phase_image(pass.out, pass.out_phases(), 0, 0);
+}
 
 // Whether the pixels of an image lie as those of one row would.
 inline bool is_one_row(const HopperImage& image) {
@@ -34,23 +93,17 @@ inline void make_one_row(HopperImage& image) {
 inline HopperPass hopper_pass(const Conv2dProblem& p, bool gradient) {
   HopperPass pass{{p.N, p.C, p.H, p.W, p.input},
                   {p.N, p.K, p.P, p.Q, p.output},
-                  p.R,
-                  p.S,
-                  -p.pad_h,
-                  -p.pad_w,
-                  p.dilation_h,
-                  p.dilation_w};
-  if (gradient) {
-    // input[h] took part in output[h + pad - r dilation].
-    pass = {pass.out, pass.in, p.R, p.S, p.pad_h, p.pad_w, -p.dilation_h, -p.dilation_w};
-  }
+                  hopper_axis(p.stride_h, p.dilation_h, p.pad_h, p.R, gradient),
+                  hopper_axis(p.stride_w, p.dilation_w, p.pad_w, p.S, gradient)};
   HopperImage &in = pass.in, &out = pass.out;
   const bool pointwise = p.R == 1 && p.S == 1 && p.pad_h == 0 && p.pad_w == 0;
+  // What a stride leaves of an image is smaller.
   if (pointwise && in.H == out.H && in.W == out.W && is_one_row(in) && is_one_row(out)) {
     // Then no tile has an edge but the last.
     make_one_row(in);
     make_one_row(out);
   }
+  if (gradient) pass = {out, in, pass.rows, pass.columns};
   return pass;
 }
 
@@ -93,7 +146,7 @@ inline PixelBox choose_pixel_box(const HopperImage& image, int64_t most) {
 
 // What a pass takes with tiles of 64, 128 or 256 channels: a guess, in cycles.
 struct HopperTileTime {
-  int64_t pixel_tiles, channels, steps, multiprocessors;
+  int64_t pixel_tiles, channels, steps, phases, multiprocessors;  // steps: of all phases
 
   int64_t of(int64_t tile_channels) const {
     const int64_t tiles = pixel_tiles * tiles_for(channels, tile_channels);
@@ -101,8 +154,8 @@ struct HopperTileTime {
     // products do not wait for memory; small tiles do. Only shared tiles wait for their results to
     // be written.
     const int64_t step = tile_channels == 64 ? 6 * 64 : tile_channels == 128 ? 5 * 128 : 4 * 256;
-    const int64_t writing = tile_channels == 256 ? 2000 : 0;
-    return tiles_for(tiles, multiprocessors) * (steps * step + writing);
+    const int64_t writing = tile_channels == 256 ? 1000 : 0;
+    return tiles_for(tiles, multiprocessors) * (steps * step + phases * writing);
   }
 
   int fastest() const {

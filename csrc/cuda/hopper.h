@@ -9,6 +9,12 @@
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
 //                                          c of row r lies in the place of chunk c ^ r
+//   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
+//                                          whoever wrote there has called stores_ready() and met;
+//                                          what lies outside of the tensor is not written
+//   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
+//                                          that thread's boxes as a group; until all groups but the
+//                                          last few are read from shared memory, or written
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
@@ -22,6 +28,8 @@
 //                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
 //                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15
 //   give_registers<kCount>(), take_registers<kCount>()        of each thread of a warpgroup
+//   near_quotient(a, b)                    a / b but for two units in the last place; 0 where b is
+//                                          beyond 2^126
 //   computed_again(value)                  the value; what follows from it is not kept in registers
 //                                          from one turn of a loop to the next
 #pragma once

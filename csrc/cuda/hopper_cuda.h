@@ -119,6 +119,29 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
       : "memory");
 }
 
+GDFAST_DEVICE void store_box(const TensorMap& map, const int (&at)[4], const void* shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
+      " [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+      "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(shared))
+      : "memory");
+}
+
+// Between a thread's writes and the unit, which reads past the caches that threads write to.
+GDFAST_DEVICE void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+GDFAST_DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+template <int kPending>
+GDFAST_DEVICE void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+template <int kPending>
+GDFAST_DEVICE void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // --- Products ---------------------------------------------------------------------------------
 
 // A matrix descriptor: addresses and distances in units of 16 bytes, and the 128-byte swizzle.
@@ -224,6 +247,8 @@ GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b
 #undef GDFAST_SUMS_8
 
 // --- Registers --------------------------------------------------------------------------------
+
+GDFAST_DEVICE float near_quotient(float a, float b) { return __fdividef(a, b); }
 
 GDFAST_DEVICE int computed_again(int value) {
   asm volatile("" : "+r"(value));

@@ -16,7 +16,7 @@
 namespace gdfast::cuda {
 
 struct TensorMap {
-  const unsigned char* address;
+  unsigned char* address;
   Axis axes[4];
   int box[4];
 };
@@ -28,7 +28,7 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   const auto require = [op](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(op) + ": CUDA simulator: tensor_map: " + what);
   };
-  TensorMap map{static_cast<const unsigned char*>(address), {}, {}};
+  TensorMap map{static_cast<unsigned char*>(const_cast<void*>(address)), {}, {}};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
   require(box[0] * 2 == kBoxRow, "box: expected rows of 128 bytes");
   for (int i = 0; i < 4; ++i) {
@@ -58,6 +58,15 @@ struct Box {
   uint64_t* barrier;
 };
 
+// What a thread has started to write, and what lay there then.
+struct Store {
+  const TensorMap* map;
+  int at[4];
+  const unsigned char* from;
+  std::vector<unsigned char> bytes;
+  int group;
+};
+
 struct Multiplication {
   float* d;
   uint64_t a, b;
@@ -72,6 +81,8 @@ struct UnderWay {
   std::vector<Box> boxes;
   std::vector<Multiplication> products[1024];
   int committed[1024] = {};
+  std::vector<Store> stores[1024];
+  int committed_stores[1024] = {};
 };
 
 inline UnderWay& under_way() {
@@ -81,6 +92,8 @@ inline UnderWay& under_way() {
     now.boxes.clear();
     for (auto& products : now.products) products.clear();
     for (int& committed : now.committed) committed = 0;
+    for (auto& stores : now.stores) stores.clear();
+    for (int& committed : now.committed_stores) committed = 0;
   }
   return now;
 }
@@ -114,30 +127,38 @@ inline size_t swizzled(size_t offset) { return offset ^ (offset >> 7 & 7) << 4; 
 
 inline int box_rows(const TensorMap& map) { return map.box[1] * map.box[2] * map.box[3]; }
 
-inline void deliver(const Box& box) {
-  const TensorMap& map = *box.map;
-  const size_t start = static_cast<size_t>(box.to - shared_memory());
+// Calls each(address, or null outside of the tensor, offset in shared memory from where 1024 bytes
+// begin) for the elements of a box.
+template <typename Each>
+void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) {
   for (int row = 0; row < box_rows(map); ++row) {
     const int in_box[4] = {0, row % map.box[1], row / map.box[1] % map.box[2],
                            row / map.box[1] / map.box[2]};
     bool inside = true;
     int64_t from = 0;
     for (int i = 1; i < 4; ++i) {
-      const int64_t at = int64_t{box.at[i]} + in_box[i];
+      const int64_t at = int64_t{first[i]} + in_box[i];
       inside = inside && at >= 0 && at < map.axes[i].size;
       from += at * map.axes[i].bytes;
     }
     for (int i = 0; i < map.box[0]; ++i) {
-      const int64_t at = int64_t{box.at[0]} + i;
-      unsigned char* const to =
-          shared_memory() + swizzled(start + static_cast<size_t>(row) * kBoxRow + 2 * i);
-      if (inside && at >= 0 && at < map.axes[0].size) {
-        std::memcpy(to, map.address + from + 2 * at, 2);
-      } else {
-        std::memset(to, 0, 2);
-      }
+      const int64_t at = int64_t{first[0]} + i;
+      const bool exists = inside && at >= 0 && at < map.axes[0].size;
+      each(exists ? map.address + from + 2 * at : nullptr,
+           swizzled(static_cast<size_t>(row) * kBoxRow + 2 * static_cast<size_t>(i)));
     }
   }
+}
+
+inline void deliver(const Box& box) {
+  const TensorMap& map = *box.map;
+  for_each_element(map, box.at, [&](const unsigned char* from, size_t offset) {
+    if (from != nullptr) {
+      std::memcpy(box.to + offset, from, 2);
+    } else {
+      std::memset(box.to + offset, 0, 2);
+    }
+  });
   Barrier barrier = read_barrier(box.barrier);
   barrier.bytes_and_phase -= 2 * box_rows(map) * kBoxRow;
   write_barrier(box.barrier, barrier);
@@ -240,6 +261,46 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
   simulator::under_way().boxes.push_back({to, &map, {at[0], at[1], at[2], at[3]}, barrier});
 }
 
+// Written as late as can be: who changes shared memory before the wait is told of it.
+GDFAST_DEVICE void store_box(const TensorMap& map, const int (&at)[4], const void* shared) {
+  const auto* const from = static_cast<const unsigned char*>(shared);
+  if ((from - shared_memory()) % 1024 != 0) {
+    simulator::fail("store_box: expected a multiple of 1024");
+  }
+  simulator::UnderWay& now = simulator::under_way();
+  now.stores[threadIdx.x].push_back({&map,
+                                     {at[0], at[1], at[2], at[3]},
+                                     from,
+                                     {from, from + simulator::box_rows(map) * kBoxRow},
+                                     now.committed_stores[threadIdx.x]});
+}
+
+GDFAST_DEVICE void stores_ready() {}
+GDFAST_DEVICE void stores_commit() { ++simulator::under_way().committed_stores[threadIdx.x]; }
+
+template <int kPending>
+GDFAST_DEVICE void stores_wait() {
+  simulator::UnderWay& now = simulator::under_way();
+  std::vector<simulator::Store>& stores = now.stores[threadIdx.x];
+  size_t done = 0;
+  for (; done < stores.size(); ++done) {
+    const simulator::Store& store = stores[done];
+    if (store.group >= now.committed_stores[threadIdx.x] - kPending) break;
+    if (std::memcmp(store.bytes.data(), store.from, store.bytes.size()) != 0) {
+      simulator::fail("store_box: what is stored was changed before it was waited for");
+    }
+    simulator::for_each_element(*store.map, store.at, [&](unsigned char* to, size_t offset) {
+      if (to != nullptr) std::memcpy(to, store.bytes.data() + offset, 2);
+    });
+  }
+  stores.erase(stores.begin(), stores.begin() + static_cast<std::ptrdiff_t>(done));
+}
+
+template <int kPending>
+GDFAST_DEVICE void stores_wait_read() {
+  stores_wait<kPending>();
+}
+
 // --- Products ---------------------------------------------------------------------------------
 
 GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {
@@ -286,6 +347,7 @@ GDFAST_DEVICE void warpgroup_take(float (&)[kCount]) {}
 
 // --- Registers --------------------------------------------------------------------------------
 
+GDFAST_DEVICE float near_quotient(float a, float b) { return a / b; }
 GDFAST_DEVICE int computed_again(int value) { return value; }
 
 template <int kCount>
