@@ -21,7 +21,7 @@ import torch
 
 import gdfast
 from gdfast import native
-from gdfast.backends import cuda_grad_weight, cuda_stem, cuda_tiles, precision, registry
+from gdfast.backends import cuda_grad_weight, cuda_grouped, cuda_stem, cuda_tiles, precision, registry
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward, max_pool2d_dispatch
 
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []
@@ -82,6 +82,7 @@ def by_cuda_alone(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) ->
     is left that asked for gradients."""
     monkeypatch.setattr(cuda_tiles, "candidates", lambda op, query: (cuda_tiles.SMALLEST,))
     monkeypatch.setattr(cuda_stem, "fits", lambda op, query: False)
+    monkeypatch.setattr(cuda_grouped, "why_not", lambda op, query, problem: "it is left out")
     with gdfast.backend("cuda"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
     gc.collect()

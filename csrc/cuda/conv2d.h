@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../conv2d_problem.h"
 #include "../sgd_math.h"
@@ -84,5 +85,24 @@ int64_t conv2d_stem_grad_weight_workspace(const Conv2dProblem& problem, int64_t 
 void conv2d_stem_grad_weight(const Conv2dProblem& problem, Precision precision,
                              const void* grad_output, const void* input, void* grad_weight,
                              void* grad_bias, void* workspace, int64_t splits, const Where& where);
+
+// --- Groups of few channels (grouped.h): half types in channels_last ----------------------------
+
+enum class GroupedPass { kForward, kGradInput, kGradWeight };
+
+// Why a pass does not take a problem, or ""; tensors but the weight must lie at multiples of 16.
+std::string grouped_why_not(const Conv2dProblem& problem, GroupedPass pass);
+// Bytes of shared memory of a block, whatever there is.
+int64_t grouped_grad_weight_memory(const Conv2dProblem& problem);
+void conv2d_grouped(const Conv2dProblem& problem, const void* input, const void* weight,
+                    const void* bias, void* output, const Where& where);
+void conv2d_grad_input_grouped(const Conv2dProblem& problem, const void* grad_output,
+                               const void* weight, void* grad_input, const Where& where);
+// As many splits as fill the current device.
+int64_t grouped_splits(const Conv2dProblem& problem);
+// As conv2d_grad_weight, and with its workspace; grad_weight null leaves the parts there.
+void conv2d_grad_weight_grouped(const Conv2dProblem& problem, const void* grad_output,
+                                const void* input, void* grad_weight, void* grad_bias,
+                                void* workspace, int64_t splits, const Where& where);
 
 }  // namespace gdfast::cuda

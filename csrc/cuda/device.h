@@ -21,7 +21,8 @@
 //   cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                                          zeros, and no look at global, where not valid
 //   ldmatrix_x4, ldmatrix_x4_transposed    (uint32_t (&)[4], a row of 16 bytes in shared memory)
-//   mma_m16n8k16<T>(d, a, b), mma_m16n8k8_tf32(d, a, b)      d += a b, with PTX's fragments
+//   mma_m16n8k16<T>(d, a, b), mma_m16n8k8<T>(d, a, b), mma_m16n8k8_tf32(d, a, b)
+//                                          d += a b, with PTX's fragments
 //   Half, BFloat16; to_float(T), from_float<T>(float); double passes through as double
 //   pack_two<T>(low, high)                 two floats as the half types of one 32-bit register
 //   to_tf32(float)                         rounded to nearest, ties away from zero

@@ -273,6 +273,14 @@ GDFAST_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uin
   simulator::meet_warp("mma_m16n8k16", &product, simulator::multiply<T>);
 }
 
+// Half of the depth: the other half is of zeros.
+template <typename T>
+GDFAST_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+  const uint32_t whole_a[4] = {a[0], a[1], 0, 0}, whole_b[2] = {b, 0};
+  simulator::Product product{d, whole_a, whole_b};
+  simulator::meet_warp("mma_m16n8k8", &product, simulator::multiply<T>);
+}
+
 GDFAST_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   simulator::Product product{d, a, b};
   simulator::meet_warp("mma_m16n8k8_tf32", &product, simulator::multiply<float>);

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import batch_norm, cuda_depthwise, cuda_stem, cuda_stream, cuda_tiles, sgd
+from gdfast.backends import (
+    batch_norm,
+    cuda_depthwise,
+    cuda_grouped,
+    cuda_stem,
+    cuda_stream,
+    cuda_tiles,
+    sgd,
+)
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
@@ -32,6 +40,11 @@ Copy = Callable[[Tensor], Tensor]
 
 # By TMA and wgmma, on GPUs of compute capability 9.0: channels of a tile, 0 for a guess.
 HOPPER = {"hopper": 0, "hopper-64": 64, "hopper-128": 128, "hopper-256": 256}
+# The images that a pass reads.
+_READ = {
+    "conv2d": ("input",), "conv2d_grad_input": ("output",),
+    "conv2d_grad_weight": ("input", "output"),
+}  # fmt: skip
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -64,11 +77,13 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
+    on_gpu = query.device.type == "cuda" and native.cuda is not None
+    if on_gpu and not grouped_why_not(op, query):
+        tiles = (cuda_grouped.NAME, *tiles)
     # Not by themselves before they have run on a GPU: what waits there for what never comes ends
     # the process's use of it, which no comparison of results prevents.
     if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
         return tiles
-    on_gpu = query.device.type == "cuda" and native.cuda is not None
     if not on_gpu or hopper_why_not(op, query):
         return tiles
     return (*tiles, *(name for name, channels in HOPPER.items() if channels))
@@ -109,6 +124,12 @@ def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     return str(native.cuda.conv2d_hopper_why_not(problem, gradient))
 
 
+def grouped_why_not(op: str, query: Conv2dQuery) -> str:
+    """Why the kernels for groups of few channels do not run one pass here, or ""."""
+    problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
+    return cuda_grouped.why_not(op, query, problem)
+
+
 @lru_cache(maxsize=64)
 def _hopper_missing(device: torch.device) -> str:
     assert native.cuda is not None
@@ -123,9 +144,10 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    unscattered = _at_16 if by in HOPPER else _as_it_is
+    unscattered = _at_16 if by in (*HOPPER, cuda_grouped.NAME) else _as_it_is
+    few = 0 if by == cuda_grouped.NAME else _FEW
     for name in copied:
-        scattered = channels[name] // g.groups >= _FEW and strides[name][1] != 1
+        scattered = channels[name] // g.groups >= few and strides[name][1] != 1
         copies.append(_channels_last if scattered else unscattered)
         if scattered:
             strides[name] = dense_strides(sizes[name], True)
@@ -195,6 +217,9 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_depthwise.conv2d(query, _problem(query)[0])
     if by in HOPPER:
         return _hopper_conv2d(query, by)
+    if by == cuda_grouped.NAME:
+        problem, (copy_input,) = _problem(query, "input", by=by)
+        return cuda_grouped.conv2d(query, problem, copy_input)
     if by == cuda_stem.NAME:
         stem, exact = _forward(query, by), _forward(query, SMALLEST)
         return Kernel(lambda *arguments: (exact if _is_exact(query) else stem)(*arguments))
@@ -275,6 +300,9 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
     by = by or algorithm("conv2d_grad_input", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_input(query, _problem(query)[0])
+    if by == cuda_grouped.NAME:
+        problem, (copy_grad,) = _problem(query, "output", by=by)
+        return cuda_grouped.conv2d_grad_input(query, problem, copy_grad)
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
     run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
@@ -303,6 +331,10 @@ def conv2d_grad_weight(
         stem = cuda_stem.conv2d_grad_weight(query, _problem(query)[0], way)
         exact = conv2d_grad_weight(query, SMALLEST)
         return lambda *tensors: (exact if _is_exact(query) else stem)(*tensors)
+    if by == cuda_grouped.NAME:
+        problem, copies = _problem(query, "input", "output", by=by)
+        parts = native.cuda.conv2d_grouped_splits(problem)
+        return cuda_grouped.GroupedGradWeight(query, problem, copies, _way(query, SMALLEST), parts)
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output")

@@ -30,6 +30,8 @@ class GradWeight:
     gradients. `begin` takes the same and leaves the weight's for later.
     """
 
+    ends_in_registers = True  # whether one part alone may update a weight without a workspace
+
     def __init__(
         self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
         parts: int,
@@ -55,7 +57,7 @@ class GradWeight:
         self, grad_output: Tensor, input: Tensor, bias: bool
     ) -> tuple[BegunGradWeight, Tensor | None]:
         """What can be made a gradient or an update of the weight, once, and the bias's gradient."""
-        if self.parts == 1 and not bias and not self._empty_batch:
+        if self.ends_in_registers and self.parts == 1 and not bias and not self._empty_batch:
             return Unsplit(self, grad_output, input), None
         workspace, grad_bias = self._run(grad_output, input, bias, None)
         return Parts(self, workspace, input.dtype), grad_bias
@@ -68,16 +70,22 @@ class GradWeight:
         self, grad_output: Tensor, input: Tensor, bias: bool, grad_weight: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the workspace, with the parts where there is no grad_weight, and grad_bias."""
-        assert native.cuda is not None
         grad_bias = input.new_empty(self.size[0]) if bias else None
         grad_output, input = self.copy_grad(grad_output), self.copy_input(input)
         workspace = input.new_empty(self._bytes[bias], dtype=torch.uint8)
+        self._sum(grad_output, input, grad_weight, grad_bias, workspace)
+        return workspace, grad_bias
+
+    def _sum(
+        self, grad_output: Tensor, input: Tensor, grad_weight: Tensor | None,
+        grad_bias: Tensor | None, workspace: Tensor,
+    ) -> None:  # fmt: skip
+        assert native.cuda is not None
         native.cuda.conv2d_grad_weight(
             self.problem, self.way(), grad_output.data_ptr(), input.data_ptr(),
             address(grad_weight), address(grad_bias), workspace.data_ptr(), self.parts,
             *cuda_stream.current(input.device),
         )  # fmt: skip
-        return workspace, grad_bias
 
 
 class BegunGradWeight(ABC):
