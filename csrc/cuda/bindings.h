@@ -19,6 +19,7 @@ void bind_depthwise(pybind11::module_& m);
 void bind_grouped(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_stem(pybind11::module_& m);
+void bind_transpose(pybind11::module_& m);
 
 // --- What a launch was of, for the words of its error -----------------------------------------
 

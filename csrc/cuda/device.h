@@ -18,6 +18,7 @@
 //   load_16, load_16_streaming, store_16, store_16_streaming
 //                                          one access of 16 bytes, at such an address; streaming
 //                                          keeps what is used once from pushing out the rest
+//   store_16_global                        store_16 that surely is one access, to global memory
 //   cp_async_16(shared, global, valid), cp_async_commit(), cp_async_wait<N>()
 //                                          zeros, and no look at global, where not valid
 //   ldmatrix_x4, ldmatrix_x4_transposed    (uint32_t (&)[4], a row of 16 bytes in shared memory)

@@ -126,6 +126,12 @@ GDFAST_DEVICE void store_16_streaming(void* to, Pack16 pack) {
          make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]));
 }
 
+GDFAST_DEVICE void store_16_global(void* to, Pack16 pack) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(pack.words[0]), "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
+               : "memory");
+}
+
 // Past L1: what a block brings to its shared memory it will not read from global memory again.
 GDFAST_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),

@@ -238,6 +238,7 @@ GDFAST_DEVICE void store_16(void* to, Pack16 pack) {
 }
 
 GDFAST_DEVICE Pack16 load_16_streaming(const void* from) { return load_16(from); }
+GDFAST_DEVICE void store_16_global(void* to, Pack16 pack) { store_16(to, pack); }
 GDFAST_DEVICE void store_16_streaming(void* to, Pack16 pack) { store_16(to, pack); }
 
 GDFAST_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {

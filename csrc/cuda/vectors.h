@@ -66,6 +66,10 @@ template <int kCount, typename T>
 GDFAST_DEVICE void store_pack(T* to, const PackOf<T, kCount>& pack) {
   if constexpr (sizeof(T) * kCount == 16) {
     store_16(to, pack);
+  } else if constexpr (sizeof(T) * kCount == 8) {
+    // As one number: the compiler does not always join stores of words.
+    using Word = uint64_t __attribute__((may_alias));
+    *reinterpret_cast<Word*>(to) = pack.words[0] | static_cast<uint64_t>(pack.words[1]) << 32;
   } else {
     *reinterpret_cast<PackOf<T, kCount>*>(to) = pack;
   }

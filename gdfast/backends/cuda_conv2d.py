@@ -1,15 +1,16 @@
 """Convolution on our CUDA kernels: what they take, in which tiles, and on which tensors.
 
 The kernels read 16 bytes of channels at a time where those lie side by side, and number by number
-else. A tensor of another layout is copied to channels_last first, which costs a pass over it. A few
-channels, those of a picture say, may be copied with zeros beside them that make up 16 bytes, or
-have kernels of their own.
+else. A tensor of another layout is copied to channels_last first, which costs a pass over it; the
+result may be made in channels_last too, and copied. A few channels, those of a picture say, may be
+copied with zeros beside them that make up 16 bytes, or have kernels of their own.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -22,6 +23,7 @@ from gdfast.backends import (
     batch_norm,
     cuda_depthwise,
     cuda_grouped,
+    cuda_layout,
     cuda_stem,
     cuda_stream,
     cuda_tiles,
@@ -45,6 +47,7 @@ _READ = {
     "conv2d": ("input",), "conv2d_grad_input": ("output",),
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
+TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -74,6 +77,10 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if depthwise_fits(query):
         return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
+    if _may_turn(op, query):
+        # What is written number by number is expected to be slower, but where launches count.
+        turned = candidates(op, _turned(query))
+        return (*(name + TURNED for name in turned), cuda_tiles.candidates(op, query)[0])
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
@@ -92,6 +99,26 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 def algorithm(op: str, query: Conv2dQuery) -> str:
     """The candidate that the cost model gives one pass."""
     return candidates(op, query)[0]
+
+
+def _may_turn(op: str, query: Conv2dQuery) -> bool:
+    """Whether a pass writes NCHW from and to many channels."""
+    if op not in ("conv2d", "conv2d_grad_input") or query.device.type != "cuda":
+        return False
+    g, result = query.geometry, 2 if op == "conv2d" else 0
+    size = (g.input_size, g.weight_size, g.output_size)[result]
+    channels = min(g.C, g.K) // g.groups
+    nchw = query.strides[result] == dense_strides(size, False) and query.strides[result][1] > 1
+    return nchw and channels >= _FEW and g.N > 0
+
+
+def _turned(query: Conv2dQuery) -> Conv2dQuery:
+    """The query of tensors in channels_last."""
+    g = query.geometry
+    input, weight, output = (
+        dense_strides(size, True) for size in (g.input_size, g.weight_size, g.output_size)
+    )
+    return replace(query, strides=(input, weight, output))
 
 
 def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
@@ -148,7 +175,7 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     few = 0 if by == cuda_grouped.NAME else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
-        copies.append(_channels_last if scattered else unscattered)
+        copies.append(cuda_layout.channels_last if scattered else unscattered)
         if scattered:
             strides[name] = dense_strides(sizes[name], True)
     ending: tuple[Any, ...] = ()
@@ -159,10 +186,6 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
         windows.dilation, g.groups, sgd.DTYPES[query.dtype], *strides.values(), *ending,
     )  # fmt: skip
     return problem, copies
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -215,6 +238,8 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     by = by or algorithm("conv2d", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d(query, _problem(query)[0])
+    if by.endswith(TURNED):
+        return _turned_conv2d(conv2d(_turned(query), by.removesuffix(TURNED)))
     if by in HOPPER:
         return _hopper_conv2d(query, by)
     if by == cuda_grouped.NAME:
@@ -232,6 +257,30 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
             )
         )
     return Kernel(_forward(query, by))
+
+
+def _turned_conv2d(
+    inside: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """A forward pass in NCHW by one in channels_last."""
+    turn, turn_back = cuda_layout.channels_last, cuda_layout.contiguous
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return turn_back(inside(turn(input), turn(weight), bias))
+
+    if not isinstance(inside, Kernel):
+        return kernel
+    with_moments = inside.with_moments
+
+    def run(
+        input: Tensor, weight: Tensor, bias: Tensor | None, moments: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if not moments:
+            return kernel(input, weight, bias), None
+        output, parts = with_moments(turn(input), turn(weight), bias)
+        return turn_back(output), parts
+
+    return Kernel(run)
 
 
 def _is_exact(query: Conv2dQuery) -> bool:
@@ -303,6 +352,10 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
     if by == cuda_grouped.NAME:
         problem, (copy_grad,) = _problem(query, "output", by=by)
         return cuda_grouped.conv2d_grad_input(query, problem, copy_grad)
+    if by.endswith(TURNED):
+        inside = conv2d_grad_input(_turned(query), by.removesuffix(TURNED))
+        turn, turn_back = cuda_layout.channels_last, cuda_layout.contiguous
+        return lambda grad_output, weight: turn_back(inside(turn(grad_output), turn(weight)))
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
     run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
