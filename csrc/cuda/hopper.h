@@ -4,11 +4,15 @@
 // Only kernels whose body stands under GDFAST_HOPPER may use it: other architectures, for which the
 // same file is compiled, have none of it.
 //
-//   TensorMap, tensor_map(op, address, axes, box)    host: a tensor of four axes in half types
+//   TensorMap, tensor_map(op, address, axes, box, strides)
+//                                          host: a tensor of four axes in half types; a box has
+//                                          every strides[i]-th element of an axis, each if not told
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
 //                                          c of row r lies in the place of chunk c ^ r
+//   fence_shared()                         what a thread wrote to shared memory itself is there for
+//                                          boxes and products after it and a sync_block()
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
@@ -17,7 +21,7 @@
 //                                          summed over, from a byte of each on; or columns, the
 //                                          axis summed over going down the rows: the box of the
 //                                          next 64 columns is `next` bytes away
-//   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB>(d, a, b, accumulate),
+//   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB, kColumnsA>(d, a, b, accumulate),
 //   warpgroup_commit(), warpgroup_wait<kPending>(), and then warpgroup_take(d) before d is read
 //                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
 //                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15
@@ -37,6 +41,8 @@ constexpr int kBoxRow = 128;  // bytes
 struct Axis {
   int64_t size, bytes;
 };
+
+constexpr int kEach[4] = {1, 1, 1, 1};  // the strides of a box without gaps
 
 }  // namespace gdfast::cuda
 

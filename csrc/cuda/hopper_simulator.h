@@ -19,25 +19,28 @@ struct TensorMap {
   const unsigned char* address;
   Axis axes[4];
   int box[4];
+  int strides[4];
 };
 
 template <typename T>
 TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
-                     const int (&box)[4]) {
+                     const int (&box)[4], const int (&strides)[4] = kEach) {
   static_assert(sizeof(T) == 2, "half types");
   const auto require = [op](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(op) + ": CUDA simulator: tensor_map: " + what);
   };
-  TensorMap map{static_cast<const unsigned char*>(address), {}, {}};
+  TensorMap map{static_cast<const unsigned char*>(address), {}, {}, {}};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
   require(box[0] * 2 == kBoxRow, "box: expected rows of 128 bytes");
   for (int i = 0; i < 4; ++i) {
     require(axes[i].size > 0 && axes[i].size <= int64_t{1} << 32, "size: expected 1 to 2^32");
-    require(box[i] > 0 && box[i] <= 256, "box: expected 1 to 256");
+    require(strides[i] > 0 && strides[i] <= 8, "strides: expected 1 to 8");
+    require(box[i] > 0 && box[i] * strides[i] <= 256, "box times strides: expected 1 to 256");
     require(i == 0 || (axes[i].bytes % 16 == 0 && axes[i].bytes < int64_t{1} << 40),
             "bytes: expected multiples of 16 below 2^40");
     map.axes[i] = axes[i];
     map.box[i] = box[i];
+    map.strides[i] = strides[i];
   }
   return map;
 }
@@ -123,7 +126,7 @@ inline void deliver(const Box& box) {
     bool inside = true;
     int64_t from = 0;
     for (int i = 1; i < 4; ++i) {
-      const int64_t at = int64_t{box.at[i]} + in_box[i];
+      const int64_t at = int64_t{box.at[i]} + in_box[i] * map.strides[i];
       inside = inside && at >= 0 && at < map.axes[i].size;
       from += at * map.axes[i].bytes;
     }
@@ -186,13 +189,13 @@ float element_at(size_t offset) {
 }
 
 // One thread's part of a product.
-template <typename T, int kN, bool kColumnsB>
+template <typename T, int kN, bool kColumnsB, bool kColumnsA>
 void multiply_part(const Multiplication& product, int thread) {
   const int warp = thread % kWarpgroup / kWarp, lane = thread % kWarp;
   float a[2][16];
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < 2; ++i) {
-      a[i][k] = element_at<T>(place<false>(product.a, 16 * warp + lane / 4 + 8 * i, k));
+      a[i][k] = element_at<T>(place<kColumnsA>(product.a, 16 * warp + lane / 4 + 8 * i, k));
     }
   }
   for (int column = 0; column < kN / 4; ++column) {
@@ -240,6 +243,8 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
   simulator::under_way().boxes.push_back({to, &map, {at[0], at[1], at[2], at[3]}, barrier});
 }
 
+GDFAST_DEVICE void fence_shared() {}
+
 // --- Products ---------------------------------------------------------------------------------
 
 GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {
@@ -258,11 +263,11 @@ GDFAST_DEVICE void warpgroup_begin() {
   simulator::meet_warp("warpgroup_begin", nullptr, [](void* const*) {});
 }
 
-template <typename T, int kN, bool kColumnsB>
+template <typename T, int kN, bool kColumnsB, bool kColumnsA = false>
 GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   simulator::UnderWay& now = simulator::under_way();
   now.products[threadIdx.x].push_back({d, a, b, accumulate,
-                                       simulator::multiply_part<T, kN, kColumnsB>,
+                                       simulator::multiply_part<T, kN, kColumnsB, kColumnsA>,
                                        now.committed[threadIdx.x]});
 }
 
