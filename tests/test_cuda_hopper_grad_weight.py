@@ -1,4 +1,4 @@
-"""The gradient in the weight for Hopper, there or in the simulator: exact sums of small integers."""
+"""The gradient in the weight for Hopper, on a GPU or simulated: exact sums of small integers."""
 
 from __future__ import annotations
 
@@ -145,6 +145,7 @@ def test_weights_are_updated_from_its_parts(
             images = images.to(memory_format=torch.channels_last)
             (layer(images) * torch.randint(-1, 2, (40, 1, 1), device=hopper)).sum().backward()
             optimizer.step()
+            optimizer.zero_grad()
         results.append(layer.weight.detach())
     assert len(updates) == 2 and torch.equal(*results)
 
@@ -172,7 +173,9 @@ def test_it_takes_half_types_alone(hopper: torch.device) -> None:
 def test_a_block_has_to_be_one_that_there_is(hopper: torch.device) -> None:
     values = tensors(CASES[0], torch.bfloat16, hopper)
     problem = cuda_conv2d.conv2d_grad_weight(query_of(CASES[0], values), "hopper-128x128").problem
-    with pytest.raises(ValueError, match="conv2d_grad_weight_hopper: block: expected .*, got 64 x"):
+    with pytest.raises(
+        ValueError, match=r"conv2d_grad_weight_hopper: block: expected .*, got 64 x"
+    ):
         native.cuda.conv2d_grad_weight_hopper_splits(problem, 64, 64, 1)
 
 
