@@ -18,7 +18,6 @@ namespace {
 
 constexpr char kOp[] = "conv2d_grad_weight";
 constexpr int kMost = 2147483647;
-constexpr int kMostStride = 4;  // boxes reach at most 256 pixels
 
 int small(int64_t value) { return static_cast<int>(value); }
 
@@ -44,6 +43,20 @@ int64_t block_tiles(const Conv2dProblem& p, const HopperWeightBlock& block) {
   return tiles_for(p.K, block.filters) * tiles_for(column_units(p) * kBlock, block.columns);
 }
 
+// The pixels of an image from one of its first on that the strides meet.
+template <typename T>
+TensorMap phase(const void* address, const HopperImage& image, const Conv2dProblem& p, int h, int w,
+                const PixelBox& box) {
+  const Strides4& s = image.strides;
+  const HopperImage met{image.N,
+                        image.channels,
+                        tiles_for(image.H - h, p.stride_h),
+                        tiles_for(image.W - w, p.stride_w),
+                        {s.n, s.c, s.h * p.stride_h, s.w * p.stride_w}};
+  const int64_t bytes = 2 * (h * s.h + w * s.w);
+  return channels_first<T>(kOp, static_cast<const unsigned char*>(address) + bytes, met, box);
+}
+
 template <typename T, int kFilters, int kColumns>
 void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const void* grad_output,
          const void* input, void* workspace, int64_t splits, const Where& where) {
@@ -51,21 +64,22 @@ void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const voi
   const HopperPass pass = hopper_pass(p, false);
   const HopperImage& out = pass.out;
   const PixelBox box = choose_pixel_box(out, Its::kPixels);
-  // A window of one pixel that sees all of them has no use for a stride, nor has one row of pixels.
-  const bool all = p.R == 1 && p.S == 1 && p.pad_h == 0 && p.pad_w == 0;
   HopperWeightArguments a{};
-  a.stride_h = all && pass.in.H == out.H ? 1 : small(p.stride_h);
-  a.stride_w = all && pass.in.W == out.W ? 1 : small(p.stride_w);
+  a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
   a.grad = channels_first<T>(kOp, grad_output, out, box);
-  a.image = channels_first<T>(kOp, input, pass.in, box, a.stride_w, a.stride_h);
+  for (int h = 0; h < p.stride_h; ++h) {
+    for (int w = 0; w < p.stride_w; ++w) {
+      a.images[h][w] = phase<T>(input, pass.in, p, h, w, box);
+    }
+  }
   a.sums = static_cast<float*>(workspace);
   a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
   a.units = small(column_units(p));
   a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
   a.boxes_h = small(tiles_for(out.H, box.h)), a.boxes_w = small(tiles_for(out.W, box.w));
   a.boxes = small(pixel_tiles(out, box));
-  a.first_h = small(pass.first_h), a.first_w = small(pass.first_w);
-  a.step_h = small(pass.step_h), a.step_w = small(pass.step_w);
+  a.first_h = small(-p.pad_h), a.first_w = small(-p.pad_w);
+  a.step_h = small(p.dilation_h), a.step_w = small(p.dilation_w);
   const int64_t tiles = block_tiles(p, {kFilters, kColumns});
   a.row_tiles = small(tiles_for(p.K, kFilters));
   a.tiles = small(tiles), a.items = small(tiles * splits), a.splits = small(splits);
@@ -90,7 +104,8 @@ std::string conv2d_grad_weight_hopper_why_not(const Conv2dProblem& p) {
   const auto takes = [](const std::string& what) { return "it takes " + what; };
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return takes("half types");
   if (p.groups != 1) return takes("one group");
-  if (p.stride_h > kMostStride || p.stride_w > kMostStride) return takes("strides of at most 4");
+  if (p.stride_h > kMostStride || p.stride_w > kMostStride) return takes("strides of 1 and 2");
+  if (p.stride_h > p.H || p.stride_w > p.W) return takes("images of at least the stride");
   if (p.N == 0) return takes("at least one image");
   for (const auto& [name, image] :
        {std::pair{"input", HopperImage{p.N, p.C, p.H, p.W, p.input}},

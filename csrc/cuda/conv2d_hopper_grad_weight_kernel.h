@@ -9,16 +9,18 @@ namespace {
 
 constexpr int kBlock = 64;  // filters or channels: one row of a box
 constexpr int kDepth = 16;  // pixels that one product sums over
+constexpr int kMostStride = 2;
 
 struct HopperWeightArguments {
-  TensorMap grad, image;
-  float* sums;  // [splits, K, R, S, C]
+  TensorMap grad, images[kMostStride][kMostStride];  // by phases of rows and columns
+  float* sums;                                       // [splits, K, R, S, C]
   int K, C, S, taps;
   int units;  // blocks of channels times taps, taps first
   int box_n, box_h, box_w;
   int boxes_h, boxes_w, boxes;
-  int stride_h, stride_w, first_h, first_w, step_h, step_w;
-  int row_tiles, tiles, items;  // tiles of filters; of a split; of all splits
+  int by_two_h, by_two_w;                // 1 for a stride of 2, 0 for 1
+  int first_h, first_w, step_h, step_w;  // of the first tap, and from one to the next
+  int row_tiles, tiles, items;           // tiles of filters; of a split; of all splits
   int splits;
 };
 
@@ -120,11 +122,13 @@ GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
         load_box(to + i * Its::kPart, a.grad, {item.filter + i * kBlock, w, h, image}, full);
       }
       to += Its::kFilterBlocks * Its::kPart;
-      const int first_w = w * a.stride_w + a.first_w, first_h = h * a.stride_h + a.first_h;
       int channel = first_block * kBlock, r = first_r, s = first_s;
       for (int unit = 0; unit < units; ++unit, to += Its::kPart) {
-        load_box(to, a.image, {channel, first_w + s * a.step_w, first_h + r * a.step_h, image},
-                 full);
+        // A stride of two meets the even or the odd rows of the image, the phase of a tap, which
+        // are a tensor of their own: there windows take single steps. A shift rounds down.
+        const int at_h = a.first_h + r * a.step_h, at_w = a.first_w + s * a.step_w;
+        load_box(to, a.images[at_h & a.by_two_h][at_w & a.by_two_w],
+                 {channel, w + (at_w >> a.by_two_w), h + (at_h >> a.by_two_h), image}, full);
         if (++s < a.S) continue;
         s = 0;
         if (++r * a.S < a.taps) continue;

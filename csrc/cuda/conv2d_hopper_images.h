@@ -13,19 +13,17 @@ inline Axis next_axis(const Axis& before, int64_t size, int64_t stride) {
   return {size, size == 1 ? before.size * before.bytes : 2 * stride};
 }
 
-// A tensor with its channels first, as boxes of 64 of them by pixels, of which they may have every
-// second, say.
+// A tensor with its channels first, as boxes of 64 of them by pixels.
 template <typename T>
 TensorMap channels_first(const char* op, const void* address, const HopperImage& image,
-                         const PixelBox& box, int stride_w = 1, int stride_h = 1) {
+                         const PixelBox& box) {
   const Axis channels{image.channels, 2};
   const Axis w = next_axis(channels, image.W, image.strides.w);
   const Axis h = next_axis(w, image.H, image.strides.h);
   const Axis n = next_axis(h, image.N, image.strides.n);
   return tensor_map<T>(
       op, address, {channels, w, h, n},
-      {kBoxRow / 2, static_cast<int>(box.w), static_cast<int>(box.h), static_cast<int>(box.n)},
-      {1, stride_w, stride_h, 1});
+      {kBoxRow / 2, static_cast<int>(box.w), static_cast<int>(box.h), static_cast<int>(box.n)});
 }
 
 // What the kernels ask of an image that this one is not, or "".

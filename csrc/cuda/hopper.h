@@ -4,9 +4,7 @@
 // Only kernels whose body stands under GDFAST_HOPPER may use it: other architectures, for which the
 // same file is compiled, have none of it.
 //
-//   TensorMap, tensor_map(op, address, axes, box, strides)
-//                                          host: a tensor of four axes in half types; a box has
-//                                          every strides[i]-th element of an axis, each if not told
+//   TensorMap, tensor_map(op, address, axes, box)    host: a tensor of four axes in half types
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
@@ -41,8 +39,6 @@ constexpr int kBoxRow = 128;  // bytes
 struct Axis {
   int64_t size, bytes;
 };
-
-constexpr int kEach[4] = {1, 1, 1, 1};  // the strides of a box without gaps
 
 }  // namespace gdfast::cuda
 

@@ -17,7 +17,7 @@ using TensorMap = CUtensorMap;
 // The driver's function is looked up at run time, so that the module loads without a driver.
 template <typename T>
 TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
-                     const int (&box)[4], const int (&strides)[4] = kEach) {
+                     const int (&box)[4]) {
   static const auto encode = [op] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -38,8 +38,8 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   cuuint32_t boxes[4], steps[4];
   for (int i = 0; i < 4; ++i) {
     sizes[i] = static_cast<cuuint64_t>(axes[i].size);
-    boxes[i] = static_cast<cuuint32_t>(box[i] * strides[i]);  // as far as the box reaches
-    steps[i] = static_cast<cuuint32_t>(strides[i]);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
     if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(axes[i].bytes);
   }
   constexpr auto kType =

@@ -19,28 +19,25 @@ struct TensorMap {
   const unsigned char* address;
   Axis axes[4];
   int box[4];
-  int strides[4];
 };
 
 template <typename T>
 TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
-                     const int (&box)[4], const int (&strides)[4] = kEach) {
+                     const int (&box)[4]) {
   static_assert(sizeof(T) == 2, "half types");
   const auto require = [op](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(op) + ": CUDA simulator: tensor_map: " + what);
   };
-  TensorMap map{static_cast<const unsigned char*>(address), {}, {}, {}};
+  TensorMap map{static_cast<const unsigned char*>(address), {}, {}};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
   require(box[0] * 2 == kBoxRow, "box: expected rows of 128 bytes");
   for (int i = 0; i < 4; ++i) {
     require(axes[i].size > 0 && axes[i].size <= int64_t{1} << 32, "size: expected 1 to 2^32");
-    require(strides[i] > 0 && strides[i] <= 8, "strides: expected 1 to 8");
-    require(box[i] > 0 && box[i] * strides[i] <= 256, "box times strides: expected 1 to 256");
+    require(box[i] > 0 && box[i] <= 256, "box: expected 1 to 256");
     require(i == 0 || (axes[i].bytes % 16 == 0 && axes[i].bytes < int64_t{1} << 40),
             "bytes: expected multiples of 16 below 2^40");
     map.axes[i] = axes[i];
     map.box[i] = box[i];
-    map.strides[i] = strides[i];
   }
   return map;
 }
@@ -126,7 +123,7 @@ inline void deliver(const Box& box) {
     bool inside = true;
     int64_t from = 0;
     for (int i = 1; i < 4; ++i) {
-      const int64_t at = int64_t{box.at[i]} + in_box[i] * map.strides[i];
+      const int64_t at = int64_t{box.at[i]} + in_box[i];
       inside = inside && at >= 0 && at < map.axes[i].size;
       from += at * map.axes[i].bytes;
     }
