@@ -190,7 +190,8 @@ doctor=$!
 # A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes
 # a candidate of the tuner once it has been right, in a process of its own.
 if [[ $built ]]; then
-  if step hopper tests.log 60 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py; then
+  if step hopper tests.log 60 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py \
+    tests/test_cuda_hopper_grad_weight.py; then
     export GDFAST_HOPPER=1
     say "hopper: its kernels are candidates from here on, where the GPU is one"
   else

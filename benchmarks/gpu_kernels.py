@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 import gdfast
 from gdfast import native, nn, ops, optim
-from gdfast.backends import cuda_conv2d, cuda_tiles, precision
+from gdfast.backends import cuda_conv2d, cuda_hopper_grad_weight, cuda_tiles, precision
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
 from gdfast.bench.cases import Conv2dCase
@@ -48,6 +48,7 @@ _HOPPER = (
     Conv2dCase("3x3", 2, 72, 9, 10, 72, 3, 3, padding=(1, 1)),
     Conv2dCase("1x1", 3, 72, 7, 7, 136, 1, 1),
 )
+_HOPPER_STRIDE = Conv2dCase("3x3-stride-2", 3, 72, 12, 11, 72, 3, 3, (2, 2), (1, 1))
 _DEPTHWISE = (
     Conv2dCase("3x3", 3, 8, 9, 11, 8, 3, 3, padding=(1, 1), groups=8),
     Conv2dCase("5x5-stride-2", 2, 8, 11, 9, 8, 5, 5, (2, 2), (2, 2), groups=8),
@@ -85,6 +86,22 @@ def passes(
         ours = [value.cpu() for value in ours if value is not None]
     exact = _by_operations(case, [value.double() for value in here], "reference")
     return list(zip(ours, exact[: len(ours)], strict=True))
+
+
+def weight_gradient(
+    case: Conv2dCase, by: str, device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Of a convolution in bfloat16 without a bias, by the candidate that is named."""
+    sizes = case.input_shape, case.weight_shape, case.output_shape
+    here = [random(size, torch.bfloat16, "channels_last") for size in sizes]
+    input, weight, grad = (value.to(device) for value in here)
+    query = _query(case, input, weight, grad)
+    ours, _ = cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, False)
+    exact = torch.nn.grad.conv2d_weight(
+        here[0].double(), case.weight_shape, here[2].double(), case.stride, case.padding,
+        case.dilation,
+    )  # fmt: skip
+    return [(ours.cpu(), exact)]
 
 
 def _query(case: Conv2dCase, *tensors: Tensor) -> gdfast.backends.Conv2dQuery:
@@ -312,6 +329,10 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
             if channels:
                 run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
                 yield f"conv2d {case} by {name}", run, 0
+    for case in (*_HOPPER, _HOPPER_STRIDE):
+        for name in cuda_hopper_grad_weight.BLOCKS:
+            run = partial(weight_gradient, case, name, **where)
+            yield f"grad_weight {case} by {name}", run, 0
 
 
 def main() -> int:

@@ -110,6 +110,20 @@ def test_the_hopper_convolution_uses_what_hopper_has_and_is_empty_elsewhere() ->
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
+    kernels = [code for code in codes() if code.kernel == "conv2d_hopper_grad_weight_kernel"]
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        # 64 pixels, 16 at a time, and two products of each for 256 filters; 32 for 576 columns.
+        products = {"576": 2, "128": 8 if code.arguments[1] == "256" else 4}
+        assert code.count("HGMMA") == products.get(code.arguments[2], 4), code
+        assert code.count(r"HGMMA.*\.tnspA\.tnspB") == code.count("HGMMA"), code
+        assert code.count("UTMALDG") >= 2 and code.count("USETMAXREG") == 2, code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code
+
+
 def test_kernels_bound_by_memory_read_16_bytes_at_a_time() -> None:
     names = {
         "moments_kernel", "normalise_kernel", "sums_kernel", "gradients_kernel",

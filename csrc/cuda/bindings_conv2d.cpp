@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "conv2d.h"
 #include "conv2d_hopper.h"
+#include "conv2d_hopper_grad_weight.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -26,6 +27,15 @@ void check_channels(int channels) {
   if (channels == 0 || channels == 64 || channels == 128 || channels == 256) return;
   throw py::value_error("conv2d_hopper: channels: expected 0, 64, 128 or 256, got " +
                         std::to_string(channels));
+}
+
+HopperWeightBlock hopper_weight_block(int filters, int columns) {
+  const HopperWeightBlock block{filters, columns};
+  if (is_hopper_weight_block(block)) return block;
+  throw py::value_error(
+      "conv2d_grad_weight_hopper: block: expected 64 x 576, 128 x 128, 128 x 192, 128 x 256 or "
+      "256 x 128, got " +
+      std::to_string(filters) + " x " + std::to_string(columns));
 }
 
 void check_weight_dtype(DType weight, DType images) {
@@ -76,6 +86,37 @@ void bind_hopper(py::module_& m) {
       py::arg("problem"), py::arg("channels"), py::arg("grad_output"), py::arg("weight"),
       py::arg("grad_input"), py::arg("device"), py::arg("stream"),
       "As conv2d_grad_input, likewise.");
+}
+
+void bind_hopper_grad_weight(py::module_& m) {
+  m.def("conv2d_grad_weight_hopper_why_not", &conv2d_grad_weight_hopper_why_not, py::arg("problem"),
+        "Why conv2d_grad_weight_hopper does not take a problem, or an empty string. Addresses must "
+        "be multiples of 16 too.");
+  m.def(
+      "conv2d_grad_weight_hopper_splits",
+      [](const Conv2dProblem& problem, int filters, int columns, int64_t multiprocessors) {
+        return conv2d_grad_weight_hopper_splits(problem, hopper_weight_block(filters, columns),
+                                                multiprocessors);
+      },
+      py::arg("problem"), py::arg("filters"), py::arg("columns"), py::arg("multiprocessors"),
+      "In how many splits positions are best summed: a guess.");
+  m.def(
+      "conv2d_grad_weight_hopper",
+      [](const Conv2dProblem& problem, int filters, int columns, uintptr_t grad_output,
+         uintptr_t input, uintptr_t workspace, int64_t splits, int device, uintptr_t stream) {
+        check_splits(splits);
+        const HopperWeightBlock block = hopper_weight_block(filters, columns);
+        launching(problem, [&] {
+          conv2d_grad_weight_hopper(problem, block, pointer(grad_output), pointer(input),
+                                    pointer(workspace), splits, {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("filters"), py::arg("columns"), py::arg("grad_output"),
+      py::arg("input"), py::arg("workspace"), py::arg("splits"), py::arg("device"),
+      py::arg("stream"),
+      "Leaves the parts of grad_weight in the workspace, as conv2d_grad_weight does, for problems "
+      "that conv2d_grad_weight_hopper_why_not has nothing against; a block makes 64 filters x 576 "
+      "columns, 128 x 128, 128 x 192, 128 x 256 or 256 x 128.");
 }
 
 }  // namespace
@@ -174,6 +215,7 @@ void bind_conv2d(py::module_& m) {
       "float32; lr_address (float64, instead of lr) is on the device, 0 for "
       "none.");
   bind_hopper(m);
+  bind_hopper_grad_weight(m);
 }
 
 }  // namespace gdfast::cuda

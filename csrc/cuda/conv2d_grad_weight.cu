@@ -128,52 +128,87 @@ conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a,
   }
 }
 
+constexpr int kSumThreads = 256;
+
 struct SplitSums {
   const void* sums;  // [splits, count]
   int64_t count, splits;
   WeightPlaces places;
+  int parts;  // threads of an element, which have every parts-th split: a power of two
 };
 
-// One element, and its place.
-template <typename Sum>
-GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t index, int64_t& place) {
-  const Sum* from = static_cast<const Sum*>(a.sums) + index;
-  Sum sum = 0;
-#pragma unroll 8
-  for (int64_t split = 0; split < a.splits; ++split, from += a.count) sum += *from;
-  const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
-  place = place_of(a.places, filter.quotient, filter.rest);
-  return sum;
+// Few elements of many splits are shared, so that enough is under way to and from memory.
+int sum_parts(int64_t count, int64_t splits) {
+  constexpr int64_t kThreadsOfAll = 1 << 18, kMostParts = 8, kSplitsOfThread = 8;
+  int64_t parts = 1;
+  while (parts < kMostParts && 2 * parts * kSplitsOfThread <= splits &&
+         count * parts < kThreadsOfAll) {
+    parts *= 2;
+  }
+  return small(parts);
 }
 
-constexpr int kSumThreads = 256;
+SplitSums split_sums(const void* sums, int64_t count, int64_t splits, const WeightPlaces& places) {
+  return {sums, count, splits, places, sum_parts(count, splits)};
+}
+
+// The sum of an element, and its place; a negative one in threads that have none.
+template <typename Sum>
+GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t& place) {
+  const int columns = kSumThreads / a.parts, part = this_thread() / columns;
+  const int64_t index = int64_t{blockIdx.x} * columns + this_thread() % columns;
+  Sum sum = 0;
+  if (index < a.count) {
+    const Sum* from = static_cast<const Sum*>(a.sums) + (part * a.count + index);
+    const int64_t step = a.parts * a.count;
+#pragma unroll 8
+    for (int64_t split = part; split < a.splits; split += a.parts, from += step) sum += *from;
+  }
+  place = -1;
+  if (a.parts > 1) {
+    Sum* const sums = reinterpret_cast<Sum*>(shared_memory());
+    sums[this_thread()] = sum;
+    sync_block();
+    if (part > 0) return sum;
+    for (int other = 1; other < a.parts; ++other) sum += sums[other * columns + this_thread()];
+  }
+  if (index < a.count) {
+    const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
+    place = place_of(a.places, filter.quotient, filter.rest);
+  }
+  return sum;
+}
 
 template <typename T, typename Sum>
 GDFAST_KERNEL(kSumThreads, 1)
 sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to) {
-  const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
-  if (index >= a.count) return;
   int64_t place;
-  const Sum sum = sum_splits<Sum>(a, index, place);
-  static_cast<T*>(to)[place] = from_float<T>(sum);
+  const Sum sum = sum_splits<Sum>(a, place);
+  if (place >= 0) static_cast<T*>(to)[place] = from_float<T>(sum);
 }
 
 template <typename T, typename Sum>
 GDFAST_KERNEL(kSumThreads, 1)
 sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
                       GDFAST_GRID_CONSTANT const WeightUpdate<Sum> update) {
-  const int64_t index = int64_t{blockIdx.x} * kSumThreads + this_thread();
-  if (index >= a.count) return;
   int64_t place[1];
-  const Sum gradient[] = {sum_splits<Sum>(a, index, place[0])};
+  const Sum gradient[] = {sum_splits<Sum>(a, place[0])};
   update_weight<T>(update, place, gradient);
+}
+
+// Launches one of them.
+template <typename Sum, typename Kernel, typename... More>
+void launch_sums(Kernel kernel, const SplitSums& a, const Where& where, const More&... more) {
+  const int64_t columns = kSumThreads / a.parts;
+  const size_t bytes = a.parts > 1 ? kSumThreads * sizeof(Sum) : 0;
+  launch("conv2d_grad_weight", kernel, dim3(static_cast<unsigned>(blocks_for(a.count, columns))),
+         kSumThreads, bytes, where.stream, a, more...);
 }
 
 template <typename Math>
 void launch_sum_splits(const SplitSums& a, void* to, const Where& where) {
-  launch("conv2d_grad_weight", sum_splits_kernel<typename Math::Element, typename Math::Sum>,
-         dim3(static_cast<unsigned>(blocks_for(a.count, kSumThreads))), kSumThreads, 0,
-         where.stream, a, to);
+  launch_sums<typename Math::Sum>(sum_splits_kernel<typename Math::Element, typename Math::Sum>, a,
+                                  where, to);
 }
 
 int64_t sum_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
@@ -235,8 +270,9 @@ void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void
     arguments.bias_sums =
         static_cast<unsigned char*>(workspace) + splits * weights * sum_bytes(p.dtype);
   }
-  const SplitSums weight_sums{workspace, weights, used, weight_places(p)};
-  const SplitSums bias_sums{arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), 1}};
+  const SplitSums weight_sums = split_sums(workspace, weights, used, weight_places(p));
+  const SplitSums bias_sums =
+      split_sums(arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), 1});
   const DeviceGuard guard("conv2d_grad_weight", where.device);
   with_instance(p.dtype, way, is_chunked(p, grad_output, input), [&](auto instance) {
     using Instance = decltype(instance);
@@ -253,14 +289,13 @@ namespace {
 
 template <typename T, typename Sum>
 void launch_sum_splits_sgd(const SplitSums& a, const SgdWeight& weight, const Where& where) {
-  launch("conv2d_grad_weight", sum_splits_sgd_kernel<T, Sum>,
-         dim3(static_cast<unsigned>(blocks_for(a.count, kSumThreads))), kSumThreads, 0,
-         where.stream, a, weight_update<Sum>(weight));
+  launch_sums<Sum>(sum_splits_sgd_kernel<T, Sum>, a, where, weight_update<Sum>(weight));
 }
 
 void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t splits,
                     const SgdWeight& weight, const Where& where) {
-  const SplitSums a{workspace, weight_elements(p), used_splits(p, splits), weight_places(p)};
+  const SplitSums a =
+      split_sums(workspace, weight_elements(p), used_splits(p, splits), weight_places(p));
   switch (weight.hyper.dtype) {
     case DType::kFloat32:
       return launch_sum_splits_sgd<float, float>(a, weight, where);

@@ -15,6 +15,8 @@
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written
+//   fence_shared()                         what a thread wrote to shared memory itself is there for
+//                                          boxes and products after it and a sync_block()
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
@@ -23,7 +25,7 @@
 //                                          summed over, from a byte of each on; or columns, the
 //                                          axis summed over going down the rows: the box of the
 //                                          next 64 columns is `next` bytes away
-//   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB>(d, a, b, accumulate),
+//   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB, kColumnsA>(d, a, b, accumulate),
 //   warpgroup_commit(), warpgroup_wait<kPending>(), and then warpgroup_take(d) before d is read
 //                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
 //                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15

@@ -142,6 +142,8 @@ GDFAST_DEVICE void stores_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+GDFAST_DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // --- Products ---------------------------------------------------------------------------------
 
 // A matrix descriptor: addresses and distances in units of 16 bytes, and the 128-byte swizzle.
@@ -192,9 +194,10 @@ GDFAST_DEVICE void warpgroup_take(float (&d)[kCount]) {
       " {"                                                                                \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "            \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-      "%32, %33, accumulate, 1, 1, 0, %35; }"                                             \
+      "%32, %33, accumulate, 1, 1, %35, %36; }"                                           \
       : GDFAST_SUMS_32(d, 0)                                                              \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsB ? 1 : 0))
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsA ? 1 : 0),        \
+        "n"(kColumnsB ? 1 : 0))
 #define GDFAST_WGMMA_128(type)                                                            \
   asm volatile(                                                                           \
       "{ .reg .pred accumulate;\n"                                                        \
@@ -205,9 +208,26 @@ GDFAST_DEVICE void warpgroup_take(float (&d)[kCount]) {
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "%64, %65, accumulate, 1, 1, 0, %67; }"                                             \
+      "%64, %65, accumulate, 1, 1, %67, %68; }"                                           \
       : GDFAST_SUMS_32(d, 0), GDFAST_SUMS_32(d, 32)                                       \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsB ? 1 : 0))
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsA ? 1 : 0),        \
+        "n"(kColumnsB ? 1 : 0))
+#define GDFAST_WGMMA_192(type)                                                            \
+  asm volatile(                                                                           \
+      "{ .reg .pred accumulate;\n"                                                        \
+      "setp.ne.b32 accumulate, %98, 0;\n"                                                 \
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type                        \
+      " {"                                                                                \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "            \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "  \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "  \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, " \
+      "%96, %97, accumulate, 1, 1, %99, %100; }"                                          \
+      : GDFAST_SUMS_32(d, 0), GDFAST_SUMS_32(d, 32), GDFAST_SUMS_32(d, 64)                \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsA ? 1 : 0),        \
+        "n"(kColumnsB ? 1 : 0))
 #define GDFAST_WGMMA_256(type)                                                                     \
   asm volatile(                                                                                    \
       "{ .reg .pred accumulate;\n"                                                                 \
@@ -224,23 +244,27 @@ GDFAST_DEVICE void warpgroup_take(float (&d)[kCount]) {
       "%111, "                                                                                     \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
       "%127}, "                                                                                    \
-      "%128, %129, accumulate, 1, 1, 0, %131; }"                                                   \
+      "%128, %129, accumulate, 1, 1, %131, %132; }"                                                \
       : GDFAST_SUMS_32(d, 0), GDFAST_SUMS_32(d, 32), GDFAST_SUMS_32(d, 64), GDFAST_SUMS_32(d, 96)  \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsB ? 1 : 0))
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kColumnsA ? 1 : 0),                 \
+        "n"(kColumnsB ? 1 : 0))
 
-template <typename T, int kN, bool kColumnsB>
+template <typename T, int kN, bool kColumnsB, bool kColumnsA = false>
 GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kN == 64 || kN == 128 || kN == 256, "the shapes that kernels use");
+  static_assert(kN == 64 || kN == 128 || kN == 192 || kN == 256, "the shapes that kernels use");
   constexpr bool kHalf = std::is_same_v<T, Half>;
   if constexpr (kN == 64 && kHalf) GDFAST_WGMMA_64("f16");
   if constexpr (kN == 64 && !kHalf) GDFAST_WGMMA_64("bf16");
   if constexpr (kN == 128 && kHalf) GDFAST_WGMMA_128("f16");
   if constexpr (kN == 128 && !kHalf) GDFAST_WGMMA_128("bf16");
+  if constexpr (kN == 192 && kHalf) GDFAST_WGMMA_192("f16");
+  if constexpr (kN == 192 && !kHalf) GDFAST_WGMMA_192("bf16");
   if constexpr (kN == 256 && kHalf) GDFAST_WGMMA_256("f16");
   if constexpr (kN == 256 && !kHalf) GDFAST_WGMMA_256("bf16");
 }
 
 #undef GDFAST_WGMMA_256
+#undef GDFAST_WGMMA_192
 #undef GDFAST_WGMMA_128
 #undef GDFAST_WGMMA_64
 #undef GDFAST_SUMS_32

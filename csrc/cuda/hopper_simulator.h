@@ -207,13 +207,13 @@ float element_at(size_t offset) {
 }
 
 // One thread's part of a product.
-template <typename T, int kN, bool kColumnsB>
+template <typename T, int kN, bool kColumnsB, bool kColumnsA>
 void multiply_part(const Multiplication& product, int thread) {
   const int warp = thread % kWarpgroup / kWarp, lane = thread % kWarp;
   float a[2][16];
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < 2; ++i) {
-      a[i][k] = element_at<T>(place<false>(product.a, 16 * warp + lane / 4 + 8 * i, k));
+      a[i][k] = element_at<T>(place<kColumnsA>(product.a, 16 * warp + lane / 4 + 8 * i, k));
     }
   }
   for (int column = 0; column < kN / 4; ++column) {
@@ -301,6 +301,8 @@ GDFAST_DEVICE void stores_wait_read() {
   stores_wait<kPending>();
 }
 
+GDFAST_DEVICE void fence_shared() {}
+
 // --- Products ---------------------------------------------------------------------------------
 
 GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {
@@ -319,11 +321,11 @@ GDFAST_DEVICE void warpgroup_begin() {
   simulator::meet_warp("warpgroup_begin", nullptr, [](void* const*) {});
 }
 
-template <typename T, int kN, bool kColumnsB>
+template <typename T, int kN, bool kColumnsB, bool kColumnsA = false>
 GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   simulator::UnderWay& now = simulator::under_way();
   now.products[threadIdx.x].push_back({d, a, b, accumulate,
-                                       simulator::multiply_part<T, kN, kColumnsB>,
+                                       simulator::multiply_part<T, kN, kColumnsB, kColumnsA>,
                                        now.committed[threadIdx.x]});
 }
 

@@ -23,6 +23,7 @@ from gdfast.backends import (
     batch_norm,
     cuda_depthwise,
     cuda_grouped,
+    cuda_hopper_grad_weight,
     cuda_layout,
     cuda_stem,
     cuda_stream,
@@ -31,6 +32,7 @@ from gdfast.backends import (
 )
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
+from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -93,6 +95,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return tiles
     if not on_gpu or hopper_why_not(op, query):
         return tiles
+    if op == "conv2d_grad_weight":
+        return (*tiles, *cuda_hopper_grad_weight.candidates(query))
     return (*tiles, *(name for name, channels in HOPPER.items() if channels))
 
 
@@ -142,10 +146,11 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
 def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernel for Hopper does not run one pass here, or ""."""
     assert native.cuda is not None
-    if op not in ("conv2d", "conv2d_grad_input"):
-        return f"it has no {op} kernel"
     if reason := _hopper_missing(query.device):
         return reason
+    if op == "conv2d_grad_weight":
+        problem, _ = _problem(query, "input", "output")
+        return str(native.cuda.conv2d_grad_weight_hopper_why_not(problem))
     gradient = op == "conv2d_grad_input"
     problem, _ = _problem(query, "weight", "output" if gradient else "input")
     return str(native.cuda.conv2d_hopper_why_not(problem, gradient))
@@ -171,7 +176,8 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    unscattered = _at_16 if by in (*HOPPER, cuda_grouped.NAME) else _as_it_is
+    by_tma = by in HOPPER or by in cuda_hopper_grad_weight.BLOCKS
+    unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
     few = 0 if by == cuda_grouped.NAME else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
@@ -390,7 +396,11 @@ def conv2d_grad_weight(
         return cuda_grouped.GroupedGradWeight(query, problem, copies, _way(query, SMALLEST), parts)
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
-    problem, copies = _problem(query, "input", "output")
+    problem, copies = _problem(query, "input", "output", by=by)
+    if by in cuda_hopper_grad_weight.BLOCKS:
+        tile = cuda_tiles.candidates("conv2d_grad_weight", query)[0]
+        with_bias = GradWeight(query, problem, copies, _way(query, tile), splits(query, tile))
+        return HopperGradWeight(query, problem, copies, _way(query, tile), by, with_bias)
     return GradWeight(query, problem, copies, _way(query, by), splits(query, by))
 
 

@@ -1,0 +1,163 @@
+// The gradient in the weight on Hopper's tensor cores, in half types: for each tap a product of
+// filters by channels, summed over pixels.
+//
+// Pixels are cut into boxes, and boxes into splits. Blocks are persistent: one per multiprocessor,
+// which takes every gridDim-th of all tiles of all splits. In a block one thread loads and two or
+// three warpgroups multiply. The loader fills the stages of a ring with boxes of pixels: of
+// grad_output, by 64 filters each, and of the input, shifted by a tap, by 64 channels each. What
+// falls outside of the images arrives as zeros, so that neither padding nor the rest of a box needs
+// code. Both operands of the products lie with what is summed down their columns.
+//
+// Sums of a split are left in float32; the second pass of conv2d_grad_weight.cu adds them up.
+#include "conv2d_hopper_grad_weight.h"
+#include "conv2d_hopper_grad_weight_kernel.h"
+#include "conv2d_hopper_images.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr char kOp[] = "conv2d_grad_weight";
+constexpr int kMost = 2147483647;
+
+int small(int64_t value) { return static_cast<int>(value); }
+
+// Calls run(tile) with the type of a block.
+template <typename Run>
+void with_tile(const HopperWeightBlock& block, Run&& run) {
+  switch (block.columns) {
+    case 576:
+      return run(HopperWeightTile<64, 576>{});
+    case 192:
+      return run(HopperWeightTile<128, 192>{});
+    case 256:
+      return run(HopperWeightTile<128, 256>{});
+    default:
+      if (block.filters == 256) return run(HopperWeightTile<256, 128>{});
+      return run(HopperWeightTile<128, 128>{});
+  }
+}
+
+int64_t column_units(const Conv2dProblem& p) { return tiles_for(p.C, kBlock) * p.R * p.S; }
+
+int64_t block_tiles(const Conv2dProblem& p, const HopperWeightBlock& block) {
+  return tiles_for(p.K, block.filters) * tiles_for(column_units(p) * kBlock, block.columns);
+}
+
+// The pixels of an image from one of its first on that the strides meet.
+template <typename T>
+TensorMap phase(const void* address, const HopperImage& image, const Conv2dProblem& p, int h, int w,
+                const PixelBox& box) {
+  const Strides4& s = image.strides;
+  const HopperImage met{image.N,
+                        image.channels,
+                        tiles_for(image.H - h, p.stride_h),
+                        tiles_for(image.W - w, p.stride_w),
+                        {s.n, s.c, s.h * p.stride_h, s.w * p.stride_w}};
+  const int64_t bytes = 2 * (h * s.h + w * s.w);
+  return channels_first<T>(kOp, static_cast<const unsigned char*>(address) + bytes, met, box);
+}
+
+template <typename T, int kFilters, int kColumns>
+void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const void* grad_output,
+         const void* input, void* workspace, int64_t splits, const Where& where) {
+  using Its = HopperWeightTile<kFilters, kColumns>;
+  const HopperPass pass = hopper_pass(p, false);
+  const HopperImage& out = pass.out;
+  const PixelBox box = choose_pixel_box(out, Its::kPixels);
+  HopperWeightArguments a{};
+  a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
+  a.grad = channels_first<T>(kOp, grad_output, out, box);
+  for (int h = 0; h < p.stride_h; ++h) {
+    for (int w = 0; w < p.stride_w; ++w) {
+      a.images[h][w] = phase<T>(input, pass.in, p, h, w, box);
+    }
+  }
+  a.sums = static_cast<float*>(workspace);
+  a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
+  a.units = small(column_units(p));
+  a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
+  a.boxes_h = small(tiles_for(out.H, box.h)), a.boxes_w = small(tiles_for(out.W, box.w));
+  a.boxes = small(pixel_tiles(out, box));
+  a.first_h = small(-p.pad_h), a.first_w = small(-p.pad_w);
+  a.step_h = small(p.dilation_h), a.step_w = small(p.dilation_w);
+  const int64_t tiles = block_tiles(p, {kFilters, kColumns});
+  a.row_tiles = small(tiles_for(p.K, kFilters));
+  a.tiles = small(tiles), a.items = small(tiles * splits), a.splits = small(splits);
+  const int64_t blocks = multiprocessors(kOp);
+  launch(kOp, conv2d_hopper_grad_weight_kernel<T, kFilters, kColumns>,
+         static_cast<unsigned>(a.items < blocks ? a.items : blocks), Its::kThreads, Its::kSize,
+         where.stream, a);
+}
+
+}  // namespace
+
+bool is_hopper_weight_block(const HopperWeightBlock& block) {
+  bool is = false;
+  with_tile(block, [&](auto tile) {
+    using Its = decltype(tile);
+    is = block.filters == Its::kFilterBlocks * kBlock && block.columns == Its::kUnits * kBlock;
+  });
+  return is;
+}
+
+std::string conv2d_grad_weight_hopper_why_not(const Conv2dProblem& p) {
+  const auto takes = [](const std::string& what) { return "it takes " + what; };
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return takes("half types");
+  if (p.groups != 1) return takes("one group");
+  if (p.stride_h > kMostStride || p.stride_w > kMostStride) return takes("strides of 1 and 2");
+  if (p.stride_h > p.H || p.stride_w > p.W) return takes("images of at least the stride");
+  if (p.N == 0) return takes("at least one image");
+  for (const auto& [name, image] :
+       {std::pair{"input", HopperImage{p.N, p.C, p.H, p.W, p.input}},
+        std::pair{"output", HopperImage{p.N, p.K, p.P, p.Q, p.output}}}) {
+    if (const std::string reason = image_why_not(name, image); !reason.empty()) {
+      return takes(reason);
+    }
+  }
+  const HopperPass pass = hopper_pass(p, false);
+  const int64_t spans = (p.H + 2 * p.pad_h) | (p.W + 2 * p.pad_w) | p.R * p.dilation_h |
+                        p.S * p.dilation_w | pass.in.W | pass.out.W;
+  const int64_t boxes = pixel_tiles(pass.out, choose_pixel_box(pass.out, 32));
+  if (spans > kMost / 8 || boxes > kMost / 4 || p.K * column_units(p) * kBlock > kMost / 2) {
+    return takes("fewer pixels and taps");
+  }
+  return "";
+}
+
+int64_t conv2d_grad_weight_hopper_splits(const Conv2dProblem& p, const HopperWeightBlock& block,
+                                         int64_t multiprocessors) {
+  int64_t pixels = 0;
+  with_tile(block, [&](auto tile) { pixels = decltype(tile)::kPixels; });
+  const HopperPass pass = hopper_pass(p, false);
+  const int64_t boxes = pixel_tiles(pass.out, choose_pixel_box(pass.out, pixels));
+  const int64_t tiles = block_tiles(p, block), area = int64_t{block.filters} * block.columns;
+  // In cycles: products at two thirds of their peak of 2048 multiplications; then 24 bytes are
+  // written, and read by the second pass, by each multiprocessor.
+  const int64_t step = area * pixels * 3 / 2 / 2048, writing = area * 4 / 24;
+  const int64_t reading = p.K * p.C * p.R * p.S * 4 / (24 * multiprocessors);
+  constexpr int64_t kMostSplits = 256, kLeastBoxes = 4;
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
+    if (splits > 1 && boxes < splits * kLeastBoxes) break;
+    const int64_t each = tiles_for(boxes, splits) * step + writing;
+    const int64_t time = tiles_for(tiles * splits, multiprocessors) * each + splits * reading;
+    if (splits > 1 && time >= least) continue;
+    best = splits, least = time;
+  }
+  return best;
+}
+
+void conv2d_grad_weight_hopper(const Conv2dProblem& p, const HopperWeightBlock& block,
+                               const void* grad_output, const void* input, void* workspace,
+                               int64_t splits, const Where& where) {
+  const DeviceGuard guard(kOp, where.device);
+  with_tile(block, [&](auto tile) {
+    if (p.dtype == DType::kFloat16) {
+      run<Half>(p, tile, grad_output, input, workspace, splits, where);
+    } else {
+      run<BFloat16>(p, tile, grad_output, input, workspace, splits, where);
+    }
+  });
+}
+
+}  // namespace gdfast::cuda

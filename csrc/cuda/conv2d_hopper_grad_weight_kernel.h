@@ -1,0 +1,291 @@
+// The kernel of conv2d_hopper_grad_weight.cu: a block's loader, its consumers, and how they share
+// its memory.
+#pragma once
+
+#include "hopper.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr int kBlock = 64;  // filters or channels: one row of a box
+constexpr int kDepth = 16;  // pixels that one product sums over
+constexpr int kMostStride = 2;
+
+struct HopperWeightArguments {
+  TensorMap grad, images[kMostStride][kMostStride];  // by phases of rows and columns
+  float* sums;                                       // [splits, K, R, S, C]
+  int K, C, S, taps;
+  int units;  // blocks of channels times taps, taps first
+  int box_n, box_h, box_w;
+  int boxes_h, boxes_w, boxes;
+  int by_two_h, by_two_w;                // 1 for a stride of 2, 0 for 1
+  int first_h, first_w, step_h, step_w;  // of the first tap, and from one to the next
+  int row_tiles, tiles, items;           // tiles of filters; of a split; of all splits
+  int splits;
+};
+
+// A tile of filters by columns, which are units of 64 channels of a tap: how consumers divide it,
+// and what lies where in dynamic shared memory.
+template <int kFilters, int kColumns>
+struct HopperWeightTile {
+  // Two consumers have half of the filters each, three a third of the columns.
+  static constexpr bool kAcross = kColumns > 256;
+  static constexpr int kConsumers = kAcross ? 3 : 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kN = kAcross ? kColumns / kConsumers : kColumns;
+  static constexpr int kProducts = kFilters / kBlock / (kAcross ? 1 : kConsumers);
+  static constexpr int kFilterBlocks = kFilters / kBlock, kUnits = kColumns / kBlock;
+
+  static constexpr int kPixels = kAcross ? 32 : 64;  // of a stage
+  static constexpr int kPart = kPixels * kBoxRow;    // 64 filters or channels of them
+  static constexpr int kStage = (kFilterBlocks + kUnits) * kPart;
+  static constexpr int kBarrier = static_cast<int>(sizeof(uint64_t));
+  static constexpr int kStages = (226 * 1024) / kStage;
+  static constexpr int kBarriers = kStages * kStage;
+  static constexpr int kSize = kBarriers + 2 * kStages * kBarrier;
+  static_assert(kStages >= 4 && kSize <= 227 * 1024, "what a block may have");
+
+  // Registers of a thread, in units of 8.
+  static constexpr int kLoaderRegisters = 40, kConsumerRegisters = kAcross ? 152 : 232;
+  static_assert(kWarpgroup * (kLoaderRegisters + kConsumers * kConsumerRegisters) <= 65536,
+                "what a multiprocessor has");
+};
+
+#if defined(GDFAST_HOPPER)
+
+// A place in the ring of stages: both sides go through it from the block's first to its last, and
+// a barrier's phase is over once per turn.
+struct Place {
+  int stage, parity;
+};
+
+template <typename Its>
+struct WeightRing {
+  GDFAST_DEVICE unsigned char* memory(const Place& place) {
+    return shared_memory() + place.stage * Its::kStage;
+  }
+  GDFAST_DEVICE uint64_t* full(const Place& place) {
+    return reinterpret_cast<uint64_t*>(shared_memory() + Its::kBarriers) + place.stage;
+  }
+  GDFAST_DEVICE uint64_t* empty(const Place& place) { return full(place) + Its::kStages; }
+  GDFAST_DEVICE void advance(Place& place) {
+    if (++place.stage < Its::kStages) return;
+    place.stage = 0;
+    place.parity ^= 1;
+  }
+};
+
+// One tile of one split: its first filter and unit, and its boxes of pixels.
+struct WeightItem {
+  int split, filter, unit, first_box, end_box;
+};
+
+GDFAST_DEVICE int least(int a, int b) { return a < b ? a : b; }
+
+GDFAST_DEVICE int first_box_of(const HopperWeightArguments& a, int split) {
+  return static_cast<int>(int64_t{split} * a.boxes / a.splits);
+}
+
+// Blocks that run at the same time have tiles of the same pixels, which they find in the cache.
+template <int kFilters, int kColumns>
+GDFAST_DEVICE WeightItem item_at(const HopperWeightArguments& a, int index) {
+  const int split = index / a.tiles, tile = index - split * a.tiles;
+  const int column = tile / a.row_tiles, row = tile - column * a.row_tiles;
+  return {split, row * kFilters, column * (kColumns / kBlock), first_box_of(a, split),
+          first_box_of(a, split + 1)};
+}
+
+template <int kFilters, int kColumns>
+GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
+  using Its = HopperWeightTile<kFilters, kColumns>;
+  using Ring = WeightRing<Its>;
+  const int box_bytes = a.box_n * a.box_h * a.box_w * kBoxRow;
+  Place place{0, 0};
+  for (int index = static_cast<int>(blockIdx.x); index < a.items;
+       index += static_cast<int>(gridDim.x)) {
+    const WeightItem item = item_at<kFilters, kColumns>(a, index);
+    // What lies beyond the last filter or unit is not loaded: what is made of it is not written.
+    const int filter_blocks = least((a.K - item.filter + kBlock - 1) / kBlock, Its::kFilterBlocks);
+    const int units = least(a.units - item.unit, Its::kUnits);
+    const int first_block = item.unit / a.taps, first_tap = item.unit - first_block * a.taps;
+    const int first_r = first_tap / a.S, first_s = first_tap - first_r * a.S;
+    const int line = item.first_box / a.boxes_w, n = line / a.boxes_h;
+    int box_w = item.first_box - line * a.boxes_w, box_h = line - n * a.boxes_h, box_n = n;
+    for (int box = item.first_box; box < item.end_box; ++box) {
+      const int w = box_w * a.box_w, h = box_h * a.box_h, image = box_n * a.box_n;
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(Ring::empty(place), place.parity ^ 1);
+      uint64_t* const full = Ring::full(place);
+      unsigned char* to = Ring::memory(place);
+      barrier_arrive_expecting(full, (filter_blocks + units) * box_bytes);
+      for (int i = 0; i < filter_blocks; ++i) {
+        load_box(to + i * Its::kPart, a.grad, {item.filter + i * kBlock, w, h, image}, full);
+      }
+      to += Its::kFilterBlocks * Its::kPart;
+      int channel = first_block * kBlock, r = first_r, s = first_s;
+      for (int unit = 0; unit < units; ++unit, to += Its::kPart) {
+        // A stride of two meets the even or the odd rows of the image, the phase of a tap, which
+        // are a tensor of their own: there windows take single steps. A shift rounds down.
+        const int at_h = a.first_h + r * a.step_h, at_w = a.first_w + s * a.step_w;
+        load_box(to, a.images[at_h & a.by_two_h][at_w & a.by_two_w],
+                 {channel, w + (at_w >> a.by_two_w), h + (at_h >> a.by_two_h), image}, full);
+        if (++s < a.S) continue;
+        s = 0;
+        if (++r * a.S < a.taps) continue;
+        r = 0;
+        channel += kBlock;
+      }
+      Ring::advance(place);
+      if (++box_w < a.boxes_w) continue;
+      box_w = 0;
+      if (++box_h < a.boxes_h) continue;
+      box_h = 0;
+      ++box_n;
+    }
+  }
+}
+
+// grads, image: of the consumer.
+template <typename T, typename Its>
+GDFAST_DEVICE void multiply_stage(float (&sums)[Its::kProducts][Its::kN / 2],
+                                  const unsigned char* grads, const unsigned char* image) {
+  warpgroup_begin();
+#pragma unroll
+  for (int pixel = 0; pixel < Its::kPixels; pixel += kDepth) {
+    const uint64_t b = columns_matrix(image, pixel * kBoxRow, Its::kPart);
+#pragma unroll
+    for (int product = 0; product < Its::kProducts; ++product) {
+      const uint64_t a = columns_matrix(grads + product * Its::kPart, pixel * kBoxRow, Its::kPart);
+      warpgroup_multiply<T, Its::kN, true, true>(sums[product], a, b, true);
+    }
+  }
+  warpgroup_commit();
+}
+
+struct alignas(8) TwoSums {
+  float first, second;
+};
+
+// Writes what a warp has of one product: 16 filters, from the first of which on, by units.
+template <int kN>
+GDFAST_DEVICE void write_sums(const HopperWeightArguments& a, const float (&sums)[kN / 2],
+                              int split, int first_filter, int first_unit) {
+  const int lane = computed_again(warp_lane());
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int filter = first_filter + lane / 4 + 8 * i;
+    if (filter >= a.K) continue;
+    float* const row = a.sums + (int64_t{split} * a.K + filter) * (a.taps * a.C);
+#pragma unroll
+    for (int part = 0; part < kN / kBlock; ++part) {
+      const int unit = first_unit + part;
+      if (unit >= a.units) continue;
+      const int block = unit / a.taps;
+      const int channel = block * kBlock + lane % 4 * 2;
+      float* const to = row + (unit - block * a.taps) * a.C + channel;
+#pragma unroll
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        if (channel + 8 * chunk >= a.C) continue;  // channels come in eights
+        const float* const from = sums + 32 * part + 4 * chunk + 2 * i;
+        *reinterpret_cast<TwoSums*>(to + 8 * chunk) = {from[0], from[1]};
+      }
+    }
+  }
+}
+
+template <typename T, int kFilters, int kColumns>
+GDFAST_DEVICE void multiply_items(const HopperWeightArguments& a, int consumer) {
+  using Its = HopperWeightTile<kFilters, kColumns>;
+  using Ring = WeightRing<Its>;
+  const int warp = warp_index() % 4;
+  const int my_filters = Its::kAcross ? 0 : consumer * Its::kProducts * kBlock;
+  const int my_units = Its::kAcross ? consumer * (Its::kN / kBlock) : 0;
+  const int my_grads = my_filters / kBlock * Its::kPart;
+  const int my_image = (Its::kFilterBlocks + my_units) * Its::kPart;
+  const auto arrive = [](uint64_t* barrier) {
+    if (warp_lane() == 0) barrier_arrive(barrier);
+  };
+  Place place{0, 0};
+  float sums[Its::kProducts][Its::kN / 2];
+  for (int index = static_cast<int>(blockIdx.x); index < a.items;
+       index += static_cast<int>(gridDim.x)) {
+    const WeightItem item = item_at<kFilters, kColumns>(a, index);
+    const int filter = item.filter + my_filters, unit = item.unit + my_units;
+    if (filter >= a.K || unit >= a.units) {
+      for (int box = item.first_box; box < item.end_box; ++box, Ring::advance(place)) {
+        barrier_wait(Ring::full(place), place.parity);
+        arrive(Ring::empty(place));
+      }
+      continue;
+    }
+#pragma unroll
+    for (auto& product : sums) {
+#pragma unroll
+      for (float& sum : product) sum = 0;
+    }
+    uint64_t* before = nullptr;
+    for (int box = item.first_box; box < item.end_box; ++box, Ring::advance(place)) {
+      barrier_wait(Ring::full(place), place.parity);
+      multiply_stage<T, Its>(sums, Ring::memory(place) + my_grads, Ring::memory(place) + my_image);
+      // The products of the stage before are over when only these are under way.
+      warpgroup_wait<1>();
+      if (before != nullptr) arrive(before);
+      before = Ring::empty(place);
+    }
+    warpgroup_wait<0>();
+#pragma unroll
+    for (auto& product : sums) warpgroup_take(product);
+    if (before != nullptr) arrive(before);
+#pragma unroll
+    for (int product = 0; product < Its::kProducts; ++product) {
+      write_sums<Its::kN>(a, sums[product], item.split, filter + product * kBlock + 16 * warp,
+                          unit);
+    }
+  }
+}
+
+// Pixels of a stage that no box reaches: zeros, which add nothing to any sum.
+template <typename Its>
+GDFAST_DEVICE void clear_rest(int box_pixels) {
+  const int rest = (Its::kPixels - box_pixels) * kBoxRow;
+  if (rest == 0) return;
+  for (int part = 0; part < Its::kStages * (Its::kFilterBlocks + Its::kUnits); ++part) {
+    unsigned char* const to = shared_memory() + (part + 1) * Its::kPart - rest;
+    for (int byte = static_cast<int>(threadIdx.x) * 16; byte < rest; byte += Its::kThreads * 16) {
+      store_16(to + byte, {});
+    }
+  }
+  fence_shared();
+}
+
+#endif
+
+template <typename T, int kFilters, int kColumns>
+GDFAST_KERNEL((HopperWeightTile<kFilters, kColumns>::kThreads), 1)
+conv2d_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const HopperWeightArguments a) {
+#if defined(GDFAST_HOPPER)
+  using Its = HopperWeightTile<kFilters, kColumns>;
+  using Ring = WeightRing<Its>;
+  if (threadIdx.x == 0) {
+    for (Place place{0, 0}; place.parity == 0; Ring::advance(place)) {
+      barrier_init(Ring::full(place), 1);
+      barrier_init(Ring::empty(place), 4 * Its::kConsumers);  // warps
+    }
+    barriers_ready();
+  }
+  clear_rest<Its>(a.box_n * a.box_h * a.box_w);
+  sync_block();
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warpgroup = shuffle(warp_index() / 4, 0);
+  if (warpgroup == 0) {
+    give_registers<Its::kLoaderRegisters>();
+    if (threadIdx.x == 0) load_items<kFilters, kColumns>(a);
+  } else {
+    take_registers<Its::kConsumerRegisters>();
+    multiply_items<T, kFilters, kColumns>(a, warpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace gdfast::cuda

@@ -1,0 +1,42 @@
+// Images for the Hopper kernels: what they take, and how the TMA unit is told of them.
+#pragma once
+
+#include <string>
+
+#include "conv2d_hopper_tiles.h"
+#include "hopper.h"
+
+namespace gdfast::cuda {
+
+// The axis after another. One of length 1 is never stepped along, but has to have a legal step.
+inline Axis next_axis(const Axis& before, int64_t size, int64_t stride) {
+  return {size, size == 1 ? before.size * before.bytes : 2 * stride};
+}
+
+// A tensor with its channels first, as boxes of 64 of them by pixels.
+template <typename T>
+TensorMap channels_first(const char* op, const void* address, const HopperImage& image,
+                         const PixelBox& box) {
+  const Axis channels{image.channels, 2};
+  const Axis w = next_axis(channels, image.W, image.strides.w);
+  const Axis h = next_axis(w, image.H, image.strides.h);
+  const Axis n = next_axis(h, image.N, image.strides.n);
+  return tensor_map<T>(
+      op, address, {channels, w, h, n},
+      {kBoxRow / 2, static_cast<int>(box.w), static_cast<int>(box.h), static_cast<int>(box.n)});
+}
+
+// What the kernels ask of an image that this one is not, or "".
+inline std::string image_why_not(const char* name, const HopperImage& image) {
+  const Strides4& s = image.strides;
+  const auto fits = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 38);
+  };
+  if (image.channels % 8 != 0) return std::string(name) + ": channels in eights";
+  if (s.c != 1 || !fits(image.N, s.n) || !fits(image.H, s.h) || !fits(image.W, s.w)) {
+    return std::string(name) + ": channels_last, with pixels a multiple of 16 bytes apart";
+  }
+  return "";
+}
+
+}  // namespace gdfast::cuda

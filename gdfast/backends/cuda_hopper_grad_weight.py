@@ -1,0 +1,78 @@
+"""The gradient in the weight by Hopper's tensor cores (TMA and wgmma), in half types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdfast import native
+from gdfast.backends import cuda_stream, cuda_tiles
+from gdfast.backends.cuda_grad_weight import BegunGradWeight, Copy, GradWeight, Parts
+from gdfast.backends.registry import Conv2dQuery
+
+# Filters x columns that a block makes; 64 columns are so many channels of a tap.
+BLOCKS = {
+    "hopper-64x576": (64, 576), "hopper-128x128": (128, 128), "hopper-128x192": (128, 192),
+    "hopper-128x256": (128, 256), "hopper-256x128": (256, 128),
+}  # fmt: skip
+_BOX = 64  # filters or channels
+
+
+def candidates(query: Conv2dQuery) -> tuple[str, ...]:
+    """The blocks that are worth timing."""
+    g = query.geometry
+    filters, columns = ceil(g.K / _BOX) * _BOX, ceil(g.C / _BOX) * _BOX * g.R * g.S
+    worth = []
+    for name, (height, width) in BLOCKS.items():
+        # At least half of a block has something to do; one wide in 3 of 64 does without a rest.
+        fits = height <= 2 * filters and width <= 2 * columns
+        if width % 3 == 0:
+            fits = fits and columns % width == 0
+        if name == "hopper-64x576":
+            fits = fits and filters == height
+        if name == "hopper-128x128":
+            fits = fits and min(filters, columns) <= width
+        if fits:
+            worth.append(name)
+    return tuple(worth)
+
+
+class HopperGradWeight(GradWeight):
+    """A kernel for one query, in a block of `BLOCKS`; `with_bias` runs where the bias's gradient
+    is wanted too.
+    """
+
+    def __init__(
+        self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
+        name: str, with_bias: GradWeight,
+    ) -> None:  # fmt: skip
+        assert native.cuda is not None
+        self._block, self._with_bias = BLOCKS[name], with_bias
+        multiprocessors = cuda_tiles.multiprocessors(query.device)
+        parts = native.cuda.conv2d_grad_weight_hopper_splits(problem, *self._block, multiprocessors)
+        super().__init__(query, problem, copies, way, parts)
+
+    def __call__(
+        self, grad_output: Tensor, input: Tensor, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        begun, grad_bias = self.begin(grad_output, input, bias)
+        return begun.gradient(), grad_bias
+
+    def begin(
+        self, grad_output: Tensor, input: Tensor, bias: bool
+    ) -> tuple[BegunGradWeight, Tensor | None]:
+        assert native.cuda is not None
+        if bias:
+            return self._with_bias.begin(grad_output, input, bias)
+        dtype, device = input.dtype, input.device
+        grad_output, input = self.copy_grad(grad_output), self.copy_input(input)
+        workspace = torch.empty(self._bytes[False], dtype=torch.uint8, device=device)
+        native.cuda.conv2d_grad_weight_hopper(
+            self.problem, *self._block, grad_output.data_ptr(), input.data_ptr(),
+            workspace.data_ptr(), self.parts, *cuda_stream.current(device),
+        )  # fmt: skip
+        return Parts(self, workspace, dtype), None
