@@ -21,7 +21,14 @@ import torch
 
 import gdfast
 from gdfast import native
-from gdfast.backends import cuda_grad_weight, cuda_grouped, cuda_stem, cuda_tiles, precision, registry
+from gdfast.backends import (
+    cuda_grad_weight,
+    cuda_grouped,
+    cuda_stem,
+    cuda_tiles,
+    precision,
+    registry,
+)
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward, max_pool2d_dispatch
 
 ISAS = native.cpu.supported_isas() if native.cpu is not None else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_conv2d import by_tile, check, passes, query_of, tensors_of
+from test_cuda_conv2d import check, passes, query_of, tensors_of
 from torch import Tensor
 
 from gdfast import native
