@@ -154,13 +154,21 @@ done
 pytest=("$python" -m pytest -q --tb=short -p no:cacheprovider)
 jobs_running=()
 if [[ -z ${GPU_CHECK_ROWS:-} ]]; then
-  odd='test_odd_cases or test_nchw' # each compiles kernels of its own
-  launch step triton-tests tests.log 165 "${pytest[@]}" --maxfail=30 -k "not ($odd)" \
-    tests/test_triton_gpu.py
-  jobs_running+=($!)
-  launch step triton-odd tests.log 165 "${pytest[@]}" --maxfail=30 -k "$odd" \
-    tests/test_triton_gpu.py
-  jobs_running+=($!)
+  # Each test compiles kernels of its own: they share the processors in as many processes.
+  parts=(
+    layers="test_layers_of_resnet50"
+    float32="test_odd_cases and float32"
+    bfloat16="test_odd_cases and bfloat16"
+    float16="test_odd_cases and float16 and not bfloat16"
+    resnet50="test_models and resnet50"
+    models="test_models and not resnet50"
+  )
+  printf -v parted ' or (%s)' "${parts[@]#*=}"
+  for part in "${parts[@]}" "others=not (${parted# or })"; do
+    launch step "triton-${part%%=*}" tests.log 165 "${pytest[@]}" --maxfail=30 -k "${part#*=}" \
+      tests/test_triton_gpu.py
+    jobs_running+=($!)
+  done
   launch step triton-memory tests.log 165 "${pytest[@]}" --maxfail=30 \
     tests/test_triton_gpu_memory.py
   jobs_running+=($!)

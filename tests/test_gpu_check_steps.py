@@ -79,6 +79,11 @@ def test_hoppers_kernel_is_a_candidate_once_its_tests_passed(tree: Path) -> None
         assert "hopper=1, commit=c0ffee, modules=native" in call
         assert calls.index(only(calls, "test_cuda_hopper.py")) < calls.index(call)
     assert sum("-m gpu" in call for call in calls) == 2
+    # Triton's tests, by part; the last one has all that no other has.
+    parts = [c.split(" -k ")[1].split(" tests/")[0] for c in calls if "test_triton_gpu.py" in c]
+    rest = max(parts, key=len)
+    assert len(parts) == 7 and rest.startswith("not (")
+    assert all(f"({part})" in rest for part in parts if part != rest)
     # While kernels are compiled, none of ours can be used; then each runs under every tool.
     assert "modules=none" in only(calls, "--warm 0/4")
     assert sum("gpu_kernels.py" in call for call in calls) == 4

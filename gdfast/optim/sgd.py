@@ -236,7 +236,7 @@ class SGD(torch.optim.SGD):
             if type(None) in map(type, buffers):
                 self._first_step(tensors, hyper)
                 return
-        place = key, bool(tensors.masters)
+        place = key, len(tensors.masters) > 0  # which torch.compile traces, unlike bool(list)
         checked = run_sgd(tensors, hyper, checked=self._checked.pop(place, None))
         if checked is not None:
             self._checked[place] = checked

@@ -37,6 +37,7 @@ _NATIVE: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     nn.MaxPool2d: torch.nn.MaxPool2d,
 }
 _OPERATIONS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+_TOUCHED = "_gdfast_touched"
 _OF_OUTPUTS = ("output", "grad_input")
 _OF_LAYERS = ("grad_weight", "grad_bias", "running_mean", "running_var")
 
@@ -236,6 +237,10 @@ def _set_classes(
 ) -> None:
     for layer in layers.values():
         layer.__class__ = classes[type(layer)]
+        # Code that torch.compile made before must not go on: while no attribute changes, it may
+        # take for granted that no class does either.
+        vars(layer)[_TOUCHED] = True
+        del vars(layer)[_TOUCHED]
 
 
 def _backend(layer: torch.nn.Module) -> str:
