@@ -64,14 +64,17 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
-    # Not by themselves before they have run on a GPU: what waits there for what never comes ends
-    # the process's use of it, which no comparison of results prevents.
-    if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
-        return tiles
+    return (*_hopper_candidates(op, query), *tiles)
+
+
+def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     on_gpu = query.device.type == "cuda" and native.cuda is not None
-    if not on_gpu or hopper_why_not(op, query):
-        return tiles
-    return (*tiles, *(name for name, channels in HOPPER.items() if channels))
+    if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
+        return ()
+    made = query.geometry.K if op == "conv2d" else query.geometry.C
+    tiles = {name: channels for name, channels in HOPPER.items() if 0 < channels < 2 * made}
+    # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
+    return tuple(sorted(tiles, key=lambda name: (tiles[name] > made, tiles[name] != 128)))
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
