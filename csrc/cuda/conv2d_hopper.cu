@@ -55,19 +55,25 @@ void phase_maps(const char* op, const void* address, const HopperImage& image, H
   }
 }
 
-// Divides a block's memory. Weights that all tiles of a block need stay there, where enough stages
-// fit beside them to have loads under way all the time.
+// Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
+// need stay there, where enough stages fit beside them to have loads under way all the time.
 template <int kN>
-void divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t blocks) {
+int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t multiprocessors) {
   using Its = HopperTile<kN>;
   constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Its::kKept;
-  const bool same_channels = blocks % a.tiles_channels.divisor == 0 && a.tiles > blocks;
+  // A block's tiles have the same channels where blocks are a multiple of the channels' tiles.
+  const int64_t same_channels = multiprocessors - multiprocessors % a.tiles_channels.divisor;
   const bool keeps =
-      one_phase && same_channels && steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
+      one_phase && same_channels > 0 && a.tiles > same_channels &&
+      // Without the others it shall not take more than 5% longer.
+      20 * tiles_for(a.tiles, same_channels) <= 21 * tiles_for(a.tiles, multiprocessors) &&
+      steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
   a.kept_steps = keeps ? small(steps) : 0;
   a.stage_bytes = kPixelBytes + (keeps ? 0 : Its::kWeights);
   const int64_t stages = (kRest - a.kept_steps * Its::kWeights) / a.stage_bytes;
   a.stages = small(stages < kMostStages ? stages : kMostStages);
+  const int64_t blocks = keeps ? same_channels : multiprocessors;
+  return a.tiles < blocks ? a.tiles : blocks;
 }
 
 template <typename T, int kN, bool kGradient>
@@ -82,12 +88,9 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const P
   const int64_t tiles_channels = tiles_for(pass.out.channels, kN);
   a.tiles_channels = Divisor::of(tiles_channels);
   a.tiles = small(pixel_tiles(first_phase(pass), box) * tiles_channels);
-  int64_t blocks = multiprocessors(op);
-  // A block's tiles then have the same channels.
-  if (tiles_channels <= blocks) blocks -= blocks % tiles_channels;
-  if (a.tiles < blocks) blocks = a.tiles;
   const HopperPhases phases = pass.out_phases();
-  divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, blocks);
+  const int64_t blocks =
+      divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, multiprocessors(op));
   const int64_t bytes = Its::kKept + a.kept_steps * Its::kWeights + a.stages * a.stage_bytes;
   launch(op, conv2d_hopper_kernel<T, kN, kGradient>, static_cast<unsigned>(blocks), kThreads,
          static_cast<size_t>(bytes), where.stream, a);

@@ -33,9 +33,9 @@ constexpr int kBarrierBytes = 1024;       // with what keeps boxes at multiples 
 constexpr int kMostStages = 12;
 static_assert((2 * kMostStages + kConsumers) * sizeof(uint64_t) <= kBarrierBytes, "one for each");
 
-// What is done to sums before they are written. The second kind adds a bias, too, and is a line on
-// either side of 0: below * z or 0 there, and z up to a limit here.
-enum class Ending { kNone, kLines, kSilu };
+// What is done to sums before they are written. Lines and silu begin with a bias; lines are below *
+// z or 0 on one side of 0, and z up to a limit on the other.
+enum class Ending { kNone, kLines, kSilu, kZero };
 
 struct HopperArguments {
   TensorMap images[kMostPhases][kMostPhases];  // phases of rows, of columns
