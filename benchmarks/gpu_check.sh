@@ -195,14 +195,14 @@ fi
 
 launch step doctor build.log 100 "$python" -m gdfast doctor
 doctor=$!
-# A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it becomes
-# a candidate of the tuner once it has been right, in a process of its own.
+# A kernel for Hopper that waits for what never comes ends its process's use of the GPU: it stays a
+# candidate of the tuner where it has been right, in a process of its own.
 if [[ $built ]]; then
   if step hopper tests.log 60 "${pytest[@]}" --maxfail=3 tests/test_cuda_hopper.py \
     tests/test_cuda_hopper_grad_weight.py; then
-    export GDFAST_HOPPER=1
-    say "hopper: its kernels are candidates from here on, where the GPU is one"
+    say "hopper: its kernels are candidates, where the GPU is one"
   else
+    export GDFAST_HOPPER=0
     say "hopper: its kernels are left out from here on"
     failed=1
   fi

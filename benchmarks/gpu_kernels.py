@@ -47,6 +47,9 @@ _CONVOLUTIONS = (
 _HOPPER = (
     Conv2dCase("3x3", 2, 72, 9, 10, 72, 3, 3, padding=(1, 1)),
     Conv2dCase("1x1", 3, 72, 7, 7, 136, 1, 1),
+    Conv2dCase("3x3-stride-2", 2, 72, 9, 10, 72, 3, 3, stride=(2, 2), padding=(1, 1)),
+    # More tiles than multiprocessors.
+    Conv2dCase("weights-stay", 2, 64, 96, 96, 64, 1, 1),
 )
 _HOPPER_STRIDE = Conv2dCase("3x3-stride-2", 3, 72, 12, 11, 72, 3, 3, (2, 2), (1, 1))
 _DEPTHWISE = (

@@ -313,7 +313,7 @@ def candidates(entry: Entry) -> tuple[str, ...]:
 
 
 def with_hopper() -> bool:
-    return os.environ.get("GDFAST_HOPPER", "0") not in ("", "0")
+    return os.environ.get("GDFAST_HOPPER") != "0"
 
 
 def suspects() -> dict[str, str]:

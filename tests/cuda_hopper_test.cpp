@@ -28,6 +28,25 @@ box_kernel(GDFAST_GRID_CONSTANT const TensorMap map, int rows, int w, int channe
   for (int i = warp_lane(); i < rows * kBoxRow / 2; i += kWarp) out[i] = arrived[i];
 }
 
+// Writes [rows, 64] as they lie in shared memory to a box of a tensor; `changes` is too early then.
+GDFAST_KERNEL(32, 1)
+store_kernel(GDFAST_GRID_CONSTANT const TensorMap map, int rows, int w, int channel, bool waits,
+             bool changes, const uint16_t* in) {
+  auto* const there = reinterpret_cast<uint16_t*>(shared_memory());
+  for (int i = warp_lane(); i < rows * kBoxRow / 2; i += kWarp) there[i] = in[i];
+  stores_ready();
+  sync_warp();
+  if (warp_lane() != 0) return;
+  store_box(map, {channel, w, -1, 0}, shared_memory());
+  stores_commit();
+  if (changes) there[1] = 0;
+  if (waits) {
+    stores_wait<0>();
+  } else {
+    stores_wait<1>();
+  }
+}
+
 // d = a b of two boxes: a [64, 64] with rows of what is summed; b [64 or 128, 64] likewise, or with
 // columns as boxes of [64, 64].
 template <int kN, bool kColumnsB>
@@ -101,15 +120,29 @@ TensorMap matrix(const uint16_t* address, int rows, int channels, int box_rows) 
 #if defined(GDFAST_HOPPER)
 using namespace gdfast::cuda;
 
+namespace {
+// Boxes of [n, h, w, 64] of an image [N, H, W, channels].
+TensorMap boxes(const uint16_t* image, const int* size, const int* of_box) {
+  const int64_t C = size[3], W = size[2], H = size[1];
+  return tensor_map<BFloat16>("test", image,
+                              {{C, 2}, {W, 2 * C}, {H, 2 * C * W}, {size[0], 2 * C * W * H}},
+                              {64, of_box[2], of_box[1], of_box[0]});
+}
+}  // namespace
+
 extern "C" {
-// A box of [n, h, w, 64] of an image [N, H, W, channels] from row -1, a column and a channel on.
+// A box from row -1, a column and a channel on.
 const char* box(const uint16_t* image, const int* size, const int* of_box, int w, int channel,
                 int waits, uint16_t* out) {
-  const int64_t C = size[3], W = size[2], H = size[1];
-  const TensorMap map = tensor_map<BFloat16>(
-      "test", image, {{C, 2}, {W, 2 * C}, {H, 2 * C * W}, {size[0], 2 * C * W * H}},
-      {64, of_box[2], of_box[1], of_box[0]});
-  return run(box_kernel, 32, map, of_box[0] * of_box[1] * of_box[2], w, channel, waits != 0, out);
+  return run(box_kernel, 32, boxes(image, size, of_box), of_box[0] * of_box[1] * of_box[2], w,
+             channel, waits != 0, out);
+}
+
+// Likewise written.
+const char* store(uint16_t* image, const int* size, const int* of_box, int w, int channel,
+                  int waits, int changes, const uint16_t* in) {
+  return run(store_kernel, 32, boxes(image, size, of_box), of_box[0] * of_box[1] * of_box[2], w,
+             channel, waits != 0, changes != 0, in);
 }
 
 // b is [n, 64], or where `columns` [64, n].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_conv2d
 from gdfast.backends.cuda_conv2d import HOPPER
+from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
 
@@ -106,8 +107,6 @@ def test_it_computes_what_native_does(
         # another length, so that every stage is that of every step once.
         Conv2dCase("five-steps", 6, 24, 14, 14, 40, 1, 5, padding=(0, 2)),
         Conv2dCase("wide", 1, 72, 7, 9, 264, 3, 1, padding=(1, 0)),
-        # One step for each tile, whose weights stay; then with as many tiles as blocks.
-        Conv2dCase("weights-stay", 9, 64, 12, 12, 64, 1, 1),
         Conv2dCase("strided", 5, 64, 13, 16, 200, 3, 2, stride=(2, 2), padding=(1, 1)),
     ],
     ids=str,
@@ -116,6 +115,24 @@ def test_every_tile_does(
     case: Conv2dCase, name: str, hopper: torch.device, thread_order: str
 ) -> None:
     check(case, torch.bfloat16, name, hopper)
+
+
+@pytest.mark.parametrize("name", HOPPER)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv2dCase("one-step", 1, 64, 12, 12, 64, 1, 1),
+        Conv2dCase("steps", 1, 72, 12, 12, 136, 1, 2, padding=(0, 1)),
+        Conv2dCase("strided", 1, 64, 23, 24, 256, 1, 1, stride=(2, 2)),
+    ],
+    ids=str,
+)
+def test_weights_stay_where_a_block_has_many_tiles(
+    case: Conv2dCase, name: str, hopper: torch.device
+) -> None:
+    # The simulator has three multiprocessors.
+    blocks = multiprocessors(hopper) if hopper.type == "cuda" else 3
+    check(replace(case, N=2 * blocks * 128 // 144 + 1), torch.bfloat16, name, hopper)
 
 
 ACTIVATIONS = {
@@ -181,12 +198,21 @@ def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) ->
         assert cuda_conv2d.hopper_why_not(op, query) == f"it takes {words}"
 
 
-def test_it_takes_half_types_alone_and_is_no_candidate_unasked(
-    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_it_takes_half_types_alone(hopper: torch.device) -> None:
+    query = query_of(CASES[0], tensors(CASES[0], torch.float32, hopper))
+    assert cuda_conv2d.hopper_why_not("conv2d", query) == "it takes half types"
+
+
+@pytest.mark.parametrize("variable", [None, "0", "1"])
+def test_it_is_a_candidate_unless_left_out(
+    variable: str | None, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GDFAST_HOPPER", raising=False)
-    values = tensors(CASES[0], torch.float32, hopper)
-    query = query_of(CASES[0], values)
-    assert cuda_conv2d.hopper_why_not("conv2d", query) == "it takes half types"
+    if variable is not None:
+        monkeypatch.setenv("GDFAST_HOPPER", variable)
     query = query_of(CASES[0], tensors(CASES[0], torch.bfloat16, hopper))
-    assert not set(HOPPER) & set(cuda_conv2d.candidates("conv2d", query))
+    found = [name for name in cuda_conv2d.candidates("conv2d", query) if name in HOPPER]
+    # The simulator's times tell nothing.
+    left_out = variable == "0" or hopper.type != "cuda"
+    assert found == ([] if left_out else ["hopper-64", "hopper-128"])
+    assert len(cuda_conv2d.candidates("conv2d", query)) > len(found)

@@ -253,6 +253,24 @@ def test_a_box_arrives_with_zeros_around_and_its_chunks_in_their_places(call: Ca
     assert (out == 0xFFFF).all(), "not waited for"
 
 
+def test_a_box_is_written_inside_of_the_tensor_alone(call: Call) -> None:
+    size, of_box, w, channel = (3, 5, 6, 72), (2, 4, 5), 3, 16
+    image = aligned(np.zeros(size, np.uint16))
+    values = np.random.randint(1, 1 << 15, (40, 8, 8)).astype(np.uint16)
+    row, chunk = np.ogrid[:40, :8]
+    lying = np.zeros_like(values)
+    lying[row, chunk ^ row % 8] = values
+    arguments = [np.array(shape, np.int32) for shape in (size, of_box)]
+    assert call("store", image, *arguments, w, channel, 0, 0, lying) == ""
+    assert not image.any(), "not waited for"
+    assert call("store", image, *arguments, w, channel, 1, 0, lying) == ""
+    expected = np.zeros(size, np.uint16)
+    inside = values.reshape(2, 4, 5, 64)[:, 1:, :3, :56]
+    expected[:2, :3, 3:, 16:] = inside
+    np.testing.assert_array_equal(image, expected)
+    assert "changed before" in call("store", image, *arguments, w, channel, 1, 1, lying)
+
+
 @pytest.mark.parametrize("n", [64, 128])
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
 def test_a_warpgroup_multiplies_boxes(call: Call, n: int, columns: bool) -> None:

@@ -1,20 +1,19 @@
-// Convolution of stride 1, and its grad_input, on Hopper's tensor cores, in half types.
+// Convolution of strides 1 and 2, and its grad_input, on Hopper's tensor cores, in half types.
 //
 // Blocks are persistent: one per multiprocessor, which takes every gridDim-th tile of 128 pixels by
 // kN channels. In a block one thread loads and two warpgroups multiply; these take tiles in turn,
 // so that one multiplies while the other writes its results. The loader fills the stages of a ring:
 // for each tap and each 64 channels that are summed, a box of pixels, shifted by the tap, and the
-// weights. What falls outside of the images arrives as zeros, so that padding needs no code, and
-// channels beyond the last as well.
+// weights, unless those of the block's last tile serve again. What falls outside of the images
+// arrives as zeros, so that padding needs no code, and channels beyond the last as well. Results go
+// the same way back, as boxes that are cut off at the image's edge.
+//
+// A stride is a matter of addresses: the rows and columns that it meets are phases of an image,
+// each of which is a tensor of its own. Forward, every tap reads one phase of the input; of a
+// gradient each phase is made by the taps that reach it, of the same outputs.
 //
 // In grad_input the weights are read down their columns: its sum goes over filters. That is a bit
 // in the instruction; they lie in memory as they do for conv2d.
-//
-// It compiles for sm_90a and its results are right in the simulator (hopper_simulator.h says what
-// that does not cover). The tuner may choose it with GDFAST_HOPPER=1 alone, and then where its
-// results on the GPU at hand are native's.
-#include <limits>
-
 #include "conv2d_hopper.h"
 #include "conv2d_hopper_kernel.h"
 #include "conv2d_hopper_tiles.h"
@@ -56,19 +55,25 @@ void phase_maps(const char* op, const void* address, const HopperImage& image, H
   }
 }
 
-// Divides a block's memory. Weights that all tiles of a block need stay there, where enough stages
-// fit beside them to have loads under way all the time.
+// Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
+// need stay there, where enough stages fit beside them to have loads under way all the time.
 template <int kN>
-void divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t blocks) {
+int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t multiprocessors) {
   using Its = HopperTile<kN>;
   constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Its::kKept;
-  const bool same_channels = blocks % a.tiles_channels == 0 && a.tiles > blocks;
+  // A block's tiles have the same channels where blocks are a multiple of the channels' tiles.
+  const int64_t same_channels = multiprocessors - multiprocessors % a.tiles_channels.divisor;
   const bool keeps =
-      one_phase && same_channels && steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
+      one_phase && same_channels > 0 && a.tiles > same_channels &&
+      // Without the others it shall not take more than 5% longer.
+      20 * tiles_for(a.tiles, same_channels) <= 21 * tiles_for(a.tiles, multiprocessors) &&
+      steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
   a.kept_steps = keeps ? small(steps) : 0;
   a.stage_bytes = kPixelBytes + (keeps ? 0 : Its::kWeights);
   const int64_t stages = (kRest - a.kept_steps * Its::kWeights) / a.stage_bytes;
   a.stages = small(stages < kMostStages ? stages : kMostStages);
+  const int64_t blocks = keeps ? same_channels : multiprocessors;
+  return a.tiles < blocks ? a.tiles : blocks;
 }
 
 template <typename T, int kN, bool kGradient>
@@ -80,14 +85,12 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const P
   phase_maps<T>(op, output, pass.out, pass.out_phases(), box, a.outputs);
   a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight}, 1, 1,
                                kGradient ? kChannels : kN);
-  a.tiles_channels = small(tiles_for(pass.out.channels, kN));
-  a.tiles = small(pixel_tiles(first_phase(pass), box) * a.tiles_channels);
-  int64_t blocks = multiprocessors(op);
-  // A block's tiles then have the same channels.
-  if (a.tiles_channels <= blocks) blocks -= blocks % a.tiles_channels;
-  if (a.tiles < blocks) blocks = a.tiles;
+  const int64_t tiles_channels = tiles_for(pass.out.channels, kN);
+  a.tiles_channels = Divisor::of(tiles_channels);
+  a.tiles = small(pixel_tiles(first_phase(pass), box) * tiles_channels);
   const HopperPhases phases = pass.out_phases();
-  divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, blocks);
+  const int64_t blocks =
+      divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, multiprocessors(op));
   const int64_t bytes = Its::kKept + a.kept_steps * Its::kWeights + a.stages * a.stage_bytes;
   launch(op, conv2d_hopper_kernel<T, kN, kGradient>, static_cast<unsigned>(blocks), kThreads,
          static_cast<size_t>(bytes), where.stream, a);
@@ -114,7 +117,8 @@ void run(const char* op, const Conv2dProblem& p, int channels, const void* image
   a.bias = bias;
   a.channels = small(out.channels);
   a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
-  a.tiles_h = small(tiles_for(out.H, box.h)), a.tiles_w = small(tiles_for(out.W, box.w));
+  a.tiles_h = Divisor::of(tiles_for(out.H, box.h));
+  a.tiles_w = Divisor::of(tiles_for(out.W, box.w));
   a.sums = small(tiles_for(pass.in.channels, kChannels));
   end_with(a, p.activation, p.negative_slope);
   const HopperPhases phases = pass.out_phases();

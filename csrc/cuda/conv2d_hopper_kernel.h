@@ -109,8 +109,8 @@ GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 
   for (int chunk = 0; chunk < kN / 8; ++chunk) {
     float values[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = sums[4 * chunk + i];
-    if constexpr (kEnding != Ending::kNone) {
+    for (int i = 0; i < 4; ++i) values[i] = kEnding == Ending::kZero ? 0 : sums[4 * chunk + i];
+    if constexpr (kEnding == Ending::kLines || kEnding == Ending::kSilu) {
       const int at = channel + 8 * chunk + lane % 4 * 2;
       float bias[2] = {0, 0};
       if (a.bias != nullptr && at < a.channels) {  // which come in eights
@@ -129,7 +129,7 @@ GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 
 // the next one: memory is theirs again when it has been read.
 template <typename T, int kN, bool kGradient, int kProducts>
 GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output, int index,
-                              const float (&sums)[kProducts][kN / 2], int consumer) {
+                              const float (&sums)[kProducts][kN / 2], int consumer, bool zero) {
   using Its = HopperTile<kN>;
   const int turn = consumer / Its::kSharers;
   unsigned char* const results = shared_memory() + turn * Its::kResults;
@@ -147,7 +147,13 @@ GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output,
     }
   };
   // Asked once for all: in most layers there is nothing to finish.
-  if (kGradient || a.ending == Ending::kNone) {
+  if constexpr (kGradient) {
+    if (zero) {  // pixels that no window meets
+      keep(std::integral_constant<Ending, Ending::kZero>{});
+    } else {
+      keep(std::integral_constant<Ending, Ending::kNone>{});
+    }
+  } else if (a.ending == Ending::kNone) {
     keep(std::integral_constant<Ending, Ending::kNone>{});
   } else if (a.ending == Ending::kLines) {
     keep(std::integral_constant<Ending, Ending::kLines>{});
@@ -201,14 +207,7 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
 #pragma unroll
     for (auto& product : sums) warpgroup_take(product);
     if (steps > 0) arrive(Ring<kN>::empty(before));
-    if (steps == 0) {  // pixels of a gradient that no window meets
-#pragma unroll
-      for (auto& product : sums) {
-#pragma unroll
-        for (float& sum : product) sum = 0;
-      }
-    }
-    write_tile<T, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer);
+    write_tile<T, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer, steps == 0);
   });
   stores_wait<0>();
 }

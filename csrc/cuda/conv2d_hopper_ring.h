@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "conv2d_hopper_tiles.h"
+#include "divisor.h"
 #include "hopper.h"
 
 namespace gdfast::cuda {
@@ -32,9 +33,9 @@ constexpr int kBarrierBytes = 1024;       // with what keeps boxes at multiples 
 constexpr int kMostStages = 12;
 static_assert((2 * kMostStages + kConsumers) * sizeof(uint64_t) <= kBarrierBytes, "one for each");
 
-// What is done to sums before they are written. The second kind adds a bias, too, and is a line on
-// either side of 0: below * z or 0 there, and z up to a limit here.
-enum class Ending { kNone, kLines, kSilu };
+// What is done to sums before they are written. Lines and silu begin with a bias; lines are below *
+// z or 0 on one side of 0, and z up to a limit on the other.
+enum class Ending { kNone, kLines, kSilu, kZero };
 
 struct HopperArguments {
   TensorMap images[kMostPhases][kMostPhases];  // phases of rows, of columns
@@ -44,7 +45,8 @@ struct HopperArguments {
   const void* bias;
   int channels;             // of the output
   int box_n, box_h, box_w;  // a tile's pixels
-  int tiles_h, tiles_w, tiles_channels, tiles;
+  Divisor tiles_h, tiles_w, tiles_channels;
+  int tiles;
   int sums;  // in units of kChannels
   int stages, stage_bytes;
   int kept_steps;  // whose weights stay in memory: all, or none
@@ -77,9 +79,9 @@ struct Tile {
 
 template <int kN>
 GDFAST_DEVICE Tile tile_at(const HopperArguments& a, int index) {
-  const int pixels = index / a.tiles_channels, row = pixels / a.tiles_w, image = row / a.tiles_h;
-  return {image * a.box_n, (row - image * a.tiles_h) * a.box_h,
-          (pixels - row * a.tiles_w) * a.box_w, (index - pixels * a.tiles_channels) * kN};
+  const Divided channels = divide(index, a.tiles_channels),
+                w = divide(channels.quotient, a.tiles_w), h = divide(w.quotient, a.tiles_h);
+  return {h.quotient * a.box_n, h.rest * a.box_h, w.rest * a.box_w, channels.rest * kN};
 }
 
 // Calls each(index, phase_h, phase_w) for what a block makes, one after the other: of every tile

@@ -89,15 +89,19 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     on_gpu = query.device.type == "cuda" and native.cuda is not None
     if on_gpu and not grouped_why_not(op, query):
         tiles = (cuda_grouped.NAME, *tiles)
-    # Not by themselves before they have run on a GPU: what waits there for what never comes ends
-    # the process's use of it, which no comparison of results prevents.
-    if os.environ.get("GDFAST_HOPPER", "0") in ("", "0"):
-        return tiles
-    if not on_gpu or hopper_why_not(op, query):
-        return tiles
+    return (*_hopper_candidates(op, query), *tiles)
+
+
+def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
+    on_gpu = query.device.type == "cuda" and native.cuda is not None
+    if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
+        return ()
     if op == "conv2d_grad_weight":
-        return (*tiles, *cuda_hopper_grad_weight.candidates(query))
-    return (*tiles, *(name for name, channels in HOPPER.items() if channels))
+        return cuda_hopper_grad_weight.candidates(query)
+    made = query.geometry.K if op == "conv2d" else query.geometry.C
+    tiles = {name: channels for name, channels in HOPPER.items() if 0 < channels < 2 * made}
+    # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
+    return tuple(sorted(tiles, key=lambda name: (tiles[name] > made, tiles[name] != 128)))
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
