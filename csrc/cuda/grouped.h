@@ -67,28 +67,26 @@ GDFAST_DEVICE void stage_pixels(const GroupedPatch& a, const GroupedTile& tile,
 }
 
 // Calls multiply(tile, buffer) for every gridDim.x-th tile; stage(tile, buffer) begins to copy what
-// it takes: a tile ahead where there are two buffers, and else when the one is free.
+// it takes: a tile ahead where there are two buffers.
 template <typename Stage, typename Multiply>
 GDFAST_DEVICE void walk_tiles(const GroupedTiles& tiles, bool two_buffers, Stage&& stage,
                               Multiply&& multiply) {
-  const auto step = static_cast<int32_t>(gridDim.x);
+  const int64_t first = blockIdx.x, step = gridDim.x;
   int buffer = 0;
-  const auto begin = [&](int64_t index, int to) {
-    if (index < tiles.total) stage(tile_at(tiles, static_cast<int32_t>(index)), to);
+  for (int64_t index = two_buffers ? first - step : first; index < tiles.total; index += step) {
+    const int64_t ahead = two_buffers ? index + step : index;
+    if (ahead < tiles.total) stage(tile_at(tiles, static_cast<int32_t>(ahead)), buffer);
     cp_async_commit();
-  };
-  begin(blockIdx.x, 0);
-  for (int64_t index = blockIdx.x; index < tiles.total; index += step) {
-    begin(two_buffers ? index + step : tiles.total, buffer ^ 1);
-    cp_async_wait<1>();
+    if (two_buffers) {
+      buffer ^= 1;
+      if (index < first) continue;
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
     sync_block();
     multiply(tile_at(tiles, static_cast<int32_t>(index)), buffer);
     sync_block();  // nobody reads the buffer any more
-    if (two_buffers) {
-      buffer ^= 1;
-    } else {
-      begin(index + step, 0);
-    }
   }
 }
 
