@@ -244,7 +244,8 @@ GroupedPatch grad_patch(const Conv2dProblem& p, const void* grad_output, int64_t
           0,
           0,
           Divisor::of(kSide * parts),
-          small(kSide * kSide * parts)};
+          kSide / 2,
+          small(kSide / 2 * kSide * parts)};
 }
 
 // Warps for the sums of a slab.
