@@ -206,6 +206,10 @@ using FlatSums = float[kPairs * 8];
 template <typename T>
 GDFAST_DEVICE void mend(FlatSums& sums, const Arguments& a, int channel, int part,
                         const unsigned char* patch, const unsigned char* filters) {
+  float zeros = 0;
+#pragma unroll
+  for (int i = 0; i < kPairs * 8; ++i) zeros += sums[i] * 0;
+  if (zeros == 0) return;  // all are finite
   uint32_t wrong = 0;
 #pragma unroll
   for (int i = 0; i < kPairs * 8; ++i) wrong |= sums[i] == sums[i] ? 0u : 1u << i;
@@ -293,8 +297,10 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
         if constexpr (!kWide) {
           if (a.group < 8) mend<T>(flat, a, channel, part, patch, filters);
         }
+        if (a.bias != nullptr) {
 #pragma unroll
-        for (int i = 0; i < kPairs * 8; ++i) flat[i] += bias[(i >> 2) % 2 * 2 + i % 2];
+          for (int i = 0; i < kPairs * 8; ++i) flat[i] += bias[(i >> 2) % 2 * 2 + i % 2];
+        }
         activate(flat, a.activation, static_cast<float>(a.negative_slope));
         write_sums<T>(flat, a, tile, first_channel + channel, part);
       });

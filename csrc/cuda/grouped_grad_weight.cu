@@ -25,9 +25,9 @@ struct Arguments {
 // The sums of a warp.
 struct Sums {
   float weight[kTaps][2][4];
-  float bias[4];
+  float bias[2];  // of the filters of two rows, the positions of this lane
 };
-constexpr int kSums = kTaps * 8 + 4;
+constexpr int kSums = kTaps * 8 + 2;
 using FlatSums = float[kSums];
 
 // The part of the slab's sums that a warp makes.
@@ -50,14 +50,14 @@ struct Existing {
 
 // A zero of grad for a position beyond the output does not undo an infinity of the input: there,
 // these are zeros too.
-template <typename T, bool kEdge>
+template <typename T>
 GDFAST_DEVICE void multiply_add(float (&sums)[2][4], const uint32_t (&grads)[4],
                                 const uint32_t (&pixels)[4], int row, int32_t rows) {
-  const uint32_t low = !kEdge || row < rows ? ~0u : 0u;
-  const uint32_t high = !kEdge || row + kPairs < rows ? ~0u : 0u;
+  if (row >= rows) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    mma_m16n8k16<T>(sums[half], grads, {pixels[half * 2] & low, pixels[half * 2 + 1] & high});
+    const uint32_t lower = pixels[half * 2 + 1];
+    mma_m16n8k16<T>(sums[half], grads, {pixels[half * 2], row + kPairs < rows ? lower : 0});
   }
 }
 
@@ -67,34 +67,40 @@ GDFAST_DEVICE void load_pixels(uint32_t (&pixels)[4], const unsigned char* from,
   for (uint32_t& word : pixels) word &= columns;
 }
 
+// Of two filters, the positions that this lane has.
 template <typename T>
 GDFAST_DEVICE void add_to_bias(Sums& sums, const uint32_t (&grads)[4]) {
-  const uint32_t ones = pack_two<T>(1, 1);
-  mma_m16n8k16<T>(sums.bias, grads, {ones, ones});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float values[2];
+    unpack<T, 2>({{grads[i]}}, values);
+    sums.bias[i & 1] += values[0] + values[1];
+  }
 }
 
 // All taps of 3 x 3 with stride 1: each pair of rows of the input is loaded once for all three.
-template <typename T, bool kEdge>
-GDFAST_DEVICE void sum_three_rows(Sums& sums, const Arguments& a, const unsigned char* grad,
-                                  int grad_row, const unsigned char* pixels, int row,
-                                  const Existing& existing, bool sums_bias) {
+template <typename T, int kParts>
+GDFAST_DEVICE void sum_three_rows(Sums& sums, const unsigned char* grad,
+                                  const unsigned char* pixels, const Existing& existing,
+                                  bool sums_bias) {
+  constexpr int kGradRow = kSide * kParts * kPixelBytes, kRow = kGradRow + 2 * kPixelBytes;
   uint32_t grads[kPairs][4];
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    ldmatrix_x4_transposed(grads[p], grad + p * grad_row);
+    ldmatrix_x4_transposed(grads[p], grad + p * kGradRow);
     if (sums_bias) add_to_bias<T>(sums, grads[p]);
   }
 #pragma unroll
-  for (int s = 0; s < 3; ++s) {
+  for (int h = 0; h < kPairs + 2; ++h) {
 #pragma unroll
-    for (int h = 0; h < kPairs + 2; ++h) {
+    for (int s = 0; s < 3; ++s) {
       uint32_t loaded[4];
-      load_pixels(loaded, pixels + (h * row + s * kPixelBytes), existing.columns);
+      load_pixels(loaded, pixels + (h * kRow + s * kPixelBytes), existing.columns);
 #pragma unroll
       for (int r = 0; r < 3; ++r) {
         const int p = h - r;
         if (p < 0 || p >= kPairs) continue;
-        multiply_add<T, kEdge>(sums.weight[r * 3 + s], grads[p], loaded, p, existing.rows);
+        multiply_add<T>(sums.weight[r * 3 + s], grads[p], loaded, p, existing.rows);
       }
     }
   }
@@ -117,24 +123,28 @@ GDFAST_DEVICE void sum_any_taps(Sums& sums, const Arguments& a, const unsigned c
       uint32_t loaded[4];
       load_pixels(loaded, pixels + ((p * a.input.step_h + r) * row + s * kPixelBytes),
                   existing.columns);
-      multiply_add<T, true>(sums.weight[i], grads, loaded, p, existing.rows);
+      multiply_add<T>(sums.weight[i], grads, loaded, p, existing.rows);
     }
   }
 }
 
-// Adds what warps of further parts of tiles have summed to the sums of the first one's.
-GDFAST_DEVICE void join_parts_of_tiles(Sums& sums, int unit, int units, int part, int parts) {
+constexpr int kUnits = kSlab / kChannelsOfWarp;  // where groups have no more than 16 channels
+
+// Adds what warps of further parts of tiles have summed to the sums of the first one's. There are
+// further ones where a slab has no more units than these.
+GDFAST_DEVICE void join_parts(Sums& sums, int part, int parts) {
   FlatSums& flat = reinterpret_cast<FlatSums&>(sums);
-  float* const all = reinterpret_cast<float*>(shared_memory()) + unit * kWarp + warp_lane();
+  constexpr int kThreads = kUnits * kWarp;
+  float* const all = reinterpret_cast<float*>(shared_memory()) + this_thread() % kThreads;
   for (int other = 1; other < parts; ++other) {
+    if (part == other) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      if (part == other) all[i * units * kWarp] = flat[i];
+      for (int i = 0; i < kSums; ++i) all[i * kThreads] = flat[i];
     }
     sync_block();
+    if (part == 0) {
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      if (part == 0) flat[i] += all[i * units * kWarp];
+      for (int i = 0; i < kSums; ++i) flat[i] += all[i * kThreads];
     }
     sync_block();
   }
@@ -148,7 +158,7 @@ GDFAST_DEVICE void write_sums(const Sums& sums, const Arguments& a, const Unit& 
     const int filter = unit.filter + half * 8 + warp_lane() / 4;
     if (first_channel + filter >= K) continue;
     const int64_t index = split * K + first_channel + filter;
-    if (sums_bias && warp_lane() % 4 == 0) a.bias_sums[index] = sums.bias[half * 2];
+    if (sums_bias && warp_lane() % 4 == 0) a.bias_sums[index] = sums.bias[half];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int channel = unit.channel + (i >> 1) * 8 + warp_lane() % 4 * 2 + i % 2;
@@ -163,7 +173,8 @@ GDFAST_DEVICE void write_sums(const Sums& sums, const Arguments& a, const Unit& 
   }
 }
 
-template <typename T, bool kThreeByThree>
+// kParts is those of tiles where filters are 3 x 3 and the stride is 1, and else 0.
+template <typename T, int kParts>
 GDFAST_KERNEL(kGroupedThreads, 2)
 grouped_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
@@ -200,16 +211,21 @@ grouped_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
           const unsigned char* const grad = from + (grad_at + part * kSide * kPixelBytes);
           const unsigned char* const pixels =
               from + (input_at + part * kSide * a.input.step_w * kPixelBytes);
-          if constexpr (!kThreeByThree) {
+          if constexpr (kParts == 0) {
             sum_any_taps<T>(sums, a, grad, grad_row, pixels, row, first_tap, existing, sums_bias);
-          } else if (existing.rows >= kSide) {
-            sum_three_rows<T, false>(sums, a, grad, grad_row, pixels, row, existing, sums_bias);
           } else {
-            sum_three_rows<T, true>(sums, a, grad, grad_row, pixels, row, existing, sums_bias);
+            sum_three_rows<T, kParts>(sums, grad, pixels, existing, sums_bias);
           }
         }
       });
-  join_parts_of_tiles(sums, unit_index, a.units, first_part, part_step);
+  join_parts(sums, first_part, part_step);
+  if (sums_bias) {
+#pragma unroll
+    for (float& sum : sums.bias) {
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+    }
+  }
   if (first_part == 0) write_sums(sums, a, unit, first_channel, first_tap, sums_bias);
 }
 
@@ -228,14 +244,15 @@ GroupedPatch grad_patch(const Conv2dProblem& p, const void* grad_output, int64_t
           0,
           0,
           Divisor::of(kSide * parts),
-          small(kSide * kSide * parts)};
+          kSide / 2,
+          small(kSide / 2 * kSide * parts)};
 }
 
 // Warps for the sums of a slab.
 int64_t units_of(const Conv2dProblem& p) {
   const int64_t group = p.C / p.groups,
                 side = group > kChannelsOfWarp ? group / kChannelsOfWarp : 1;
-  return kSlab / kChannelsOfWarp * side;
+  return kUnits * side;
 }
 
 struct Plan {
@@ -308,8 +325,9 @@ void conv2d_grad_weight_grouped(const Conv2dProblem& p, const void* grad_output,
   };
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
-    three ? start(grouped_grad_weight_kernel<T, true>)
-          : start(grouped_grad_weight_kernel<T, false>);
+    if (!three) return start(grouped_grad_weight_kernel<T, 0>);
+    plan.parts == 2 ? start(grouped_grad_weight_kernel<T, 2>)
+                    : start(grouped_grad_weight_kernel<T, 1>);
   };
   if (tiles.total > 0) p.dtype == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Half{});
   if (grad_weight == nullptr && grad_bias == nullptr) return;
