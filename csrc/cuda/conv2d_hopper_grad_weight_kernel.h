@@ -45,10 +45,13 @@ struct HopperWeightTile {
   static constexpr int kSize = kBarriers + 2 * kStages * kBarrier;
   static_assert(kStages >= 4 && kSize <= 227 * 1024, "what a block may have");
 
-  // Registers of a thread, in units of 8.
-  static constexpr int kLoaderRegisters = 40, kConsumerRegisters = kAcross ? 152 : 232;
-  static_assert(kWarpgroup * (kLoaderRegisters + kConsumers * kConsumerRegisters) <= 65536,
-                "what a multiprocessor has");
+  // Registers of a thread, in units of 8. Who takes more waits for those that were given back: all
+  // together must not be more than a block is launched with.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = kAcross ? 152 : 224;
+  static_assert(kLoaderRegisters + kConsumers * kConsumerRegisters <=
+                    (1 + kConsumers) * kLaunchRegisters,
+                "what a block has");
 };
 
 #if defined(GDFAST_HOPPER)
@@ -118,11 +121,13 @@ GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
       uint64_t* const full = Ring::full(place);
       unsigned char* to = Ring::memory(place);
       barrier_arrive_expecting(full, (filter_blocks + units) * box_bytes);
+#pragma unroll 1
       for (int i = 0; i < filter_blocks; ++i) {
         load_box(to + i * Its::kPart, a.grad, {item.filter + i * kBlock, w, h, image}, full);
       }
       to += Its::kFilterBlocks * Its::kPart;
       int channel = first_block * kBlock, r = first_r, s = first_s;
+#pragma unroll 1
       for (int unit = 0; unit < units; ++unit, to += Its::kPart) {
         // A stride of two meets the even or the odd rows of the image, the phase of a tap, which
         // are a tensor of their own: there windows take single steps. A shift rounds down.

@@ -402,9 +402,7 @@ def conv2d_grad_weight(
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output", by=by)
     if by in cuda_hopper_grad_weight.BLOCKS:
-        tile = cuda_tiles.candidates("conv2d_grad_weight", query)[0]
-        with_bias = GradWeight(query, problem, copies, _way(query, tile), splits(query, tile))
-        return HopperGradWeight(query, problem, copies, _way(query, tile), by, with_bias)
+        return HopperGradWeight(query, problem, copies, _way(query, SMALLEST), by)
     return GradWeight(query, problem, copies, _way(query, by), splits(query, by))
 
 

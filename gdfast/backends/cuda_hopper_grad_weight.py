@@ -42,16 +42,14 @@ def candidates(query: Conv2dQuery) -> tuple[str, ...]:
 
 
 class HopperGradWeight(GradWeight):
-    """A kernel for one query, in a block of `BLOCKS`; `with_bias` runs where the bias's gradient
-    is wanted too.
-    """
+    """A kernel for one query, in a block of `BLOCKS`."""
 
     def __init__(
         self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
-        name: str, with_bias: GradWeight,
+        name: str,
     ) -> None:  # fmt: skip
         assert native.cuda is not None
-        self._block, self._with_bias = BLOCKS[name], with_bias
+        self._block = BLOCKS[name]
         multiprocessors = cuda_tiles.multiprocessors(query.device)
         parts = native.cuda.conv2d_grad_weight_hopper_splits(problem, *self._block, multiprocessors)
         super().__init__(query, problem, copies, way, parts)
@@ -66,8 +64,8 @@ class HopperGradWeight(GradWeight):
         self, grad_output: Tensor, input: Tensor, bias: bool
     ) -> tuple[BegunGradWeight, Tensor | None]:
         assert native.cuda is not None
-        if bias:
-            return self._with_bias.begin(grad_output, input, bias)
+        # The bias's gradient is torch's: one more pass over grad_output, summed in float32.
+        grad_bias = grad_output.sum((0, 2, 3)) if bias else None
         dtype, device = input.dtype, input.device
         grad_output, input = self.copy_grad(grad_output), self.copy_input(input)
         workspace = torch.empty(self._bytes[False], dtype=torch.uint8, device=device)
@@ -75,4 +73,4 @@ class HopperGradWeight(GradWeight):
             self.problem, *self._block, grad_output.data_ptr(), input.data_ptr(),
             workspace.data_ptr(), self.parts, *cuda_stream.current(device),
         )  # fmt: skip
-        return Parts(self, workspace, dtype), None
+        return Parts(self, workspace, dtype), grad_bias
