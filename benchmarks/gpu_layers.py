@@ -219,7 +219,7 @@ def worker(dry: bool) -> int:
     budgets, at = orders["budgets"], where(dry)
     if dry:
         torch.set_num_threads(1)  # others may be busy
-    found, hopper = gpu_rows.entries(dry), os.environ.get("GDFAST_HOPPER", "0")
+    found, hopper = gpu_rows.entries(dry), os.environ.get("GDFAST_HOPPER", "1")
     for job in orders["jobs"]:
         entry = found[job["id"]]
         if SUSPECT in job["without"]:  # for good, unless another one is guilty and ends the process

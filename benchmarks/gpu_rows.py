@@ -80,6 +80,7 @@ def _entries(dry: bool) -> Iterator[Entry]:
             continue
         small = StepCase(name, model, 2 if dry else N, C, pixels, pixels, classes)
         yield _step("small steps", small, amp=amp)
+        yield _step("small steps", small, amp=amp, place="graph")
     for C, pixels in ((128, 56), (256, 28), (512, 14), (1024, 7)):  # ResNeXt-50 32x4d
         grouped = _square(f"3x3 {C} @{pixels}, 32 groups", C, pixels, 3, 32, _FEWER_IMAGES)
         yield from _passes("grouped", grouped, dry)

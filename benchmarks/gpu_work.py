@@ -223,6 +223,20 @@ def _in_backward(params: Iterable[Parameter], *, watched: bool, **settings: Any)
     return optim.SGD(params, in_backward=True, **settings)
 
 
+class GraphedTraining(Training):
+    """The same with each step recorded as a CUDA graph, but the first."""
+
+    def __init__(self, *arguments: Any, amp: bool, **settings: Any) -> None:
+        super().__init__(*arguments, amp=amp, **settings)
+        self.step = gdfast.GraphedStep(
+            self.forward, F.cross_entropy, self.optimizer,
+            autocast=torch.bfloat16 if amp else None, warmup=1,
+        )  # fmt: skip
+
+    def __call__(self) -> Tensor:
+        return self.step(self.images, self.labels)
+
+
 # Where our optimizer updates parameters.
 UPDATES: dict[str, Callable[..., optim.SGD]] = {
     "step": optim.SGD,
@@ -233,7 +247,7 @@ UPDATES: dict[str, Callable[..., optim.SGD]] = {
 
 def training(where: Where, case: StepCase, amp: bool, rival: str, place: str = "step") -> Work:
     """A training step of a model, channels_last; the rival is "eager" or "compile", `place` one of
-    UPDATES.
+    UPDATES, or "graph" for steps as CUDA graphs, of native's too.
     """
     models = suites.both_models(case)
     model, plain = (
@@ -247,6 +261,8 @@ def training(where: Where, case: StepCase, amp: bool, rival: str, place: str = "
     labels = torch.randint(case.classes, (case.N,), device=where.device, generator=generator)
     fused = partial(torch.optim.SGD, fused=True)
     train = partial(Training, images=images, labels=labels, amp=amp)
+    graphed = partial(GraphedTraining, images=images, labels=labels, amp=amp)
+    kind, make = (graphed, optim.SGD) if place == "graph" else (train, UPDATES[place])
 
     def on(backend: str, call: Callable[[], Any]) -> Any:
         with gdfast.backend(where.run_by(backend)):
@@ -273,17 +289,25 @@ def training(where: Where, case: StepCase, amp: bool, rival: str, place: str = "
         allowed = 2 * known["error"] + _ROUNDINGS * rounding
         if not error <= allowed:
             return f"gradients: error {error:.1e}, allowed {allowed:.1e}"
-        ours = train(model, make=UPDATES[place], lr=0.01)
+        ours = kind(model, make=make, lr=0.01)
         loss = on(backend, partial(third_loss, ours)).item()
         if not abs(loss - known["loss"]) <= _LOSSES_APART * abs(known["loss"]):
             return f"loss of the third step: {loss:.4f}, native's {known['loss']:.4f}"
         return ""
 
     def ours(backend: str) -> Callable[[], Any]:
-        return partial(on, backend, train(model, make=UPDATES[place]))
+        return recorded(partial(on, backend, kind(model, make=make)))
+
+    def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+        if place == "graph":
+            for _ in range(2):
+                call()
+        return call
 
     compiled = rival == "compile" and not where.dry
-    native = {rival: train(plain, make=fused, compiled=compiled)}
+    native: dict[str, Any] = {rival: train(plain, make=fused, compiled=compiled)}
+    if place == "graph":
+        native["graph"] = recorded(graphed(plain, make=fused))
     peak = "bfloat16" if amp else "tf32"
     return Work(native, ours, wrong, step.flops(case, plain), 0, peak, graph=False)
 
@@ -334,7 +358,7 @@ def update(where: Where, case: SgdCase) -> Work:
         "copy": lambda: target.copy_(source),
     }
     flops = 6 * case.parameters
-    return Work(native, ours, wrong, flops, case.bytes, "float32", graph=False)
+    return Work(native, ours, wrong, flops, case.bytes, "float32")
 
 
 def tiny(case: Conv2dCase) -> Conv2dCase:
