@@ -1,4 +1,5 @@
 // Depthwise convolution, forward: which kernel makes it, and the one that takes every shape.
+#include "depthwise_columns.h"
 #include "depthwise_strips.h"
 
 namespace gdfast::cuda {
@@ -80,17 +81,7 @@ template <typename T>
 void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensors,
              uintptr_t stream) {
   if constexpr (sizeof(T) < 8) {
-    if (vectors) {
-      const bool done = with_common_filter(a, [&](auto filter) {
-        using Filter = decltype(filter);
-        // Two rows share most of what they see; registers hold it in half types alone.
-        constexpr bool kShares = Filter::kSize == 3 && Filter::kStride == 1;
-        constexpr int kRows = kShares && sizeof(T) == 2 ? 2 : 1;
-        launch_strips<T, kDepthwiseVector, kRows, 4, Filter>(a, tensors, stream);
-      });
-      if (!done) launch_any<T, kDepthwiseVector>(a, tensors, stream);
-      return;
-    }
+    if (vectors) return launch_any<T, kDepthwiseVector>(a, tensors, stream);
     if (a.output.w == 1 && a.R == 3) {
       const bool done = with_common_filter(a, [&](auto filter) {
         using Filter = decltype(filter);
@@ -109,6 +100,7 @@ void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensor
 void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, bool vectors,
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream) {
+  if (vectors && depthwise_columns(dtype, arguments, input, weight, bias, output, stream)) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),

@@ -111,6 +111,15 @@ GDFAST_DEVICE uint32_t to_tf32(float value) {
   return bits;
 }
 
+// --- What the compiler shall not look through --------------------------------------------------
+
+GDFAST_DEVICE void opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
+GDFAST_DEVICE void opaque(float& value) { asm volatile("" : "+f"(value)); }
+GDFAST_DEVICE void opaque_global(const unsigned char*& address) {
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+}
+
 // --- Memory -----------------------------------------------------------------------------------
 
 GDFAST_DEVICE Pack16 load_16(const void* from) { return *static_cast<const Pack16*>(from); }

@@ -237,6 +237,10 @@ GDFAST_DEVICE void store_16(void* to, Pack16 pack) {
   std::memcpy(to, &pack, sizeof pack);
 }
 
+GDFAST_DEVICE void opaque(uint32_t&) {}
+GDFAST_DEVICE void opaque(float&) {}
+GDFAST_DEVICE void opaque_global(const unsigned char*&) {}
+
 GDFAST_DEVICE Pack16 load_16_streaming(const void* from) { return load_16(from); }
 GDFAST_DEVICE void store_16_global(void* to, Pack16 pack) { store_16(to, pack); }
 GDFAST_DEVICE void store_16_streaming(void* to, Pack16 pack) { store_16(to, pack); }
