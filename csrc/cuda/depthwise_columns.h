@@ -37,7 +37,7 @@ struct ColumnFilter {
 
   // Which of the rows alive is the output that sees the u-th row of a period by row r of its
   // filter, or -1.
-  static constexpr int alive(int u, int r) {
+  GDFAST_HOST_DEVICE constexpr int alive(int u, int r) {
     const int first = u - r + kPeriod;
     return first % kStride == 0 ? first / kStride % kAlive : -1;
   }
