@@ -98,11 +98,14 @@ GDFAST_DEVICE WeightItem item_at(const HopperWeightArguments& a, int index) {
           first_box_of(a, split + 1)};
 }
 
+// By one warp: each lane has one of the boxes of a stage, first those of filters, then those of
+// units. What is the same for all stages of an item is found once.
 template <int kFilters, int kColumns>
 GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
   using Its = HopperWeightTile<kFilters, kColumns>;
   using Ring = WeightRing<Its>;
-  const int box_bytes = a.box_n * a.box_h * a.box_w * kBoxRow;
+  static_assert(Its::kFilterBlocks + Its::kUnits <= kWarp, "a box for each lane");
+  const int box_bytes = a.box_n * a.box_h * a.box_w * kBoxRow, lane = warp_lane();
   Place place{0, 0};
   for (int index = static_cast<int>(blockIdx.x); index < a.items;
        index += static_cast<int>(gridDim.x)) {
@@ -110,42 +113,35 @@ GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
     // What lies beyond the last filter or unit is not loaded: what is made of it is not written.
     const int filter_blocks = least((a.K - item.filter + kBlock - 1) / kBlock, Its::kFilterBlocks);
     const int units = least(a.units - item.unit, Its::kUnits);
-    const int first_block = item.unit / a.taps, first_tap = item.unit - first_block * a.taps;
-    const int first_r = first_tap / a.S, first_s = first_tap - first_r * a.S;
-    const int line = item.first_box / a.boxes_w, n = line / a.boxes_h;
-    int box_w = item.first_box - line * a.boxes_w, box_h = line - n * a.boxes_h, box_n = n;
-    for (int box = item.first_box; box < item.end_box; ++box) {
-      const int w = box_w * a.box_w, h = box_h * a.box_h, image = box_n * a.box_n;
+    const int bytes = (filter_blocks + units) * box_bytes;
+    const bool has_filters = lane < Its::kFilterBlocks;
+    const bool has_box = has_filters ? lane < filter_blocks : lane - Its::kFilterBlocks < units;
+    const int unit = has_filters ? 0 : item.unit + lane - Its::kFilterBlocks;
+    const int block = unit / a.taps, tap = unit - block * a.taps, r = tap / a.S;
+    // A stride of two meets the even or the odd rows of the image, the phase of a tap, which are a
+    // tensor of their own: there windows take single steps. A shift rounds down.
+    const int at_h = a.first_h + r * a.step_h, at_w = a.first_w + (tap - r * a.S) * a.step_w;
+    const TensorMap& map = has_filters ? a.grad : a.images[at_h & a.by_two_h][at_w & a.by_two_w];
+    const int channel = has_filters ? item.filter + lane * kBlock : block * kBlock;
+    const int ahead_h = has_filters ? 0 : at_h >> a.by_two_h;
+    const int ahead_w = has_filters ? 0 : at_w >> a.by_two_w;
+    const int line = item.first_box / a.boxes_w;
+    int n = line / a.boxes_h, h = line - n * a.boxes_h, w = item.first_box - line * a.boxes_w;
+    for (int box = item.first_box; box < item.end_box; ++box, Ring::advance(place)) {
       // In the first turn nobody has to leave a stage: the phase before the first is over.
       barrier_wait(Ring::empty(place), place.parity ^ 1);
       uint64_t* const full = Ring::full(place);
-      unsigned char* to = Ring::memory(place);
-      barrier_arrive_expecting(full, (filter_blocks + units) * box_bytes);
-#pragma unroll 1
-      for (int i = 0; i < filter_blocks; ++i) {
-        load_box(to + i * Its::kPart, a.grad, {item.filter + i * kBlock, w, h, image}, full);
+      if (lane == 0) barrier_arrive_expecting(full, bytes);
+      sync_warp();
+      if (has_box) {
+        load_box(Ring::memory(place) + lane * Its::kPart, map,
+                 {channel, w * a.box_w + ahead_w, h * a.box_h + ahead_h, n * a.box_n}, full);
       }
-      to += Its::kFilterBlocks * Its::kPart;
-      int channel = first_block * kBlock, r = first_r, s = first_s;
-#pragma unroll 1
-      for (int unit = 0; unit < units; ++unit, to += Its::kPart) {
-        // A stride of two meets the even or the odd rows of the image, the phase of a tap, which
-        // are a tensor of their own: there windows take single steps. A shift rounds down.
-        const int at_h = a.first_h + r * a.step_h, at_w = a.first_w + s * a.step_w;
-        load_box(to, a.images[at_h & a.by_two_h][at_w & a.by_two_w],
-                 {channel, w + (at_w >> a.by_two_w), h + (at_h >> a.by_two_h), image}, full);
-        if (++s < a.S) continue;
-        s = 0;
-        if (++r * a.S < a.taps) continue;
-        r = 0;
-        channel += kBlock;
-      }
-      Ring::advance(place);
-      if (++box_w < a.boxes_w) continue;
-      box_w = 0;
-      if (++box_h < a.boxes_h) continue;
-      box_h = 0;
-      ++box_n;
+      if (++w < a.boxes_w) continue;
+      w = 0;
+      if (++h < a.boxes_h) continue;
+      h = 0;
+      ++n;
     }
   }
 }
@@ -284,7 +280,7 @@ conv2d_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const HopperWeightArgument
   const int warpgroup = shuffle(warp_index() / 4, 0);
   if (warpgroup == 0) {
     give_registers<Its::kLoaderRegisters>();
-    if (threadIdx.x == 0) load_items<kFilters, kColumns>(a);
+    if (warp_index() == 0) load_items<kFilters, kColumns>(a);
   } else {
     take_registers<Its::kConsumerRegisters>();
     multiply_items<T, kFilters, kColumns>(a, warpgroup - 1);
