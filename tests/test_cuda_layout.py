@@ -93,6 +93,8 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for op in ("conv2d", "conv2d_act", "conv2d_grad_input"):
         tiles = candidates(op, True)
-        assert candidates(op, False) == (*(tile + cuda_conv2d.TURNED for tile in tiles), tiles[0])
+        *turned, direct = candidates(op, False)
+        assert turned == [tile + cuda_conv2d.TURNED for tile in tiles]
+        assert direct in cuda_tiles.TILES
         assert not any(name.endswith(cuda_conv2d.TURNED) for name in candidates(op, False, True))
     assert candidates("conv2d_grad_weight", False) == candidates("conv2d_grad_weight", True)
