@@ -45,7 +45,8 @@ class GraphedStep:
     changes, or a module goes from train to eval, what was recorded is dropped and recorded anew.
     As in every CUDA graph, Python code of the model (prints, hooks, branches on values) runs only
     while recording, and nothing may wait for the GPU (`.item()`, GradScaler, clipping that reads
-    the norm back). Gradients are those of the last call.
+    the norm back). While a step is recorded, no loss that was computed elsewhere from the model's
+    parameters may be alive with its graph. Gradients are those of the last call.
 
     Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
     devices, and RuntimeError where a step cannot be recorded.
@@ -79,6 +80,7 @@ class GraphedStep:
         self._rates: dict[int, Tensor] = {}
         self._last: _Recorded | None = None
         self._pool: Any = None
+        self._stream: Any = None
 
     @property
     def graphs(self) -> int:
@@ -121,7 +123,8 @@ class GraphedStep:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """On a stream of its own, as what will be recorded."""
-        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        current = torch.cuda.current_stream(self.device)
+        stream = self._stream = self._stream or torch.cuda.Stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             yield
@@ -134,13 +137,17 @@ class GraphedStep:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 loss = self._step(kept)
         except Exception as error:
             raise RuntimeError(
                 f"GraphedStep: the step cannot be recorded as a CUDA graph: {error}\n"
-                "Nothing in it may wait for the GPU, as .item() and printing a tensor do; where "
-                "that is needed, take ordinary steps"
+                "Nothing in it may wait for the GPU, as .item() and printing a tensor do, and no "
+                "loss of the model from elsewhere may be alive with its graph. Where that cannot "
+                "be, take ordinary steps, in another process: CUDA's random numbers are broken here"
             ) from error
         self._last = None
         return _Recorded(graph, kept, loss, [p.grad for p in self._params])
