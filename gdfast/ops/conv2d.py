@@ -31,6 +31,10 @@ from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d_dispatch import library
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
+)
 
 
 def conv2d(
@@ -114,7 +118,7 @@ def why_native(input: Any, weight: Any) -> str:
 def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     """What autocast makes of the arguments of aten.conv2d: all but float64 is lowered."""
     device = input.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     cast: tuple[Any, ...] = tuple(
