@@ -9,7 +9,7 @@ import torch
 from test_batch_norm import strides
 from test_cuda_conv2d import by_tile, check, query_of, tensors_of
 
-from gdfast.backends import cuda_conv2d, cuda_layout, cuda_tiles
+from gdfast.backends import cuda_conv2d, cuda_depthwise, cuda_layout, cuda_tiles
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -80,6 +80,15 @@ def test_convolution_in_channels_last(dtype: torch.dtype, cuda_device: torch.dev
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_depthwise_in_channels_last(dtype: torch.dtype, cuda_device: torch.device) -> None:
+    case = Conv2dCase("nchw", 2, 24, 6, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1), 24)
+    values = tensors_of(case, dtype, False, cuda_device)
+    turned = cuda_depthwise.NAME + cuda_conv2d.TURNED
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check(case, values, by_tile(case, values, turned))
+
+
 def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tiles, "multiprocessors", lambda device: 132)
     case = Conv2dCase("nchw", 2, 64, 8, 8, 64, 3, 3, (1, 1), (1, 1), (1, 1), 1)
@@ -98,3 +107,15 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
         assert direct in cuda_tiles.TILES
         assert not any(name.endswith(cuda_conv2d.TURNED) for name in candidates(op, False, True))
     assert candidates("conv2d_grad_weight", False) == candidates("conv2d_grad_weight", True)
+
+
+@pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
+def test_candidates_of_depthwise_nchw(op: str) -> None:
+    ways = cuda_depthwise.NAME + cuda_conv2d.TURNED, cuda_depthwise.NAME
+    for batch, channels_last, expected in (
+        (64, False, ways), (1, False, ways[::-1]), (64, True, ways[1:])
+    ):  # fmt: skip
+        case = Conv2dCase("", batch, 32, 24, 24, 32, 3, 3, (1, 1), (1, 1), (1, 1), 32)
+        values = tensors_of(case, torch.bfloat16, channels_last, torch.device("cpu"))
+        query = replace(query_of(case, values), device=torch.device("cuda"))
+        assert cuda_conv2d.candidates(op, query) == expected

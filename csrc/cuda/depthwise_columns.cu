@@ -1,8 +1,8 @@
 // Depthwise convolution forward in channels_last, by threads that walk down columns.
+#include <cmath>
+
 #include "activation.h"
 #include "depthwise_columns.h"
-
-#include <cmath>
 
 namespace gdfast::cuda {
 namespace {

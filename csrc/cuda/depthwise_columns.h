@@ -194,8 +194,14 @@ GDFAST_DEVICE void take_row(const PackOf<T, kVector> (&packs)[kCount],
   }
 }
 
-// The kernels' launchers; they return false where a filter has none.
+// The kernels' launchers; they do nothing, and return false or 0, where a filter has none.
 bool depthwise_columns(DType dtype, const DepthwiseArguments& arguments, const void* input,
                        const void* weight, const void* bias, void* output, uintptr_t stream);
+
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h), those of the bias if asked.
+int depthwise_columns_splits(const DepthwiseArguments& arguments, DType dtype);
+int depthwise_columns_grad_weight(DType dtype, const DepthwiseArguments& arguments,
+                                  const void* grad_output, const void* input, bool bias,
+                                  void* partial, uintptr_t stream);
 
 }  // namespace gdfast::cuda

@@ -77,12 +77,15 @@ def why_not(query: Conv2dQuery) -> str:
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     """The ways of running one pass that are worth timing, the one expected to be fastest first."""
-    if depthwise_fits(query):
-        return (cuda_depthwise.NAME,)
     op = "conv2d" if op == "conv2d_act" else op
+    if depthwise_fits(query):
+        ways = cuda_depthwise.NAME + TURNED, cuda_depthwise.NAME
+        if not _may_turn(op, query):
+            return ways[1:]
+        return ways if cuda_depthwise.is_large(query) else ways[::-1]
     if _may_turn(op, query):
         # What is written number by number is expected to be slower, but where launches count.
-        turned = candidates(op, _turned(query))
+        turned = candidates(op, _turned(op, query))
         return (*(name + TURNED for name in turned), cuda_tiles.candidates(op, query)[0])
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
@@ -115,22 +118,24 @@ def algorithm(op: str, query: Conv2dQuery) -> str:
 
 
 def _may_turn(op: str, query: Conv2dQuery) -> bool:
-    """Whether a pass writes NCHW from and to many channels."""
-    if op not in ("conv2d", "conv2d_grad_input") or query.device.type != "cuda":
+    """Whether a pass writes NCHW from and to many channels, or reads it where that is slow."""
+    depthwise = depthwise_fits(query)
+    if query.device.type != "cuda" or (op == "conv2d_grad_weight" and not depthwise):
         return False
-    g, result = query.geometry, 2 if op == "conv2d" else 0
-    size = (g.input_size, g.weight_size, g.output_size)[result]
-    channels = min(g.C, g.K) // g.groups
-    nchw = query.strides[result] == dense_strides(size, False) and query.strides[result][1] > 1
-    return nchw and channels >= _FEW and g.N > 0
+    g, image = query.geometry, 0 if op == "conv2d_grad_input" else 2
+    size, strides = (g.input_size, g.weight_size, g.output_size)[image], query.strides[image]
+    if depthwise and not cuda_depthwise.has_vectors(g):
+        return False
+    channels = g.C if depthwise else min(g.C, g.K) // g.groups
+    return g.N > 0 and channels >= _FEW and strides[1] > 1 and strides == dense_strides(size, False)
 
 
-def _turned(query: Conv2dQuery) -> Conv2dQuery:
-    """The query of tensors in channels_last."""
+def _turned(op: str, query: Conv2dQuery) -> Conv2dQuery:
+    """The query of tensors in channels_last, but for a weight that is written."""
     g = query.geometry
-    input, weight, output = (
-        dense_strides(size, True) for size in (g.input_size, g.weight_size, g.output_size)
-    )
+    input, output = dense_strides(g.input_size, True), dense_strides(g.output_size, True)
+    is_written = op == "conv2d_grad_weight"
+    weight = query.strides[1] if is_written else dense_strides(g.weight_size, True)
     return replace(query, strides=(input, weight, output))
 
 
@@ -254,7 +259,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d(query, _problem(query)[0])
     if by.endswith(TURNED):
-        return _turned_conv2d(conv2d(_turned(query), by.removesuffix(TURNED)))
+        return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER:
         return _hopper_conv2d(query, by)
     if by == cuda_grouped.NAME:
@@ -368,7 +373,8 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         problem, (copy_grad,) = _problem(query, "output", by=by)
         return cuda_grouped.conv2d_grad_input(query, problem, copy_grad)
     if by.endswith(TURNED):
-        inside = conv2d_grad_input(_turned(query), by.removesuffix(TURNED))
+        turned = _turned("conv2d_grad_input", query)
+        inside = conv2d_grad_input(turned, by.removesuffix(TURNED))
         turn, turn_back = cuda_layout.channels_last, cuda_layout.contiguous
         return lambda grad_output, weight: turn_back(inside(turn(grad_output), turn(weight)))
     if by.endswith(PADDED):
@@ -410,6 +416,13 @@ def conv2d_grad_weight(
     by = by or algorithm("conv2d_grad_weight", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    if by.endswith(TURNED):
+        turned = _turned("conv2d_grad_weight", query)
+        inside, turn = (
+            conv2d_grad_weight(turned, by.removesuffix(TURNED)),
+            cuda_layout.channels_last,
+        )
+        return lambda grad_output, input, bias: inside(turn(grad_output), turn(input), bias)
     if by == cuda_stem.NAME:
         way = _way(query, SMALLEST)
         stem = cuda_stem.conv2d_grad_weight(query, _problem(query)[0], way)

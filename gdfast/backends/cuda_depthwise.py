@@ -12,8 +12,11 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_stream
 from gdfast.backends.registry import Conv2dQuery
+from gdfast.geometry import Conv2dGeometry
 
 NAME = "depthwise"  # the one way of running a depthwise layer
+# Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
+_LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
 _MOST_BLOCKS = 65535  # a grid's second and third axis
 
@@ -33,6 +36,16 @@ def depthwise_fits(query: Conv2dQuery) -> bool:
             return False
     blocks = max(g.K, g.H, g.P, g.R * g.S)
     return g.N * g.P * g.Q <= _MOST // 2 and blocks <= _MOST_BLOCKS
+
+
+def has_vectors(geometry: Conv2dGeometry) -> bool:
+    """Whether the kernels for channels_last read several channels at a time."""
+    return geometry.K == geometry.C and geometry.C % 4 == 0
+
+
+def is_large(query: Conv2dQuery) -> bool:
+    """Whether the kernels for channels_last are expected to make up for copies there and back."""
+    return prod(query.geometry.input_size) >= _LARGE
 
 
 def _image_strides(query: Conv2dQuery) -> tuple[tuple[int, ...], ...]:
