@@ -179,6 +179,19 @@ def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
     assert torch.equal(output, exact.half())
 
 
+def test_gradients_of_few_channels_are_padded(hopper: torch.device) -> None:
+    case = Conv2dCase("stem", 2, 3, 18, 17, 16, 5, 5, stride=(2, 2), padding=(2, 2))
+    values = tensors(case, torch.bfloat16, hopper)
+    input, weight, _, grad = values.values()
+    exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double(), **window(case))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        values["input"] = input.contiguous(memory_format=layout)
+        run = cuda_conv2d.conv2d_grad_input(query_of(case, values), "hopper-64-padded")
+        grad_input = run(grad, weight)
+        assert torch.equal(grad_input, exact.bfloat16())
+        assert grad_input.stride() == values["input"].stride()
+
+
 REFUSED = {
     "strides of 1 and 2": Conv2dCase("stride", 1, 16, 8, 8, 16, 3, 3, stride=(3, 1)),
     "images of at least the stride": Conv2dCase(

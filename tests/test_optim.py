@@ -76,7 +76,9 @@ def test_steps_match_the_default_loop(
         ours = train(optim.SGD, dtype=dtype, **settings)
     # Gradients are rounded to the narrow type too, as in native: both share that error. All values
     # are judged together, since one that native hits exactly is luck after so many roundings.
-    assert_as_close_as_native(*(torch.cat([p.flatten() for p in x]) for x in (ours, natives, exact)))
+    assert_as_close_as_native(
+        *(torch.cat([p.flatten() for p in x]) for x in (ours, natives, exact))
+    )
 
 
 def test_it_is_torch_optim_sgd_and_the_other_names_are_there() -> None:

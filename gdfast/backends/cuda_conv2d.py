@@ -50,6 +50,7 @@ _READ = {
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
+_CHUNK = 8  # channels in a half type that make up 16 bytes
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -94,14 +95,18 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 
 def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     on_gpu = query.device.type == "cuda" and native.cuda is not None
+    ending = ""
+    if op == "conv2d_grad_input" and query.geometry.C % _CHUNK and query.geometry.groups == 1:
+        query, ending = padded_query(query), PADDED
     if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
         return ()
     if op == "conv2d_grad_weight":
         return cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    tiles = {name: channels for name, channels in HOPPER.items() if 0 < channels < 2 * made}
+    tiles = {name: n for name, n in HOPPER.items() if 0 < n < 2 * max(made, 64)}
     # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
-    return tuple(sorted(tiles, key=lambda name: (tiles[name] > made, tiles[name] != 128)))
+    best = sorted(tiles, key=lambda name: (tiles[name] > made, tiles[name] != 128))
+    return tuple(name + ending for name in best)
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
@@ -366,6 +371,8 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         inside = conv2d_grad_input(_turned(query), by.removesuffix(TURNED))
         turn, turn_back = cuda_layout.channels_last, cuda_layout.contiguous
         return lambda grad_output, weight: turn_back(inside(turn(grad_output), turn(weight)))
+    if by.endswith(PADDED):
+        return _padded_grad_input(query, by.removesuffix(PADDED))
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
     run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
@@ -378,6 +385,20 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
             *cuda_stream.current(weight.device),
         )  # fmt: skip
         return grad_input
+
+    return kernel
+
+
+def _padded_grad_input(query: Conv2dQuery, tile: str) -> Callable[[Tensor, Tensor], Tensor]:
+    padded = padded_query(query)
+    whole = conv2d_grad_input(padded, tile)
+    channels, C = padded.geometry.C, query.geometry.C
+    size, strides = query.geometry.input_size, query.strides[0]
+
+    def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
+        grad_input = whole(grad_output, _pad(weight, channels))
+        narrow = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
+        return narrow.copy_(grad_input[:, :C])
 
     return kernel
 
