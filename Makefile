@@ -9,7 +9,8 @@ ASAN_CMAKE ?=
 SIMULATOR := build/simulator
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test bench lint asan asan-build cuda-simulator triton triton-aot clean
+.PHONY: help build train test bench lint asan asan-configured asan-cpu asan-cuda asan-cuda-build \
+  cuda-simulator triton triton-aot clean
 
 help:
 	@echo "make train   set up .venv and train the CNN on handwritten digits; ARGS='--epochs 3' for more"
@@ -17,7 +18,8 @@ help:
 	@echo "make build   set up .venv: pinned dependencies, compiled kernels"
 	@echo "make bench   compare the kernels with native PyTorch, side by side"
 	@echo "make lint    ruff, clang-format and mypy"
-	@echo "make asan    run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make asan    run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer;"
+	@echo "             make asan-cpu and make asan-cuda run a part of them"
 	@echo "make cuda-simulator  run the tests of the CUDA kernels in their simulator, on the CPU"
 	@echo "make triton  run the tests of the Triton kernels in its interpreter, on the CPU"
 	@echo "make triton-aot  compile the Triton kernels for GPUs and tabulate what they take"
@@ -58,19 +60,28 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/*.cpp)
 	$(BIN)/mypy
 
-asan-build: $(READY)
+asan-configured: $(READY)
 	$(BIN)/cmake -S . -B $(ASAN) -G Ninja -DGDFAST_ASAN=ON -DGDFAST_CUDA_SIMULATOR=ON $(ASAN_CMAKE) \
 	  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" -DPython_EXECUTABLE="$(abspath $(BIN))/python" \
 	  -Dpybind11_DIR="`$(BIN)/python -m pybind11 --cmakedir`"
-	$(BIN)/cmake --build $(ASAN)
 
 # Python itself is not instrumented, so the sanitizers' run-time comes first by LD_PRELOAD, and with
 # it libstdc++, whose exceptions they intercept. Python never frees all: no leak check.
 UNDER_ASAN = GDFAST_NATIVE_DIR=$(ASAN) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="`g++ -print-file-name=libasan.so` `g++ -print-file-name=libubsan.so` `g++ -print-file-name=libstdc++.so`"
 
-asan: asan-build
+asan: asan-cpu asan-cuda
+
+asan-cpu: asan-configured
+	$(BIN)/cmake --build $(ASAN) --target _cpu
 	$(UNDER_ASAN) $(BIN)/python -m pytest -m kernels $(ARGS)
+
+# Of the CPU's kernels these tests need little: they take what there is.
+asan-cuda-build: asan-configured
+	$(BIN)/cmake --build $(ASAN) --target _cuda_simulated
+	ls $(ASAN)/_cpu.*.so 2>/dev/null || cp gdfast/_cpu.*.so $(ASAN)/
+
+asan-cuda: asan-cuda-build
 	$(UNDER_ASAN) GDFAST_CUDA_SIMULATE=1 $(BIN)/python -m pytest -m cuda_simulator $(ARGS)
 
 cuda-simulator: $(READY)
