@@ -118,7 +118,8 @@ def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
         # 64 pixels, 16 at a time, and two products of each for 256 filters; 32 for 576 columns.
         products = {"576": 2, "128": 8 if code.arguments[1] == "256" else 4}
         assert code.count("HGMMA") == products.get(code.arguments[2], 4), code
-        assert code.count("UTMALDG") >= 2 and code.count("USETMAXREG") == 2, code
+        # Each lane of the warp that loads has a box: one instruction, once for each of them.
+        assert code.count("UTMALDG") >= 1 and code.count("USETMAXREG") == 2, code
     for code in kernels:
         assert code in hopper or len(code.instructions) < 20, code
 
