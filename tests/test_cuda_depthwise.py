@@ -72,6 +72,13 @@ def test_every_pass(case: Conv2dCase, channels_last: bool, cuda_device: torch.de
     check(case, values, passes(case, values, "cuda"))
 
 
+def test_more_columns_than_threads(cuda_device: torch.device) -> None:
+    """Those of a block sum a weight over several, and one of the blocks has channels left over."""
+    case = depthwise("several-columns", 26, 1028, 3, 5, (7, 7), (1, 1), (3, 3))
+    values = tensors_of(case, torch.float32, True, cuda_device)
+    check(case, values, passes(case, values, "cuda"))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [*CASES[:2], CASES[4], CASES[7], CASES[11]], ids=str)

@@ -3,8 +3,10 @@
 //   output = activation((input - mean) * invstd * weight + bias + residual)
 //
 // 1. moments_kernel     mean and sum of squared deviations of each channel in each split. Threads
-//                       keep their own by Welford's update and join them (moments.h).
-//                       A convolution that wrote the input may have done it.
+//                       sum what values differ from their own first one, and its squares: that
+//                       value is as far from the mean as deviations are, so nothing is lost to a
+//                       large mean. Then they join (moments.h). A convolution that wrote the input
+//                       may have done it.
 // 2. statistics_kernel  joins the splits, or takes the running statistics; moves the latter; turns
 //                       all into the factors of one pass.
 // 3. normalise_kernel   that pass.
@@ -23,7 +25,10 @@ GDFAST_KERNEL(kBatchNormThreads, 2)
 moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, SumOf<T>* partial) {
   using A = SumOf<T>;
   const WalkPlace place = WalkPlace::of(walk, false);
-  Moments<A, kVector> own{};
+  A near[kVector] = {}, sums[kVector] = {}, squares[kVector] = {};
+  if (place.row < place.last_row) {
+    load_values<kVector>(input + element_of(walk, place.row, place.column), near);
+  }
   for (int row = place.row; row < place.last_row; row += walk.tile_rows * kAtOnce) {
     PackOf<T, kVector> packs[kAtOnce] = {};
 #pragma unroll
@@ -38,15 +43,26 @@ moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, Su
       if (row + i * walk.tile_rows >= place.last_row) break;
       A values[kVector];
       unpack<T, kVector>(packs[i], values);
-      own.count += A(1);
-      const A share = A(1) / own.count;
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
-        const A away = values[lane] - own.mean[lane];
-        own.mean[lane] += away * share;
-        own.squares[lane] += away * (values[lane] - own.mean[lane]);
+        const A away = values[lane] - near[lane];
+        sums[lane] += away;
+        squares[lane] += away * away;
       }
     }
+  }
+  Moments<A, kVector> own{};
+  const int count =
+      place.row < place.last_row ? (place.last_row - place.row - 1) / walk.tile_rows + 1 : 0;
+  own.count = static_cast<A>(count);
+  const A share = count > 0 ? A(1) / own.count : A(0);
+#pragma unroll
+  for (int lane = 0; lane < kVector; ++lane) {
+    const A shift = sums[lane] * share;
+    own.mean[lane] = near[lane] + shift;
+    own.squares[lane] = squares[lane] - sums[lane] * shift;
+    // A NaN stays one.
+    if (own.squares[lane] < 0) own.squares[lane] = 0;
   }
 
   constexpr int kChannels = kAcross ? kVector : 1;

@@ -160,6 +160,7 @@ parameters_kernel(const GDFAST_GRID_CONSTANT ParametersArguments a, const SumOf<
   const int thread = static_cast<int>(threadIdx.x) / kJoinChannels;
   Sums<double, 1> joint{};
   if (c < a.C) {
+#pragma unroll 8
     for (int split = thread; split < a.splits; split += kJoinThreads) {
       const A* const from = partial + int64_t{2} * split * a.C + c;
       Sums<double, 1>::join(joint, {{from[0]}, {from[a.C]}});

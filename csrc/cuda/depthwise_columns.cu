@@ -36,7 +36,8 @@ depthwise_columns_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   const int item = static_cast<int>(blockIdx.x) * walk.tile_items + thread.quotient;
   const int first_group = static_cast<int>(blockIdx.y) * walk.tile_groups;
   const int channel = (first_group + thread.rest) * kVector;
-  const bool exists = item < walk.items && first_group + thread.rest < walk.groups;
+  const bool exists = thread.quotient < walk.tile_items && item < walk.items &&
+                      first_group + thread.rest < walk.groups;
   const ColumnPlace at = place_of_column<Filter>(a, walk, item, exists);
 
   using Row = ColumnRow<T, kVector, kWide>;

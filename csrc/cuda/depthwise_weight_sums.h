@@ -56,6 +56,7 @@ join_splits_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a, int splits,
       is_bias ? partial + int64_t{splits} * weights + (index - weights) : partial + index;
   Total<A> total{};
   if (exists) {
+#pragma unroll 8
     for (int split = thread; split < splits; split += kJoinThreads) {
       total.value += from[int64_t{split} * step];
     }

@@ -37,11 +37,24 @@ GDFAST_DEVICE Moments<double, 1> join_parts(const A* parts, int C, int c, int64_
                                             int64_t end) {
   const int thread = static_cast<int>(threadIdx.x) / kJoinChannels;
   Moments<double, 1> joint{};
-  if (c < C) {
+  if (c < C && first + thread < end) {
+    // Sums of what the means differ from one of them: no division, and nothing lost to a large
+    // mean. Several parts are under way at a time.
+    const double near = parts[3 * first * C + C + c];
+    double sum = 0, squares = 0;
+#pragma unroll 8
     for (int64_t part = first + thread; part < end; part += kJoinThreads) {
       const A* const from = parts + 3 * part * C + c;
-      Moments<double, 1>::join(joint, {from[0], {from[C]}, {from[2 * C]}});
+      const double count = from[0], away = from[C] - near;
+      joint.count += count;
+      sum += count * away;
+      squares += from[2 * C] + count * away * away;
     }
+    const double shift = joint.count > 0 ? sum / joint.count : 0;
+    joint.mean[0] = near + shift;
+    joint.squares[0] = squares - sum * shift;
+    // A NaN stays one.
+    if (joint.squares[0] < 0) joint.squares[0] = 0;
   }
   join_rows(joint, thread, kJoinThreads, kJoinChannels);
   return joint;
