@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "stage_tile.h"
 
@@ -22,6 +23,14 @@ GDFAST_DEVICE float float_of(uint32_t bits) {
     float value;
   } both{bits};
   return both.value;
+}
+
+GDFAST_DEVICE uint32_t bits_of(float value) {
+  union {
+    float value;
+    uint32_t bits;
+  } both{value};
+  return both.bits;
 }
 
 // The sums that a block makes, and how its warps share them.
@@ -98,6 +107,75 @@ struct Tf32x3Operands {
   }
 };
 
+// The same three products by fewer instructions, which is what bounds them: a number is rounded by
+// an addition, and nobody looks for what is not finite. Of such a number the rest is NaN, and so is
+// each sum that it takes part in. A block that finds a NaN sums again, with the operands above.
+struct QuickTf32x3Operands {
+  using Element = float;
+  static constexpr int kTerms = 2;
+  template <int kCount>
+  GDFAST_DEVICE void convert(const uint32_t (&raw)[kCount], uint32_t (&operands)[2][kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      operands[0][i] = (raw[i] + 0x1000u) & 0xffffe000u;
+      // Tensor cores cut the rest off after 11 of its 12 bits.
+      operands[1][i] = bits_of(float_of(raw[i]) - float_of(operands[0][i]));
+    }
+  }
+};
+
+// How a loop multiplies first.
+template <typename Operands>
+struct FirstTry {
+  using type = Operands;
+};
+template <>
+struct FirstTry<Tf32x3Operands> {
+  using type = QuickTf32x3Operands;
+};
+
+// sums[..][column + half] += left right[half]
+template <typename Operands, int kRows, int kColumns>
+GDFAST_DEVICE void multiply_add_pair(float (&sums)[kRows][kColumns][4], int column,
+                                     const uint32_t (&left)[kRows][Operands::kTerms][4],
+                                     const uint32_t (&right)[2][Operands::kTerms][2]) {
+  if constexpr (std::is_same_v<Operands, QuickTf32x3Operands>) {
+    // Each product waits for the one before it: those of four sums take turns.
+    constexpr int kHalves = kRows > 2 ? 1 : 2;
+#pragma unroll
+    for (int first = 0; first < 2; first += kHalves) {
+      float parts[kRows][kHalves][4] = {};
+#pragma unroll
+      for (int product = 0; product < 3; ++product) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            mma_m16n8k8_tf32(parts[i][half], left[i][product == 0],
+                             right[first + half][product == 1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[i][column + first + half][j] += parts[i][half][j];
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        Operands::multiply_add(sums[i][column + half], left[i], right[half]);
+      }
+    }
+  }
+}
+
 // Four registers of operands: two halves of eight along the outer axis, two of 16 bytes along the
 // depth. Those of a left operand count the outer half first, those of a right one the depth.
 template <typename Tile, bool kLeft>
@@ -136,6 +214,9 @@ struct TensorCores {
   static constexpr int kM = Shape::kM, kN = Shape::kN, kStages = Shape::kStages;
   static constexpr int kRows = kM / Shape::kWarpRows, kColumns = kN / Shape::kWarpColumns;
   static constexpr int kTerms = Operands::kTerms;
+  using First = typename FirstTry<Operands>::type;
+  using Careful = Operands;
+  static constexpr bool kMayRepeat = !std::is_same_v<First, Operands>;
 
   struct Sums {
     float values[kRows / 16][kColumns / 8][4];
@@ -147,31 +228,31 @@ struct TensorCores {
   using Flat = float[kRows * kColumns / kWarp];
   GDFAST_DEVICE Flat& flat(Sums& sums) { return reinterpret_cast<Flat&>(sums.values); }
 
-  template <typename TileA, typename TileB>
+  // `By` is First or, where that may have gone wrong, Operands.
+  template <typename TileA, typename TileB, typename By = First>
   GDFAST_DEVICE void multiply_add(Sums& sums, const unsigned char* a, const unsigned char* b) {
-#pragma unroll
+    // Registers for what comes next there are not where many sums take several terms.
+    [[maybe_unused]] constexpr int kAtOnce = kTerms == 1 || kRows <= 32 ? 2 : 1;
+#pragma unroll kAtOnce
     for (int chunk = 0; chunk < kStepBytes / 16; chunk += 2) {
       uint32_t left[kRows / 16][kTerms][4];
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {
         uint32_t raw[4];
         load_operands<TileA, true>(raw, a, first_row() + i * 16, chunk);
-        Operands::convert(raw, left[i]);
+        By::convert(raw, left[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns / 16; ++j) {
         uint32_t raw[4];
         load_operands<TileB, false>(raw, b, first_column() + j * 16, chunk);
+        uint32_t right[2][kTerms][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t pair[2] = {raw[half * 2], raw[half * 2 + 1]};
-          uint32_t right[kTerms][2];
-          Operands::convert(pair, right);
-#pragma unroll
-          for (int i = 0; i < kRows / 16; ++i) {
-            Operands::multiply_add(sums.values[i][j * 2 + half], left[i], right);
-          }
+          By::convert(pair, right[half]);
         }
+        multiply_add_pair<By>(sums.values, j * 2, left, right);
       }
     }
   }
@@ -202,6 +283,7 @@ struct Plain {
   static constexpr int kM = 64, kN = 64, kStages = 2;
   static constexpr int kSide = 16;  // threads along each axis
   static constexpr int kRows = kM / kSide, kPairs = kN / kSide / 2;
+  static constexpr bool kMayRepeat = false;
 
   struct Sums {
     T values[kRows][kPairs][2];
