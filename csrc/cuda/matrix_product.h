@@ -177,11 +177,12 @@ GDFAST_DEVICE void multiply_add_pair(float (&sums)[kRows][kColumns][4], int colu
 }
 
 // Four registers of operands: two halves of eight along the outer axis, two of 16 bytes along the
-// depth. Those of a left operand count the outer half first, those of a right one the depth.
+// depth. Those of a left operand count the outer half first, those of a right one the depth. They
+// are the index-th 16 from `first` on along the outer axis.
 template <typename Tile, bool kLeft>
-GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, int outer,
-                                 int chunk) {
-  const int lane = warp_lane();
+GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, int first,
+                                 int index, int chunk) {
+  const int lane = warp_lane(), outer = first + index * 16;
   if constexpr (Tile::kTransposed && Tile::kBytes == 4) {
     // ldmatrix transposes pairs of bytes alone.
 #pragma unroll
@@ -200,8 +201,9 @@ GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, 
       const int column = outer / Tile::kLanes + outer_half;
       ldmatrix_x4_transposed(raw, tile + chunk_offset<Tile>(row, column));
     } else {
-      const int row = outer + outer_half * 8 + line;
-      ldmatrix_x4(raw, tile + chunk_offset<Tile>(row, chunk + depth_half));
+      // Sixteen rows on, chunks have changed places alike.
+      const int at = chunk_offset<Tile>(first + outer_half * 8 + line, chunk + depth_half);
+      ldmatrix_x4(raw, tile + at + index * 16 * Tile::kRowBytes);
     }
   }
 }
@@ -239,13 +241,13 @@ struct TensorCores {
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {
         uint32_t raw[4];
-        load_operands<TileA, true>(raw, a, first_row() + i * 16, chunk);
+        load_operands<TileA, true>(raw, a, first_row(), i, chunk);
         By::convert(raw, left[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns / 16; ++j) {
         uint32_t raw[4];
-        load_operands<TileB, false>(raw, b, first_column() + j * 16, chunk);
+        load_operands<TileB, false>(raw, b, first_column(), j, chunk);
         uint32_t right[2][kTerms][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
