@@ -52,6 +52,13 @@ _HOPPER = (
     Conv2dCase("weights-stay", 2, 64, 96, 96, 64, 1, 1),
 )
 _HOPPER_STRIDE = Conv2dCase("3x3-stride-2", 3, 72, 12, 11, 72, 3, 3, (2, 2), (1, 1))
+# Parts of slabs and of tiles; tiles in two parts, and more of them than one block makes.
+_GROUPED = (
+    Conv2dCase("4s", 3, 72, 9, 19, 72, 3, 3, padding=(1, 1), groups=18),
+    Conv2dCase("8s", 2, 64, 7, 7, 64, 3, 3, padding=(1, 1), groups=8),
+    Conv2dCase("16s-many-tiles", 8, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=4),
+    Conv2dCase("32s-stride-2", 2, 96, 15, 18, 96, 3, 3, (2, 2), (1, 1), groups=3),
+)
 _DEPTHWISE = (
     Conv2dCase("3x3", 3, 8, 9, 11, 8, 3, 3, padding=(1, 1), groups=8),
     Conv2dCase("5x5-stride-2", 2, 8, 11, 9, 8, 5, 5, (2, 2), (2, 2), groups=8),
@@ -77,10 +84,11 @@ def passes(
     with precision("strict" if strict else "fast"):
         if by:
             query = _query(case, input, weight, grad)
+            # Few channels have no kernel of their own in this pass, nor groups for a stride.
+            missing = by == "stem" or (by == "grouped" and case.stride != (1, 1))
             ours = [
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
-                # Few channels have no kernel of their own in this pass.
-                cuda_conv2d.conv2d_grad_input(query, by.replace("stem", ""))(grad, weight),
+                cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
             if by not in cuda_conv2d.HOPPER:
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
@@ -275,6 +283,11 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             run = partial(passes, _CONVOLUTIONS[1], layout="channels_last", by=tile, **where)
             yield f"conv2d in tiles of {tile}, bfloat16", partial(run, bfloat16), 0
             yield f"conv2d in tiles of {tile}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
+            yield f"conv2d in tiles of {tile}, tf32x3", partial(run, float32), 0
+        for case in _GROUPED:
+            for dtype in (bfloat16, torch.float16):
+                run = partial(passes, case, dtype, "channels_last", by="grouped", **where)
+                yield f"conv2d in groups {case}, {dtype}", run, 0
         for layout in LAYOUTS:
             run = partial(passes, _CONVOLUTIONS[3], layout=layout, by="stem", **where)
             yield f"conv2d by stem, {layout}, bfloat16", partial(run, bfloat16), 0

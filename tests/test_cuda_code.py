@@ -73,9 +73,25 @@ def test_convolutions_multiply_on_the_tensor_cores() -> None:
     for code in on_tensor_cores:
         assert code.count("HMMA"), code
         three = 3 if "Tf32x3Operands" in code.arguments else 1
-        # Warps of 32 x 32, 64 x 32 or 64 x 64; two instructions deep in each step.
+        # Warps of 32 x 32, 64 x 32 or 64 x 64; two instructions deep in each step. Three products
+        # are there twice, so that those with care are: once a loop where warps have 64 rows.
         assert code.count("HMMA") in [2 * n * three for n in (8, 16, 32)], code
     assert all(code.count("HMMA") == 0 for code in convolutions() if "Plain" in code.arguments)
+
+
+def test_groups_load_once_what_three_rows_of_a_filter_multiply() -> None:
+    kernels = [code for code in codes() if code.kernel.startswith("grouped_")]
+    assert kernels
+    for code in kernels:
+        if code.kernel == "grouped_kernel":
+            # Four pairs of rows by 16 filters; for three rows of a filter six pairs of the input.
+            counts = (24, 6) if code.arguments[2] == "1" else (8, 4)
+            assert code.count("HMMA") == counts[0], code
+            assert code.count(r"LDSM\.16\.M88") >= counts[1], code
+        elif code.arguments[1] != "0":
+            # Nine taps; of the input six pairs of rows by three columns, and four of the gradient.
+            assert (code.count("HMMA"), code.count("LDSM")) == (72, 22), code
+        assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
 
 
 def test_stems_multiply_on_the_tensor_cores_what_shared_memory_has() -> None:

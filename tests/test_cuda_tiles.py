@@ -54,7 +54,7 @@ def test_candidates_on_a_gpu(h100: None) -> None:
     assert cuda_tiles.candidates("conv2d_grad_input", stem) == ("64x64",)
     for op in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight"):
         three = cuda_tiles.candidates(op, on_a_gpu(large, torch.float32))
-        assert three == ("64x64",), op
+        assert set(three) == {"128x64", "64x64"}, op
         assert cuda_tiles.candidates(op, on_a_gpu(large, torch.float64)) == ("64x64",)
 
 

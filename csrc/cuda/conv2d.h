@@ -14,7 +14,8 @@ namespace gdfast::cuda {
 enum class Precision : int32_t { kTf32, kTf32x3, kIeee };
 
 // The sums that a block makes, rows x columns. Where operands cannot be read 16 bytes at a time,
-// and where float32 is not multiplied as TF32, k64x64 takes the place of the others.
+// and where float32 is multiplied as it is, k64x64 takes the place of the others; where as the sum
+// of two, k128x64 that of k128x128.
 enum class BlockTile : int32_t { k128x128, k128x64, k64x64 };
 
 // How a kernel computes what it does.

@@ -20,7 +20,7 @@ struct Instance {
 
 // Calls launch(Instance) with the one that a problem runs on. Few instances, since each takes the
 // compiler seconds: operands that are read one by one are bound by that, whatever the tile, and
-// where each product takes three instructions the smallest tile keeps tensor cores busy.
+// sums in the largest one leave no registers where each product takes three instructions.
 template <typename Operands, typename Launch>
 void with_tile(BlockTile tile, bool chunked, Launch&& launch) {
   if (!chunked) return launch(Instance<TensorCores<Operands, Block64x64>, false>{});
@@ -28,9 +28,9 @@ void with_tile(BlockTile tile, bool chunked, Launch&& launch) {
     if (tile == BlockTile::k128x128) {
       return launch(Instance<TensorCores<Operands, Block128x128>, true>{});
     }
-    if (tile == BlockTile::k128x64) {
-      return launch(Instance<TensorCores<Operands, Block128x64>, true>{});
-    }
+  }
+  if (tile != BlockTile::k64x64) {
+    return launch(Instance<TensorCores<Operands, Block128x64>, true>{});
   }
   launch(Instance<TensorCores<Operands, Block64x64>, true>{});
 }

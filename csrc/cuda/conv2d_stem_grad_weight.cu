@@ -143,7 +143,7 @@ conv2d_stem_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
 #pragma unroll
       for (int i = 0; i < kFilterTiles; ++i) {
         uint32_t raw[4];
-        load_operands<Tile, true>(raw, grad + first / Tile::kRows * Tile::kSize, i * 16,
+        load_operands<Tile, true>(raw, grad + first / Tile::kRows * Tile::kSize, 0, i,
                                   first % Tile::kRows / Tile::kLanes);
         Operands::convert(raw, left[i]);
       }

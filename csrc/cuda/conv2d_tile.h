@@ -23,15 +23,11 @@ struct BlockMemory {
   static constexpr int kSize = kTiles > kResults ? kTiles : kResults;
 };
 
-// sums = a b over `depth`. Tiles are copied kStages - 1 steps ahead of the product; `look` is shown
-// each tile of a once it is there.
-template <typename Math, typename Memory, bool kChunked, typename RowsA, typename ColumnsA,
-          typename RowsB, typename ColumnsB, typename Look>
-GDFAST_DEVICE void sum_products(
-    typename Math::Sums& sums,
-    const Staged<typename Memory::A, Math::kThreads, kChunked, RowsA, ColumnsA>& a,
-    const Staged<typename Memory::B, Math::kThreads, kChunked, RowsB, ColumnsB>& b, int32_t depth,
-    Look&& look) {
+// sums = a b over `depth`. Tiles are copied kStages - 1 steps ahead of the product; multiply_add is
+// shown both of each step once they are there.
+template <typename Math, typename Memory, typename A, typename B, typename MultiplyAdd>
+GDFAST_DEVICE void for_each_step(const A& a, const B& b, int32_t depth,
+                                 MultiplyAdd&& multiply_add) {
   constexpr int kStages = Math::kStages;
   unsigned char* const memory = shared_memory();
   const int steps = (depth + Memory::kDepth - 1) / Memory::kDepth;
@@ -40,7 +36,6 @@ GDFAST_DEVICE void sum_products(
     stage(a, tile, step * Memory::kDepth);
     stage(b, tile + Memory::A::kSize, step * Memory::kDepth);
   };
-  for (auto& sum : Math::flat(sums)) sum = 0;
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < steps) stage_both(step);
@@ -53,12 +48,52 @@ GDFAST_DEVICE void sum_products(
     if (ahead < steps) stage_both(ahead);
     cp_async_commit();
     const unsigned char* const tile = memory + step % kStages * Memory::kStageSize;
-    look(tile);
-    Math::template multiply_add<typename Memory::A, typename Memory::B>(sums, tile,
-                                                                        tile + Memory::A::kSize);
+    multiply_add(tile, tile + Memory::A::kSize);
   }
   cp_async_wait<0>();
   sync_block();
+}
+
+// Whether it is true in any thread of the block, whose shared memory is free.
+template <int kThreads>
+GDFAST_DEVICE bool is_true_in_any(bool condition) {
+  int any = condition ? 1 : 0;
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) any |= shuffle_xor(any, lane);
+  int* const of_warps = reinterpret_cast<int*>(shared_memory());
+  if (warp_lane() == 0) of_warps[warp_index()] = any;
+  sync_block();
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) any |= of_warps[warp];
+  sync_block();
+  return any != 0;
+}
+
+// sums = a b over `depth`; `look` is shown each tile of a.
+template <typename Math, typename Memory, bool kChunked, typename RowsA, typename ColumnsA,
+          typename RowsB, typename ColumnsB, typename Look>
+GDFAST_DEVICE void sum_products(
+    typename Math::Sums& sums,
+    const Staged<typename Memory::A, Math::kThreads, kChunked, RowsA, ColumnsA>& a,
+    const Staged<typename Memory::B, Math::kThreads, kChunked, RowsB, ColumnsB>& b, int32_t depth,
+    Look&& look) {
+  using TileA = typename Memory::A;
+  using TileB = typename Memory::B;
+  for (auto& sum : Math::flat(sums)) sum = 0;
+  for_each_step<Math, Memory>(a, b, depth,
+                              [&](const unsigned char* at_a, const unsigned char* at_b) {
+                                look(at_a);
+                                Math::template multiply_add<TileA, TileB>(sums, at_a, at_b);
+                              });
+  if constexpr (Math::kMayRepeat) {
+    bool is_number = true;
+    for (const auto& sum : Math::flat(sums)) is_number = is_number && sum == sum;
+    if (!is_true_in_any<Math::kThreads>(!is_number)) return;
+    for (auto& sum : Math::flat(sums)) sum = 0;
+    for_each_step<Math, Memory>(
+        a, b, depth, [&](const unsigned char* at_a, const unsigned char* at_b) {
+          Math::template multiply_add<TileA, TileB, typename Math::Careful>(sums, at_a, at_b);
+        });
+  }
 }
 
 // A row of the sums in shared memory.

@@ -288,9 +288,9 @@ int64_t grouped_splits(const Conv2dProblem& p) {
   const int64_t at_once = grouped_blocks_of_multiprocessor(plan.bytes, plan.threads);
   const int64_t blocks = ceil_div(p.C, kSlab) * tap_blocks(p);
   int64_t splits = at_once * multiprocessors("conv2d_grad_weight") / blocks;
-  // Sums that are written and read again cost no more than the tiles they are made of.
+  // Sums, which stay in L2, are written and read again: twice the bytes of images at most.
   const int64_t weights = p.K * (p.C / p.groups) * p.R * p.S;
-  const int64_t most = p.N * p.P * p.Q * p.K / (2 * weights);
+  const int64_t most = p.N * p.P * p.Q * p.K / weights;
   if (splits > most) splits = most;
   if (splits > tiles) splits = tiles;
   return splits < 1 ? 1 : splits;

@@ -6,23 +6,16 @@
 //   kThreads                of a block
 //   Sums                    those of the block's sums that a thread has
 //   multiply_add<TileA, TileB>(sums, a, b)
+//   kMayRepeat              whether NaN among the sums may be wrong: then, all of them are made
+//                           again by multiply_add<TileA, TileB, Careful>
 //   flat(sums)              them as one array
 //   for_each_pair(sums, f)  f(row, column, sum, sum of the next column); f may change them
 #pragma once
 
-#include <cmath>
-
+#include "operands.h"
 #include "stage_tile.h"
 
 namespace gdfast::cuda {
-
-GDFAST_DEVICE float float_of(uint32_t bits) {
-  union {
-    uint32_t bits;
-    float value;
-  } both{bits};
-  return both.value;
-}
 
 // The sums that a block makes, and how its warps share them.
 template <int kRowCount, int kColumnCount, int kWarpRowCount, int kWarpColumnCount, int kStageCount>
@@ -35,75 +28,13 @@ struct BlockShape {
 
 // --- Tensor cores -----------------------------------------------------------------------------
 
-// How elements become operands of the matrix instruction. A 16 x 8 sum takes 32 bytes of both
-// operands' depth; kTerms instructions of it make one product.
-template <typename T>
-struct HalfOperands {
-  using Element = T;
-  static constexpr int kTerms = 1;
-  template <int kCount>
-  GDFAST_DEVICE void convert(const uint32_t (&raw)[kCount], uint32_t (&operands)[1][kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) operands[0][i] = raw[i];
-  }
-  GDFAST_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[1][4],
-                                  const uint32_t (&b)[1][2]) {
-    mma_m16n8k16<T>(sum, a[0], b[0]);
-  }
-};
-
-struct Tf32Operands {
-  using Element = float;
-  static constexpr int kTerms = 1;
-  template <int kCount>
-  GDFAST_DEVICE void convert(const uint32_t (&raw)[kCount], uint32_t (&operands)[1][kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) operands[0][i] = to_tf32(float_of(raw[i]));
-  }
-  GDFAST_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[1][4],
-                                  const uint32_t (&b)[1][2]) {
-    mma_m16n8k8_tf32(sum, a[0], b[0]);
-  }
-};
-
-// Nearly float32: each number is the sum of two in TF32, and of their four products only that of
-// the two rests, 2^-22 of the whole, is left out. Tensor cores cut off what does not fit a sum;
-// over many steps that adds up, so that here they sum eight products and no more.
-//
-// A number that is not finite has no rest: corrections that it takes part in are left out, and the
-// product of the larger parts is inf or NaN as float32's would be. Numbers within 2^-12 of the
-// largest are infinite in TF32, and their products too.
-struct Tf32x3Operands {
-  using Element = float;
-  static constexpr int kTerms = 2;
-  template <int kCount>
-  GDFAST_DEVICE void convert(const uint32_t (&raw)[kCount], uint32_t (&operands)[2][kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float value = float_of(raw[i]);
-      operands[0][i] = to_tf32(value);
-      operands[1][i] = to_tf32(value - float_of(operands[0][i]));
-    }
-  }
-  GDFAST_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[2][4],
-                                  const uint32_t (&b)[2][2]) {
-    float part[4] = {0, 0, 0, 0};
-    mma_m16n8k8_tf32(part, a[1], b[0]);
-    mma_m16n8k8_tf32(part, a[0], b[1]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) part[i] = fabsf(part[i]) < INFINITY ? part[i] : 0;
-    mma_m16n8k8_tf32(part, a[0], b[0]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += part[i];
-  }
-};
-
 // Four registers of operands: two halves of eight along the outer axis, two of 16 bytes along the
-// depth. Those of a left operand count the outer half first, those of a right one the depth.
+// depth. Those of a left operand count the outer half first, those of a right one the depth. They
+// are the index-th 16 from `first` on along the outer axis.
 template <typename Tile, bool kLeft>
-GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, int outer,
-                                 int chunk) {
-  const int lane = warp_lane();
+GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, int first,
+                                 int index, int chunk) {
+  const int lane = warp_lane(), outer = first + index * 16;
   if constexpr (Tile::kTransposed && Tile::kBytes == 4) {
     // ldmatrix transposes pairs of bytes alone.
 #pragma unroll
@@ -122,8 +53,9 @@ GDFAST_DEVICE void load_operands(uint32_t (&raw)[4], const unsigned char* tile, 
       const int column = outer / Tile::kLanes + outer_half;
       ldmatrix_x4_transposed(raw, tile + chunk_offset<Tile>(row, column));
     } else {
-      const int row = outer + outer_half * 8 + line;
-      ldmatrix_x4(raw, tile + chunk_offset<Tile>(row, chunk + depth_half));
+      // Sixteen rows on, chunks have changed places alike.
+      const int at = chunk_offset<Tile>(first + outer_half * 8 + line, chunk + depth_half);
+      ldmatrix_x4(raw, tile + at + index * 16 * Tile::kRowBytes);
     }
   }
 }
@@ -136,6 +68,9 @@ struct TensorCores {
   static constexpr int kM = Shape::kM, kN = Shape::kN, kStages = Shape::kStages;
   static constexpr int kRows = kM / Shape::kWarpRows, kColumns = kN / Shape::kWarpColumns;
   static constexpr int kTerms = Operands::kTerms;
+  using First = typename FirstTry<Operands>::type;
+  using Careful = Operands;
+  static constexpr bool kMayRepeat = !std::is_same_v<First, Operands>;
 
   struct Sums {
     float values[kRows / 16][kColumns / 8][4];
@@ -147,31 +82,31 @@ struct TensorCores {
   using Flat = float[kRows * kColumns / kWarp];
   GDFAST_DEVICE Flat& flat(Sums& sums) { return reinterpret_cast<Flat&>(sums.values); }
 
-  template <typename TileA, typename TileB>
+  // `By` is First or, where that may have gone wrong, Operands.
+  template <typename TileA, typename TileB, typename By = First>
   GDFAST_DEVICE void multiply_add(Sums& sums, const unsigned char* a, const unsigned char* b) {
-#pragma unroll
+    // Registers for what comes next there are not where many sums take several terms.
+    [[maybe_unused]] constexpr int kAtOnce = kTerms == 1 || kRows <= 32 ? 2 : 1;
+#pragma unroll kAtOnce
     for (int chunk = 0; chunk < kStepBytes / 16; chunk += 2) {
       uint32_t left[kRows / 16][kTerms][4];
 #pragma unroll
       for (int i = 0; i < kRows / 16; ++i) {
         uint32_t raw[4];
-        load_operands<TileA, true>(raw, a, first_row() + i * 16, chunk);
-        Operands::convert(raw, left[i]);
+        load_operands<TileA, true>(raw, a, first_row(), i, chunk);
+        By::convert(raw, left[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns / 16; ++j) {
         uint32_t raw[4];
-        load_operands<TileB, false>(raw, b, first_column() + j * 16, chunk);
+        load_operands<TileB, false>(raw, b, first_column(), j, chunk);
+        uint32_t right[2][kTerms][2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const uint32_t pair[2] = {raw[half * 2], raw[half * 2 + 1]};
-          uint32_t right[kTerms][2];
-          Operands::convert(pair, right);
-#pragma unroll
-          for (int i = 0; i < kRows / 16; ++i) {
-            Operands::multiply_add(sums.values[i][j * 2 + half], left[i], right);
-          }
+          By::convert(pair, right[half]);
         }
+        multiply_add_pair<By>(sums.values, j * 2, left, right);
       }
     }
   }
@@ -202,6 +137,7 @@ struct Plain {
   static constexpr int kM = 64, kN = 64, kStages = 2;
   static constexpr int kSide = 16;  // threads along each axis
   static constexpr int kRows = kM / kSide, kPairs = kN / kSide / 2;
+  static constexpr bool kMayRepeat = false;
 
   struct Sums {
     T values[kRows][kPairs][2];

@@ -53,6 +53,10 @@ struct Share {
   static constexpr int kPasses = Tile::kRows / kRowsAtOnce;
   static_assert(kThreads % kChunks == 0 && Tile::kRows % kRowsAtOnce == 0,
                 "every thread copies as many chunks");
+  static_assert(kRowsAtOnce % (Tile::kTransposed && Tile::kBytes != 2 ? 4 : 8) == 0,
+                "in all rows of a thread chunks change places alike");
+  static_assert(kRowsAtOnce % (Tile::kTransposed && Tile::kBytes != 2 ? 4 : 8) == 0,
+                "chunks of a thread's rows have changed places alike");
 };
 
 GDFAST_DEVICE int this_thread() { return static_cast<int>(threadIdx.x); }
@@ -63,7 +67,8 @@ struct Staged {
   using Its = Share<Tile, kThreads>;
   Operand<Rows, Columns> from;
   int32_t outer;  // where the block begins on the outer axis
-  // Along the outer axis: of each row, or of the column if that is the outer axis.
+  // Along the outer axis: of each row, or of the column if that is the outer axis. Of chunks the
+  // offsets begin at address 0: it is one addition less for each.
   Place fixed[Tile::kTransposed ? 1 : Its::kPasses];
 };
 
@@ -83,6 +88,9 @@ GDFAST_DEVICE Staged<Tile, kThreads, kChunked, Rows, Columns> staged(
     for (int pass = 0; pass < Its::kPasses; ++pass) {
       operand.fixed[pass] = place_at(from.rows, outer + row + pass * Its::kRowsAtOnce);
     }
+  }
+  if constexpr (kChunked) {
+    for (Place& place : operand.fixed) place.offset += reinterpret_cast<int64_t>(operand.from.data);
   }
   return operand;
 }
@@ -111,6 +119,8 @@ GDFAST_DEVICE void stage(const Staged<Tile, kThreads, kChunked, Rows, Columns>& 
   using Its = Share<Tile, kThreads>;
   const auto& from = operand.from;
   const int chunk = this_thread() % Its::kChunks, row = this_thread() / Its::kChunks;
+  constexpr int kPassBytes = Its::kRowsAtOnce * Tile::kRowBytes;
+  unsigned char* const to = tile + chunk_offset<Tile>(row, chunk);
   const int32_t first_column = (Tile::kTransposed ? operand.outer : depth) + chunk * Tile::kLanes;
   const auto row_place = [&](int pass) {
     if constexpr (Tile::kTransposed) {
@@ -129,8 +139,8 @@ GDFAST_DEVICE void stage(const Staged<Tile, kThreads, kChunked, Rows, Columns>& 
 #pragma unroll
     for (int pass = 0; pass < Its::kPasses; ++pass) {
       const Place place = row_place(pass);
-      cp_async_16(tile + chunk_offset<Tile>(row + pass * Its::kRowsAtOnce, chunk),
-                  from.data + (place.offset + column.offset),
+      cp_async_16(to + pass * kPassBytes,
+                  reinterpret_cast<const void*>(place.offset + column.offset),
                   is_inside(from.height, from.width, place.h + column.h, place.w + column.w));
     }
   } else {
@@ -157,7 +167,7 @@ GDFAST_DEVICE void stage(const Staged<Tile, kThreads, kChunked, Rows, Columns>& 
     }
 #pragma unroll
     for (int pass = 0; pass < Its::kPasses; ++pass) {
-      store_16(tile + chunk_offset<Tile>(row + pass * Its::kRowsAtOnce, chunk), chunks[pass].pack);
+      store_16(to + pass * kPassBytes, chunks[pass].pack);
     }
   }
 }

@@ -19,7 +19,7 @@ from gdfast.windows import Windows
 
 # Rows x columns of the sums that one block makes.
 TILES = {"128x128": (128, 128), "128x64": (128, 64), "64x64": (64, 64)}
-SMALLEST = "64x64"
+SMALLEST, LARGEST = "64x64", "128x128"
 PADDED = "-padded"  # after a tile's name: with zeros as further input channels
 _MOST_PADDING = 3  # times the channels that there are
 _EFFICIENCY = {"128x128": 1.0, "128x64": 0.85, "64x64": 0.7}  # of a multiprocessor, guessed
@@ -55,7 +55,7 @@ def _tiles(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     columns = _product(op, query)[1]
     tiles = [name for name in TILES if TILES[name][1] < 2 * columns or name == SMALLEST]
     if query.dtype == torch.float32 and precision_of(query) == "tf32x3":
-        tiles = [SMALLEST]
+        tiles = [name for name in tiles if name != LARGEST]
     return tuple(sorted(tiles, key=lambda name: _time(op, query, name)))
 
 
