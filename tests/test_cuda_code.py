@@ -119,7 +119,7 @@ def test_the_hopper_convolution_uses_what_hopper_has_and_is_empty_elsewhere() ->
     assert hopper or not any(code.architecture == "sm_90a" for code in codes())
     for code in hopper:
         # 64 channels, 16 at a time, of two products; of one where it has 256 columns.
-        assert code.count("HGMMA") == (4 if code.arguments[1] == "256" else 8), code
+        assert code.count("HGMMA") == (4 if code.arguments[2] == "256" else 8), code
         assert code.count("UTMALDG") >= 2 and code.count("UTMASTG"), code
         assert code.count("USETMAXREG") == 2, code
     for code in kernels:

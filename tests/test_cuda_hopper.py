@@ -227,5 +227,5 @@ def test_it_is_a_candidate_unless_left_out(
     found = [name for name in cuda_conv2d.candidates("conv2d", query) if name in HOPPER]
     # The simulator's times tell nothing.
     left_out = variable == "0" or hopper.type != "cuda"
-    assert found == ([] if left_out else ["hopper-64", "hopper-128"])
+    assert found == ([] if left_out else ["hopper-64", "hopper-128", "hopper-128-tall"])
     assert len(cuda_conv2d.candidates("conv2d", query)) > len(found)

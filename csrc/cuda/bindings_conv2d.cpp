@@ -23,10 +23,12 @@ BlockTile tile_named(const std::string& name) {
   throw py::value_error("Conv2dWay: tile: expected 128x128, 128x64 or 64x64, got " + name);
 }
 
-void check_channels(int channels) {
-  if (channels == 0 || channels == 64 || channels == 128 || channels == 256) return;
-  throw py::value_error("conv2d_hopper: channels: expected 0, 64, 128 or 256, got " +
-                        std::to_string(channels));
+HopperTileSize hopper_tile(int pixels, int channels) {
+  const HopperTileSize tile{pixels, channels};
+  if (is_hopper_tile(tile)) return tile;
+  throw py::value_error(
+      "conv2d_hopper: tile: expected 128 x 64, 128 x 128, 128 x 256, 256 x 128 or 0 x 0, got " +
+      std::to_string(pixels) + " x " + std::to_string(channels));
 }
 
 HopperWeightBlock hopper_weight_block(int filters, int columns) {
@@ -61,30 +63,30 @@ void bind_hopper(py::module_& m) {
       "must be multiples of 16 too.");
   m.def(
       "conv2d_hopper",
-      [](const Conv2dProblem& problem, int channels, uintptr_t input, uintptr_t weight,
+      [](const Conv2dProblem& problem, int pixels, int channels, uintptr_t input, uintptr_t weight,
          uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
-        check_channels(channels);
+        const HopperTileSize tile = hopper_tile(pixels, channels);
         launching(problem, [&] {
-          conv2d_hopper(problem, channels, pointer(input), pointer(weight), pointer(bias),
+          conv2d_hopper(problem, tile, pointer(input), pointer(weight), pointer(bias),
                         pointer(output), {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("input"), py::arg("weight"), py::arg("bias"),
-      py::arg("output"), py::arg("device"), py::arg("stream"),
-      "As conv2d, for problems that conv2d_hopper_why_not has nothing against, in tiles of 64, 128 "
-      "or 256 channels, or 0 for a guess which.");
+      py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("input"),
+      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
+      "As conv2d, for problems that conv2d_hopper_why_not has nothing against, in tiles of 128 "
+      "pixels by 64, 128 or 256 channels or of 256 by 128, or 0 by 0 for a guess which.");
   m.def(
       "conv2d_grad_input_hopper",
-      [](const Conv2dProblem& problem, int channels, uintptr_t grad_output, uintptr_t weight,
-         uintptr_t grad_input, int device, uintptr_t stream) {
-        check_channels(channels);
+      [](const Conv2dProblem& problem, int pixels, int channels, uintptr_t grad_output,
+         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
+        const HopperTileSize tile = hopper_tile(pixels, channels);
         launching(problem, [&] {
-          conv2d_grad_input_hopper(problem, channels, pointer(grad_output), pointer(weight),
+          conv2d_grad_input_hopper(problem, tile, pointer(grad_output), pointer(weight),
                                    pointer(grad_input), {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("grad_output"), py::arg("weight"),
-      py::arg("grad_input"), py::arg("device"), py::arg("stream"),
+      py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("grad_output"),
+      py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
       "As conv2d_grad_input, likewise.");
 }
 

@@ -1,12 +1,12 @@
 // Convolution of strides 1 and 2, and its grad_input, on Hopper's tensor cores, in half types.
 //
-// Blocks are persistent: one per multiprocessor, which takes every gridDim-th tile of 128 pixels by
-// kN channels. In a block one thread loads and two warpgroups multiply; these take tiles in turn,
-// so that one multiplies while the other writes its results. The loader fills the stages of a ring:
-// for each tap and each 64 channels that are summed, a box of pixels, shifted by the tap, and the
-// weights, unless those of the block's last tile serve again. What falls outside of the images
-// arrives as zeros, so that padding needs no code, and channels beyond the last as well. Results go
-// the same way back, as boxes that are cut off at the image's edge.
+// Blocks are persistent: one per multiprocessor, which takes every gridDim-th tile of pixels by
+// channels. In a block one thread loads and two warpgroups multiply; these take tiles in turn, so
+// that one multiplies while the other writes its results, or share large ones. The loader fills the
+// stages of a ring: for each tap and each 64 channels that are summed, a box of pixels, shifted by
+// the tap, and the weights, unless those of the block's last tile serve again. What falls outside
+// of the images arrives as zeros, so that padding needs no code, and channels beyond the last as
+// well. Results go the same way back, as boxes that are cut off at the image's edge.
 //
 // A stride is a matter of addresses: the rows and columns that it meets are phases of an image,
 // each of which is a tensor of its own. Forward, every tap reads one phase of the input; of a
@@ -15,8 +15,8 @@
 // In grad_input the weights are read down their columns: its sum goes over filters. That is a bit
 // in the instruction; they lie in memory as they do for conv2d.
 #include "conv2d_hopper.h"
+#include "conv2d_hopper_images.h"
 #include "conv2d_hopper_kernel.h"
-#include "conv2d_hopper_tiles.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -24,22 +24,6 @@ namespace {
 constexpr int kMost = 2147483647;
 
 int small(int64_t value) { return static_cast<int>(value); }
-
-// The axis after another. One of length 1 is never stepped along, but has to have a legal step.
-Axis next_axis(const Axis& before, int64_t size, int64_t stride) {
-  return {size, size == 1 ? before.size * before.bytes : 2 * stride};
-}
-
-// A tensor with its channels first, as boxes of 64 of them.
-template <typename T>
-TensorMap channels_first(const char* op, const void* address, const HopperImage& image, int box_w,
-                         int box_h, int box_n) {
-  const Axis channels{image.channels, 2};
-  const Axis w = next_axis(channels, image.W, image.strides.w);
-  const Axis h = next_axis(w, image.H, image.strides.h);
-  const Axis n = next_axis(h, image.N, image.strides.n);
-  return tensor_map<T>(op, address, {channels, w, h, n}, {kChannels, box_w, box_h, box_n});
-}
 
 // Each phase of an image as a tensor of its own.
 template <typename T>
@@ -49,17 +33,15 @@ void phase_maps(const char* op, const void* address, const HopperImage& image, H
     for (int w = 0; w < phases.w; ++w) {
       const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
       maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
-                                     phase_image(image, phases, h, w), small(box.w), small(box.h),
-                                     small(box.n));
+                                     phase_image(image, phases, h, w), box);
     }
   }
 }
 
 // Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
 // need stay there, where enough stages fit beside them to have loads under way all the time.
-template <int kN>
+template <typename Its>
 int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t multiprocessors) {
-  using Its = HopperTile<kN>;
   constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Its::kKept;
   // A block's tiles have the same channels where blocks are a multiple of the channels' tiles.
   const int64_t same_channels = multiprocessors - multiprocessors % a.tiles_channels.divisor;
@@ -67,33 +49,37 @@ int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t
       one_phase && same_channels > 0 && a.tiles > same_channels &&
       // Without the others it shall not take more than 5% longer.
       20 * tiles_for(a.tiles, same_channels) <= 21 * tiles_for(a.tiles, multiprocessors) &&
-      steps * Its::kWeights + kEnoughStages * kPixelBytes <= kRest;
+      steps * Its::kWeights + kEnoughStages * Its::kPixelBytes <= kRest;
   a.kept_steps = keeps ? small(steps) : 0;
-  a.stage_bytes = kPixelBytes + (keeps ? 0 : Its::kWeights);
+  a.stage_bytes = Its::kPixelBytes + (keeps ? 0 : Its::kWeights);
   const int64_t stages = (kRest - a.kept_steps * Its::kWeights) / a.stage_bytes;
   a.stages = small(stages < kMostStages ? stages : kMostStages);
   const int64_t blocks = keeps ? same_channels : multiprocessors;
   return a.tiles < blocks ? a.tiles : blocks;
 }
 
-template <typename T, int kN, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const PixelBox& box,
-         const void* image, const void* weight, void* output, HopperArguments a,
-         const Where& where) {
-  using Its = HopperTile<kN>;
+template <typename T, int kPixels, int kN, bool kGradient>
+void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const void* image,
+         const void* weight, void* output, HopperArguments a, const Where& where) {
+  using Its = HopperTile<kPixels, kN>;
+  const HopperImage out = first_phase(pass);
+  const PixelBox box = choose_pixel_box(out, kPixels);
+  a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
+  a.tiles_h = Divisor::of(tiles_for(out.H, box.h));
+  a.tiles_w = Divisor::of(tiles_for(out.W, box.w));
+  const int64_t tiles_channels = tiles_for(out.channels, kN);
+  a.tiles_channels = Divisor::of(tiles_channels);
+  a.tiles = small(pixel_tiles(out, box) * tiles_channels);
   phase_maps<T>(op, image, pass.in, pass.in_phases(), box, a.images);
   phase_maps<T>(op, output, pass.out, pass.out_phases(), box, a.outputs);
-  a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight}, 1, 1,
-                               kGradient ? kChannels : kN);
-  const int64_t tiles_channels = tiles_for(pass.out.channels, kN);
-  a.tiles_channels = Divisor::of(tiles_channels);
-  a.tiles = small(pixel_tiles(first_phase(pass), box) * tiles_channels);
+  a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight},
+                               {kGradient ? kChannels : kN, 1, 1});
   const HopperPhases phases = pass.out_phases();
   const int64_t blocks =
-      divide_memory<kN>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, multiprocessors(op));
+      divide_memory<Its>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, multiprocessors(op));
   const int64_t bytes = Its::kKept + a.kept_steps * Its::kWeights + a.stages * a.stage_bytes;
-  launch(op, conv2d_hopper_kernel<T, kN, kGradient>, static_cast<unsigned>(blocks), kThreads,
-         static_cast<size_t>(bytes), where.stream, a);
+  launch(op, conv2d_hopper_kernel<T, kPixels, kN, kGradient>, static_cast<unsigned>(blocks),
+         kThreads, static_cast<size_t>(bytes), where.stream, a);
 }
 
 void end_with(HopperArguments& a, Activation activation, double negative_slope) {
@@ -106,44 +92,31 @@ void end_with(HopperArguments& a, Activation activation, double negative_slope) 
   a.most = activation == Kind::kRelu6 ? 6 : std::numeric_limits<float>::infinity();
 }
 
+HopperTileSize guess(const Conv2dProblem& p, const HopperPass& pass, int64_t multiprocessors) {
+  const HopperImage out = first_phase(pass);
+  const HopperPhases phases = pass.out_phases();
+  const HopperTileTime time{pixel_tiles(out, choose_pixel_box(out, 128)), out.channels,
+                            p.R * p.S * tiles_for(pass.in.channels, kChannels), phases.h * phases.w,
+                            multiprocessors};
+  return {128, time.fastest()};
+}
+
 template <typename T, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, int channels, const void* image,
+void run(const char* op, const Conv2dProblem& p, HopperTileSize tile, const void* image,
          const void* weight, const void* bias, void* output, const Where& where) {
   const HopperPass pass = hopper_pass(p, kGradient);
-  const HopperImage out = first_phase(pass);
-  const PixelBox box = choose_pixel_box(out, kPixels);
   HopperArguments a{};
   a.rows = pass.rows, a.columns = pass.columns;
   a.bias = bias;
-  a.channels = small(out.channels);
-  a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
-  a.tiles_h = Divisor::of(tiles_for(out.H, box.h));
-  a.tiles_w = Divisor::of(tiles_for(out.W, box.w));
+  a.channels = small(pass.out.channels);
   a.sums = small(tiles_for(pass.in.channels, kChannels));
   end_with(a, p.activation, p.negative_slope);
-  const HopperPhases phases = pass.out_phases();
-  const HopperTileTime time{pixel_tiles(out, box), out.channels, p.R * p.S * a.sums,
-                            phases.h * phases.w, multiprocessors(op)};
-  switch (channels != 0 ? channels : time.fastest()) {
-    case 64:
-      return run<T, 64, kGradient>(op, p, pass, box, image, weight, output, a, where);
-    case 128:
-      return run<T, 128, kGradient>(op, p, pass, box, image, weight, output, a, where);
-    default:
-      return run<T, 256, kGradient>(op, p, pass, box, image, weight, output, a, where);
-  }
-}
-
-std::string image_why_not(const char* name, const HopperImage& image) {
-  const Strides4& s = image.strides;
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 38);
-  };
-  if (image.channels % 8 != 0) return std::string(name) + ": channels in eights";
-  if (s.c != 1 || !fits(image.N, s.n) || !fits(image.H, s.h) || !fits(image.W, s.w)) {
-    return std::string(name) + ": channels_last, with pixels a multiple of 16 bytes apart";
-  }
-  return "";
+  if (tile.channels == 0) tile = guess(p, pass, multiprocessors(op));
+  const auto chosen = tile.channels == 64    ? run<T, 128, 64, kGradient>
+                      : tile.channels == 256 ? run<T, 128, 256, kGradient>
+                      : tile.pixels == 256   ? run<T, 256, 128, kGradient>
+                                             : run<T, 128, 128, kGradient>;
+  chosen(op, p, pass, image, weight, output, a, where);
 }
 
 }  // namespace
@@ -167,28 +140,34 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& p, bool gradient) {
   const int64_t steps = p.R * p.S * tiles_for(gradient ? p.K : p.C, kChannels);
   const HopperPass pass = hopper_pass(p, gradient);
   const HopperImage out = first_phase(pass);
-  const int64_t tiles =
-      pixel_tiles(out, choose_pixel_box(out, kPixels)) * tiles_for(out.channels, 64);
+  const int64_t tiles = pixel_tiles(out, choose_pixel_box(out, 128)) * tiles_for(out.channels, 64);
   if (tiles > kMost / 8 || steps > kMost / 64 || (spans | pass.in.W | pass.out.W) > kMost / 4) {
     return takes("fewer pixels and taps");
   }
   return "";
 }
 
-void conv2d_hopper(const Conv2dProblem& p, int channels, const void* input, const void* weight,
-                   const void* bias, void* output, const Where& where) {
+bool is_hopper_tile(const HopperTileSize& tile) {
+  const int pixels = tile.pixels, channels = tile.channels;
+  if (pixels == 0 || pixels == 256) return channels == pixels / 2;
+  return pixels == 128 && (channels == 64 || channels == 128 || channels == 256);
+}
+
+void conv2d_hopper(const Conv2dProblem& p, const HopperTileSize& tile, const void* input,
+                   const void* weight, const void* bias, void* output, const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, channels, input, weight, bias, output, where);
+  chosen(kOp, p, tile, input, weight, bias, output, where);
 }
 
-void conv2d_grad_input_hopper(const Conv2dProblem& p, int channels, const void* grad_output,
-                              const void* weight, void* grad_input, const Where& where) {
+void conv2d_grad_input_hopper(const Conv2dProblem& p, const HopperTileSize& tile,
+                              const void* grad_output, const void* weight, void* grad_input,
+                              const Where& where) {
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, channels, grad_output, weight, nullptr, grad_input, where);
+  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, where);
 }
 
 std::string hopper_missing(int device) {
@@ -201,7 +180,8 @@ std::string hopper_missing(int device) {
     if (major != 9 || minor != 0) return "it needs a GPU of compute capability 9.0";
     // On such a GPU the body is empty in code made from another architecture's.
     cudaFuncAttributes attributes;
-    check("conv2d", cudaFuncGetAttributes(&attributes, conv2d_hopper_kernel<Half, 128, false>));
+    check("conv2d",
+          cudaFuncGetAttributes(&attributes, conv2d_hopper_kernel<Half, 128, 128, false>));
     constexpr int kRegistersOfAnEmptyBody = 32;  // and somewhat more
     if (attributes.numRegs < kRegistersOfAnEmptyBody) {
       return "it was built without TORCH_CUDA_ARCH_LIST 9.0a";

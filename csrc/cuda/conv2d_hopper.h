@@ -15,12 +15,20 @@ std::string conv2d_hopper_why_not(const Conv2dProblem& problem, bool gradient);
 // Why the kernels do not run on a device, or "".
 std::string hopper_missing(int device);
 
-// channels: of a tile, 64, 128 or 256, or 0 for the one that a guess at its time gives.
+// What a block makes at a time: 128 pixels by 64, 128 or 256 channels, or 256 by 128; 0 by 0 is the
+// one that a guess at its time gives.
+struct HopperTileSize {
+  int pixels, channels;
+};
+
+bool is_hopper_tile(const HopperTileSize& tile);
+
 // output = activation(conv2d(input, weight) + bias); bias may be null.
-void conv2d_hopper(const Conv2dProblem& problem, int channels, const void* input,
+void conv2d_hopper(const Conv2dProblem& problem, const HopperTileSize& tile, const void* input,
                    const void* weight, const void* bias, void* output, const Where& where);
 
-void conv2d_grad_input_hopper(const Conv2dProblem& problem, int channels, const void* grad_output,
-                              const void* weight, void* grad_input, const Where& where);
+void conv2d_grad_input_hopper(const Conv2dProblem& problem, const HopperTileSize& tile,
+                              const void* grad_output, const void* weight, void* grad_input,
+                              const Where& where);
 
 }  // namespace gdfast::cuda

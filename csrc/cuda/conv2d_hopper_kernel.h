@@ -14,7 +14,7 @@ GDFAST_DEVICE void load_weights(const HopperArguments& a, unsigned char* to, int
                                 int r, int s, uint64_t* full) {
   if constexpr (kGradient) {
 #pragma unroll 1
-    for (int part = 0; part < HopperTile<kN>::kParts; ++part) {
+    for (int part = 0; part < kN / kChannels; ++part) {
       load_box(to + part * kChannels * kBoxRow, a.weight,
                {channel + part * kChannels, s, r, sum * kChannels}, full);
     }
@@ -23,9 +23,9 @@ GDFAST_DEVICE void load_weights(const HopperArguments& a, unsigned char* to, int
   }
 }
 
-template <int kN, bool kGradient>
+template <int kPixels, int kN, bool kGradient>
 GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
-  using Its = HopperTile<kN>;
+  using Its = HopperTile<kPixels, kN>;
   static_assert(kMostPhases == 2, "so that a shift divides by the phases, towards minus infinity");
   const int shift_h = a.rows.in_phases - 1, shift_w = a.columns.in_phases - 1;
   // A box always counts in full, also where it reaches beyond its tensor.
@@ -45,14 +45,14 @@ GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
         const TensorMap& image = a.images[at_h - (h << shift_h)][at_w - (w << shift_w)];
 #pragma unroll 1
         for (int sum = 0; sum < a.sums; ++sum, ++step, advance(stage, a.stages)) {
-          uint64_t* const full = Ring<kN>::full(stage);
+          uint64_t* const full = Ring<Its>::full(stage);
           // In the first turn nobody has to leave a stage: the phase before the first is over.
-          barrier_wait(Ring<kN>::empty(stage), stage.parity ^ 1);
+          barrier_wait(Ring<Its>::empty(stage), stage.parity ^ 1);
           barrier_arrive_expecting(full, bytes);
-          load_box(Ring<kN>::pixels(a, stage), image,
+          load_box(Ring<Its>::pixels(a, stage), image,
                    {sum * kChannels, tile.w + w, tile.h + h, tile.n}, full);
           if (with_weights) {
-            load_weights<kN, kGradient>(a, Ring<kN>::weights(a, stage, step), tile.channel, sum,
+            load_weights<kN, kGradient>(a, Ring<Its>::weights(a, stage, step), tile.channel, sum,
                                         rows.tap + i * rows.tap_step,
                                         columns.tap + j * columns.tap_step, full);
           }
@@ -100,7 +100,7 @@ GDFAST_DEVICE void finish(const HopperArguments& a, float (&sums)[4], const floa
 
 // Leaves a warp's 16 rows of one product in the boxes of a tile's results, 64 channels each. Of
 // each row four lanes have 16 bytes: no two of a warp's meet in a bank.
-template <typename T, int kN, Ending kEnding>
+template <typename T, int kPixels, int kN, Ending kEnding>
 GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 2], int channel,
                              unsigned char* results, int first_row) {
   const int lane = computed_again(warp_lane()), row_of_8 = lane / 4;
@@ -119,7 +119,7 @@ GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 
       }
       finish<kEnding>(a, values, bias);
     }
-    unsigned char* const place = to + chunk / 8 * kPixelBytes + (chunk % 8 ^ row_of_8) * 16;
+    unsigned char* const place = to + chunk / 8 * kPixels * kBoxRow + (chunk % 8 ^ row_of_8) * 16;
     *reinterpret_cast<uint32_t*>(place) = pack_two<T>(values[0], values[1]);
     *reinterpret_cast<uint32_t*>(place + 8 * kBoxRow) = pack_two<T>(values[2], values[3]);
   }
@@ -127,10 +127,10 @@ GDFAST_DEVICE void keep_rows(const HopperArguments& a, const float (&sums)[kN / 
 
 // Writes a tile from the sums of those who share it. The unit goes on writing while they multiply
 // the next one: memory is theirs again when it has been read.
-template <typename T, int kN, bool kGradient, int kProducts>
+template <typename T, int kPixels, int kN, bool kGradient, int kProducts>
 GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output, int index,
                               const float (&sums)[kProducts][kN / 2], int consumer, bool zero) {
-  using Its = HopperTile<kN>;
+  using Its = HopperTile<kPixels, kN>;
   const int turn = consumer / Its::kSharers;
   unsigned char* const results = shared_memory() + turn * Its::kResults;
   const bool starts = consumer % Its::kSharers == 0 && threadIdx.x % kWarpgroup == 0;
@@ -142,8 +142,8 @@ GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output,
   const auto keep = [&](auto ending) {
 #pragma unroll
     for (int product = 0; product < kProducts; ++product) {
-      keep_rows<T, kN, decltype(ending)::value>(a, sums[product], tile.channel, results,
-                                                first_row + 64 * product);
+      keep_rows<T, kPixels, kN, decltype(ending)::value>(a, sums[product], tile.channel, results,
+                                                         first_row + 64 * product);
     }
   };
   // Asked once for all: in most layers there is nothing to finish.
@@ -166,15 +166,15 @@ GDFAST_DEVICE void write_tile(const HopperArguments& a, const TensorMap& output,
   for (int part = 0; part < Its::kParts; ++part) {
     const int channel = tile.channel + part * kChannels;
     if (channel < a.channels) {
-      store_box(output, {channel, tile.w, tile.h, tile.n}, results + part * kPixelBytes);
+      store_box(output, {channel, tile.w, tile.h, tile.n}, results + part * Its::kPixelBytes);
     }
   }
   stores_commit();
 }
 
-template <typename T, int kN, bool kGradient>
+template <typename T, int kPixels, int kN, bool kGradient>
 GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
-  using Its = HopperTile<kN>;
+  using Its = HopperTile<kPixels, kN>;
   const auto arrive = [](uint64_t* barrier) {
     if (warp_lane() == 0) barrier_arrive(barrier);
   };
@@ -189,45 +189,47 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
     if (Its::kTurns > 1 && (number++ & 1) != mine) return advance(stage, a.stages, steps);
     // Parities tell one turn of the ring from the next, not from the one after that: stages are
     // waited for in their order, by one consumer after the other.
-    if constexpr (Its::kTurns > 1) barrier_wait(Ring<kN>::turn(consumer), turn);
+    if constexpr (Its::kTurns > 1) barrier_wait(Ring<Its>::turn(consumer), turn);
     turn ^= 1;
     Stage before = stage;
     for (int step = 0; step < steps; ++step) {
-      barrier_wait(Ring<kN>::full(stage), stage.parity);
-      multiply_stage<T, kN, kGradient>(sums, Ring<kN>::pixels(a, stage) + first_row * kBoxRow,
-                                       Ring<kN>::weights(a, stage, step), step > 0);
+      barrier_wait(Ring<Its>::full(stage), stage.parity);
+      multiply_stage<T, kN, kGradient>(sums, Ring<Its>::pixels(a, stage) + first_row * kBoxRow,
+                                       Ring<Its>::weights(a, stage, step), step > 0);
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
-      if (step > 0) arrive(Ring<kN>::empty(before));
+      if (step > 0) arrive(Ring<Its>::empty(before));
       before = stage;
       advance(stage, a.stages);
     }
-    if constexpr (Its::kTurns > 1) arrive(Ring<kN>::turn(consumer ^ 1));
+    if constexpr (Its::kTurns > 1) arrive(Ring<Its>::turn(consumer ^ 1));
     warpgroup_wait<0>();
 #pragma unroll
     for (auto& product : sums) warpgroup_take(product);
-    if (steps > 0) arrive(Ring<kN>::empty(before));
-    write_tile<T, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer, steps == 0);
+    if (steps > 0) arrive(Ring<Its>::empty(before));
+    write_tile<T, kPixels, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer,
+                                          steps == 0);
   });
   stores_wait<0>();
 }
 
 #endif
 
-template <typename T, int kN, bool kGradient>
+template <typename T, int kPixels, int kN, bool kGradient>
 GDFAST_KERNEL(kThreads, 1)
 conv2d_hopper_kernel(GDFAST_GRID_CONSTANT const HopperArguments a) {
 #if defined(GDFAST_HOPPER)
-  if (threadIdx.x == 0) Ring<kN>::init_barriers();
+  using Its = HopperTile<kPixels, kN>;
+  if (threadIdx.x == 0) Ring<Its>::init_barriers();
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warpgroup = shuffle(warp_index() / 4, 0);
   if (warpgroup == 0) {
     give_registers<kLoaderRegisters>();
-    if (threadIdx.x == 0) load_tiles<kN, kGradient>(a);
+    if (threadIdx.x == 0) load_tiles<kPixels, kN, kGradient>(a);
   } else {
     take_registers<kConsumerRegisters>();
-    multiply_tiles<T, kN, kGradient>(a, warpgroup - 1);
+    multiply_tiles<T, kPixels, kN, kGradient>(a, warpgroup - 1);
   }
 #endif
 }

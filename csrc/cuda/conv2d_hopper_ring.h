@@ -16,11 +16,9 @@
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kPixels = 128;   // of a tile: two products of 64 rows
 constexpr int kChannels = 64;  // summed per step: one row of a box
 constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kPixelBytes = kPixels * kBoxRow;
 constexpr int kWarpRows = 16;  // of a product, for each warp
 
 // Registers of a thread: 65536 / 384 = 170 are 168 at launch, in units of 8.
@@ -55,14 +53,16 @@ struct HopperArguments {
   float below, most;
 };
 
-// A tile of kN channels: how consumers divide it, and what lies where in dynamic shared memory.
-template <int kN>
+// A tile of kPixels by kN channels: how consumers divide it, and what lies where in dynamic shared
+// memory.
+template <int kPixels, int kN>
 struct HopperTile {
-  // A consumer has registers for 128 sums a thread: all pixels of up to 128 channels, and then
-  // consumers take tiles in turn, or half of the pixels of 256, and then they share each tile.
-  static constexpr int kSharers = kN == 256 ? kConsumers : 1;
+  // A consumer has registers for 128 sums a thread: all of a tile of up to 128 by 128, and then
+  // consumers take tiles in turn, or half of the pixels of a larger one, and then they share each.
+  static constexpr int kSharers = kPixels * kN > 128 * 128 ? kConsumers : 1;
   static constexpr int kTurns = kConsumers / kSharers;
   static constexpr int kProducts = kPixels / 64 / kSharers;
+  static constexpr int kPixelBytes = kPixels * kBoxRow;  // of one step
 
   static constexpr int kParts = kN / kChannels;  // boxes of results
   static constexpr int kResults = kParts * kPixelBytes;
@@ -111,16 +111,16 @@ GDFAST_DEVICE void advance(Stage& stage, int stages, int steps) {
   stage = {index - turns * stages, stage.parity ^ (turns & 1)};
 }
 
-template <int kN>
+template <typename Tile>
 struct Ring {
-  using Its = HopperTile<kN>;
+  using Its = Tile;
 
   GDFAST_DEVICE unsigned char* pixels(const HopperArguments& a, const Stage& stage) {
     return shared_memory() + Its::kKept + a.kept_steps * Its::kWeights +
            stage.index * a.stage_bytes;
   }
   GDFAST_DEVICE unsigned char* weights(const HopperArguments& a, const Stage& stage, int step) {
-    if (a.kept_steps == 0) return pixels(a, stage) + kPixelBytes;
+    if (a.kept_steps == 0) return pixels(a, stage) + Its::kPixelBytes;
     return shared_memory() + Its::kKept + step * Its::kWeights;
   }
 

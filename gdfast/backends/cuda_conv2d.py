@@ -42,8 +42,11 @@ from gdfast.windows import Windows
 
 Copy = Callable[[Tensor], Tensor]
 
-# By TMA and wgmma, on GPUs of compute capability 9.0: channels of a tile, 0 for a guess.
-HOPPER = {"hopper": 0, "hopper-64": 64, "hopper-128": 128, "hopper-256": 256}
+# By TMA and wgmma, on GPUs of compute capability 9.0: pixels and channels of a tile, 0 for a guess.
+HOPPER = {
+    "hopper": (0, 0), "hopper-64": (128, 64), "hopper-128": (128, 128), "hopper-256": (128, 256),
+    "hopper-128-tall": (256, 128),
+}  # fmt: skip
 # The images that a pass reads.
 _READ = {
     "conv2d": ("input",), "conv2d_grad_input": ("output",),
@@ -106,9 +109,9 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if op == "conv2d_grad_weight":
         return cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    tiles = {name: n for name, n in HOPPER.items() if 0 < n < 2 * max(made, 64)}
+    tiles = {name: size for name, size in HOPPER.items() if 0 < size[1] < 2 * max(made, 64)}
     # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
-    best = sorted(tiles, key=lambda name: (tiles[name] > made, tiles[name] != 128))
+    best = sorted(tiles, key=lambda name: (tiles[name][1] > made, tiles[name] != (128, 128)))
     return tuple(name + ending for name in best)
 
 
@@ -152,7 +155,7 @@ def _way(query: Conv2dQuery, tile: str) -> Callable[[], Any]:
 def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], Callable[[], Any]]:
     """A binding, and what it is told at each call between the problem and the addresses."""
     if by in HOPPER:
-        return getattr(native.cuda, f"{op}_hopper"), lambda: (HOPPER[by],)
+        return getattr(native.cuda, f"{op}_hopper"), lambda: HOPPER[by]
     way = _way(query, by)
     return getattr(native.cuda, op), lambda: (way(),)
 
