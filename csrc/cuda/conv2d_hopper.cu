@@ -15,8 +15,8 @@
 // In grad_input the weights are read down their columns: its sum goes over filters. That is a bit
 // in the instruction; they lie in memory as they do for conv2d.
 #include "conv2d_hopper.h"
+#include "conv2d_hopper_images.h"
 #include "conv2d_hopper_kernel.h"
-#include "conv2d_hopper_tiles.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -24,36 +24,6 @@ namespace {
 constexpr int kMost = 2147483647;
 
 int small(int64_t value) { return static_cast<int>(value); }
-
-// The axis after another. One of length 1 is never stepped along, but has to have a legal step.
-Axis next_axis(const Axis& before, int64_t size, int64_t stride) {
-  return {size, size == 1 ? before.size * before.bytes : 2 * stride};
-}
-
-// A tensor with its channels first, as boxes of 64 of them.
-template <typename T>
-TensorMap channels_first(const char* op, const void* address, const HopperImage& image, int box_w,
-                         int box_h, int box_n) {
-  const Axis channels{image.channels, 2};
-  const Axis w = next_axis(channels, image.W, image.strides.w);
-  const Axis h = next_axis(w, image.H, image.strides.h);
-  const Axis n = next_axis(h, image.N, image.strides.n);
-  return tensor_map<T>(op, address, {channels, w, h, n}, {kChannels, box_w, box_h, box_n});
-}
-
-// Each phase of an image as a tensor of its own.
-template <typename T>
-void phase_maps(const char* op, const void* address, const HopperImage& image, HopperPhases phases,
-                const PixelBox& box, TensorMap (&maps)[kMostPhases][kMostPhases]) {
-  for (int h = 0; h < phases.h; ++h) {
-    for (int w = 0; w < phases.w; ++w) {
-      const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
-      maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
-                                     phase_image(image, phases, h, w), small(box.w), small(box.h),
-                                     small(box.n));
-    }
-  }
-}
 
 // Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
 // need stay there, where enough stages fit beside them to have loads under way all the time.
@@ -83,8 +53,8 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const P
   using Its = HopperTile<kN>;
   phase_maps<T>(op, image, pass.in, pass.in_phases(), box, a.images);
   phase_maps<T>(op, output, pass.out, pass.out_phases(), box, a.outputs);
-  a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight}, 1, 1,
-                               kGradient ? kChannels : kN);
+  a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight},
+                               {kGradient ? kChannels : kN, 1, 1});
   const int64_t tiles_channels = tiles_for(pass.out.channels, kN);
   a.tiles_channels = Divisor::of(tiles_channels);
   a.tiles = small(pixel_tiles(first_phase(pass), box) * tiles_channels);
@@ -132,18 +102,6 @@ void run(const char* op, const Conv2dProblem& p, int channels, const void* image
     default:
       return run<T, 256, kGradient>(op, p, pass, box, image, weight, output, a, where);
   }
-}
-
-std::string image_why_not(const char* name, const HopperImage& image) {
-  const Strides4& s = image.strides;
-  const auto fits = [](int64_t size, int64_t stride) {
-    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 38);
-  };
-  if (image.channels % 8 != 0) return std::string(name) + ": channels in eights";
-  if (s.c != 1 || !fits(image.N, s.n) || !fits(image.H, s.h) || !fits(image.W, s.w)) {
-    return std::string(name) + ": channels_last, with pixels a multiple of 16 bytes apart";
-  }
-  return "";
 }
 
 }  // namespace

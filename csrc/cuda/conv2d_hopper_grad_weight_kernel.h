@@ -2,6 +2,7 @@
 // its memory.
 #pragma once
 
+#include "conv2d_hopper_tiles.h"
 #include "hopper.h"
 
 namespace gdfast::cuda {
@@ -9,10 +10,9 @@ namespace {
 
 constexpr int kBlock = 64;  // filters or channels: one row of a box
 constexpr int kDepth = 16;  // pixels that one product sums over
-constexpr int kMostStride = 2;
 
 struct HopperWeightArguments {
-  TensorMap grad, images[kMostStride][kMostStride];  // by phases of rows and columns
+  TensorMap grad, images[kMostPhases][kMostPhases];  // by phases of rows and columns
   float* sums;                                       // [splits, K, R, S, C]
   int K, C, S, taps;
   int units;  // blocks of channels times taps, taps first
@@ -256,7 +256,7 @@ GDFAST_DEVICE void clear_rest(int box_pixels) {
       store_16(to + byte, {});
     }
   }
-  fence_shared();
+  stores_ready();
 }
 
 #endif
