@@ -18,6 +18,7 @@ case "$*" in
   -) cat > /dev/null; echo "gpu a stub" >&2; echo 9.0a ;;
   -c*) echo /nowhere ;;
   *test_cuda_hopper.py*) exit "$HOPPER" ;;
+  *test_cuda_hopper_grad_weight.py*) exit "${HOPPER_GRAD_WEIGHT:-0}" ;;
   *--warm*) sleep 60 ;;
   *gpu_layers.py*) echo "{}" > "$2/results.json"; echo "| what | against" > "$2/results.txt" ;;
 esac
@@ -96,6 +97,13 @@ def test_hoppers_kernel_is_left_out_where_its_tests_failed(tree: Path) -> None:
     assert status == 1 and "hopper: its kernels are left out" in summary
     assert "hopper=0," in only(calls, "tests/test_gpu.py")
     assert "hopper=0," in only(calls, "--seconds 4")
+
+
+def test_hoppers_gradient_in_the_weight_is_left_out_alone(tree: Path) -> None:
+    status, summary, calls = run(tree, hopper=0, HOPPER_GRAD_WEIGHT="1")
+    assert status == 1 and "hopper: its kernels are candidates" in summary
+    assert "hopper: that of the gradient in the weight is left out" in summary
+    assert "hopper=no_grad_weight," in only(calls, "--seconds 4")
 
 
 def test_chosen_rows_are_measured_without_tests(tree: Path) -> None:

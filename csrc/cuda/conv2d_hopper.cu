@@ -25,19 +25,6 @@ constexpr int kMost = 2147483647;
 
 int small(int64_t value) { return static_cast<int>(value); }
 
-// Each phase of an image as a tensor of its own.
-template <typename T>
-void phase_maps(const char* op, const void* address, const HopperImage& image, HopperPhases phases,
-                const PixelBox& box, TensorMap (&maps)[kMostPhases][kMostPhases]) {
-  for (int h = 0; h < phases.h; ++h) {
-    for (int w = 0; w < phases.w; ++w) {
-      const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
-      maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
-                                     phase_image(image, phases, h, w), box);
-    }
-  }
-}
-
 // Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
 // need stay there, where enough stages fit beside them to have loads under way all the time.
 template <typename Its>

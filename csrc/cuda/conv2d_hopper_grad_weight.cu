@@ -43,20 +43,6 @@ int64_t block_tiles(const Conv2dProblem& p, const HopperWeightBlock& block) {
   return tiles_for(p.K, block.filters) * tiles_for(column_units(p) * kBlock, block.columns);
 }
 
-// The pixels of an image from one of its first on that the strides meet.
-template <typename T>
-TensorMap phase(const void* address, const HopperImage& image, const Conv2dProblem& p, int h, int w,
-                const PixelBox& box) {
-  const Strides4& s = image.strides;
-  const HopperImage met{image.N,
-                        image.channels,
-                        tiles_for(image.H - h, p.stride_h),
-                        tiles_for(image.W - w, p.stride_w),
-                        {s.n, s.c, s.h * p.stride_h, s.w * p.stride_w}};
-  const int64_t bytes = 2 * (h * s.h + w * s.w);
-  return channels_first<T>(kOp, static_cast<const unsigned char*>(address) + bytes, met, box);
-}
-
 template <typename T, int kFilters, int kColumns>
 void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const void* grad_output,
          const void* input, void* workspace, int64_t splits, const Where& where) {
@@ -67,11 +53,7 @@ void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const voi
   HopperWeightArguments a{};
   a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
   a.grad = channels_first<T>(kOp, grad_output, out, box);
-  for (int h = 0; h < p.stride_h; ++h) {
-    for (int w = 0; w < p.stride_w; ++w) {
-      a.images[h][w] = phase<T>(input, pass.in, p, h, w, box);
-    }
-  }
+  phase_maps<T>(kOp, input, pass.in, pass.in_phases(), box, a.images);
   a.sums = static_cast<float*>(workspace);
   a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
   a.units = small(column_units(p));
@@ -104,7 +86,7 @@ std::string conv2d_grad_weight_hopper_why_not(const Conv2dProblem& p) {
   const auto takes = [](const std::string& what) { return "it takes " + what; };
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return takes("half types");
   if (p.groups != 1) return takes("one group");
-  if (p.stride_h > kMostStride || p.stride_w > kMostStride) return takes("strides of 1 and 2");
+  if (p.stride_h > kMostPhases || p.stride_w > kMostPhases) return takes("strides of 1 and 2");
   if (p.stride_h > p.H || p.stride_w > p.W) return takes("images of at least the stride");
   if (p.N == 0) return takes("at least one image");
   for (const auto& [name, image] :

@@ -2,6 +2,7 @@
 // its memory.
 #pragma once
 
+#include "conv2d_hopper_tiles.h"
 #include "hopper.h"
 
 namespace gdfast::cuda {
@@ -9,10 +10,9 @@ namespace {
 
 constexpr int kBlock = 64;  // filters or channels: one row of a box
 constexpr int kDepth = 16;  // pixels that one product sums over
-constexpr int kMostStride = 2;
 
 struct HopperWeightArguments {
-  TensorMap grad, images[kMostStride][kMostStride];  // by phases of rows and columns
+  TensorMap grad, images[kMostPhases][kMostPhases];  // by phases of rows and columns
   float* sums;                                       // [splits, K, R, S, C]
   int K, C, S, taps;
   int units;  // blocks of channels times taps, taps first
@@ -163,32 +163,39 @@ GDFAST_DEVICE void multiply_stage(float (&sums)[Its::kProducts][Its::kN / 2],
   warpgroup_commit();
 }
 
-struct alignas(8) TwoSums {
-  float first, second;
+struct alignas(16) FourSums {
+  float values[4];
 };
 
-// Writes what a warp has of one product: 16 filters, from the first of which on, by units.
+// Writes what a warp has of one product: 16 filters, from the first of which on, by units. A lane
+// has two channels of each chunk of eight; lanes side by side exchange what makes it four of every
+// second chunk, so that a line of memory is written in half as many accesses.
 template <int kN>
 GDFAST_DEVICE void write_sums(const HopperWeightArguments& a, const float (&sums)[kN / 2],
                               int split, int first_filter, int first_unit) {
-  const int lane = computed_again(warp_lane());
+  const int lane = computed_again(warp_lane()), odd = lane % 2;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int filter = first_filter + lane / 4 + 8 * i;
-    if (filter >= a.K) continue;
     float* const row = a.sums + (int64_t{split} * a.K + filter) * (a.taps * a.C);
 #pragma unroll
     for (int part = 0; part < kN / kBlock; ++part) {
       const int unit = first_unit + part;
       if (unit >= a.units) continue;
-      const int block = unit / a.taps;
-      const int channel = block * kBlock + lane % 4 * 2;
-      float* const to = row + (unit - block * a.taps) * a.C + channel;
+      const int block = unit / a.taps, tap = unit - block * a.taps;
+      const int channel = block * kBlock + 8 * odd + lane % 4 / 2 * 4;
+      float* const to = row + (tap * a.C + channel);
 #pragma unroll
-      for (int chunk = 0; chunk < 8; ++chunk) {
-        if (channel + 8 * chunk >= a.C) continue;  // channels come in eights
-        const float* const from = sums + 32 * part + 4 * chunk + 2 * i;
-        *reinterpret_cast<TwoSums*>(to + 8 * chunk) = {from[0], from[1]};
+      for (int chunk = 0; chunk < 8; chunk += 2) {
+        const float* const even = sums + (32 * part + 4 * chunk + 2 * i);
+        float theirs[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) theirs[j] = shuffle_xor(odd ? even[j] : even[4 + j], 1);
+        // Channels come in eights.
+        if (filter >= a.K || channel + 8 * chunk >= a.C) continue;
+        *reinterpret_cast<FourSums*>(to + 8 * chunk) =
+            odd ? FourSums{theirs[0], theirs[1], even[4], even[5]}
+                : FourSums{even[0], even[1], theirs[0], theirs[1]};
       }
     }
   }
@@ -256,7 +263,7 @@ GDFAST_DEVICE void clear_rest(int box_pixels) {
       store_16(to + byte, {});
     }
   }
-  fence_shared();
+  stores_ready();
 }
 
 #endif

@@ -26,6 +26,19 @@ TensorMap channels_first(const char* op, const void* address, const HopperImage&
       {kBoxRow / 2, static_cast<int>(box.w), static_cast<int>(box.h), static_cast<int>(box.n)});
 }
 
+// Each phase of an image as a tensor of its own.
+template <typename T>
+void phase_maps(const char* op, const void* address, const HopperImage& image, HopperPhases phases,
+                const PixelBox& box, TensorMap (&maps)[kMostPhases][kMostPhases]) {
+  for (int h = 0; h < phases.h; ++h) {
+    for (int w = 0; w < phases.w; ++w) {
+      const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
+      maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
+                                     phase_image(image, phases, h, w), box);
+    }
+  }
+}
+
 // What the kernels ask of an image that this one is not, or "".
 inline std::string image_why_not(const char* name, const HopperImage& image) {
   const Strides4& s = image.strides;

@@ -11,12 +11,11 @@
 //                                          c of row r lies in the place of chunk c ^ r
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
 //                                          whoever wrote there has called stores_ready() and met;
-//                                          what lies outside of the tensor is not written
+//                                          what lies outside of the tensor is not written. Products
+//                                          of what threads wrote themselves ask for the same
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written
-//   fence_shared()                         what a thread wrote to shared memory itself is there for
-//                                          boxes and products after it and a sync_block()
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0

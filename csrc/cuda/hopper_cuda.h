@@ -142,8 +142,6 @@ GDFAST_DEVICE void stores_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-GDFAST_DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // --- Products ---------------------------------------------------------------------------------
 
 // A matrix descriptor: addresses and distances in units of 16 bytes, and the 128-byte swizzle.

@@ -301,8 +301,6 @@ GDFAST_DEVICE void stores_wait_read() {
   stores_wait<kPending>();
 }
 
-GDFAST_DEVICE void fence_shared() {}
-
 // --- Products ---------------------------------------------------------------------------------
 
 GDFAST_DEVICE uint64_t columns_matrix(const void* shared, int byte, int next) {

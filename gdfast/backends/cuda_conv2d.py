@@ -107,7 +107,8 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
         return ()
     if op == "conv2d_grad_weight":
-        return cuda_hopper_grad_weight.candidates(query)
+        left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
+        return () if left_out else cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
     tiles = {name: size for name, size in HOPPER.items() if 0 < size[1] < 2 * max(made, 64)}
     # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
