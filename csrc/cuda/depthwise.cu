@@ -56,8 +56,7 @@ struct Tensors {
   T* output;
 };
 
-// A strip has 4 columns of vectors, whose pixels then are in registers; in NCHW, where threads side
-// by side take columns, 4 rows.
+// A strip has 4 rows: threads side by side take columns.
 template <typename T, int kVector, int kRows, int kColumns, typename Filter>
 void launch_strips(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
   const int64_t blocks = int64_t{kStripWaves} * multiprocessors(kOp);

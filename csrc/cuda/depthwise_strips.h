@@ -1,4 +1,4 @@
-// The forward kernel of common filters: a thread makes a strip of kRows x kColumns outputs.
+// The forward kernel of common filters in NCHW: a thread makes a strip of kRows x kColumns outputs.
 #pragma once
 
 #include "activation.h"
