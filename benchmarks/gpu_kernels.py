@@ -24,7 +24,7 @@ from torch.nn import Parameter
 
 import gdfast
 from gdfast import native, nn, ops, optim
-from gdfast.backends import cuda_conv2d, cuda_hopper_grad_weight, cuda_tiles, precision
+from gdfast.backends import cuda_conv2d, cuda_hopper, cuda_hopper_grad_weight, cuda_tiles, precision
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
 from gdfast.bench.cases import Conv2dCase
@@ -51,7 +51,6 @@ _HOPPER = (
     # More tiles than multiprocessors.
     Conv2dCase("weights-stay", 2, 64, 96, 96, 64, 1, 1),
 )
-_HOPPER_STRIDE = Conv2dCase("3x3-stride-2", 3, 72, 12, 11, 72, 3, 3, (2, 2), (1, 1))
 # Parts of slabs and of tiles; tiles in two parts, and more of them than one block makes.
 _GROUPED = (
     Conv2dCase("4s", 3, 72, 9, 19, 72, 3, 3, padding=(1, 1), groups=18),
@@ -90,7 +89,7 @@ def passes(
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
-            if by not in cuda_conv2d.HOPPER:
+            if by not in cuda_hopper.HOPPER:
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
             ours = _by_operations(case, [input, weight, bias, grad], backend)
@@ -341,11 +340,11 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         print(f"conv2d for Hopper: not run: {reason}", flush=True)
         return
     for case in _HOPPER:
-        for name in cuda_conv2d.HOPPER:
+        for name in cuda_hopper.HOPPER:
             if name != "hopper":
                 run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
                 yield f"conv2d {case} by {name}", run, 0
-    for case in (*_HOPPER, _HOPPER_STRIDE):
+    for case in _HOPPER:
         for name in cuda_hopper_grad_weight.BLOCKS:
             run = partial(weight_gradient, case, name, **where)
             yield f"grad_weight {case} by {name}", run, 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gdfast import native
 from gdfast.backends import cuda_conv2d
-from gdfast.backends.cuda_conv2d import HOPPER
+from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -23,6 +22,7 @@ from gdfast.backends import (
     batch_norm,
     cuda_depthwise,
     cuda_grouped,
+    cuda_hopper,
     cuda_hopper_grad_weight,
     cuda_layout,
     cuda_stem,
@@ -32,6 +32,7 @@ from gdfast.backends import (
 )
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
+from gdfast.backends.cuda_hopper import CHUNK, HOPPER
 from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
@@ -42,18 +43,12 @@ from gdfast.windows import Windows
 
 Copy = Callable[[Tensor], Tensor]
 
-# By TMA and wgmma, on GPUs of compute capability 9.0: pixels and channels of a tile, 0 for a guess.
-HOPPER = {
-    "hopper": (0, 0), "hopper-64": (128, 64), "hopper-128": (128, 128), "hopper-256": (128, 256),
-    "hopper-128-tall": (256, 128),
-}  # fmt: skip
 # The images that a pass reads.
 _READ = {
     "conv2d": ("input",), "conv2d_grad_input": ("output",),
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
-_CHUNK = 8  # channels in a half type that make up 16 bytes
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -102,7 +97,7 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     on_gpu = query.device.type == "cuda" and native.cuda is not None
     ending = ""
-    if op == "conv2d_grad_input" and query.geometry.C % _CHUNK and query.geometry.groups == 1:
+    if op == "conv2d_grad_input" and query.geometry.C % CHUNK and query.geometry.groups == 1:
         query, ending = padded_query(query), PADDED
     if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
         return ()
@@ -110,10 +105,7 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
         return () if left_out else cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    tiles = {name: size for name, size in HOPPER.items() if 0 < size[1] < 2 * max(made, 64)}
-    # Of those that many channels fill, 128 leave a multiprocessor most to do side by side.
-    best = sorted(tiles, key=lambda name: (tiles[name][1] > made, tiles[name] != (128, 128)))
-    return tuple(name + ending for name in best)
+    return tuple(name + ending for name in cuda_hopper.candidates(made))
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
@@ -164,7 +156,7 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
 def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernel for Hopper does not run one pass here, or ""."""
     assert native.cuda is not None
-    if reason := _hopper_missing(query.device):
+    if reason := cuda_hopper.missing(query.device):
         return reason
     if op == "conv2d_grad_weight":
         problem, _ = _problem(query, "input", "output")
@@ -178,12 +170,6 @@ def grouped_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
     problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
     return cuda_grouped.why_not(op, query, problem)
-
-
-@lru_cache(maxsize=64)
-def _hopper_missing(device: torch.device) -> str:
-    assert native.cuda is not None
-    return str(native.cuda.hopper_missing(device.index or 0))
 
 
 def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[Copy]]:
