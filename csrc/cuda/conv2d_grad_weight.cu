@@ -110,12 +110,6 @@ conv2d_grad_weight_kernel(GDFAST_GRID_CONSTANT const Arguments a,
   }
 }
 
-template <typename Math>
-void launch_sum_splits(const SplitSums& a, void* to, const Where& where) {
-  launch_sums<typename Math::Sum>(sum_splits_kernel<typename Math::Element, typename Math::Sum>, a,
-                                  where, to);
-}
-
 int64_t sum_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 int64_t weight_elements(const Conv2dProblem& p) { return p.K * (p.C / p.groups) * p.R * p.S; }
@@ -175,9 +169,8 @@ void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void
     arguments.bias_sums =
         static_cast<unsigned char*>(workspace) + splits * weights * sum_bytes(p.dtype);
   }
-  const SplitSums weight_sums = split_sums(workspace, weights, used, weight_places(p));
-  const SplitSums bias_sums =
-      split_sums(arguments.bias_sums, p.K, used, {Divisor::of(1), weight_taps(p), 1});
+  const SplitSums weight_sums = weight_split_sums(p, workspace, used);
+  const SplitSums bias_sums = bias_split_sums(p, arguments.bias_sums, used);
   const DeviceGuard guard("conv2d_grad_weight", where.device);
   with_instance(p.dtype, way, is_chunked(p, grad_output, input), [&](auto instance) {
     using Instance = decltype(instance);
@@ -185,22 +178,18 @@ void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void
       launch_products<Instance>(p, arguments, splits, {}, where);
     }
     using Math = typename Instance::Math;
-    if (grad_weight != nullptr) launch_sum_splits<Math>(weight_sums, grad_weight, where);
-    if (grad_bias != nullptr) launch_sum_splits<Math>(bias_sums, grad_bias, where);
+    using Element = typename Math::Element;
+    using Sum = typename Math::Sum;
+    if (grad_weight != nullptr) launch_sum_splits<Element, Sum>(weight_sums, grad_weight, where);
+    if (grad_bias != nullptr) launch_sum_splits<Element, Sum>(bias_sums, grad_bias, where);
   });
 }
 
 namespace {
 
-template <typename T, typename Sum>
-void launch_sum_splits_sgd(const SplitSums& a, const SgdWeight& weight, const Where& where) {
-  launch_sums<Sum>(sum_splits_sgd_kernel<T, Sum>, a, where, weight_update<Sum>(weight));
-}
-
 void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t splits,
                     const SgdWeight& weight, const Where& where) {
-  const SplitSums a =
-      split_sums(workspace, weight_elements(p), used_splits(p, splits), weight_places(p));
+  const SplitSums a = weight_split_sums(p, workspace, used_splits(p, splits));
   switch (weight.hyper.dtype) {
     case DType::kFloat32:
       return launch_sum_splits_sgd<float, float>(a, weight, where);

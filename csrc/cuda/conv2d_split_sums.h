@@ -28,80 +28,140 @@ GDFAST_DEVICE int64_t place_of(const WeightPlaces& a, int64_t filter, int32_t ta
 }
 
 constexpr int kSumThreads = 256;
+constexpr int kGroup = 4;  // elements of a thread, where they are channels of one tap
 
 struct SplitSums {
   const void* sums;  // [splits, count]
   int64_t count, splits;
   WeightPlaces places;
-  int parts;  // threads of an element, which have every parts-th split: a power of two
+  int64_t channel_step;  // between the elements of a group
+  bool grouped, whole;   // whether groups lie side by side, at multiples of their elements
+  int parts;             // threads of a group, which have every parts-th split: a power of two
 };
 
-// Few elements of many splits are shared, so that enough is under way to and from memory.
-int sum_parts(int64_t count, int64_t splits) {
-  constexpr int64_t kThreadsOfAll = 1 << 18, kMostParts = 8, kSplitsOfThread = 8;
+// Few groups of many splits are shared, so that enough is under way to and from memory.
+int sum_parts(int64_t groups, int64_t splits) {
+  constexpr int64_t kThreadsOfAll = 1 << 17, kMostParts = 16, kSplitsOfThread = 8;
   int64_t parts = 1;
   while (parts < kMostParts && 2 * parts * kSplitsOfThread <= splits &&
-         count * parts < kThreadsOfAll) {
+         groups * parts < kThreadsOfAll) {
     parts *= 2;
   }
   return small(parts);
 }
 
-SplitSums split_sums(const void* sums, int64_t count, int64_t splits, const WeightPlaces& places) {
-  return {sums, count, splits, places, sum_parts(count, splits)};
+SplitSums weight_split_sums(const Conv2dProblem& p, const void* sums, int64_t splits) {
+  const int64_t count = p.K * (p.C / p.groups) * p.R * p.S;
+  const bool grouped = p.C / p.groups % kGroup == 0;
+  const int64_t groups = grouped ? count / kGroup : count;
+  const Strides4& at = p.weight;
+  const bool whole = at.c == 1 && at.n % kGroup == 0 && (p.R == 1 || at.h % kGroup == 0) &&
+                     (p.S == 1 || at.w % kGroup == 0);
+  return {sums, count, splits, weight_places(p), at.c, grouped, whole, sum_parts(groups, splits)};
 }
 
-// The sum of an element, and its place; a negative one in threads that have none.
-template <typename Sum>
-GDFAST_DEVICE Sum sum_splits(const SplitSums& a, int64_t& place) {
+SplitSums bias_split_sums(const Conv2dProblem& p, const void* sums, int64_t splits) {
+  return {sums, p.K,   splits, {Divisor::of(1), weight_taps(p), 1},
+          0,    false, true,   sum_parts(p.K, splits)};
+}
+
+template <typename T, int kCount>
+struct alignas(kCount == 1               ? sizeof(T)
+               : sizeof(T) * kCount < 16 ? sizeof(T) * kCount
+                                         : 16) Group {
+  T values[kCount];
+};
+
+// A thread's group and the places of its elements; negative ones in threads that have none.
+template <typename Sum, int kCount>
+GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (&places)[kCount]) {
+  using Sums = Group<Sum, kCount>;
   const int columns = kSumThreads / a.parts, part = this_thread() / columns;
-  const int64_t index = int64_t{blockIdx.x} * columns + this_thread() % columns;
-  Sum sum = 0;
+  const int64_t index = (int64_t{blockIdx.x} * columns + this_thread() % columns) * kCount;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sums[i] = 0, places[i] = -1;
   if (index < a.count) {
     const Sum* from = static_cast<const Sum*>(a.sums) + (part * a.count + index);
     const int64_t step = a.parts * a.count;
-#pragma unroll 8
-    for (int64_t split = part; split < a.splits; split += a.parts, from += step) sum += *from;
+#pragma unroll(kCount == 1 ? 8 : 4)
+    for (int64_t split = part; split < a.splits; split += a.parts, from += step) {
+      const Sums more = *reinterpret_cast<const Sums*>(from);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += more.values[i];
+    }
   }
-  place = -1;
   if (a.parts > 1) {
-    Sum* const sums = reinterpret_cast<Sum*>(shared_memory());
-    sums[this_thread()] = sum;
+    Sums* const shared = reinterpret_cast<Sums*>(shared_memory());
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shared[this_thread()].values[i] = sums[i];
     sync_block();
-    if (part > 0) return sum;
-    for (int other = 1; other < a.parts; ++other) sum += sums[other * columns + this_thread()];
+    if (part > 0) return;
+    for (int other = 1; other < a.parts; ++other) {
+      const Sums more = shared[other * columns + this_thread()];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += more.values[i];
+    }
   }
-  if (index < a.count) {
-    const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
-    place = place_of(a.places, filter.quotient, filter.rest);
-  }
-  return sum;
+  if (index >= a.count) return;
+  const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
+  const int64_t first = place_of(a.places, filter.quotient, filter.rest);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) places[i] = first + i * a.channel_step;
 }
 
-template <typename T, typename Sum>
+// whole: whether a group is written at once.
+template <typename T, typename Sum, int kCount>
 GDFAST_KERNEL(kSumThreads, 1)
-sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to) {
-  int64_t place;
-  const Sum sum = sum_splits<Sum>(a, place);
-  if (place >= 0) static_cast<T*>(to)[place] = from_float<T>(sum);
+sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to, bool whole) {
+  Sum sums[kCount];
+  int64_t places[kCount];
+  sum_splits(a, sums, places);
+  if (places[0] < 0) return;
+  Group<T, kCount> results;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) results.values[i] = from_float<T>(sums[i]);
+  if (whole) {
+    *reinterpret_cast<Group<T, kCount>*>(static_cast<T*>(to) + places[0]) = results;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) static_cast<T*>(to)[places[i]] = results.values[i];
+  }
 }
 
-template <typename T, typename Sum>
+template <typename T, typename Sum, int kCount>
 GDFAST_KERNEL(kSumThreads, 1)
 sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
                       GDFAST_GRID_CONSTANT const WeightUpdate<Sum> update) {
-  int64_t place[1];
-  const Sum gradient[] = {sum_splits<Sum>(a, place[0])};
-  update_weight<T>(update, place, gradient);
+  int64_t places[kCount];
+  Sum gradients[kCount];
+  sum_splits(a, gradients, places);
+  update_weight<T>(update, places, gradients);
 }
 
 // Launches one of them.
-template <typename Sum, typename Kernel, typename... More>
+template <typename Sum, int kCount, typename Kernel, typename... More>
 void launch_sums(Kernel kernel, const SplitSums& a, const Where& where, const More&... more) {
-  const int64_t columns = kSumThreads / a.parts;
-  const size_t bytes = a.parts > 1 ? kSumThreads * sizeof(Sum) : 0;
-  launch("conv2d_grad_weight", kernel, dim3(static_cast<unsigned>(blocks_for(a.count, columns))),
+  const int64_t elements = kSumThreads / a.parts * kCount;
+  const size_t bytes = a.parts > 1 ? kSumThreads * sizeof(Group<Sum, kCount>) : 0;
+  launch("conv2d_grad_weight", kernel, dim3(static_cast<unsigned>(blocks_for(a.count, elements))),
          kSumThreads, bytes, where.stream, a, more...);
+}
+
+template <typename T, typename Sum>
+void launch_sum_splits(const SplitSums& a, void* to, const Where& where) {
+  if (!a.grouped) return launch_sums<Sum, 1>(sum_splits_kernel<T, Sum, 1>, a, where, to, true);
+  const bool whole = a.whole && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+  launch_sums<Sum, kGroup>(sum_splits_kernel<T, Sum, kGroup>, a, where, to, whole);
+}
+
+template <typename T, typename Sum>
+void launch_sum_splits_sgd(const SplitSums& a, const SgdWeight& weight, const Where& where) {
+  const WeightUpdate<Sum> update = weight_update<Sum>(weight);
+  if (a.grouped) {
+    launch_sums<Sum, kGroup>(sum_splits_sgd_kernel<T, Sum, kGroup>, a, where, update);
+  } else {
+    launch_sums<Sum, 1>(sum_splits_sgd_kernel<T, Sum, 1>, a, where, update);
+  }
 }
 
 }  // namespace
