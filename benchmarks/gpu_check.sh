@@ -8,14 +8,14 @@
 # DIR gets eight files as results come, the first to read being summary.txt; what is there when time
 # runs out is whole. The exit status is 1 where anything failed, 2 where nothing could be done.
 #
-# It has not been run on a GPU yet. It needs Linux, nvcc, a CUDA build of torch, triton, pybind11,
-# CMake >= 3.24, Ninja or make, and pytest (PYTHON=..., default python3); nothing is downloaded.
-# GPU_CHECK_SECONDS (default 525) bounds the whole; what comes before measuring takes at most 350.
-# GPU_CHECK_ROWS (a part of their name) measures those rows alone and leaves out tests, sanitizers
-# and profile: for what a first call had no time for. GPU_CHECK_COMMIT names the commit where the
-# tree came without its repository. GPU_CHECK_NATIVE is a folder with gdfast's modules as built
-# elsewhere from this tree, for this Python and GPU; nothing is compiled by nvcc then. With --dry-run nothing is built and no GPU is needed: native
-# PyTorch stands for our kernels, on tiny cases on the CPU.
+# It needs Linux, nvcc, a CUDA build of torch, triton, pybind11, CMake >= 3.24, Ninja or make, and
+# pytest (PYTHON=..., default python3); nothing is downloaded. GPU_CHECK_SECONDS (default 525) bounds
+# the whole; what comes before measuring takes at most 350. GPU_CHECK_ROWS (a part of their name)
+# measures those rows alone and leaves out tests, sanitizers and profile: for what a first call had
+# no time for. GPU_CHECK_COMMIT names the commit where the tree came without its repository.
+# GPU_CHECK_NATIVE is a folder with gdfast's modules as built elsewhere from this tree, for this
+# Python and GPU; nothing is compiled by nvcc then. With --dry-run nothing is built and no GPU is
+# needed: native PyTorch stands for our kernels, on tiny cases on the CPU.
 set -uo pipefail
 
 folder=${1:?"usage: $0 DIR [--dry-run]: the folder that gets the results"}

@@ -7,7 +7,7 @@
 What is timed is in gpu_rows.py, what is aimed at in gpu_goals.py. Each result is compared with more
 exact arithmetic first; what is wrong, fails, crashes or hangs is told of and stops nothing else.
 All that is compared is timed in one process, in turns (A B B A), as CUDA graphs where that is
-possible. It has not been run on a GPU yet.
+possible.
 """
 
 from __future__ import annotations
