@@ -15,6 +15,7 @@ from torch import Tensor
 import gdfast
 from gdfast import native, ops, optim
 from gdfast.bench.cases import RESNET50, Conv2dCase
+from gdfast.ops.conv2d import are_ordinary
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +32,13 @@ pytestmark = [
 def no_tf32() -> Any:
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         yield
+
+
+def test_ordinary_tensors_spare_the_dispatcher() -> None:
+    tensor = torch.randn(2, 3, device="cuda")
+    assert are_ordinary((tensor, None, torch.nn.Parameter(tensor), tensor.t()))
+    assert not are_ordinary((torch.view_as_complex(tensor[:, :2]).conj().imag,))  # negated
+    assert not are_ordinary((torch.empty(1, device="meta"),))
 
 
 @pytest.mark.parametrize("case", RESNET50, ids=str)

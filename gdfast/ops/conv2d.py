@@ -329,8 +329,8 @@ class _GradWeightFunction(torch.autograd.Function):
     backward = staticmethod(_backward_grad_weight)
 
 
-# The dispatch keys of an ordinary CPU tensor. Fake, functional, negated and other special tensors
-# have more or others.
+# The dispatch keys of ordinary tensors: those of the CPU, and of a GPU once there was one. Fake,
+# functional, negated and other special tensors have more or others.
 _dispatch_keys = torch._C._dispatch_keys
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
@@ -364,10 +364,23 @@ def run_operation(
 
 
 def are_ordinary(values: tuple[Any, ...]) -> bool:
-    """Whether all tensors among some values lie on the CPU and are nothing special."""
+    """Whether all tensors among some values lie on the CPU or a GPU and are nothing special."""
     for value in values:
-        if isinstance(value, Tensor) and _dispatch_keys(value).raw_repr() not in _ORDINARY:
-            return False
+        if isinstance(value, Tensor):
+            keys = _dispatch_keys(value).raw_repr()
+            if keys not in _ORDINARY and not _are_ordinary_on_gpu(keys, value):
+                return False
+    return True
+
+
+def _are_ordinary_on_gpu(keys: Any, tensor: Tensor) -> bool:
+    """Whether a tensor has the keys of a fresh one there, which are ordinary from then on."""
+    if tensor.device.type != "cuda" or torch._C._len_torch_dispatch_stack():
+        return False
+    fresh = torch.empty(0, device=tensor.device)  # asks the GPU for nothing
+    if type(fresh) is not Tensor or _dispatch_keys(fresh).raw_repr() != keys:
+        return False
+    _ORDINARY.add(keys)
     return True
 
 
