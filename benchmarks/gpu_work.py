@@ -355,7 +355,8 @@ def update(where: Where, case: SgdCase) -> Work:
     target = torch.empty_like(source)
     native = {
         "fused": optimizer(natives["fused"], torch.float32, 1e-4).step,
-        "copy": lambda: target.copy_(source),
+        # In a graph copy_ is a node of CUDA's own, which takes half as long again.
+        "copy": lambda: torch.neg(source, out=target),
     }
     flops = 6 * case.parameters
     return Work(native, ours, wrong, flops, case.bytes, "float32")
