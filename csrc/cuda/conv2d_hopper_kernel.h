@@ -42,7 +42,7 @@ GDFAST_DEVICE void load_tiles(const HopperArguments& a) {
       const int at_h = rows.at + i * rows.at_step, h = at_h >> shift_h;
       for (int j = 0; j < columns.count; ++j) {
         const int at_w = columns.at + j * columns.at_step, w = at_w >> shift_w;
-        const TensorMap& image = a.images[at_h & ((1 << shift_h) - 1)][at_w & ((1 << shift_w) - 1)];
+        const TensorMap& image = a.images[at_h - h * (1 << shift_h)][at_w - w * (1 << shift_w)];
 #pragma unroll 1
         for (int sum = 0; sum < a.sums; ++sum, ++step, advance(stage, a.stages)) {
           uint64_t* const full = Ring<Its>::full(stage);
