@@ -84,6 +84,14 @@ def cuda_device() -> torch.device:
 
 
 @pytest.fixture
+def hopper(cuda_device: torch.device) -> torch.device:
+    """Where the kernels for Hopper run."""
+    if reason := native.cuda.hopper_missing(cuda_device.index or 0):
+        pytest.skip(f"needs a Hopper GPU: {reason}")
+    return cuda_device
+
+
+@pytest.fixture
 def by_cuda_alone(cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CUDA kernels compute all they can, in their smallest tile, float32 in full; and no optimizer
     is left that asked for gradients."""

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from test_cuda_conv2d import query_of
 from torch import Tensor
 
-from gdfast import native
 from gdfast.backends import cuda_conv2d
 from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_tiles import multiprocessors
@@ -48,13 +47,6 @@ CASES = [
 ]
 # The simulator runs one of them in each order of threads.
 DTYPES = [(torch.bfloat16, "ascending"), (torch.float16, "descending")]
-
-
-@pytest.fixture
-def hopper(cuda_device: torch.device) -> torch.device:
-    if reason := native.cuda.hopper_missing(cuda_device.index or 0):
-        pytest.skip(f"needs a Hopper GPU: {reason}")
-    return cuda_device
 
 
 def small_integers(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -40,13 +40,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def hopper(cuda_device: torch.device) -> torch.device:
-    if reason := native.cuda.hopper_missing(cuda_device.index or 0):
-        pytest.skip(f"needs a Hopper GPU: {reason}")
-    return cuda_device
-
-
 def exact_gradient(case: Conv2dCase, values: dict[str, Tensor]) -> Tensor:
     return torch.nn.grad.conv2d_weight(
         values["input"].double(), case.weight_shape, values["grad"].double(), **window(case)
