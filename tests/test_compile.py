@@ -76,7 +76,7 @@ def test_opcheck(channels_last: bool, requires_grad: bool) -> None:
             (grad, input, (6, 2, 3, 2), channels_last, False),
         ],
     }
-    for name, (op, _) in _OPERATIONS.items():
+    for name, (op, *_) in _OPERATIONS.items():
         for arguments in calls[name]:
             torch.library.opcheck(op, (*arguments, *ARGUMENTS))
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gdfast import native
+
+# torch.cuda.current_stream makes a Stream of this, which takes longer than a launch does.
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def current(device: torch.device) -> tuple[int, int]:
@@ -12,4 +17,4 @@ def current(device: torch.device) -> tuple[int, int]:
     if native.cuda_is_simulated:
         return 0, 0
     index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch.cuda.current_stream(device).cuda_stream
+    return index, _raw_stream(index)

@@ -23,8 +23,9 @@ from gdfast.errors import mismatch
 from gdfast.geometry import is_channels_last
 from gdfast.ops import batch_norm_dispatch
 from gdfast.ops.batch_norm_dispatch import OP, pre_activation
-from gdfast.ops.conv2d import _DTYPES, are_ordinary, batched_gradients
+from gdfast.ops.conv2d import _DTYPES
 from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.ordinary import apply_to_ordinary, are_ordinary, batched_gradients
 
 
 def batch_norm_act(
@@ -156,7 +157,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
         # Differentiable again, and made of operators that vmap knows.
         query = batch_norm_dispatch.backward_query(*arguments[1:4], *settings[:-1])
         results = gradients(query, *arguments)
-    elif torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(arguments[:-1]):
+    elif are_ordinary(*arguments[:-1]):
         results = batch_norm_dispatch.backward(*arguments, *settings)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -186,14 +187,14 @@ class _BatchNormActFunction(torch.autograd.Function):
         return *_backward(ctx, grad_output, ctx.needs_input_grad), *[None] * 7
 
 
+_apply_to_ordinary = apply_to_ordinary(_BatchNormActFunction)
 _forward_op = torch.ops.gdfast.batch_norm_act.default
 _backward_op = torch.ops.gdfast.batch_norm_act_backward.default
 
 
 def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Runs forward without recording a gradient formula."""
-    # Where the dispatcher would only find our kernel again, the way through it is saved.
-    if torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(inputs[:6]):
+    if are_ordinary(*inputs[:6]):
         return batch_norm_dispatch.forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _run_op(*inputs)
@@ -216,9 +217,12 @@ def _run_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _batch_norm_act(*inputs: Any) -> Tensor:
     if torch.compiler.is_compiling():
         return _run_op(*inputs)[0]
-    if torch.is_grad_enabled():
-        return _BatchNormActFunction.apply(*inputs)
-    return _run(*inputs)[0]
+    if not torch.is_grad_enabled():
+        return _run(*inputs)[0]
+    if are_ordinary(*inputs[:6]):
+        output: Tensor = _apply_to_ordinary(*inputs)
+        return output
+    return _BatchNormActFunction.apply(*inputs)
 
 
 torch.library.register_autograd(

@@ -29,6 +29,12 @@ from gdfast.geometry import (
 )
 from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    run_operation,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Asked once: torch.compile of torch 2.11 cannot trace the question.
@@ -124,6 +130,7 @@ def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, .
     cast: tuple[Any, ...] = tuple(
         tensor.to(dtype)
         if tensor is not None
+        and tensor.dtype != dtype
         and tensor.device.type == device
         and tensor.is_floating_point()
         and tensor.dtype != torch.float64
@@ -273,7 +280,7 @@ def learn_whether_native(
     key_of_layer: Callable[[], Any], key_of_forward: Callable[[], Any],
 ) -> None:  # fmt: skip
     """Notes, by the key of a layer, whether native was chosen for all three passes of it."""
-    if torch.compiler.is_compiling() or not are_ordinary((grad_output, input, weight)):
+    if torch.compiler.is_compiling() or not are_ordinary(grad_output, input, weight):
         return
     dispatch, arguments = conv2d_dispatch, ctx.arguments
     layer = key_of_layer()
@@ -302,7 +309,7 @@ def _conv2d_native(inputs: tuple[Any, ...]) -> Tensor | None:
     input, weight, bias, *arguments = inputs
     if not (conv2d_dispatch.all_native and arguments[-1] == AUTO):
         return None
-    if not (input.requires_grad and weight.requires_grad and are_ordinary((input, weight, bias))):
+    if not (input.requires_grad and weight.requires_grad and are_ordinary(input, weight, bias)):
         return None
     if not conv2d_dispatch.all_native.get(_layer_key(input, weight, bias is not None, arguments)):
         return None
@@ -329,74 +336,24 @@ class _GradWeightFunction(torch.autograd.Function):
     backward = staticmethod(_backward_grad_weight)
 
 
-# The dispatch keys of ordinary tensors: those of the CPU, and of a GPU once there was one. Fake,
-# functional, negated and other special tensors have more or others.
-_dispatch_keys = torch._C._dispatch_keys
-_is_included = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
-_ORDINARY = set()
-for _inference in (False, True):
-    with torch.inference_mode(_inference):
-        _ORDINARY.add(_dispatch_keys(torch.empty(0, device="cpu")).raw_repr())
-
-
 def _run(name: str, inputs: tuple[Any, ...]) -> Any:
     """Runs one of the operations without recording its own gradient formula."""
-    op, kernel = _OPERATIONS[name]
+    op, kernel, tensors = _OPERATIONS[name]
     if torch.compiler.is_compiling():
         return op(*inputs)
-    return run_operation(op, kernel, inputs, inputs[:3])
+    return run_operation(op, kernel, inputs, *inputs[:tensors])
 
 
-def run_operation(
-    op: Callable[..., Any], kernel: Callable[..., Any], inputs: tuple[Any, ...],
-    tensors: tuple[Any, ...],
-) -> Any:  # fmt: skip
-    """Runs an operation without recording a gradient formula; `tensors` are those of its inputs.
-
-    Where the dispatcher would only find our kernel again, the way through it is saved: a third of a
-    call's overhead.
-    """
-    if torch._C._len_torch_dispatch_stack() == 0 and are_ordinary(tensors):
-        return kernel(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
-
-
-def are_ordinary(values: tuple[Any, ...]) -> bool:
-    """Whether all tensors among some values lie on the CPU or a GPU and are nothing special."""
-    for value in values:
-        if isinstance(value, Tensor):
-            keys = _dispatch_keys(value).raw_repr()
-            if keys not in _ORDINARY and not _are_ordinary_on_gpu(keys, value):
-                return False
-    return True
-
-
-def _are_ordinary_on_gpu(keys: Any, tensor: Tensor) -> bool:
-    """Whether a tensor has the keys of a fresh one there, which are ordinary from then on."""
-    if tensor.device.type != "cuda" or torch._C._len_torch_dispatch_stack():
-        return False
-    fresh = torch.empty(0, device=tensor.device)  # asks the GPU for nothing
-    if type(fresh) is not Tensor or _dispatch_keys(fresh).raw_repr() != keys:
-        return False
-    _ORDINARY.add(keys)
-    return True
-
-
-def batched_gradients() -> bool:
-    """Whether `torch.autograd.grad(..., is_grads_batched=True)` or torch.func calls."""
-    return _is_included(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
-
-
+# The dispatcher's operation, what it finds, and how many of the inputs are tensors.
 _OPERATIONS = {
-    name: (getattr(torch.ops.gdfast, name).default, getattr(conv2d_dispatch, name))
-    for name in ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
+    name: (getattr(torch.ops.gdfast, name).default, getattr(conv2d_dispatch, name), tensors)
+    for name, tensors in (("conv2d", 3), ("conv2d_grad_input", 2), ("conv2d_grad_weight", 2))
 }
 
 
 def _differentiable(function: type[torch.autograd.Function], name: str) -> Callable[..., Any]:
-    op, kernel = _OPERATIONS[name]
+    op, kernel, tensors = _OPERATIONS[name]
+    apply = apply_to_ordinary(function)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -407,8 +364,10 @@ def _differentiable(function: type[torch.autograd.Function], name: str) -> Calla
         if torch.is_grad_enabled():
             if name == "conv2d" and (output := _conv2d_native(inputs)) is not None:
                 return output
+            if are_ordinary(*inputs[:tensors]):
+                return apply(*inputs)
             return function.apply(*inputs)
-        return _run(name, inputs)
+        return run_operation(op, kernel, inputs, *inputs[:tensors])
 
     return call
 

@@ -28,20 +28,23 @@ from gdfast.backends.registry import AUTO
 from gdfast.ops import conv2d_act_dispatch as dispatch
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops.conv2d import (
-    are_ordinary,
     are_tensors,
     autocast,
-    batched_gradients,
     conv,
     conv_gradients,
     learn_whether_native,
     note_sizes,
-    run_operation,
     settings,
     why_native,
 )
 from gdfast.ops.conv2d_act_dispatch import OP
 from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    run_operation,
+)
 
 
 def conv2d_act(
@@ -107,6 +110,8 @@ def _conv_act(*inputs: Any) -> Tensor:
             stride, padding, *rest = arguments
             output = F.conv2d(input, weight, bias, stride, padding[:2], *rest)
         output = activate(output, activation, negative_slope, inplace=True)
+    elif are_ordinary(input, weight, bias):
+        output = _apply_to_ordinary(*inputs)
     else:
         output = Conv2dActFunction.apply(*inputs)
     return output
@@ -114,7 +119,7 @@ def _conv_act(*inputs: Any) -> Tensor:
 
 def _run(inputs: tuple[Any, ...]) -> Tensor:
     op = torch.ops.gdfast.conv2d_act.default
-    output: Tensor = run_operation(op, dispatch.conv2d_act, inputs, inputs[:3])
+    output: Tensor = run_operation(op, dispatch.conv2d_act, inputs, *inputs[:3])
     return output
 
 
@@ -126,7 +131,7 @@ def _runs_native(inputs: tuple[Any, ...]) -> bool:
         and backend == AUTO
         and input.requires_grad
         and weight.requires_grad
-        and are_ordinary((input, weight, bias))
+        and are_ordinary(input, weight, bias)
         and conv2d_dispatch.all_native.get(dispatch.conv2d_act_key(*inputs), False)
     )
 
@@ -163,7 +168,7 @@ def _activation_gradient(
         return activation_gradient(grad, z, activation, slope)
     if (
         torch.is_grad_enabled() or batched_gradients() or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() or not are_ordinary((grad, output))
+        or not are_ordinary(grad, output)
     ):  # fmt: skip
         # The output's own gradient in this is 0.
         return activation_gradient(grad, output.detach(), activation, slope)
@@ -201,4 +206,5 @@ class Conv2dActFunction(torch.autograd.Function):
         return *gradients, *[None] * 7
 
 
+_apply_to_ordinary = apply_to_ordinary(Conv2dActFunction)
 torch.library.register_autograd(f"gdfast::{OP}", _backward, setup_context=_save, lib=library)

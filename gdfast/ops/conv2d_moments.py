@@ -23,13 +23,17 @@ from gdfast.ops.conv2d import (
     _save_conv2d,
     are_tensors,
     autocast,
-    batched_gradients,
     conv2d,
-    run_operation,
     settings,
     why_native,
 )
 from gdfast.ops.conv2d_dispatch import bind, conv2d_key, conv2d_query, known_kernel, library
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    run_operation,
+)
 
 OP = "conv2d_moments"
 
@@ -67,7 +71,12 @@ def conv2d_moments(
     arguments = settings("conv2d", weight, stride, padding, dilation, groups)
     inputs = input, weight, bias, *arguments, chosen(backend)
     results: tuple[Tensor, Tensor | None]
-    results = Conv2dMomentsFunction.apply(*inputs) if torch.is_grad_enabled() else _run(inputs)
+    if not torch.is_grad_enabled():
+        results = _run(inputs)
+    elif are_ordinary(input, weight, bias):
+        results = _apply_to_ordinary(*inputs)
+    else:
+        results = Conv2dMomentsFunction.apply(*inputs)
     return results
 
 
@@ -87,7 +96,7 @@ def _may_have_moments(input: Any, weight: Any, bias: Any, backend: str) -> bool:
 
 def _run(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     results: tuple[Tensor, Tensor | None]
-    results = run_operation(torch.ops.gdfast.conv2d_moments.default, _kernel, inputs, inputs[:3])
+    results = run_operation(torch.ops.gdfast.conv2d_moments.default, _kernel, inputs, *inputs[:3])
     return results
 
 
@@ -137,6 +146,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor | None]:
     return torch.ops.gdfast.conv2d.default(input, weight, bias, *arguments), None
 
+
+_apply_to_ordinary = apply_to_ordinary(Conv2dMomentsFunction)
 
 library.impl(OP, _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake(f"gdfast::{OP}", _fake, lib=library)

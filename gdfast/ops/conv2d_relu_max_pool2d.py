@@ -22,16 +22,20 @@ from gdfast.ops import conv2d_relu_max_pool2d_dispatch as dispatch
 from gdfast.ops.conv2d import (
     are_tensors,
     autocast,
-    batched_gradients,
     conv,
     conv_grad_input,
     conv_grad_weight,
-    run_operation,
     settings,
     why_native,
 )
 from gdfast.ops.conv2d_dispatch import library
 from gdfast.ops.max_pool2d import IntOrPair, pool, pool_grad, values_at
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    run_operation,
+)
 
 _OP = "conv2d_relu_max_pool2d"
 
@@ -125,17 +129,19 @@ def _has_kernel(input: Tensor, backend: str) -> bool:
 def _fused_conv_pool(*inputs: Any) -> Tensor:
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.gdfast.conv2d_relu_max_pool2d.default(*inputs)[0]
-    elif torch.is_grad_enabled():
-        output = ConvReluMaxPool2dFunction.apply(*inputs)
-    else:
+    elif not torch.is_grad_enabled():
         output = _run_forward(inputs)[0]
+    elif are_ordinary(*inputs[:3]):
+        output = _apply_to_ordinary(*inputs)
+    else:
+        output = ConvReluMaxPool2dFunction.apply(*inputs)
     return output
 
 
 def _run_forward(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     output: tuple[Tensor, Tensor] = run_operation(
         torch.ops.gdfast.conv2d_relu_max_pool2d.default, dispatch.conv2d_relu_max_pool2d, inputs,
-        inputs[:3],
+        *inputs[:3],
     )  # fmt: skip
     return output
 
@@ -147,7 +153,7 @@ def _grad_weight(*inputs: Any) -> tuple[Tensor, Tensor | None]:
         output = op(*inputs)
     else:
         kernel = dispatch.conv2d_relu_max_pool2d_grad_weight
-        output = run_operation(op, kernel, inputs, inputs[:3])
+        output = run_operation(op, kernel, inputs, *inputs[:3])
     return output
 
 
@@ -246,6 +252,8 @@ class ConvReluMaxPool2dFunction(torch.autograd.Function):
 
     backward = staticmethod(_backward)
 
+
+_apply_to_ordinary = apply_to_ordinary(ConvReluMaxPool2dFunction)
 
 for _name, _saver, _formula in (
     (_OP, _save, _backward),

@@ -11,7 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from gdfast.backends import chosen
 from gdfast.backends import linear as kernels
-from gdfast.ops.conv2d import are_ordinary, are_tensors, batched_gradients, why_native
+from gdfast.ops.conv2d import are_tensors, why_native
+from gdfast.ops.ordinary import apply_to_ordinary, are_ordinary, batched_gradients
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +28,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_ours(input, weight, bias):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled():
-        output: Tensor = LinearFunction.apply(input, weight, bias)
+        output: Tensor = _apply(input, weight, bias)  # all are ordinary
         return output
     return kernels.linear(input, weight, bias)
 
@@ -37,8 +38,7 @@ def _is_ours(input: Any, weight: Any, bias: Any) -> bool:
         not torch.compiler.is_compiling()
         and chosen() in ("auto", "cpu")
         and are_tensors(input, weight, bias)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and are_ordinary((input, weight, bias))
+        and are_ordinary(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and kernels.fits(input, weight, bias)
         and not why_native(input, weight)
@@ -63,7 +63,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or batched_gradients() or not are_ordinary((grad_output,)):
+        if torch.is_grad_enabled() or batched_gradients() or not are_ordinary(grad_output):
             # Differentiable again, and known to vmap.
             return (
                 grad_output @ weight if needed[0] else None,
@@ -71,3 +71,6 @@ class LinearFunction(torch.autograd.Function):
                 grad_output.sum(0) if needed[2] else None,
             )
         return kernels.linear_backward(grad_output, input, weight, ctx.columns, needed)
+
+
+_apply = apply_to_ordinary(LinearFunction)

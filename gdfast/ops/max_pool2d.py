@@ -18,8 +18,14 @@ from gdfast.backends import chosen, fall_back
 from gdfast.backends.max_pool2d import indices
 from gdfast.geometry import MaxPool2dGeometry, is_channels_last, pair
 from gdfast.ops import max_pool2d_dispatch
-from gdfast.ops.conv2d import batched_gradients, run_operation, why_native
+from gdfast.ops.conv2d import why_native
 from gdfast.ops.max_pool2d_dispatch import library
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    run_operation,
+)
 
 _OP = "max_pool2d"
 IntOrPair = int | list[int] | tuple[int, ...]
@@ -79,10 +85,12 @@ def pool(input: Tensor, *arguments: Any) -> Tensor:
     """
     if torch.compiler.is_compiling():
         output: Tensor = torch.ops.gdfast.max_pool2d.default(input, *arguments)[0]
-    elif torch.is_grad_enabled():
-        output = MaxPool2dFunction.apply(input, *arguments)
-    else:
+    elif not torch.is_grad_enabled():
         output = _run_forward(input, *arguments)[0]
+    elif are_ordinary(input):
+        output = _apply_to_ordinary(input, *arguments)
+    else:
+        output = MaxPool2dFunction.apply(input, *arguments)
     return output
 
 
@@ -103,13 +111,13 @@ def pool_grad(*inputs: Any) -> Tensor:
 
 def _run_forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     op, kernel = torch.ops.gdfast.max_pool2d.default, max_pool2d_dispatch.max_pool2d
-    output: tuple[Tensor, Tensor] = run_operation(op, kernel, inputs, inputs[:1])
+    output: tuple[Tensor, Tensor] = run_operation(op, kernel, inputs, inputs[0])
     return output
 
 
 def _run_grad(*inputs: Any) -> Tensor:
     op, kernel = torch.ops.gdfast.max_pool2d_grad.default, max_pool2d_dispatch.max_pool2d_grad
-    output: Tensor = run_operation(op, kernel, inputs, inputs[:2])
+    output: Tensor = run_operation(op, kernel, inputs, *inputs[:2])
     return output
 
 
@@ -186,6 +194,8 @@ class _MaxPool2dGradFunction(torch.autograd.Function):
 
     backward = staticmethod(_backward_grad)
 
+
+_apply_to_ordinary = apply_to_ordinary(MaxPool2dFunction)
 
 for _name, _save, _backward in (
     ("max_pool2d", _save_pool, _backward_pool),

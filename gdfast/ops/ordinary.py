@@ -1,0 +1,62 @@
+"""What calls on ordinary tensors in eager code are spared: the dispatcher, functorch's wrappers.
+
+Each of our operations is known to the dispatcher, for torch.compile, export and whatever else looks
+at operations on their way. Where nothing looks, it would only find our kernel again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_is_included = torch._C._dispatch_tls_is_dispatch_key_included
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
+
+
+def are_ordinary(*tensors: Any) -> bool:
+    """Whether tensors (or None) have memory with their values, and no mode looks at operations.
+
+    Those on the meta device, zero, negated and functorch's tensors, and subclasses' are not
+    ordinary.
+    """
+    if _dispatch_modes():
+        return False
+    for tensor in tensors:
+        kind = type(tensor)
+        if kind is Tensor:
+            if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor):
+                return False
+        elif kind is not Parameter and tensor is not None:
+            return False
+    return True
+
+
+def batched_gradients() -> bool:
+    """Whether `torch.autograd.grad(..., is_grads_batched=True)` or torch.func calls."""
+    return _is_included(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
+
+
+def run_operation(
+    op: Callable[..., Any], kernel: Callable[..., Any], inputs: tuple[Any, ...],
+    *tensors: Tensor | None,
+) -> Any:  # fmt: skip
+    """Runs an operation without recording a gradient formula; `tensors` are those of its inputs."""
+    if are_ordinary(*tensors):
+        return kernel(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def apply_to_ordinary(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for inputs of which all tensors are ordinary.
+
+    They are no wrappers of functorch, for which torch's own looks at every argument.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore
+    return apply
