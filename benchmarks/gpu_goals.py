@@ -56,7 +56,8 @@ class Goal:
 
     @property
     def title(self) -> str:
-        return " ".join(word for word in (self.row, self.task, self.layout) if word)
+        words = (self.row, self.task, self.layout)
+        return " ".join(word for word in words if word and not self.row.endswith(f" {word}"))
 
 
 def backends(row: str) -> tuple[str, ...]:
@@ -75,7 +76,8 @@ def _all(ratio: float) -> dict[str, float]:
 GOALS = (
     Goal("ResNet-50 layers", "cuDNN", {"cuda": 1.0, "triton": 0.85}),
     Goal("ResNet-50 layers", "cuDNN", {"cuda": 1.0, "triton": 0.9}, task="forward"),
-    Goal("ResNet-50 step", "eager", _all(1.3)),
+    Goal("ResNet-50 step", "eager", _all(1.3), task="step"),
+    Goal("ResNet-50 step", "eager", _all(1.3), task="graph"),
     Goal("BatchNorm + ReLU", "eager", _both(2.0)),
     Goal("BatchNorm + ReLU", "compile", _both(1.1)),
     Goal("depthwise", "cuDNN", _both(3.0), layout="channels_last"),
@@ -89,6 +91,7 @@ GOALS = (
     Goal("float32 3x3", "cuDNN", _both(1.5)),
     Goal("NCHW layers", "cuDNN", _both(1.0)),
     Goal("ResNet-50 step, updated in backward", "eager", _all(1.3), task="in backward"),
-    Goal("ResNet-50 step, compiled", "compile", _all(1.1)),
+    Goal("ResNet-50 step, compiled", "compile", _all(1.1), task="step"),
+    Goal("ResNet-50 step, compiled", "compile", _all(1.1), task="graph"),
     *(Goal("Triton rivals", rival, _both(1.0)) for rival in TRITON_RIVALS),
 )

@@ -70,7 +70,10 @@ def by_torch(document: dict[str, Any], seconds: float, write: Callable[[str], No
     end, at = time.monotonic() + seconds, where(document["dry"])
     found = gpu_rows.entries(at.dry)
     measured = {entry["row"] for entry in document["entries"]}
-    steps = [index for index, e in enumerate(found) if e.row == _STEP and e.row in measured]
+    steps = [
+        index for index, e in enumerate(found)
+        if (e.row, e.task) == (_STEP, "step") and e.row in measured
+    ]  # fmt: skip
     whole = [(step, name) for step in steps for name in ("eager", *backends(_STEP))]
     for number, backend in [*whole, *slowest(document, _LAYERS)]:
         entry = found[number]

@@ -58,6 +58,7 @@ def _entries(dry: bool) -> Iterator[Entry]:
     if dry:
         big = StepCase("ResNet-20, N=2", "resnet20", 2, 3, 16, 16, 10)
     yield _step("ResNet-50 step", big, amp=True)
+    yield _step("ResNet-50 step", big, amp=True, place="graph")
     for C, pixels, residual in (
         (256, 56, True), (64, 56, False), (512, 28, True), (128, 28, False), (64, 112, False),
         (1024, 14, True), (2048, 7, True),
@@ -93,7 +94,8 @@ def _entries(dry: bool) -> Iterator[Entry]:
         yield from _passes("NCHW layers", dense, dry, layout="NCHW")
     for place in ("hooks", "in backward"):
         yield _step("ResNet-50 step, updated in backward", big, amp=True, place=place)
-    yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile")
+    for place in ("step", "graph"):
+        yield _step("ResNet-50 step, compiled", big, amp=True, rival="compile", place=place)
     for dense in (bottleneck, wide):
         yield from _passes("Triton rivals", dense, dry, rivals=TRITON_RIVALS)
 
