@@ -44,6 +44,7 @@ struct BatchNormForward {
   void* output;
   void* mean;
   void* invstd;
+  void* mask;  // written where not null, by CUDA's kernels alone: see PreActivation::kMask
 };
 
 // Where the backward pass finds the argument of the activation.
@@ -51,10 +52,11 @@ enum class PreActivation : int32_t {
   kInput,     // computed from input again: no bytes beyond those that are read anyway
   kResidual,  // computed from input and residual: leaky_relu and silu
   kOutput,    // the output tells as much: relu, relu6, and leaky_relu with a slope of at least 0
+  kMask,      // a bit of an element tells as much for these; a byte for each 16 bytes of output
 };
 
-// The addresses of one backward pass. residual_or_output is null, the residual or the output, as
-// PreActivation says; all gradients but grad_output are written where not null.
+// The addresses of one backward pass. residual_or_output is null, the residual, the output or its
+// mask, as PreActivation says; all gradients but grad_output are written where not null.
 struct BatchNormBackward {
   const void* grad_output;
   const void* input;

@@ -40,6 +40,9 @@ void bind_batch_norm(py::module_& m) {
          uintptr_t grad_residual, bool training, const std::string& pre_activation, int threads) {
         check_threads("batch_norm_backward", threads);
         const PreActivation from = pre_activation_named(pre_activation, problem.activation);
+        if (from == PreActivation::kMask) {
+          throw py::value_error("batch_norm_backward: pre_activation: no mask on the CPU");
+        }
         check_grad_residual(grad_residual, from);
         const BatchNormBackward to{
             pointer(grad_output), pointer(input),        pointer(residual_or_output),

@@ -48,9 +48,10 @@ PreActivation pre_activation_named(const std::string& name, Activation activatio
   if (name == "input") return PreActivation::kInput;
   if (name == "residual" && !relu) return PreActivation::kResidual;
   if (name == "output" && (relu || leaky)) return PreActivation::kOutput;
+  if (name == "mask" && (relu || leaky)) return PreActivation::kMask;
   throw py::value_error(
-      "batch_norm_backward: pre_activation: expected input, residual (not for relu and relu6) or "
-      "output (for these and leaky_relu), got " +
+      "batch_norm_backward: pre_activation: expected input, residual (not for relu and relu6), "
+      "output or mask (for these and leaky_relu), got " +
       name);
 }
 

@@ -18,7 +18,7 @@ from test_batch_norm import (
 )
 from torch import Tensor
 
-from gdfast import ops
+from gdfast import native, ops
 from gdfast.backends import batch_norm
 from gdfast.backends.activation import ACTIVATIONS
 from gdfast.bench.workload import allowed_error, relative_error
@@ -118,6 +118,94 @@ def test_parameters_that_are_not_there(missing: tuple[str, ...], cuda_device: to
         (grad,) = torch.autograd.grad(output.square().sum(), input)
         results.append((output, grad))
     torch.testing.assert_close(*results)
+
+
+@pytest.fixture
+def masks(monkeypatch: pytest.MonkeyPatch, cuda_device: torch.device) -> list[bool]:
+    """Of each forward pass by our kernels, whether it wrote a mask."""
+    seen = []
+    run = native.cuda.batch_norm
+
+    def spy(*arguments: Any) -> None:
+        seen.append(arguments[10] != 0)
+        run(*arguments)
+
+    monkeypatch.setattr(native.cuda, "batch_norm", spy)
+    return seen
+
+
+def leaves_of(values: dict[str, Tensor], device: torch.device) -> list[Tensor]:
+    names = ("input", "weight", "bias", "residual")
+    return [values[name].to(device).requires_grad_() for name in names]
+
+
+def masked(leaves: list[Tensor], activation: str = "relu") -> Tensor:
+    input, weight, bias, residual = leaves
+    return ops.batch_norm_act(
+        input, weight, bias, None, None, residual, training=True, activation=activation,
+        negative_slope=0.2, backend="cuda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_a_mask_tells_what_the_output_does(
+    activation: str, layout: str, dtype: torch.dtype, masks: list[bool],
+    cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    values = randoms((3, 16, 5, 8), dtype, layout)
+    values["input"][0, 0, 0, 0] = torch.nan
+    results = []
+    for _ in range(2):
+        leaves = leaves_of(values, cuda_device)
+        output = masked(leaves, activation)
+        results.append(torch.autograd.grad(output, leaves, values["grad"].to(cuda_device)))
+        monkeypatch.setattr(batch_norm, "mask_size", lambda *_: None)
+    assert masks == [True, False]
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_mask_is_for_whole_vectors(masks: list[bool], cuda_device: torch.device) -> None:
+    check(randoms((2, 12, 3, 5), torch.bfloat16, "channels_last"), cuda_device, True)
+    values = randoms((2, 16, 4, 4), layout="channels_last")
+    room = torch.randn(values["residual"].numel() + 1, device=cuda_device)
+    image = room[1:].as_strided(values["residual"].shape, values["residual"].stride())
+    leaves = leaves_of({**values, "residual": image}, cuda_device)
+    assert leaves[3].data_ptr() % 16
+    grad = values["grad"].to(cuda_device)
+    results = torch.autograd.grad(masked(leaves), leaves, grad)
+    leaves[3] = image.clone().requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(masked(leaves), leaves, grad), results)
+    assert masks == [False, False, True]
+
+
+def test_a_mask_read_bit_by_bit(masks: list[bool], cuda_device: torch.device) -> None:
+    values = randoms((2, 16, 4, 4), torch.bfloat16, "channels_last")
+    leaves, grad = leaves_of(values, cuda_device), values["grad"].to(cuda_device)
+    output = masked(leaves)
+    expected = torch.autograd.grad(output, leaves, grad, retain_graph=True)
+    room = torch.empty(grad.numel() + 1, dtype=grad.dtype, device=cuda_device)
+    image = room[1:].as_strided(grad.shape, grad.stride()).copy_(grad)
+    assert masks == [True] and image.data_ptr() % 16
+    torch.testing.assert_close(torch.autograd.grad(output, leaves, image), expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_gradients_by_a_mask_are_differentiable(
+    activation: str, masks: list[bool], cuda_device: torch.device
+) -> None:
+    values = randoms((2, 8, 3, 4), torch.float64)
+    leaves = leaves_of(values, cuda_device)
+    assert torch.autograd.gradgradcheck(lambda *x: masked(list(x), activation), leaves)
+    output, grad = masked(leaves, activation), values["grad"].to(cuda_device)
+    batch = torch.stack([grad, 2 * grad])
+    batched = torch.autograd.grad(output, leaves, batch, retain_graph=True, is_grads_batched=True)
+    for index, single in enumerate((grad, 2 * grad)):
+        expected = torch.autograd.grad(output, leaves, single, retain_graph=True)
+        torch.testing.assert_close([each[index] for each in batched], list(expected))
+    assert all(masks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

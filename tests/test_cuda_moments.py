@@ -44,7 +44,7 @@ def handed_on(monkeypatch: pytest.MonkeyPatch, cuda_device: torch.device) -> lis
     run = native.cuda.batch_norm
 
     def spy(*arguments: Any) -> None:
-        seen.append(arguments[12] != 0)
+        seen.append(arguments[13] != 0)
         run(*arguments)
 
     monkeypatch.setattr(native.cuda, "batch_norm", spy)
@@ -118,10 +118,10 @@ def test_batch_normalisation_believes_them(cuda_device: torch.device) -> None:
         input, None, None, None, None, None, True, 1e-5, "none", 0.0
     )
     moments = torch.tensor([40.0, 3.0, 40 * 4.0], device=cuda_device)[None, :, None].repeat(1, 1, 8)
-    output, *_ = batch_norm.cuda(query)(input, *[None] * 5, 0.1, moments)
+    output, *_ = batch_norm.CudaForward(query)(input, *[None] * 5, 0.1, moments)
     torch.testing.assert_close(output, (input - 3) / (4 + 1e-5) ** 0.5)
     with pytest.raises(RuntimeError, match=r"moments: expected size \[splits, 3, 8\]"):
-        batch_norm.cuda(query)(input, *[None] * 5, 0.1, moments[:, :1])
+        batch_norm.CudaForward(query)(input, *[None] * 5, 0.1, moments[:, :1])
 
 
 @pytest.mark.parametrize("activation", NATIVE_ACTS)

@@ -134,7 +134,26 @@ struct NormaliseArguments {
   const SumOf<T>* factors;
   Activation activation;
   SumOf<T> negative_slope;
+  uint8_t* mask;  // null where backward does without
 };
+
+// Of each value whether its activation hands the gradient on as it is, as its output, rounded to T,
+// tells.
+template <typename T, int kVector, typename A>
+GDFAST_DEVICE uint8_t handed_on(const A (&outputs)[kVector], Activation activation,
+                                A negative_slope) {
+  A gradients[kVector], rounded[kVector];
+#pragma unroll
+  for (int lane = 0; lane < kVector; ++lane) {
+    gradients[lane] = A(1);
+    rounded[lane] = A(to_float(from_float<T>(outputs[lane])));
+  }
+  activation_gradient(gradients, rounded, activation, negative_slope);
+  unsigned bits = 0;
+#pragma unroll
+  for (int lane = 0; lane < kVector; ++lane) bits |= unsigned{gradients[lane] == 1} << lane;
+  return static_cast<uint8_t>(bits);
+}
 
 template <typename T, int kVector, bool kAcross>
 GDFAST_KERNEL(kBatchNormThreads, 2)
@@ -179,6 +198,10 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
       }
       activate(values, a.activation, a.negative_slope);
       store_values<kVector>(a.output + element[i], values);
+      if (a.mask != nullptr) {
+        a.mask[element[i] / kVector] =
+            handed_on<T, kVector>(values, a.activation, a.negative_slope);
+      }
     }
   }
 }
@@ -216,7 +239,11 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
                                           static_cast<T*>(to.output),
                                           workspace.factors,
                                           p.activation,
-                                          static_cast<A>(p.negative_slope)};
+                                          static_cast<A>(p.negative_slope),
+                                          static_cast<uint8_t*>(to.mask)};
+    if (to.mask != nullptr && kVector != kWholeVector<T>) {
+      throw std::invalid_argument("batch_norm_act: mask: expected sizes and addresses for vectors");
+    }
     launch(kOp, normalise_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads, 0,
            stream, walk, arguments);
   });

@@ -24,16 +24,34 @@ template <typename T>
 struct ActivationArguments {
   Activation activation;
   PreActivation from;
-  const T* other;  // the residual or the output, null where neither is read
+  const T* other;       // the residual or the output, null where neither is read
+  const uint8_t* mask;  // or what tells as much, a byte for each whole vector; null else
   SumOf<T> negative_slope;
 };
 
-// grads = g, of values (input - mean) and of the vector of `other`.
+// The mask's bits of a vector, or the one of an element.
+template <typename T, int kVector>
+GDFAST_DEVICE unsigned mask_bits(const uint8_t* mask, int64_t element) {
+  constexpr int kWhole = kWholeVector<T>;
+  const unsigned bits = mask[element / kWhole];
+  return kVector == kWhole ? bits : bits >> (element % kWhole);
+}
+
+// grads = g, of values (input - mean) and of the vector of `other` or its bits of the mask.
 template <bool kAcross, typename T, int kVector, int kChannels, typename A>
 GDFAST_DEVICE void before_activation(A (&grads)[kVector], const A (&centred)[kVector],
-                                     const PackOf<T, kVector>& other, const A (&scale)[kChannels],
-                                     const A (&bias)[kChannels], const ActivationArguments<T>& a) {
+                                     const PackOf<T, kVector>& other, unsigned bits,
+                                     const A (&scale)[kChannels], const A (&bias)[kChannels],
+                                     const ActivationArguments<T>& a) {
   if (a.activation == Activation::kNone) return;
+  if (a.mask != nullptr) {
+    const bool leaks = a.activation == Activation::kLeakyRelu;
+#pragma unroll
+    for (int lane = 0; lane < kVector; ++lane) {
+      if ((bits >> lane & 1) == 0) grads[lane] = leaks ? grads[lane] * a.negative_slope : A(0);
+    }
+    return;
+  }
   A z[kVector] = {};
   if (a.other != nullptr) unpack<T, kVector>(other, z);
   if (a.from != PreActivation::kOutput) {
@@ -94,6 +112,7 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   Sums<A, kVector> own{};
   for (int row = place.row; row < place.last_row; row += walk.tile_rows * kLoads) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
+    unsigned bits[kLoads] = {};
     int64_t element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -103,6 +122,7 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         inputs[i] = load_pack<kVector>(a.input + element[i]);
         grads[i] = load_pack<kVector>(a.grad_output + element[i]);
         if (a.act.other != nullptr) others[i] = load_pack<kVector>(a.act.other + element[i]);
+        if (a.act.mask != nullptr) bits[i] = mask_bits<T, kVector>(a.act.mask, element[i]);
       }
     }
 #pragma unroll
@@ -113,7 +133,7 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
       unpack<T, kVector>(grads[i], g);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) centred[lane] -= mean[kAcross ? lane : 0];
-      before_activation<kAcross>(g, centred, others[i], scale, bias, a.act);
+      before_activation<kAcross>(g, centred, others[i], bits[i], scale, bias, a.act);
       if (a.grad_residual != nullptr) store_values<kVector>(a.grad_residual + element[i], g);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
@@ -211,6 +231,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   const bool reads_input = a.training || a.act.activation != Activation::kNone;
   for (int row = place.row; row < place.last_row; row += walk.tile_rows * kLoads) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
+    unsigned bits[kLoads] = {};
     int64_t element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -220,6 +241,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         grads[i] = load_pack<kVector>(a.grad_output + element[i]);
         if (reads_input) inputs[i] = load_pack<kVector>(a.input + element[i]);
         if (a.act.other != nullptr) others[i] = load_pack<kVector>(a.act.other + element[i]);
+        if (a.act.mask != nullptr) bits[i] = mask_bits<T, kVector>(a.act.mask, element[i]);
       }
     }
 #pragma unroll
@@ -232,7 +254,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         for (int lane = 0; lane < kVector; ++lane) centred[lane] -= mean[kAcross ? lane : 0];
       }
       unpack<T, kVector>(grads[i], g);
-      before_activation<kAcross>(g, centred, others[i], scale, bias, a.act);
+      before_activation<kAcross>(g, centred, others[i], bits[i], scale, bias, a.act);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
         const int c = kAcross ? lane : 0;
@@ -251,12 +273,14 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
   const BatchNormWorkspace<T> workspace(p, memory);
   const auto* const grad_output = static_cast<const T*>(to.grad_output);
   const auto* const input = static_cast<const T*>(to.input);
-  const auto* const other = static_cast<const T*>(to.residual_or_output);
   auto* const grad_residual = static_cast<T*>(to.grad_residual);
   const bool wide_params = p.param_dtype != p.dtype;
   const bool acts = p.activation != Activation::kNone && from != PreActivation::kInput;
-  const ActivationArguments<T> act{p.activation, from, acts ? other : nullptr,
-                                   static_cast<A>(p.negative_slope)};
+  const void* const other = acts ? to.residual_or_output : nullptr;
+  const bool masked = from == PreActivation::kMask;
+  const ActivationArguments<T> act{
+      p.activation, from, masked ? nullptr : static_cast<const T*>(other),
+      masked ? static_cast<const uint8_t*>(other) : nullptr, static_cast<A>(p.negative_slope)};
   const bool aligned = are_aligned(grad_output, input, act.other, grad_residual, to.grad_input);
 
   const bool sums =
@@ -293,7 +317,7 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
     if (grad_residual != nullptr) {
       // g is there: the second pass reads one tensor in the place of two.
       arguments.grad_output = grad_residual;
-      arguments.act = {Activation::kNone, PreActivation::kInput, nullptr, A(0)};
+      arguments.act = {Activation::kNone, PreActivation::kInput, nullptr, nullptr, A(0)};
     }
     const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, false);
     launch(kOp, gradients_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads, 0,

@@ -13,11 +13,12 @@ void bind_batch_norm(py::module_& m) {
       "batch_norm",
       [](const BatchNormProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
          uintptr_t running_mean, uintptr_t running_var, uintptr_t residual, uintptr_t output,
-         uintptr_t mean, uintptr_t invstd, bool training, double momentum, uintptr_t moments,
-         int64_t splits, uintptr_t workspace, int device, uintptr_t stream) {
+         uintptr_t mean, uintptr_t invstd, uintptr_t mask, bool training, double momentum,
+         uintptr_t moments, int64_t splits, uintptr_t workspace, int device, uintptr_t stream) {
         const BatchNormForward to{pointer(input),    pointer(weight),       pointer(bias),
                                   pointer(residual), pointer(running_mean), pointer(running_var),
-                                  pointer(output),   pointer(mean),         pointer(invstd)};
+                                  pointer(output),   pointer(mean),         pointer(invstd),
+                                  pointer(mask)};
         launching(problem, [&] {
           batch_norm(problem, to, training, momentum, {pointer(moments), splits},
                      pointer(workspace), device, stream);
@@ -25,12 +26,13 @@ void bind_batch_norm(py::module_& m) {
       },
       py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"),
       py::arg("running_mean"), py::arg("running_var"), py::arg("residual"), py::arg("output"),
-      py::arg("mean"), py::arg("invstd"), py::arg("training"), py::arg("momentum"),
+      py::arg("mean"), py::arg("invstd"), py::arg("mask"), py::arg("training"), py::arg("momentum"),
       py::arg("moments"), py::arg("splits"), py::arg("workspace"), py::arg("device"),
       py::arg("stream"),
       "Writes output, mean and invstd and, in training, the running statistics. Arguments are "
       "addresses, 0 for none; moments [splits, 3, C] that conv2d wrote take the place of a pass "
-      "over the input.");
+      "over the input; mask gets a byte for each 16 bytes of output, a bit for each element, and "
+      "asks for addresses and sizes that 16-byte vectors fit.");
   m.def(
       "batch_norm_backward",
       [](const BatchNormProblem& problem, uintptr_t grad_output, uintptr_t input,

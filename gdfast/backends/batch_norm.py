@@ -3,7 +3,7 @@
 Forward kernels take (input, weight, bias, running_mean, running_var, residual, momentum) and return
 (output, mean, invstd): the statistics that the input was normalised with, in the type that sums are
 taken in. In training they move the running statistics where there are any. CUDA's take `moments`
-too, which its convolution has found out about the input.
+too, which its convolution has found out about the input, and may write a mask (see `MaskSize`).
 
 Backward kernels take (grad_output, input, weight, bias, other, mean, invstd, wanted): `other` is
 what `pre_activation` names, `wanted` four booleans. They return the gradients of input, weight,
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ from gdfast.errors import mismatch
 Wanted = tuple[bool, bool, bool, bool]
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+class MaskSize(NamedTuple):
+    """What of an activation its backward pass reads in the place of the output: a bit per element.
+
+    A byte has those of `elements` that lie side by side in memory, from the lowest bit up.
+    """
+
+    bytes: int
+    elements: int
+
 
 # What the CUDA kernels count in 32 bits, with room for a split beyond it, and on a grid's axis.
 _MOST_PIXELS = 2**30
@@ -170,46 +182,73 @@ def _check_moments(
         raise RuntimeError(mismatch("batch_norm_act", "moments", expected, got))
 
 
-def cuda(query: BatchNormQuery) -> Forward:
+def mask_size(query: BatchNormQuery, *images: Tensor | None) -> MaskSize | None:
+    """The mask that the CUDA kernels can write beside the output, of images where they lie."""
+    _, C, H, W = query.size
+    elements = 1 if query.dtype == torch.float64 else 16 // query.dtype.itemsize
+    if (C if query.channels_last else H * W) % elements:
+        return None
+    if any(image is not None and image.data_ptr() % 16 for image in images):
+        return None
+    return MaskSize(prod(query.size) // elements, elements)
+
+
+def _unmasked(mask: Tensor, query: BatchNormQuery) -> Tensor:
+    """A positive number for each element whose activation handed its gradient on, else a negative
+    one: what tells an activation's gradient as its output does."""
+    size = mask_size(query)
+    assert size is not None
+    bits = mask.unsqueeze(1) >> torch.arange(size.elements, dtype=torch.uint8, device=mask.device)
+    signs = (bits & 1).to(query.dtype) * 2 - 1
+    return signs.flatten().as_strided(query.size, query.strides)
+
+
+class CudaForward:
     """The CUDA kernels for one shape; input has the strides of the query.
 
     In training, moments of the input that `cuda_conv2d.Kernel` gave with it take the place of a
-    pass over it.
+    pass over it; a mask that `new_mask` made is written.
     """
-    assert native.cuda is not None
-    run, problem = native.cuda.batch_norm, _problem(query, native.cuda)
-    size, strides, dtype, device = query.size, query.strides, query.dtype, query.device
-    stats_dtype, training = sum_dtype(dtype), query.training
-    workspace_bytes = native.cuda.batch_norm_workspace_bytes(problem)
 
-    def kernel(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-        running_var: Tensor | None, residual: Tensor | None, momentum: float,
-        moments: Tensor | None = None,
+    def __init__(self, query: BatchNormQuery) -> None:
+        assert native.cuda is not None
+        self._run, self._problem = native.cuda.batch_norm, _problem(query, native.cuda)
+        self._query, self._stats_dtype = query, sum_dtype(query.dtype)
+        self._workspace_bytes = native.cuda.batch_norm_workspace_bytes(self._problem)
+
+    def new_mask(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """Memory for the mask of an output, or None where these images get none."""
+        size = mask_size(self._query, input, residual)
+        return size and torch.empty(size.bytes, dtype=torch.uint8, device=input.device)
+
+    def __call__(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+        running_mean: Tensor | None, running_var: Tensor | None, residual: Tensor | None,
+        momentum: float, moments: Tensor | None = None, mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        query, device = self._query, input.device
+        channels = query.size[1]
         if moments is not None:
-            _check_moments(moments, size[1], stats_dtype, input.device)
-        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
-        mean = torch.empty(size[1], dtype=stats_dtype, device=device)
+            _check_moments(moments, channels, self._stats_dtype, device)
+        output = torch.empty_strided(query.size, query.strides, dtype=query.dtype, device=device)
+        mean = torch.empty(channels, dtype=self._stats_dtype, device=device)
         invstd = torch.empty_like(mean)
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
         if residual is not None:
             residual = _laid_out(residual, query)
         weight, bias = _packed(weight), _packed(bias)
         packed_mean, packed_var = _packed(running_mean), _packed(running_var)
-        run(
-            problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
-            _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
-            invstd.data_ptr(), training, momentum, _address(moments),
-            0 if moments is None else len(moments), workspace.data_ptr(),
+        self._run(
+            self._problem, input.data_ptr(), _address(weight), _address(bias),
+            _address(packed_mean), _address(packed_var), _address(residual), output.data_ptr(),
+            mean.data_ptr(), invstd.data_ptr(), _address(mask), query.training, momentum,
+            _address(moments), 0 if moments is None else len(moments), workspace.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
-        if training:
+        if query.training:
             _written(running_mean, packed_mean)
             _written(running_var, packed_var)
         return output, mean, invstd
-
-    return kernel
 
 
 def cuda_backward(query: BatchNormQuery) -> Backward:
@@ -236,7 +275,7 @@ def cuda_backward(query: BatchNormQuery) -> Backward:
         grad_input, grad_residual = image(want_input), image(want_residual and not hands_on)
         grad_weight, grad_bias = channels(want_weight), channels(want_bias)
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
-        if other is not None:
+        if other is not None and pre_activation != "mask":
             other = _laid_out(other, query)
         weight, bias = _packed(weight), _packed(bias)
         run(
@@ -377,6 +416,9 @@ def gradients(
         if query.pre_activation == "output":
             assert other is not None
             z = other.to(dtype)
+        elif query.pre_activation == "mask":
+            assert other is not None
+            z = _unmasked(other, query).to(dtype)
         else:
             z = normalised if weight is None else normalised * by_channel(weight)
             z = z if bias is None else z + by_channel(bias)

@@ -56,7 +56,7 @@ def why_not(query: Query) -> str:
 BACKEND = Backend(
     name="cuda",
     operations={
-        "batch_norm_act": batch_norm.cuda,
+        "batch_norm_act": batch_norm.CudaForward,
         "batch_norm_act_backward": batch_norm.cuda_backward,
         "conv2d": cuda_conv2d.conv2d,
         "conv2d_act": cuda_conv2d.conv2d,

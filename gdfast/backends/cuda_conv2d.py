@@ -224,8 +224,9 @@ def _pad(tensor: Tensor, channels: int) -> Tensor:
 class Kernel:
     """A forward pass for one query.
 
-    `run(input, weight, bias, moments)` gives the output and, if asked for, what `batch_norm.cuda`
-    takes of it in the place of a pass over it: [splits, 3, K], or None for no positions.
+    `run(input, weight, bias, moments)` gives the output and, if asked for, what
+    `batch_norm.CudaForward` takes of it in the place of a pass over it: [splits, 3, K], or None for
+    no positions.
     """
 
     def __init__(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> None:

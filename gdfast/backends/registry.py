@@ -63,7 +63,7 @@ class BatchNormQuery(Query):
 
     `size` is [N, C, H, W] and `strides` those of all tensors of that size, dense; `pre_activation`
     tells where the backward pass finds the activation's argument: "input" computes it again,
-    "residual" too, "output" reads what tells as much.
+    "residual" too, "output" and "mask" read what tells as much.
     """
 
     size: tuple[int, ...]

@@ -132,13 +132,16 @@ def _dense(input: Tensor) -> Tensor:
     return input.contiguous()
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, invstd: Tensor) -> None:
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], output: Tensor, mean: Tensor, invstd: Tensor,
+    mask: Tensor | None = None,
+) -> None:  # fmt: skip
     """`inputs` are six tensors or None, training, eps, activation, negative_slope, backend and
     moments.
     """
     input, weight, bias, _, _, residual, training, eps, activation, slope, backend, _ = inputs
-    source = pre_activation(activation, slope, residual)
-    other = {"input": None, "residual": residual, "output": output}[source]
+    source = "mask" if mask is not None else pre_activation(activation, slope, residual)
+    other = {"input": None, "residual": residual, "output": output, "mask": mask}[source]
     ctx.save_for_backward(input, weight, bias, other, mean, invstd)
     ctx.settings = training, eps, activation, slope, source, backend
     ctx.set_materialize_grads(False)
@@ -178,8 +181,12 @@ def _backward_of_op(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Any,
 class _BatchNormActFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output, mean, invstd = _run(*inputs)
-        _save(ctx, (*inputs[:7], *inputs[8:]), output, mean, invstd)
+        *_, residual, _, _, _, activation, slope, _, _ = inputs
+        wants_mask = (
+            any(ctx.needs_input_grad) and pre_activation(activation, slope, residual) == "output"
+        )
+        output, mean, invstd, mask = _run(*inputs, wants_mask)
+        _save(ctx, (*inputs[:7], *inputs[8:]), output, mean, invstd, mask)
         return output
 
     @staticmethod
@@ -192,12 +199,12 @@ _forward_op = torch.ops.gdfast.batch_norm_act.default
 _backward_op = torch.ops.gdfast.batch_norm_act_backward.default
 
 
-def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Runs forward without recording a gradient formula."""
     if are_ordinary(*inputs[:6]):
         return batch_norm_dispatch.forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return _run_op(*inputs)
+        return *_run_op(*inputs[:13]), None
 
 
 def _run_op(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gdfast.backends import BatchNormQuery, chosen, resolve
 from gdfast.backends.activation import ACTIVATIONS, output_tells
-from gdfast.backends.batch_norm import sum_dtype
+from gdfast.backends.batch_norm import CudaForward, sum_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import dense_strides, is_channels_last
 from gdfast.ops.conv2d_dispatch import library
@@ -73,9 +73,11 @@ def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, residual: Tensor | None, training: bool, momentum: float,
     eps: float, activation: str, negative_slope: float, backend: str,
-    moments: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Runs a forward pass, running statistics included: output, mean, invstd."""
+    moments: Tensor | None = None, wants_mask: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Runs a forward pass, running statistics included: output, mean, invstd and, where it is
+    wanted and the backend has it, the mask that backward reads in the place of the output.
+    """
     backend = chosen(backend)
     key = (
         _facts(input), _facts(weight), _facts(bias), _facts(running_mean), _facts(running_var),
@@ -93,9 +95,11 @@ def forward(
                 activation, negative_slope, backend,
             )  # fmt: skip
         kernel = _bind(key, OP, query, backend)
-    if moments is None:
-        return kernel(input, weight, bias, running_mean, running_var, residual, momentum)
-    return kernel(input, weight, bias, running_mean, running_var, residual, momentum, moments)
+    tensors = input, weight, bias, running_mean, running_var, residual
+    if isinstance(kernel, CudaForward):
+        mask = kernel.new_mask(input, residual) if wants_mask else None
+        return *kernel(*tensors, momentum, moments, mask), mask
+    return *kernel(*tensors, momentum), None
 
 
 def backward(
@@ -104,7 +108,8 @@ def backward(
     eps: float, activation: str, negative_slope: float, pre_activation: str, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Runs the backward pass: gradients of input, weight, bias and residual, or None."""
-    backend = chosen(backend)
+    # Who wrote a mask reads it, whatever was chosen since.
+    backend = "cuda" if pre_activation == "mask" else chosen(backend)
     param_dtype = _param_dtype(input, weight, bias)
     key = (
         "backward", input.shape, input.stride(), input.dtype, input.device, param_dtype, training,
@@ -209,13 +214,13 @@ def _forward_op(
     if not training:
         running = running_mean, running_var
         results = forward(input, weight, bias, *running, residual, training, 0.0, *settings)
-        return *results, input.new_empty(0)
+        return *results[:3], input.new_empty(0)
     # Running statistics that are moved all the way are those of the batch.
     batch_mean = input.new_zeros(input.shape[1], dtype=_param_dtype(input, weight, bias))
     batch_var = torch.zeros_like(batch_mean)
     batch = batch_mean, batch_var
     results = forward(input, weight, bias, *batch, residual, training, 1.0, *settings)
-    return *results, batch_var
+    return *results[:3], batch_var
 
 
 def _fake_forward(
