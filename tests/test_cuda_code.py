@@ -122,6 +122,10 @@ def test_the_hopper_convolution_uses_what_hopper_has_and_is_empty_elsewhere() ->
         assert code.count("HGMMA") == (4 if code.arguments[2] == "256" else 8), code
         assert code.count("UTMALDG") >= 2 and code.count("UTMASTG"), code
         assert code.count("USETMAXREG") == 2, code
+        # With a trap, ptxas has no thread use more registers than a block is launched with.
+        assert not code.count("BPT"), code
+        # Moments are taken of results in shared memory, where a gradient needs none.
+        assert (code.count(r"LDS\.128") > 0) == (code.arguments[-1] == "0"), code
     for code in kernels:
         assert code in hopper or len(code.instructions) < 20, code
 
@@ -136,6 +140,7 @@ def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
         assert code.count("HGMMA") == products.get(code.arguments[2], 4), code
         # Each lane of the warp that loads has a box: one instruction, once for each of them.
         assert code.count("UTMALDG") >= 1 and code.count("USETMAXREG") == 2, code
+        assert not code.count("BPT"), code
     for code in kernels:
         assert code in hopper or len(code.instructions) < 20, code
 

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, nn, ops
-from gdfast.backends import batch_norm, cuda_conv2d
+from gdfast.backends import batch_norm, cuda_conv2d, tuning, tuning_norm, tuning_timer
 from gdfast.bench.cases import Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
@@ -237,14 +238,57 @@ def test_depthwise_layers_and_no_images_have_none(cuda_device: torch.device) -> 
     assert ops.conv2d_moments(*none, backend="native")[1] is None
 
 
-def test_the_choice_is_that_of_conv2d(cuda_device: torch.device) -> None:
+def test_the_kernel_is_one_of_conv2d(cuda_device: torch.device) -> None:
     values = tensors_of(BY_NAME["c17-k10"], torch.float32, True, cuda_device)
     input, weight, bias, _ = values.values()
     before = len(conv2d_dispatch._kernels)
-    output, moments = ops.conv2d_moments(input, weight, bias, padding=1, backend="cuda")
-    assert torch.equal(output, ops.conv2d(input, weight, bias, padding=1, backend="cuda"))
+    with gdfast.autotune("off"):
+        output, moments = ops.conv2d_moments(input, weight, bias, padding=1, backend="cuda")
+        assert torch.equal(output, ops.conv2d(input, weight, bias, padding=1, backend="cuda"))
     assert moments is not None
-    assert len(conv2d_dispatch._kernels) == before + 1
+    assert len(conv2d_dispatch._kernels) == before + 2  # chosen each for itself
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_tuner_times_them_with_the_normalisation(
+    given: bool, cuda_device: torch.device, handed_on: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a training step runs, with moments from a kernel that has them and a pass for others."""
+    values = tensors_of(WHOLE, torch.float32, True, cuda_device)
+    query = query_of(WHOLE, values)
+    kernel = cuda_conv2d.conv2d(query)
+    calls = {"ours": kernel if given else lambda *tensors: kernel(*tensors)}
+    input, weight, bias, _ = values.values()
+    result = tuning_norm.followed(calls, query)["ours"](input, weight, bias)
+    assert handed_on == [given]
+    expected = torch.nn.functional.batch_norm(
+        kernel(input, weight, bias), None, None, None, None, True
+    )
+    torch.testing.assert_close(result[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tuner_does_so_for_them_alone(
+    handed_on: list[bool], cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("GDFAST_CACHE_DIR", str(tmp_path))
+
+    def measure(calls: dict[str, Any], _: Any) -> dict[str, float]:
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(tuning_timer, "measure", measure)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(tuning.cuda, "candidates", lambda *_: ("64x64", "128x64"))
+    case = Conv2dCase("", 2, 16, 9, 9, 128, 3, 3, padding=(1, 1))
+    input, weight, bias, _ = tensors_of(case, torch.float16, True, cuda_device).values()
+    with gdfast.autotune("force"), tuning.recorded({}) as uses:
+        ops.conv2d(input, weight, bias, padding=1, backend="cuda")
+        assert handed_on == []
+        ops.conv2d_moments(input, weight, bias, padding=1, backend="cuda")
+    assert [use.op for use in uses] == ["conv2d", "conv2d_moments"]
+    assert handed_on == [True, True]
 
 
 def test_other_backends_of_the_normalisation_do_without(cuda_device: torch.device) -> None:

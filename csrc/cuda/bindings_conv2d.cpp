@@ -64,17 +64,25 @@ void bind_hopper(py::module_& m) {
   m.def(
       "conv2d_hopper",
       [](const Conv2dProblem& problem, int pixels, int channels, uintptr_t input, uintptr_t weight,
-         uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
+         uintptr_t bias, uintptr_t output, uintptr_t moments, int device, uintptr_t stream) {
         const HopperTileSize tile = hopper_tile(pixels, channels);
         launching(problem, [&] {
           conv2d_hopper(problem, tile, pointer(input), pointer(weight), pointer(bias),
-                        pointer(output), {device, stream});
+                        pointer(output), pointer(moments), {device, stream});
         });
       },
       py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("input"),
-      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
+      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("moments"), py::arg("device"),
+      py::arg("stream"),
       "As conv2d, for problems that conv2d_hopper_why_not has nothing against, in tiles of 128 "
       "pixels by 64, 128 or 256 channels or of 256 by 128, or 0 by 0 for a guess which.");
+  m.def(
+      "conv2d_hopper_moment_splits",
+      [](const Conv2dProblem& problem, int pixels, int channels, int device) {
+        return conv2d_hopper_moment_splits(problem, hopper_tile(pixels, channels), device);
+      },
+      py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("device"),
+      "The first size of the moments that conv2d_hopper writes; 0 where they are not worth it.");
   m.def(
       "conv2d_grad_input_hopper",
       [](const Conv2dProblem& problem, int pixels, int channels, uintptr_t grad_output,

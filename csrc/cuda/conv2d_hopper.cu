@@ -28,27 +28,29 @@ int small(int64_t value) { return static_cast<int>(value); }
 // Divides a block's memory, and says how many blocks there are. Weights that all tiles of a block
 // need stay there, where enough stages fit beside them to have loads under way all the time.
 template <typename Its>
-int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, int64_t multiprocessors) {
+int64_t divide_memory(HopperArguments& a, int64_t steps, bool one_phase, bool with_moments,
+                      int64_t multiprocessors) {
   constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Its::kKept;
   // A block's tiles have the same channels where blocks are a multiple of the channels' tiles.
   const int64_t same_channels = multiprocessors - multiprocessors % a.tiles_channels.divisor;
-  const bool keeps =
-      one_phase && same_channels > 0 && a.tiles > same_channels &&
+  const bool may_be_same =
+      same_channels > 0 && a.tiles > same_channels &&
       // Without the others it shall not take more than 5% longer.
-      20 * tiles_for(a.tiles, same_channels) <= 21 * tiles_for(a.tiles, multiprocessors) &&
-      steps * Its::kWeights + kEnoughStages * Its::kPixelBytes <= kRest;
+      20 * tiles_for(a.tiles, same_channels) <= 21 * tiles_for(a.tiles, multiprocessors);
+  const bool keeps =
+      one_phase && may_be_same && steps * Its::kWeights + kEnoughStages * Its::kPixelBytes <= kRest;
   a.kept_steps = keeps ? small(steps) : 0;
   a.stage_bytes = Its::kPixelBytes + (keeps ? 0 : Its::kWeights);
   const int64_t stages = (kRest - a.kept_steps * Its::kWeights) / a.stage_bytes;
   a.stages = small(stages < kMostStages ? stages : kMostStages);
-  const int64_t blocks = keeps ? same_channels : multiprocessors;
+  const int64_t blocks = keeps || (with_moments && may_be_same) ? same_channels : multiprocessors;
   return a.tiles < blocks ? a.tiles : blocks;
 }
 
-template <typename T, int kPixels, int kN, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const void* image,
-         const void* weight, void* output, HopperArguments a, const Where& where) {
-  using Its = HopperTile<kPixels, kN>;
+// Fills in all but the addresses, and says how many blocks there are.
+template <int kPixels, int kN>
+int64_t lay_out(HopperArguments& a, const Conv2dProblem& p, const HopperPass& pass,
+                bool with_moments, int64_t multiprocessors) {
   const HopperImage out = first_phase(pass);
   const PixelBox box = choose_pixel_box(out, kPixels);
   a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
@@ -57,13 +59,39 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const v
   const int64_t tiles_channels = tiles_for(out.channels, kN);
   a.tiles_channels = Divisor::of(tiles_channels);
   a.tiles = small(pixel_tiles(out, box) * tiles_channels);
+  a.channels = small(out.channels);
+  a.sums = small(tiles_for(pass.in.channels, kChannels));
+  const HopperPhases phases = pass.out_phases();
+  const int64_t blocks = divide_memory<HopperTile<kPixels, kN>>(
+      a, p.R * p.S * a.sums, phases.h * phases.w == 1, with_moments, multiprocessors);
+  a.moments = {
+      nullptr,      blocks % tiles_channels == 0, box.rows() == kPixels, small(out.N), small(out.H),
+      small(out.W), Divisor::of(box.h),           Divisor::of(box.w)};
+  return blocks;
+}
+
+// Parts of the moments that a convolution in one kind of tiles leaves.
+template <int kPixels, int kN>
+int64_t moment_parts(const Conv2dProblem& p, const HopperPass& pass, int64_t multiprocessors) {
+  using Parts = MomentsOfTile<HopperTile<kPixels, kN>>;
+  HopperArguments a{};
+  const int64_t blocks = lay_out<kPixels, kN>(a, p, pass, true, multiprocessors);
+  const int64_t tiles_channels = a.tiles_channels.divisor;
+  return a.moments.of_blocks ? blocks / tiles_channels * Parts::kParts
+                             : a.tiles / tiles_channels * Parts::kGroups;
+}
+
+template <typename T, int kPixels, int kN, bool kGradient>
+void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const void* image,
+         const void* weight, void* output, void* moments, HopperArguments a, const Where& where) {
+  using Its = HopperTile<kPixels, kN>;
+  const int64_t blocks = lay_out<kPixels, kN>(a, p, pass, moments != nullptr, multiprocessors(op));
+  a.moments.parts = static_cast<float*>(moments);
+  const PixelBox box{a.box_n, a.box_h, a.box_w};
   phase_maps<T>(op, image, pass.in, pass.in_phases(), box, a.images);
   phase_maps<T>(op, output, pass.out, pass.out_phases(), box, a.outputs);
   a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight},
                                {kGradient ? kChannels : kN, 1, 1});
-  const HopperPhases phases = pass.out_phases();
-  const int64_t blocks =
-      divide_memory<Its>(a, p.R * p.S * a.sums, phases.h * phases.w == 1, multiprocessors(op));
   const int64_t bytes = Its::kKept + a.kept_steps * Its::kWeights + a.stages * a.stage_bytes;
   launch(op, conv2d_hopper_kernel<T, kPixels, kN, kGradient>, static_cast<unsigned>(blocks),
          kThreads, static_cast<size_t>(bytes), where.stream, a);
@@ -88,22 +116,29 @@ HopperTileSize guess(const Conv2dProblem& p, const HopperPass& pass, int64_t mul
   return {128, time.fastest()};
 }
 
+// Calls with(pixels, channels) of a tile, or of the one that is guessed.
+template <typename With>
+void with_tile(HopperTileSize tile, const Conv2dProblem& p, const HopperPass& pass,
+               int64_t multiprocessors, With&& with) {
+  if (tile.channels == 0) tile = guess(p, pass, multiprocessors);
+  if (tile.channels == 64) return with(Constant<128>{}, Constant<64>{});
+  if (tile.channels == 256) return with(Constant<128>{}, Constant<256>{});
+  if (tile.pixels == 256) return with(Constant<256>{}, Constant<128>{});
+  with(Constant<128>{}, Constant<128>{});
+}
+
 template <typename T, bool kGradient>
 void run(const char* op, const Conv2dProblem& p, HopperTileSize tile, const void* image,
-         const void* weight, const void* bias, void* output, const Where& where) {
+         const void* weight, const void* bias, void* output, void* moments, const Where& where) {
   const HopperPass pass = hopper_pass(p, kGradient);
   HopperArguments a{};
   a.rows = pass.rows, a.columns = pass.columns;
   a.bias = bias;
-  a.channels = small(pass.out.channels);
-  a.sums = small(tiles_for(pass.in.channels, kChannels));
   end_with(a, p.activation, p.negative_slope);
-  if (tile.channels == 0) tile = guess(p, pass, multiprocessors(op));
-  const auto chosen = tile.channels == 64    ? run<T, 128, 64, kGradient>
-                      : tile.channels == 256 ? run<T, 128, 256, kGradient>
-                      : tile.pixels == 256   ? run<T, 256, 128, kGradient>
-                                             : run<T, 128, 128, kGradient>;
-  chosen(op, p, pass, image, weight, output, a, where);
+  with_tile(tile, p, pass, multiprocessors(op), [&](auto pixels, auto channels) {
+    run<T, decltype(pixels)::value, decltype(channels)::value, kGradient>(
+        op, p, pass, image, weight, output, moments, a, where);
+  });
 }
 
 }  // namespace
@@ -140,12 +175,26 @@ bool is_hopper_tile(const HopperTileSize& tile) {
   return pixels == 128 && (channels == 64 || channels == 128 || channels == 256);
 }
 
+int64_t conv2d_hopper_moment_splits(const Conv2dProblem& p, const HopperTileSize& tile,
+                                    int device) {
+  constexpr int64_t kMost = 2048;  // one kernel joins them
+  const DeviceGuard guard("conv2d", device);
+  const int64_t count = multiprocessors("conv2d");
+  const HopperPass pass = hopper_pass(p, false);
+  int64_t parts = 0;
+  with_tile(tile, p, pass, count, [&](auto pixels, auto channels) {
+    parts = moment_parts<decltype(pixels)::value, decltype(channels)::value>(p, pass, count);
+  });
+  return parts > kMost ? 0 : parts;
+}
+
 void conv2d_hopper(const Conv2dProblem& p, const HopperTileSize& tile, const void* input,
-                   const void* weight, const void* bias, void* output, const Where& where) {
+                   const void* weight, const void* bias, void* output, void* moments,
+                   const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, tile, input, weight, bias, output, where);
+  chosen(kOp, p, tile, input, weight, bias, output, moments, where);
 }
 
 void conv2d_grad_input_hopper(const Conv2dProblem& p, const HopperTileSize& tile,
@@ -154,7 +203,7 @@ void conv2d_grad_input_hopper(const Conv2dProblem& p, const HopperTileSize& tile
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, where);
+  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, nullptr, where);
 }
 
 std::string hopper_missing(int device) {

@@ -23,9 +23,16 @@ struct HopperTileSize {
 
 bool is_hopper_tile(const HopperTileSize& tile);
 
-// output = activation(conv2d(input, weight) + bias); bias may be null.
+// output = activation(conv2d(input, weight) + bias); bias may be null. So may be `moments`
+// [splits, 3, K] in float32, which gets what a batch normalisation of output begins with
+// (moments.h).
 void conv2d_hopper(const Conv2dProblem& problem, const HopperTileSize& tile, const void* input,
-                   const void* weight, const void* bias, void* output, const Where& where);
+                   const void* weight, const void* bias, void* output, void* moments,
+                   const Where& where);
+
+// 0 where there would be so many that a pass over the output is as good.
+int64_t conv2d_hopper_moment_splits(const Conv2dProblem& problem, const HopperTileSize& tile,
+                                    int device);
 
 void conv2d_grad_input_hopper(const Conv2dProblem& problem, const HopperTileSize& tile,
                               const void* grad_output, const void* weight, void* grad_input,

@@ -1,6 +1,7 @@
 // The kernel of conv2d_hopper.cu: a block's loader and its consumers.
 #pragma once
 
+#include "conv2d_hopper_moments.h"
 #include "conv2d_hopper_ring.h"
 
 namespace gdfast::cuda {
@@ -184,6 +185,16 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
   int number = 0;
   Stage stage{0, 0};
   float sums[Its::kProducts][kN / 2];
+  // Those who take turns have time for a tile's moments while the others multiply. Those who share
+  // tiles take them when the first products of the next one are under way.
+  const bool with_moments = !kGradient && a.moments.parts != nullptr;
+  int written = 0, written_last = 0;
+  RunningMoments moments{};
+  const auto take = [&] {
+    if (with_moments && written > 0) {
+      take_moments<T, Its>(a, written_last, consumer, written == 1, moments);
+    }
+  };
   for_each_tile(a, [&](int index, int phase_h, int phase_w) {
     const int steps = a.rows.taps[phase_h].count * a.columns.taps[phase_w].count * a.sums;
     if (Its::kTurns > 1 && (number++ & 1) != mine) return advance(stage, a.stages, steps);
@@ -196,6 +207,7 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
       barrier_wait(Ring<Its>::full(stage), stage.parity);
       multiply_stage<T, kN, kGradient>(sums, Ring<Its>::pixels(a, stage) + first_row * kBoxRow,
                                        Ring<Its>::weights(a, stage, step), step > 0);
+      if (Its::kTurns == 1 && step == (steps > 1 ? 1 : 0)) take();
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
       if (step > 0) arrive(Ring<Its>::empty(before));
@@ -209,7 +221,11 @@ GDFAST_DEVICE void multiply_tiles(const HopperArguments& a, int consumer) {
     if (steps > 0) arrive(Ring<Its>::empty(before));
     write_tile<T, kPixels, kN, kGradient>(a, a.outputs[phase_h][phase_w], index, sums, consumer,
                                           steps == 0);
+    ++written, written_last = index;
+    if constexpr (Its::kTurns > 1) take();
   });
+  if constexpr (Its::kTurns == 1) take();
+  if (with_moments && a.moments.of_blocks) write_block_moments<Its>(a, consumer, moments);
   stores_wait<0>();
 }
 

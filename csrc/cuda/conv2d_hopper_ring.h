@@ -35,6 +35,15 @@ static_assert((2 * kMostStages + kConsumers) * sizeof(uint64_t) <= kBarrierBytes
 // z or 0 on one side of 0, and z up to a limit on the other.
 enum class Ending { kNone, kLines, kSilu, kZero };
 
+// Where moments of the output go, if anywhere, and which rows of a tile are pixels of it.
+struct HopperMoments {
+  float* parts;    // [parts, 3, channels] as in moments.h, or null
+  bool of_blocks;  // a part has all that a warp sees: a block's tiles have the same channels
+  bool boxes_fill_tiles;
+  int n, h, w;
+  Divisor box_h, box_w;
+};
+
 struct HopperArguments {
   TensorMap images[kMostPhases][kMostPhases];  // phases of rows, of columns
   TensorMap outputs[kMostPhases][kMostPhases];
@@ -51,6 +60,7 @@ struct HopperArguments {
   Ending ending;
   bool zero_below;
   float below, most;
+  HopperMoments moments;
 };
 
 // A tile of kPixels by kN channels: how consumers divide it, and what lies where in dynamic shared

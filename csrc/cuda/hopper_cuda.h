@@ -99,12 +99,18 @@ GDFAST_DEVICE uint64_t nanoseconds() {
   return now;
 }
 
+// Ends the kernel with an error. Not by a trap: ptxas lets no thread of a kernel that has one use
+// more registers than at launch, whatever take_registers says.
+GDFAST_DEVICE void give_up() {
+  asm volatile("st.volatile.global.u32 [%0], 0;" ::"l"(uint64_t{0}) : "memory");
+}
+
 // What has not come after ten seconds never will: then an error, and not a GPU that hangs.
 GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
   if (barrier_is_over(barrier, parity)) return;
   const uint64_t start = nanoseconds();
   while (!barrier_is_over(barrier, parity)) {
-    if (nanoseconds() - start > 10000000000u) __trap();
+    if (nanoseconds() - start > 10000000000u) give_up();
   }
 }
 

@@ -225,8 +225,8 @@ class Kernel:
     """A forward pass for one query.
 
     `run(input, weight, bias, moments)` gives the output and, if asked for, what
-    `batch_norm.CudaForward` takes of it in the place of a pass over it: [splits, 3, K], or None for
-    no positions.
+    `batch_norm.CudaForward` takes of it in the place of a pass over it: [splits, 3, K], or None
+    where there are no positions or, on Hopper, too many splits to be worth it.
     """
 
     def __init__(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
@@ -252,7 +252,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER:
-        return _hopper_conv2d(query, by)
+        return Kernel(_hopper_conv2d(query, by))
     if by == cuda_grouped.NAME:
         problem, (copy_input,) = _problem(query, "input", by=by)
         return cuda_grouped.conv2d(query, problem, copy_input)
@@ -336,21 +336,30 @@ def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor 
     return kernel
 
 
-def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
+def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What a `Kernel` runs, in a tile for Hopper."""
+    assert native.cuda is not None
     problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
     size, strides = query.geometry.output_size, query.strides[2]
+    device = cuda_stream.current(query.device)[0]
+    splits = native.cuda.conv2d_hopper_moment_splits(problem, *HOPPER[by], device)
 
-    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def kernel(
+        input: Tensor, weight: Tensor, bias: Tensor | None, with_moments: bool
+    ) -> tuple[Tensor, Tensor | None]:
         output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         input, weight = copy_input(input), copy_weight(weight)
         if bias is not None:
             bias = bias.contiguous()
+        moments = None
+        if with_moments and splits:
+            moments = torch.empty(splits, 3, size[1], dtype=torch.float32, device=input.device)
         run(
             problem, *how(), input.data_ptr(), weight.data_ptr(), sgd.address(bias),
-            output.data_ptr(), *cuda_stream.current(input.device),
+            output.data_ptr(), sgd.address(moments), *cuda_stream.current(input.device),
         )  # fmt: skip
-        return output
+        return output, moments
 
     return kernel
 

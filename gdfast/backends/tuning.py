@@ -4,6 +4,7 @@ The candidates are our algorithms that apply, as far as the precision allows (on
 of the CUDA and of the Triton kernels), and under the backend "auto" native PyTorch too. They are
 timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
 result there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A
+convolution whose moments a batch normalisation takes is timed with that behind it. A
 choice once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in
 a file (see `choices_file`), so that a machine pays for it once.
 
@@ -44,6 +45,7 @@ from gdfast.backends import (
     memory,
     triton_backend,
     tuning_check,
+    tuning_norm,
     tuning_timer,
 )
 from gdfast.backends.choices import MOST, Choice
@@ -62,6 +64,7 @@ from gdfast.tensor_cores import input_precision
 
 OFF, FORCE = "off", "force"
 NATIVE = "native"
+MOMENTS = "conv2d_moments"  # a forward pass, of which a batch normalisation takes the moments
 
 # The backends with several ways of running a convolution.
 _CHOOSERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton_backend}
@@ -185,23 +188,24 @@ def bind(
     """The kernel that runs `op` for `query` from now on, and the name of what was chosen.
 
     `arguments` are those of this call. The name is an algorithm's, "native", or the backend's.
-    Raises what `resolve` raises.
+    For `MOMENTS` it is a kernel of conv2d. Raises what `resolve` raises.
     """
-    backend = resolve(op, query, requested)
+    run = _run(op)
+    backend = resolve(run, query, requested)
     if not isinstance(query, Conv2dQuery) or _chooser(backend) is None:
-        return backend.operations[op](query), backend.name
+        return backend.operations[run](query), backend.name
     backends = [backend]
     if requested == AUTO:
-        backends += [b for b in willing(op, query) if b is not backend and _chooser(b) is not None]
+        backends += [b for b in willing(run, query) if b is not backend and _chooser(b) is not None]
     ways = {
         _name(each, name, len(backends)): (each, name)
         for each in backends
-        for name in _chooser(each).candidates(op, query)
+        for name in _chooser(each).candidates(run, query)
     }
-    calls = {name: each.operations[op](query, by) for name, (each, by) in ways.items()}
-    predicted = _name(backend, _chooser(backend).algorithm(op, query), len(backends))
+    calls = {name: each.operations[run](query, by) for name, (each, by) in ways.items()}
+    predicted = _name(backend, _chooser(backend).algorithm(run, query), len(backends))
     if requested == AUTO:
-        calls[NATIVE] = resolve(op, query, REFERENCE).operations[op](query)
+        calls[NATIVE] = resolve(run, query, REFERENCE).operations[run](query)
         # Its kernels were not measured yet on any processor that has their instruction.
         if query.device.type == "cuda" or predicted == cpu_algorithms.BF16:
             predicted = NATIVE
@@ -213,6 +217,11 @@ def bind(
             _session.choices[key] = choice
             _session.uses.append(Use(op, query, torch.get_num_threads(), tuple(calls), choice))
     return calls[choice.name], choice.name
+
+
+def _run(op: str) -> str:
+    """The operation whose kernels run another one."""
+    return "conv2d" if op == MOMENTS else op
 
 
 def _chooser(backend: Backend) -> Any:
@@ -259,7 +268,8 @@ def _choose(
     doubted = [n for n in calls if n != NATIVE and (on_gpu or n == cpu_algorithms.BF16)]
     if doubted:
         try:
-            right = _agreeing(op, query, {name: calls[name] for name in doubted}, arguments)
+            named = {name: calls[name] for name in doubted}
+            right = _agreeing(_run(op), query, named, arguments)
         except RuntimeError:  # no memory for a comparison, or nothing to compare with
             return predicted
         calls = {n: call for n, call in calls.items() if n in right or n not in doubted}
@@ -269,6 +279,8 @@ def _choose(
                 f"{query.dtype} and {query.geometry}. Ask for 'auto' to let another backend run it."
             )
     fresh = 0.0 if on_gpu else memory.seconds_of_fresh_pages(_result_bytes(op, query))
+    if op == MOMENTS:
+        calls = tuning_norm.followed(calls, query)
     calls = {name: partial(call, *arguments) for name, call in calls.items()}
     choice = _timed(predicted.name, calls, wait, fresh)
     if not choice.seconds:

@@ -22,6 +22,7 @@ SCHEMA = 1  # raised when a reader of the JSON would have to change
 _PASSES = {
     "conv2d": "forward",
     "conv2d_act": "forward, act",
+    "conv2d_moments": "forward, norm",
     "conv2d_grad_input": "grad_input",
     "conv2d_grad_weight": "grad_weight",
 }

@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function_variadic
 from torch.utils.flop_counter import register_flop_formula
 
 from gdfast import native
-from gdfast.backends import chosen
+from gdfast.backends import chosen, tuning
 from gdfast.backends.cuda_conv2d import Kernel
 from gdfast.ops.conv2d import (
     Conv2dFunction,
@@ -35,7 +35,7 @@ from gdfast.ops.ordinary import (
     run_operation,
 )
 
-OP = "conv2d_moments"
+OP = tuning.MOMENTS
 
 # The second result is None where the kernel takes no moments.
 library.define(
@@ -128,14 +128,14 @@ def _kernel(
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Runs the kernel that runs conv2d, whose choice is kept by the same key."""
+    """Runs a kernel of conv2d, chosen with the batch normalisation behind it."""
     backend = chosen(backend)
     arguments = stride, padding, dilation, groups
-    key = conv2d_key(input, weight, bias, *arguments, backend)
+    key = OP, *conv2d_key(input, weight, bias, *arguments, backend)
     kernel = known_kernel(key)
     if kernel is None:
         query = conv2d_query("conv2d", input, weight, bias, *arguments)
-        kernel = bind(key, "conv2d", query, backend, input, weight, bias)
+        kernel = bind(key, OP, query, backend, input, weight, bias)
     if isinstance(kernel, Kernel):
         return kernel.with_moments(input, weight, bias)
     return kernel(input, weight, bias), None
