@@ -24,6 +24,7 @@ from gdfast.backends import (
     cuda_grouped,
     cuda_hopper,
     cuda_hopper_grad_weight,
+    cuda_hopper_halo,
     cuda_layout,
     cuda_stem,
     cuda_stream,
@@ -34,6 +35,7 @@ from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_hopper import CHUNK, HOPPER
 from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
+from gdfast.backends.cuda_hopper_halo import HALO
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -105,7 +107,8 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
         return () if left_out else cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    return tuple(name + ending for name in cuda_hopper.candidates(made))
+    halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
+    return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
@@ -149,6 +152,8 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
     """A binding, and what it is told at each call between the problem and the addresses."""
     if by in HOPPER:
         return getattr(native.cuda, f"{op}_hopper"), lambda: HOPPER[by]
+    if by in HALO:
+        return getattr(native.cuda, f"{op}_halo"), lambda: HALO[by]
     way = _way(query, by)
     return getattr(native.cuda, op), lambda: (way(),)
 
@@ -166,6 +171,14 @@ def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     return str(native.cuda.conv2d_hopper_why_not(problem, gradient))
 
 
+def halo_why_not(op: str, query: Conv2dQuery, name: str) -> str:
+    """Why the kernel for Hopper whose taps share boxes does not run one pass here, or ""."""
+    if reason := cuda_hopper.missing(query.device):
+        return reason
+    problem, _ = _problem(query, "weight", "output" if op == "conv2d_grad_input" else "input")
+    return cuda_hopper_halo.why_not(op, problem, name)
+
+
 def grouped_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
     problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
@@ -180,7 +193,7 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    by_tma = by in HOPPER or by in cuda_hopper_grad_weight.BLOCKS
+    by_tma = by in HOPPER or by in HALO or by in cuda_hopper_grad_weight.BLOCKS
     unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
     few = 0 if by == cuda_grouped.NAME else _FEW
     for name in copied:
@@ -250,7 +263,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_depthwise.conv2d(query, _problem(query)[0])
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
-    if by in HOPPER:
+    if by in HOPPER or by in HALO:
         return _hopper_conv2d(query, by)
     if by == cuda_grouped.NAME:
         problem, (copy_input,) = _problem(query, "input", by=by)
