@@ -24,7 +24,14 @@ from torch.nn import Parameter
 
 import gdfast
 from gdfast import native, nn, ops, optim
-from gdfast.backends import cuda_conv2d, cuda_hopper, cuda_hopper_grad_weight, cuda_tiles, precision
+from gdfast.backends import (
+    cuda_conv2d,
+    cuda_hopper,
+    cuda_hopper_grad_weight,
+    cuda_hopper_halo,
+    cuda_tiles,
+    precision,
+)
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench import norm
 from gdfast.bench.cases import Conv2dCase
@@ -50,6 +57,12 @@ _HOPPER = (
     Conv2dCase("3x3-stride-2", 2, 72, 9, 10, 72, 3, 3, stride=(2, 2), padding=(1, 1)),
     # More tiles than multiprocessors.
     Conv2dCase("weights-stay", 2, 64, 96, 96, 64, 1, 1),
+)
+# Several images a tile; a part of one, and more tiles than multiprocessors; weights in a ring.
+_HALO = (
+    Conv2dCase("7x7", 9, 72, 7, 7, 72, 3, 3, padding=(1, 1)),
+    Conv2dCase("weights-stay", 20, 64, 56, 56, 64, 3, 3, padding=(1, 1)),
+    Conv2dCase("many-steps", 3, 136, 14, 14, 136, 3, 3, padding=(1, 1)),
 )
 # Parts of slabs and of tiles; tiles in two parts, and more of them than one block makes.
 _GROUPED = (
@@ -89,7 +102,7 @@ def passes(
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
-            if by not in cuda_hopper.HOPPER:
+            if by not in (*cuda_hopper.HOPPER, *cuda_hopper_halo.HALO):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
             ours = _by_operations(case, [input, weight, bias, grad], backend)
@@ -344,6 +357,10 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
             if name != "hopper":
                 run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
                 yield f"conv2d {case} by {name}", run, 0
+    for case in _HALO:
+        for name in cuda_hopper_halo.HALO:
+            run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
+            yield f"conv2d {case} by {name}", run, 0
     for case in _HOPPER:
         for name in cuda_hopper_grad_weight.BLOCKS:
             run = partial(weight_gradient, case, name, **where)

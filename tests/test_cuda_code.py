@@ -130,6 +130,22 @@ def test_the_hopper_convolution_uses_what_hopper_has_and_is_empty_elsewhere() ->
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_the_one_whose_taps_share_boxes_does_so_too() -> None:
+    kernels = [code for code in codes() if code.kernel == "conv2d_halo_kernel"]
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        # 64 channels, 16 at a time; the sums of eight positions are stored by one instruction, for
+        # each of the three endings that forward has.
+        assert code.count("HGMMA") == 4, code
+        endings = 1 if code.arguments[3] == "1" else 3
+        assert code.count("STSM") == endings * int(code.arguments[1]) // 8, code
+        assert code.count("UTMALDG") >= 2 and code.count("UTMASTG"), code
+        assert code.count("USETMAXREG") == 2, code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code
+
+
 def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
     kernels = [code for code in codes() if code.kernel == "conv2d_hopper_grad_weight_kernel"]
     hopper = [code for code in kernels if code.architecture == "sm_90a"]

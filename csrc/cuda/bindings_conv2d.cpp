@@ -5,6 +5,8 @@
 #include "conv2d.h"
 #include "conv2d_hopper.h"
 #include "conv2d_hopper_grad_weight.h"
+#include "conv2d_hopper_halo.h"
+#include "conv2d_hopper_planes.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -94,6 +96,90 @@ void bind_hopper(py::module_& m) {
         });
       },
       py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("grad_output"),
+      py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
+      "As conv2d_grad_input, likewise.");
+}
+
+HaloTile halo_tile(int channels, bool one_box) {
+  if (channels == 64 || channels == 128) return {channels, one_box};
+  throw py::value_error("conv2d_halo: channels: expected 64 or 128, got " +
+                        std::to_string(channels));
+}
+
+void bind_halo(py::module_& m) {
+  m.def(
+      "conv2d_halo_why_not",
+      [](const Conv2dProblem& problem, int channels, bool one_box, bool gradient) {
+        return conv2d_halo_why_not(problem, halo_tile(channels, one_box), gradient);
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("gradient"),
+      "Why conv2d_halo, or its gradient, does not take a problem, or an empty string. Addresses "
+      "must be multiples of 16 too.");
+  m.def(
+      "conv2d_halo",
+      [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t input,
+         uintptr_t weight, uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
+        const HaloTile tile = halo_tile(channels, one_box);
+        launching(problem, [&] {
+          conv2d_halo(problem, tile, pointer(input), pointer(weight), pointer(bias),
+                      pointer(output), {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("input"),
+      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
+      "As conv2d, for problems that conv2d_halo_why_not has nothing against, in tiles of 64 or 128 "
+      "channels; all taps share one box of pixels, or those of a column do.");
+  m.def(
+      "conv2d_grad_input_halo",
+      [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t grad_output,
+         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
+        const HaloTile tile = halo_tile(channels, one_box);
+        launching(problem, [&] {
+          conv2d_grad_input_halo(problem, tile, pointer(grad_output), pointer(weight),
+                                 pointer(grad_input), {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("grad_output"),
+      py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
+      "As conv2d_grad_input, likewise.");
+}
+
+PlanesTile planes_tile(int channels, int pixels) {
+  const PlanesTile tile{channels, pixels};
+  if (is_planes_tile(tile)) return tile;
+  throw py::value_error("conv2d_planes: tile: expected 64 x 256, 128 x 128 or 256 x 128, got " +
+                        std::to_string(channels) + " x " + std::to_string(pixels));
+}
+
+void bind_planes(py::module_& m) {
+  m.def("conv2d_planes_why_not", &conv2d_planes_why_not, py::arg("problem"), py::arg("gradient"),
+        "Why conv2d_planes, or its gradient, does not take a problem, or an empty string. "
+        "Addresses must be multiples of 16 too.");
+  m.def(
+      "conv2d_planes",
+      [](const Conv2dProblem& problem, int channels, int pixels, uintptr_t input, uintptr_t weight,
+         uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
+        const PlanesTile tile = planes_tile(channels, pixels);
+        launching(problem, [&] {
+          conv2d_planes(problem, tile, pointer(input), pointer(weight), pointer(bias),
+                        pointer(output), {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("pixels"), py::arg("input"),
+      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
+      "As conv2d, for 1x1 convolutions in NCHW that conv2d_planes_why_not has nothing against, in "
+      "tiles of 64 channels by 256 pixels, or 128 or 256 by 128.");
+  m.def(
+      "conv2d_grad_input_planes",
+      [](const Conv2dProblem& problem, int channels, int pixels, uintptr_t grad_output,
+         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
+        const PlanesTile tile = planes_tile(channels, pixels);
+        launching(problem, [&] {
+          conv2d_grad_input_planes(problem, tile, pointer(grad_output), pointer(weight),
+                                   pointer(grad_input), {device, stream});
+        });
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("pixels"), py::arg("grad_output"),
       py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
       "As conv2d_grad_input, likewise.");
 }
@@ -225,6 +311,8 @@ void bind_conv2d(py::module_& m) {
       "float32; lr_address (float64, instead of lr) is on the device, 0 for "
       "none.");
   bind_hopper(m);
+  bind_halo(m);
+  bind_planes(m);
   bind_hopper_grad_weight(m);
 }
 

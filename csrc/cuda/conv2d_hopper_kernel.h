@@ -83,22 +83,6 @@ GDFAST_DEVICE void multiply_stage(float (&sums)[kProducts][kN / 2], const unsign
   warpgroup_commit();
 }
 
-// Two rows' sums, each of two neighbouring channels, with their bias and activation.
-template <Ending kEnding>
-GDFAST_DEVICE void finish(const HopperArguments& a, float (&sums)[4], const float (&bias)[2]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float& z = sums[i];
-    z += bias[i % 2];
-    if constexpr (kEnding == Ending::kSilu) {
-      z = near_quotient(z, 1 + std::exp(-z));
-    } else {
-      const float below = a.below * z;
-      z = z < 0 ? (a.zero_below ? 0 : below) : z > a.most ? a.most : z;
-    }
-  }
-}
-
 // Leaves a warp's 16 rows of one product in the boxes of a tile's results, 64 channels each. Of
 // each row four lanes have 16 bytes: no two of a warp's meet in a bank.
 template <typename T, int kPixels, int kN, Ending kEnding>

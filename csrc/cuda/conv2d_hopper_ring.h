@@ -7,8 +7,7 @@
 //   stages     a ring, each with what one step multiplies
 #pragma once
 
-#include <cmath>
-
+#include "conv2d_hopper_ending.h"
 #include "conv2d_hopper_tiles.h"
 #include "divisor.h"
 #include "hopper.h"
@@ -30,10 +29,6 @@ constexpr int kBlockMemory = 227 * 1024;  // bytes, that a block may have
 constexpr int kBarrierBytes = 1024;       // with what keeps boxes at multiples of that
 constexpr int kMostStages = 12;
 static_assert((2 * kMostStages + kConsumers) * sizeof(uint64_t) <= kBarrierBytes, "one for each");
-
-// What is done to sums before they are written. Lines and silu begin with a bias; lines are below *
-// z or 0 on one side of 0, and z up to a limit on the other.
-enum class Ending { kNone, kLines, kSilu, kZero };
 
 // Where moments of the output go, if anywhere, and which rows of a tile are pixels of it.
 struct HopperMoments {

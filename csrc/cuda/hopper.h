@@ -16,12 +16,18 @@
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written
+//   stmatrix_x2_transposed(shared_row, first, second)
+//                                          a warp's two 8x8 matrices, each lane's pairs as
+//                                          mma_m16n8k16 has rows 0 to 7 and 8 to 15 of d: their
+//                                          columns become rows of 16 bytes, from where lanes 0 to 7
+//                                          and 8 to 15 say
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
 //   rows_matrix(shared, byte), columns_matrix(shared, byte, next)
 //                                          what a product reads: rows of a box that hold the axis
-//                                          summed over, from a byte of each on; or columns, the
+//                                          summed over, from a byte of each on, and from any row
+//                                          on: chunks change places by the address; or columns, the
 //                                          axis summed over going down the rows: the box of the
 //                                          next 64 columns is `next` bytes away
 //   warpgroup_begin(), warpgroup_multiply<T, kN, kColumnsB, kColumnsA>(d, a, b, accumulate),

@@ -230,6 +230,26 @@ void multiply_part(const Multiplication& product, int thread) {
   }
 }
 
+struct StoredMatrices {
+  unsigned char* row;
+  uint32_t registers[2];
+};
+
+// stmatrix with .trans: a lane's registers are pairs of a column, of the matrix in memory, whose
+// rows the first 16 lanes have the addresses of.
+inline void store_matrices(void* const* lanes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int matrix = 0; matrix < 2; ++matrix) {
+      uint16_t pair[2];
+      std::memcpy(pair, &static_cast<StoredMatrices*>(lanes[lane])->registers[matrix], sizeof pair);
+      for (int i = 0; i < 2; ++i) {
+        auto* const to = static_cast<StoredMatrices*>(lanes[8 * matrix + lane % 4 * 2 + i]);
+        std::memcpy(to->row + 2 * (lane / 4), &pair[i], sizeof pair[i]);
+      }
+    }
+  }
+}
+
 }  // namespace simulator
 
 // --- Barriers ---------------------------------------------------------------------------------
@@ -299,6 +319,12 @@ GDFAST_DEVICE void stores_wait() {
 template <int kPending>
 GDFAST_DEVICE void stores_wait_read() {
   stores_wait<kPending>();
+}
+
+GDFAST_DEVICE void stmatrix_x2_transposed(void* shared_row, uint32_t first, uint32_t second) {
+  simulator::require_aligned("stmatrix_x2_transposed", shared_row);
+  simulator::StoredMatrices matrices{static_cast<unsigned char*>(shared_row), {first, second}};
+  simulator::meet_warp("stmatrix_x2_transposed", &matrices, simulator::store_matrices);
 }
 
 // --- Products ---------------------------------------------------------------------------------

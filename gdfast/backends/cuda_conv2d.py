@@ -24,6 +24,8 @@ from gdfast.backends import (
     cuda_grouped,
     cuda_hopper,
     cuda_hopper_grad_weight,
+    cuda_hopper_halo,
+    cuda_hopper_planes,
     cuda_layout,
     cuda_stem,
     cuda_stream,
@@ -34,6 +36,8 @@ from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_hopper import CHUNK, HOPPER
 from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
+from gdfast.backends.cuda_hopper_halo import HALO
+from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -83,8 +87,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return ways if cuda_depthwise.is_large(query) else ways[::-1]
     if _may_turn(op, query):
         # What is written number by number is expected to be slower, but where launches count.
-        turned = candidates(op, _turned(op, query))
-        return (*(name + TURNED for name in turned), cuda_tiles.candidates(op, query)[0])
+        turned, planes = candidates(op, _turned(op, query)), _planes_candidates(op, query)
+        return (*planes, *(name + TURNED for name in turned), cuda_tiles.candidates(op, query)[0])
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
@@ -95,17 +99,30 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 
 
 def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
-    on_gpu = query.device.type == "cuda" and native.cuda is not None
     ending = ""
     if op == "conv2d_grad_input" and query.geometry.C % CHUNK and query.geometry.groups == 1:
         query, ending = padded_query(query), PADDED
-    if os.environ.get("GDFAST_HOPPER") == "0" or not on_gpu or hopper_why_not(op, query):
+    if not _has_hopper(query) or hopper_why_not(op, query):
         return ()
     if op == "conv2d_grad_weight":
         left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
         return () if left_out else cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    return tuple(name + ending for name in cuda_hopper.candidates(made))
+    halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
+    return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
+
+
+def _planes_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
+    if not _has_hopper(query) or planes_why_not(op, query):
+        return ()
+    made = query.geometry.K if op == "conv2d" else query.geometry.C
+    return cuda_hopper_planes.candidates(made)
+
+
+def _has_hopper(query: Conv2dQuery) -> bool:
+    """Whether Hopper's kernels may be candidates."""
+    on_gpu = query.device.type == "cuda" and native.cuda is not None
+    return on_gpu and os.environ.get("GDFAST_HOPPER") != "0"
 
 
 def algorithm(op: str, query: Conv2dQuery) -> str:
@@ -149,6 +166,10 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
     """A binding, and what it is told at each call between the problem and the addresses."""
     if by in HOPPER:
         return getattr(native.cuda, f"{op}_hopper"), lambda: HOPPER[by]
+    if by in HALO:
+        return getattr(native.cuda, f"{op}_halo"), lambda: HALO[by]
+    if by in PLANES:
+        return getattr(native.cuda, f"{op}_planes"), lambda: PLANES[by]
     way = _way(query, by)
     return getattr(native.cuda, op), lambda: (way(),)
 
@@ -166,6 +187,21 @@ def hopper_why_not(op: str, query: Conv2dQuery) -> str:
     return str(native.cuda.conv2d_hopper_why_not(problem, gradient))
 
 
+def halo_why_not(op: str, query: Conv2dQuery, name: str) -> str:
+    """Why the kernel for Hopper whose taps share boxes does not run one pass here, or ""."""
+    if reason := cuda_hopper.missing(query.device):
+        return reason
+    problem, _ = _problem(query, "weight", "output" if op == "conv2d_grad_input" else "input")
+    return cuda_hopper_halo.why_not(op, problem, name)
+
+
+def planes_why_not(op: str, query: Conv2dQuery) -> str:
+    """Why the kernel for Hopper that reads and writes NCHW does not run one pass here, or ""."""
+    if reason := cuda_hopper.missing(query.device):
+        return reason
+    return cuda_hopper_planes.why_not(op, _problem(query)[0])
+
+
 def grouped_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
     problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
@@ -180,9 +216,9 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    by_tma = by in HOPPER or by in cuda_hopper_grad_weight.BLOCKS
+    by_tma = by in (*HOPPER, *HALO, *PLANES, *cuda_hopper_grad_weight.BLOCKS)
     unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
-    few = 0 if by == cuda_grouped.NAME else _FEW
+    few = 0 if by == cuda_grouped.NAME else _MOST if by in PLANES else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
         copies.append(cuda_layout.channels_last if scattered else unscattered)
@@ -253,6 +289,8 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER:
         return Kernel(_hopper_conv2d(query, by))
+    if by in (*HALO, *PLANES):
+        return _hopper_conv2d_alone(query, by)
     if by == cuda_grouped.NAME:
         problem, (copy_input,) = _problem(query, "input", by=by)
         return cuda_grouped.conv2d(query, problem, copy_input)
@@ -360,6 +398,26 @@ def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, T
             output.data_ptr(), sgd.address(moments), *cuda_stream.current(input.device),
         )  # fmt: skip
         return output, moments
+
+    return kernel
+
+
+def _hopper_conv2d_alone(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
+    """A forward pass by one of the kernels for Hopper that take no moments of its output."""
+    problem, (copy_input, copy_weight) = _problem(query, "input", "weight", by=by)
+    run, how = _kernel("conv2d", query, by)
+    size, strides = query.geometry.output_size, query.strides[2]
+
+    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
+        input, weight = copy_input(input), copy_weight(weight)
+        if bias is not None:
+            bias = bias.contiguous()
+        run(
+            problem, *how(), input.data_ptr(), weight.data_ptr(), sgd.address(bias),
+            output.data_ptr(), *cuda_stream.current(input.device),
+        )  # fmt: skip
+        return output
 
     return kernel
 

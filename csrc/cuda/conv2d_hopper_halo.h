@@ -1,0 +1,29 @@
+// The convolution of Hopper's tensor cores whose taps share boxes: what it takes, and its launcher.
+#pragma once
+
+#include <string>
+
+#include "conv2d.h"
+
+namespace gdfast::cuda {
+
+// What a block makes at a time: 64 or 128 channels of as many pixels as one product has; and
+// whether one box serves all taps, or one all taps of a column.
+struct HaloTile {
+  int channels;
+  bool one_box;
+};
+
+// Why conv2d_halo, or conv2d_grad_input_halo where `gradient`, does not take a problem, or "". It
+// looks at the geometry, dtype and strides; addresses must be multiples of 16 too.
+std::string conv2d_halo_why_not(const Conv2dProblem& problem, const HaloTile& tile, bool gradient);
+
+// output = activation(conv2d(input, weight) + bias); bias may be null.
+void conv2d_halo(const Conv2dProblem& problem, const HaloTile& tile, const void* input,
+                 const void* weight, const void* bias, void* output, const Where& where);
+
+void conv2d_grad_input_halo(const Conv2dProblem& problem, const HaloTile& tile,
+                            const void* grad_output, const void* weight, void* grad_input,
+                            const Where& where);
+
+}  // namespace gdfast::cuda

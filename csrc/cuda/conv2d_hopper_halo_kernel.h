@@ -1,0 +1,339 @@
+// The kernel of conv2d_hopper_halo.cu: a block's loaders and its consumers, and how they share its
+// memory:
+//
+//   results    of each consumer, which are being written
+//   weights    of all steps, where they stay; else a ring, with those of a step each
+//   boxes      a ring, each with rows of zeros after it
+//   barriers
+#pragma once
+
+#include "conv2d_hopper_ending.h"
+#include "conv2d_hopper_ring.h"
+#include "divisor.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr int kMostBoxes = 4, kMostWeights = 8;  // stages
+
+// Taps along one axis: the positions, in rows or columns, from a tile's first to what the first
+// tap reads, and from one tap to the next.
+struct HaloTaps {
+  int count, shift, step;
+};
+
+struct HaloArguments {
+  TensorMap image, output, weight;
+  HaloTaps rows, columns;  // of a box
+  const void* bias;
+  int channels;  // of the output
+  Divisor tiles_h, tiles_channels;
+  int tiles;
+  int tile_n, tile_h;                         // a tile's images and rows
+  int sums;                                   // in units of kChannels
+  int boxes, box_h, box_w, box_step;          // where they begin: from the tile's rows, columns
+  int pitch;                                  // positions from row to row
+  int box_bytes, stage_bytes;                 // of a box; with the zeros after it
+  int result_bytes;                           // of a consumer
+  int weights_at, boxes_at, barriers_at;      // in shared memory
+  int box_stages, weight_stages, kept_steps;  // steps whose weights stay: all, or none
+  Ending ending;
+  bool zero_below;
+  float below, most;
+};
+
+#if defined(GDFAST_HOPPER)
+
+// The positions of a tile are the columns of its products, and channels their rows. Two consumers
+// share the box of a tile of 128 channels, and take tiles of 64 in turn.
+template <int kSharers>
+struct HaloMemory {
+  static constexpr int kMade = 64 * kSharers;
+  static constexpr int kWeights = kMade * kBoxRow;  // of a step
+  static constexpr int kTurns = kConsumers / kSharers;
+
+  GDFAST_DEVICE unsigned char* box(const HaloArguments& a, const Stage& stage) {
+    return shared_memory() + a.boxes_at + stage.index * a.stage_bytes;
+  }
+  GDFAST_DEVICE unsigned char* weights(const HaloArguments& a, int index) {
+    return shared_memory() + a.weights_at + index * kWeights;
+  }
+  GDFAST_DEVICE uint64_t* barrier(const HaloArguments& a, int index) {
+    return reinterpret_cast<uint64_t*>(shared_memory() + a.barriers_at) + index;
+  }
+  GDFAST_DEVICE uint64_t* box_full(const HaloArguments& a, const Stage& stage) {
+    return barrier(a, stage.index);
+  }
+  GDFAST_DEVICE uint64_t* box_empty(const HaloArguments& a, const Stage& stage) {
+    return barrier(a, kMostBoxes + stage.index);
+  }
+  GDFAST_DEVICE uint64_t* weights_full(const HaloArguments& a, const Stage& stage) {
+    return barrier(a, 2 * kMostBoxes + stage.index);
+  }
+  GDFAST_DEVICE uint64_t* weights_empty(const HaloArguments& a, const Stage& stage) {
+    return barrier(a, 2 * kMostBoxes + kMostWeights + stage.index);
+  }
+  // Says that a consumer may begin its next tile.
+  GDFAST_DEVICE uint64_t* turn(const HaloArguments& a, int consumer) {
+    return barrier(a, 2 * kMostBoxes + 2 * kMostWeights + consumer);
+  }
+
+  GDFAST_DEVICE void init_barriers(const HaloArguments& a) {
+    for (int stage = 0; stage < kMostBoxes; ++stage) {
+      barrier_init(box_full(a, {stage, 0}), 1);
+      barrier_init(box_empty(a, {stage, 0}), 4 * kSharers);  // warps
+    }
+    for (int stage = 0; stage < kMostWeights; ++stage) {
+      barrier_init(weights_full(a, {stage, 0}), 1);
+      barrier_init(weights_empty(a, {stage, 0}), 4 * kSharers);
+    }
+    for (int consumer = 0; consumer < kConsumers; ++consumer) barrier_init(turn(a, consumer), 4);
+    barriers_ready();
+  }
+
+  // The padding after a box's last row, and what positions read that are not written.
+  GDFAST_DEVICE void zero_after_boxes(const HaloArguments& a) {
+    for (int stage = 0; stage < a.box_stages; ++stage) {
+      unsigned char* const to = box(a, {stage, 0});
+      for (int at = a.box_bytes + 16 * static_cast<int>(threadIdx.x); at < a.stage_bytes;
+           at += 16 * kThreads) {
+        store_16(to + at, Pack16{});
+      }
+    }
+    stores_ready();
+  }
+};
+static_assert((2 * (kMostBoxes + kMostWeights) + kConsumers) * sizeof(uint64_t) <= kBarrierBytes,
+              "one for each");
+
+struct HaloPlace {
+  int n, h, channel;  // the first of each
+};
+
+template <int kMade>
+GDFAST_DEVICE HaloPlace halo_place(const HaloArguments& a, int index) {
+  const Divided channels = divide(index, a.tiles_channels),
+                h = divide(channels.quotient, a.tiles_h);
+  return {h.quotient * a.tile_n, h.rest * a.tile_h, channels.rest * kMade};
+}
+
+template <typename Each>
+GDFAST_DEVICE void for_each_halo_tile(const HaloArguments& a, Each&& each) {
+  for (int index = static_cast<int>(blockIdx.x); index < a.tiles;
+       index += static_cast<int>(gridDim.x)) {
+    each(index);
+  }
+}
+
+template <int kSharers>
+GDFAST_DEVICE void load_boxes(const HaloArguments& a) {
+  using Memory = HaloMemory<kSharers>;
+  Stage stage{0, 0};
+  for_each_halo_tile(a, [&](int index) {
+    const HaloPlace place = halo_place<Memory::kMade>(a, index);
+    for (int sum = 0; sum < a.sums; ++sum) {
+      for (int box = 0; box < a.boxes; ++box, advance(stage, a.box_stages)) {
+        uint64_t* const full = Memory::box_full(a, stage);
+        // In the first turn nobody has to leave a stage: the phase before the first is over.
+        barrier_wait(Memory::box_empty(a, stage), stage.parity ^ 1);
+        barrier_arrive_expecting(full, a.box_bytes);
+        load_box(Memory::box(a, stage), a.image,
+                 {sum * kChannels, a.box_w + box * a.box_step, place.h + a.box_h, place.n}, full);
+      }
+    }
+  });
+}
+
+// Of kMade channels by kChannels that are summed, for each step in the order of consumers.
+template <int kSharers, bool kGradient>
+GDFAST_DEVICE void load_step_weights(const HaloArguments& a) {
+  using Memory = HaloMemory<kSharers>;
+  Stage stage{0, 0};
+  for_each_halo_tile(a, [&](int index) {
+    if (a.kept_steps > 0) {
+      if (index != static_cast<int>(blockIdx.x)) return;
+      barrier_arrive_expecting(Memory::weights_full(a, stage), a.kept_steps * Memory::kWeights);
+    }
+    const int channel = halo_place<Memory::kMade>(a, index).channel;
+    int step = 0;
+    for (int sum = 0; sum < a.sums; ++sum) {
+      for (int box = 0; box < a.boxes; ++box) {
+        for (int r = 0; r < a.rows.count; ++r) {
+          for (int column = 0; column < a.columns.count; ++column, ++step) {
+            uint64_t* const full = Memory::weights_full(a, stage);
+            if (a.kept_steps == 0) {
+              barrier_wait(Memory::weights_empty(a, stage), stage.parity ^ 1);
+              barrier_arrive_expecting(full, Memory::kWeights);
+            }
+            unsigned char* const to = Memory::weights(a, a.kept_steps > 0 ? step : stage.index);
+            const int s = box + column;  // one of them is 0
+            if constexpr (kGradient) {
+              for (int part = 0; part < kSharers; ++part) {
+                load_box(to + part * kChannels * kBoxRow, a.weight,
+                         {channel + part * kChannels, s, r, sum * kChannels}, full);
+              }
+            } else {
+              load_box(to, a.weight, {sum * kChannels, s, r, channel}, full);
+            }
+            if (a.kept_steps == 0) advance(stage, a.weight_stages);
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T, int kN, bool kGradient>
+GDFAST_DEVICE void multiply_step(float (&sums)[kN / 2], const unsigned char* weights,
+                                 const unsigned char* pixels, bool accumulate) {
+  constexpr int kStep = 16;  // channels of one instruction
+  warpgroup_begin();
+#pragma unroll
+  for (int k = 0; k < kChannels; k += kStep) {
+    const uint64_t a = kGradient ? columns_matrix(weights, k * kBoxRow, kChannels * kBoxRow)
+                                 : rows_matrix(weights, 2 * k);
+    warpgroup_multiply<T, kN, false, kGradient>(sums, a, rows_matrix(pixels, 2 * k),
+                                                accumulate || k > 0);
+  }
+  warpgroup_commit();
+}
+
+// Leaves a warp's 16 channels of all positions in the rows of a box of results.
+template <typename T, int kN, Ending kEnding>
+GDFAST_DEVICE void keep_channels(const HaloArguments& a, const float (&sums)[kN / 2], int channel,
+                                 unsigned char* results) {
+  const int lane = warp_lane(), warp = warp_index() % 4;
+  float bias[2] = {0, 0};
+  if constexpr (kEnding != Ending::kNone) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = channel + warp * kWarpRows + lane / 4 + 8 * i;
+      if (a.bias != nullptr && at < a.channels)
+        bias[i] = to_float(static_cast<const T*>(a.bias)[at]);
+    }
+  }
+  const int row = lane % 8, chunk = 2 * warp + lane / 8 % 2;
+  unsigned char* const to = results + row * kBoxRow + (chunk ^ row) * 16;
+#pragma unroll
+  for (int eight = 0; eight < kN / 8; ++eight) {
+    // Two positions of one channel, and of the one eight further on.
+    float values[4] = {sums[4 * eight], sums[4 * eight + 2], sums[4 * eight + 1],
+                       sums[4 * eight + 3]};
+    if constexpr (kEnding != Ending::kNone) finish<kEnding>(a, values, bias);
+    stmatrix_x2_transposed(to + eight * 8 * kBoxRow, pack_two<T>(values[0], values[2]),
+                           pack_two<T>(values[1], values[3]));
+  }
+}
+
+// Writes a consumer's part of a tile. The unit goes on writing while it multiplies the next one:
+// memory is the consumer's again when it has been read.
+template <typename T, int kN, int kSharers, bool kGradient>
+GDFAST_DEVICE void write_positions(const HaloArguments& a, int index, const float (&sums)[kN / 2],
+                                   int consumer) {
+  unsigned char* const results = shared_memory() + consumer * a.result_bytes;
+  const bool starts = threadIdx.x % kWarpgroup == 0;
+  const auto meet = [consumer] { sync_threads_of(1 + consumer, kWarpgroup); };
+  const HaloPlace place = halo_place<HaloMemory<kSharers>::kMade>(a, index);
+  const int channel = place.channel + consumer % kSharers * kChannels;
+  if (starts) stores_wait_read<0>();
+  meet();
+  if (kGradient || a.ending == Ending::kNone) {
+    keep_channels<T, kN, Ending::kNone>(a, sums, channel, results);
+  } else if (a.ending == Ending::kLines) {
+    keep_channels<T, kN, Ending::kLines>(a, sums, channel, results);
+  } else {
+    keep_channels<T, kN, Ending::kSilu>(a, sums, channel, results);
+  }
+  stores_ready();
+  meet();
+  // Positions in the padding lie outside of the output.
+  if (!starts || channel >= a.channels) return;
+  store_box(a.output, {channel, 0, place.h, place.n}, results);
+  stores_commit();
+}
+
+template <typename T, int kN, int kSharers, bool kGradient>
+GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
+  using Memory = HaloMemory<kSharers>;
+  const auto arrive = [](uint64_t* barrier) {
+    if (warp_lane() == 0) barrier_arrive(barrier);
+  };
+  const bool kept = a.kept_steps > 0;
+  const int mine = consumer / kSharers, part = consumer % kSharers * kChannels * kBoxRow;
+  const int tile_boxes = a.sums * a.boxes, box_steps = a.rows.count * a.columns.count;
+  int turn = mine ^ 1;  // who begins has not to wait in the first tile
+  int number = 0;
+  Stage box{0, 0}, weights{0, 0};
+  float sums[kN / 2];
+  if (kept) barrier_wait(Memory::weights_full(a, weights), 0);
+  for_each_halo_tile(a, [&](int index) {
+    if (Memory::kTurns > 1 && (number++ & 1) != mine) {
+      advance(box, a.box_stages, tile_boxes);
+      if (!kept) advance(weights, a.weight_stages, tile_boxes * box_steps);
+      return;
+    }
+    // Parities tell one turn of a ring from the next, not from the one after that: stages are
+    // waited for in their order, by one consumer after the other.
+    if constexpr (Memory::kTurns > 1) barrier_wait(Memory::turn(a, consumer), turn);
+    turn ^= 1;
+    Stage box_before = box, weights_before = weights;
+    int step = 0;
+    for (int i = 0; i < tile_boxes; ++i) {
+      barrier_wait(Memory::box_full(a, box), box.parity);
+      for (int r = 0; r < a.rows.count; ++r) {
+        for (int column = 0; column < a.columns.count; ++column, ++step) {
+          if (!kept) barrier_wait(Memory::weights_full(a, weights), weights.parity);
+          const int shift = (a.rows.shift + r * a.rows.step) * a.pitch + a.columns.shift +
+                            column * a.columns.step;
+          multiply_step<T, kN, kGradient>(sums,
+                                          Memory::weights(a, kept ? step : weights.index) + part,
+                                          Memory::box(a, box) + shift * kBoxRow, step > 0);
+          // The products of the step before are over when only these are under way.
+          warpgroup_wait<1>();
+          if (step > 0) {
+            if (!kept) arrive(Memory::weights_empty(a, weights_before));
+            if (r + column == 0) arrive(Memory::box_empty(a, box_before));
+          }
+          weights_before = weights;
+          if (!kept) advance(weights, a.weight_stages);
+        }
+      }
+      box_before = box;
+      advance(box, a.box_stages);
+    }
+    if constexpr (Memory::kTurns > 1) arrive(Memory::turn(a, consumer ^ 1));
+    warpgroup_wait<0>();
+    warpgroup_take(sums);
+    if (!kept) arrive(Memory::weights_empty(a, weights_before));
+    arrive(Memory::box_empty(a, box_before));
+    write_positions<T, kN, kSharers, kGradient>(a, index, sums, consumer);
+  });
+  stores_wait<0>();
+}
+
+#endif
+
+template <typename T, int kN, int kSharers, bool kGradient>
+GDFAST_KERNEL(kThreads, 1)
+conv2d_halo_kernel(GDFAST_GRID_CONSTANT const HaloArguments a) {
+#if defined(GDFAST_HOPPER)
+  using Memory = HaloMemory<kSharers>;
+  if (threadIdx.x == 0) Memory::init_barriers(a);
+  Memory::zero_after_boxes(a);
+  sync_block();
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warp = shuffle(warp_index(), 0);
+  if (warp < 4) {
+    give_registers<kLoaderRegisters>();
+    if (warp_lane() != 0) return;
+    if (warp == 0) load_boxes<kSharers>(a);
+    if (warp == 1) load_step_weights<kSharers, kGradient>(a);
+  } else {
+    take_registers<kConsumerRegisters>();
+    multiply_halo_tiles<T, kN, kSharers, kGradient>(a, warp / 4 - 1);
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace gdfast::cuda
