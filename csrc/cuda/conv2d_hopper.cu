@@ -69,16 +69,6 @@ void run(const char* op, const Conv2dProblem& p, const HopperPass& pass, const v
          kThreads, static_cast<size_t>(bytes), where.stream, a);
 }
 
-void end_with(HopperArguments& a, Activation activation, double negative_slope) {
-  using Kind = Activation;
-  a.ending = activation == Kind::kSilu                        ? Ending::kSilu
-             : activation == Kind::kNone && a.bias == nullptr ? Ending::kNone
-                                                              : Ending::kLines;
-  a.zero_below = activation == Kind::kRelu || activation == Kind::kRelu6;
-  a.below = activation == Kind::kLeakyRelu ? static_cast<float>(negative_slope) : 1;
-  a.most = activation == Kind::kRelu6 ? 6 : std::numeric_limits<float>::infinity();
-}
-
 HopperTileSize guess(const Conv2dProblem& p, const HopperPass& pass, int64_t multiprocessors) {
   const HopperImage out = first_phase(pass);
   const HopperPhases phases = pass.out_phases();

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "conv2d_hopper_tiles.h"
 #include "divisor.h"
@@ -52,6 +53,16 @@ struct HopperArguments {
   bool zero_below;
   float below, most;
 };
+
+inline void end_with(HopperArguments& a, Activation activation, double negative_slope) {
+  using Kind = Activation;
+  a.ending = activation == Kind::kSilu                        ? Ending::kSilu
+             : activation == Kind::kNone && a.bias == nullptr ? Ending::kNone
+                                                              : Ending::kLines;
+  a.zero_below = activation == Kind::kRelu || activation == Kind::kRelu6;
+  a.below = activation == Kind::kLeakyRelu ? static_cast<float>(negative_slope) : 1;
+  a.most = activation == Kind::kRelu6 ? 6 : std::numeric_limits<float>::infinity();
+}
 
 // A tile of kPixels by kN channels: how consumers divide it, and what lies where in dynamic shared
 // memory.
