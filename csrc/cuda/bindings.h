@@ -17,6 +17,7 @@ void bind_batch_norm(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
 void bind_depthwise(pybind11::module_& m);
 void bind_grouped(pybind11::module_& m);
+void bind_hopper_float32(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_stem(pybind11::module_& m);
 void bind_transpose(pybind11::module_& m);

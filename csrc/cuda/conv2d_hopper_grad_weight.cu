@@ -19,8 +19,6 @@ namespace {
 constexpr char kOp[] = "conv2d_grad_weight";
 constexpr int kMost = 2147483647;
 
-int small(int64_t value) { return static_cast<int>(value); }
-
 // Calls run(tile) with the type of a block.
 template <typename Run>
 void with_tile(const HopperWeightBlock& block, Run&& run) {
@@ -50,21 +48,10 @@ void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const voi
   const HopperPass pass = hopper_pass(p, false);
   const HopperImage& out = pass.out;
   const PixelBox box = choose_pixel_box(out, Its::kPixels);
-  HopperWeightArguments a{};
-  a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
+  HopperWeightArguments a = hopper_weight_arguments(p, box, kFilters, kColumns, splits);
   a.grad = channels_first<T>(kOp, grad_output, out, box);
   phase_maps<T>(kOp, input, pass.in, pass.in_phases(), box, a.images);
   a.sums = static_cast<float*>(workspace);
-  a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
-  a.units = small(column_units(p));
-  a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
-  a.boxes_h = small(tiles_for(out.H, box.h)), a.boxes_w = small(tiles_for(out.W, box.w));
-  a.boxes = small(pixel_tiles(out, box));
-  a.first_h = small(-p.pad_h), a.first_w = small(-p.pad_w);
-  a.step_h = small(p.dilation_h), a.step_w = small(p.dilation_w);
-  const int64_t tiles = block_tiles(p, {kFilters, kColumns});
-  a.row_tiles = small(tiles_for(p.K, kFilters));
-  a.tiles = small(tiles), a.items = small(tiles * splits), a.splits = small(splits);
   const int64_t blocks = multiprocessors(kOp);
   launch(kOp, conv2d_hopper_grad_weight_kernel<T, kFilters, kColumns>,
          static_cast<unsigned>(a.items < blocks ? a.items : blocks), Its::kThreads, Its::kSize,
@@ -117,16 +104,7 @@ int64_t conv2d_grad_weight_hopper_splits(const Conv2dProblem& p, const HopperWei
   // written, and read by the second pass, by each multiprocessor.
   const int64_t step = area * pixels * 3 / 2 / 2048, writing = area * 4 / 24;
   const int64_t reading = p.K * p.C * p.R * p.S * 4 / (24 * multiprocessors);
-  constexpr int64_t kMostSplits = 256, kLeastBoxes = 4;
-  int64_t best = 1, least = 0;
-  for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
-    if (splits > 1 && boxes < splits * kLeastBoxes) break;
-    const int64_t each = tiles_for(boxes, splits) * step + writing;
-    const int64_t time = tiles_for(tiles * splits, multiprocessors) * each + splits * reading;
-    if (splits > 1 && time >= least) continue;
-    best = splits, least = time;
-  }
-  return best;
+  return fastest_splits(boxes, tiles, step, writing, reading, multiprocessors);
 }
 
 void conv2d_grad_weight_hopper(const Conv2dProblem& p, const HopperWeightBlock& block,

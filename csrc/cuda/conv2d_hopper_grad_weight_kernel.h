@@ -24,6 +24,43 @@ struct HopperWeightArguments {
   int splits;
 };
 
+// What does not depend on how operands are held; a tile has filters by columns.
+inline HopperWeightArguments hopper_weight_arguments(const Conv2dProblem& p, const PixelBox& box,
+                                                     int filters, int columns, int64_t splits) {
+  const auto small = [](int64_t value) { return static_cast<int>(value); };
+  const HopperPass pass = hopper_pass(p, false);
+  const HopperImage& out = pass.out;
+  HopperWeightArguments a{};
+  a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
+  a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
+  a.units = small(tiles_for(p.C, kBlock) * p.R * p.S);
+  a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
+  a.boxes_h = small(tiles_for(out.H, box.h)), a.boxes_w = small(tiles_for(out.W, box.w));
+  a.boxes = small(pixel_tiles(out, box));
+  a.first_h = small(-p.pad_h), a.first_w = small(-p.pad_w);
+  a.step_h = small(p.dilation_h), a.step_w = small(p.dilation_w);
+  a.row_tiles = small(tiles_for(p.K, filters));
+  a.tiles = a.row_tiles * small(tiles_for(int64_t{a.units} * kBlock, columns));
+  a.items = small(a.tiles * splits), a.splits = small(splits);
+  return a;
+}
+
+// In how many parts to sum so many boxes for each tile: a guess, from the cycles that a box takes
+// and a part's writing, by each multiprocessor, and its reading, by all.
+inline int64_t fastest_splits(int64_t boxes, int64_t tiles, int64_t step, int64_t writing,
+                              int64_t reading, int64_t multiprocessors) {
+  constexpr int64_t kMostSplits = 256, kLeastBoxes = 4;
+  int64_t best = 1, least = 0;
+  for (int64_t splits = 1; splits <= kMostSplits; ++splits) {
+    if (splits > 1 && boxes < splits * kLeastBoxes) break;
+    const int64_t each = tiles_for(boxes, splits) * step + writing;
+    const int64_t time = tiles_for(tiles * splits, multiprocessors) * each + splits * reading;
+    if (splits > 1 && time >= least) continue;
+    best = splits, least = time;
+  }
+  return best;
+}
+
 // A tile of filters by columns, which are units of 64 channels of a tap: how consumers divide it,
 // and what lies where in dynamic shared memory.
 template <int kFilters, int kColumns>
@@ -257,7 +294,7 @@ template <typename Its>
 GDFAST_DEVICE void clear_rest(int box_pixels) {
   const int rest = (Its::kPixels - box_pixels) * kBoxRow;
   if (rest == 0) return;
-  for (int part = 0; part < Its::kStages * (Its::kFilterBlocks + Its::kUnits); ++part) {
+  for (int part = 0; part < Its::kStages * (Its::kStage / Its::kPart); ++part) {
     unsigned char* const to = shared_memory() + (part + 1) * Its::kPart - rest;
     for (int byte = static_cast<int>(threadIdx.x) * 16; byte < rest; byte += Its::kThreads * 16) {
       store_16(to + byte, {});

@@ -9,21 +9,22 @@
 namespace gdfast::cuda {
 
 // The axis after another. One of length 1 is never stepped along, but has to have a legal step.
-inline Axis next_axis(const Axis& before, int64_t size, int64_t stride) {
-  return {size, size == 1 ? before.size * before.bytes : 2 * stride};
+inline Axis next_axis(const Axis& before, int64_t size, int64_t stride_bytes) {
+  return {size, size == 1 ? before.size * before.bytes : stride_bytes};
 }
 
-// A tensor with its channels first, as boxes of 64 of them by pixels.
+// A tensor with its channels first, as boxes of pixels by 64 of them, 32 in float32.
 template <typename T>
 TensorMap channels_first(const char* op, const void* address, const HopperImage& image,
                          const PixelBox& box) {
-  const Axis channels{image.channels, 2};
-  const Axis w = next_axis(channels, image.W, image.strides.w);
-  const Axis h = next_axis(w, image.H, image.strides.h);
-  const Axis n = next_axis(h, image.N, image.strides.n);
-  return tensor_map<T>(
-      op, address, {channels, w, h, n},
-      {kBoxRow / 2, static_cast<int>(box.w), static_cast<int>(box.h), static_cast<int>(box.n)});
+  constexpr int kBytes = sizeof(T);
+  const Axis channels{image.channels, kBytes};
+  const Axis w = next_axis(channels, image.W, kBytes * image.strides.w);
+  const Axis h = next_axis(w, image.H, kBytes * image.strides.h);
+  const Axis n = next_axis(h, image.N, kBytes * image.strides.n);
+  return tensor_map<T>(op, address, {channels, w, h, n},
+                       {kBoxRow / kBytes, static_cast<int>(box.w), static_cast<int>(box.h),
+                        static_cast<int>(box.n)});
 }
 
 // Each phase of an image as a tensor of its own.
@@ -32,7 +33,7 @@ void phase_maps(const char* op, const void* address, const HopperImage& image, H
                 const PixelBox& box, TensorMap (&maps)[kMostPhases][kMostPhases]) {
   for (int h = 0; h < phases.h; ++h) {
     for (int w = 0; w < phases.w; ++w) {
-      const int64_t offset = 2 * (h * image.strides.h + w * image.strides.w);
+      const int64_t offset = (h * image.strides.h + w * image.strides.w) * int64_t{sizeof(T)};
       maps[h][w] = channels_first<T>(op, static_cast<const unsigned char*>(address) + offset,
                                      phase_image(image, phases, h, w), box);
     }

@@ -4,7 +4,8 @@
 // Only kernels whose body stands under GDFAST_HOPPER may use it: other architectures, for which the
 // same file is compiled, have none of it.
 //
-//   TensorMap, tensor_map(op, address, axes, box)    host: a tensor of four axes in half types
+//   TensorMap, tensor_map<T>(op, address, axes, box)     host: a tensor of four axes, of T: a half
+//                                          type or float
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
@@ -34,6 +35,10 @@
 //   warpgroup_commit(), warpgroup_wait<kPending>(), and then warpgroup_take(d) before d is read
 //                                          d (+)= a b, [64, 16] x [16, kN]; d is the thread's part,
 //                                          as for mma_m16n8k16: warp w has rows 16 w to 16 w + 15
+//   warpgroup_multiply<kN, kColumnsB>(d, a, b, accumulate)
+//                                          the same in bfloat16, of a in registers: PTX's fragment
+//                                          of mma_m16n8k16, which must not change before the wait
+//                                          that covers it, nor be forgotten: warpgroup_take(a)
 //   give_registers<kCount>(), take_registers<kCount>()        of each thread of a warpgroup
 //   near_quotient(a, b)                    a / b but for two units in the last place; 0 where b is
 //                                          beyond 2^126

@@ -42,8 +42,9 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
     steps[i] = 1;
     if (i > 0) bytes[i - 1] = static_cast<cuuint64_t>(axes[i].bytes);
   }
-  constexpr auto kType =
-      std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr auto kType = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                         : std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   TensorMap map;
   const CUresult result =
       encode(&map, kType, 4, const_cast<void*>(address), sizes, bytes, boxes, steps,
@@ -191,6 +192,13 @@ GDFAST_DEVICE void warpgroup_take(float (&d)[kCount]) {
   for (float& value : d) asm volatile("" : "+f"(value)::"memory");
 }
 
+// Fragments of a product that is over: until then their registers are not used for anything else.
+template <int kCount>
+GDFAST_DEVICE void warpgroup_take(uint32_t (&fragment)[kCount]) {
+#pragma unroll
+  for (uint32_t& value : fragment) asm volatile("" : "+r"(value)::"memory");
+}
+
 // Operands: the sums, which are numbered first, then a, b, whether to add to the sums, and the
 // order of a and of b.
 #define GDFAST_SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -285,6 +293,43 @@ GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b
   if constexpr (kN == 256 && !kHalf) GDFAST_WGMMA_256("bf16");
 }
 
+#define GDFAST_WGMMA_REGISTERS_64                                                              \
+  asm volatile(                                                                                \
+      "{ .reg .pred accumulate;\n"                                                             \
+      "setp.ne.b32 accumulate, %37, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"                                   \
+      " {"                                                                                     \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "      \
+      "{%32, %33, %34, %35}, %36, accumulate, 1, 1, %38; }"                                    \
+      : GDFAST_SUMS_32(d, 0)                                                                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
+        "n"(kColumnsB ? 1 : 0))
+#define GDFAST_WGMMA_REGISTERS_128                                                             \
+  asm volatile(                                                                                \
+      "{ .reg .pred accumulate;\n"                                                             \
+      "setp.ne.b32 accumulate, %69, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"                                  \
+      " {"                                                                                     \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                 \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "       \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "       \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "      \
+      "{%64, %65, %66, %67}, %68, accumulate, 1, 1, %70; }"                                    \
+      : GDFAST_SUMS_32(d, 0), GDFAST_SUMS_32(d, 32)                                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), \
+        "n"(kColumnsB ? 1 : 0))
+
+template <int kN, bool kColumnsB>
+GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
+                                      bool accumulate) {
+  static_assert(kN == 64 || kN == 128, "the shapes that kernels use");
+  if constexpr (kN == 64) GDFAST_WGMMA_REGISTERS_64;
+  if constexpr (kN == 128) GDFAST_WGMMA_REGISTERS_128;
+}
+
+#undef GDFAST_WGMMA_REGISTERS_128
+#undef GDFAST_WGMMA_REGISTERS_64
 #undef GDFAST_WGMMA_256
 #undef GDFAST_WGMMA_248
 #undef GDFAST_WGMMA_232

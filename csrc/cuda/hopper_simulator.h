@@ -19,18 +19,19 @@ struct TensorMap {
   unsigned char* address;
   Axis axes[4];
   int box[4];
+  int element;  // bytes
 };
 
 template <typename T>
 TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
                      const int (&box)[4]) {
-  static_assert(sizeof(T) == 2, "half types");
+  static_assert(sizeof(T) == 2 || std::is_same_v<T, float>, "half types or float");
   const auto require = [op](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(op) + ": CUDA simulator: tensor_map: " + what);
   };
-  TensorMap map{static_cast<unsigned char*>(const_cast<void*>(address)), {}, {}};
+  TensorMap map{static_cast<unsigned char*>(const_cast<void*>(address)), {}, {}, sizeof(T)};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
-  require(box[0] * 2 == kBoxRow, "box: expected rows of 128 bytes");
+  require(box[0] * map.element == kBoxRow, "box: expected rows of 128 bytes");
   for (int i = 0; i < 4; ++i) {
     require(axes[i].size > 0 && axes[i].size <= int64_t{1} << 32, "size: expected 1 to 2^32");
     require(box[i] > 0 && box[i] <= 256, "box: expected 1 to 256");
@@ -53,7 +54,7 @@ static_assert(sizeof(Barrier) == sizeof(uint64_t), "a barrier has 8 bytes");
 
 struct Box {
   unsigned char* to;
-  const TensorMap* map;
+  TensorMap map;  // whose thread may have ended when the box comes
   int at[4];
   uint64_t* barrier;
 };
@@ -73,6 +74,8 @@ struct Multiplication {
   bool accumulate;
   void (*run)(const Multiplication&, int thread);
   int group;
+  const uint32_t* fragment;  // of a, where that is in registers,
+  uint32_t fragments[4][4];  // and what it was then, with those of the lanes that share its rows
 };
 
 // What is under way in the block that runs.
@@ -144,19 +147,20 @@ void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) 
     for (int i = 0; i < map.box[0]; ++i) {
       const int64_t at = int64_t{first[0]} + i;
       const bool exists = inside && at >= 0 && at < map.axes[0].size;
-      each(exists ? map.address + from + 2 * at : nullptr,
-           swizzled(static_cast<size_t>(row) * kBoxRow + 2 * static_cast<size_t>(i)));
+      each(exists ? map.address + from + map.element * at : nullptr,
+           swizzled(static_cast<size_t>(row * kBoxRow + map.element * i)));
     }
   }
 }
 
 inline void deliver(const Box& box) {
-  const TensorMap& map = *box.map;
+  const TensorMap& map = box.map;
+  const auto bytes = static_cast<size_t>(map.element);
   for_each_element(map, box.at, [&](const unsigned char* from, size_t offset) {
     if (from != nullptr) {
-      std::memcpy(box.to + offset, from, 2);
+      std::memcpy(box.to + offset, from, bytes);
     } else {
-      std::memset(box.to + offset, 0, 2);
+      std::memset(box.to + offset, 0, bytes);
     }
   });
   Barrier barrier = read_barrier(box.barrier);
@@ -206,16 +210,9 @@ float element_at(size_t offset) {
   return element(T{}, bits, 0);
 }
 
-// One thread's part of a product.
-template <typename T, int kN, bool kColumnsB, bool kColumnsA>
-void multiply_part(const Multiplication& product, int thread) {
-  const int warp = thread % kWarpgroup / kWarp, lane = thread % kWarp;
-  float a[2][16];
-  for (int k = 0; k < 16; ++k) {
-    for (int i = 0; i < 2; ++i) {
-      a[i][k] = element_at<T>(place<kColumnsA>(product.a, 16 * warp + lane / 4 + 8 * i, k));
-    }
-  }
+// One thread's part of a product, with the rows of a that it has.
+template <typename T, int kN, bool kColumnsB>
+void multiply_rows(const Multiplication& product, const float (&a)[2][16], int lane) {
   for (int column = 0; column < kN / 4; ++column) {
     const int n = column / 2 * 8 + lane % 4 * 2 + column % 2;
     double sums[2] = {0, 0};
@@ -226,6 +223,45 @@ void multiply_part(const Multiplication& product, int thread) {
     for (int i = 0; i < 2; ++i) {
       float& d = product.d[column / 2 * 4 + 2 * i + column % 2];
       d = static_cast<float>(product.accumulate ? d + sums[i] : sums[i]);
+    }
+  }
+}
+
+template <typename T, int kN, bool kColumnsB, bool kColumnsA>
+void multiply_part(const Multiplication& product, int thread) {
+  const int warp = thread % kWarpgroup / kWarp, lane = thread % kWarp;
+  float a[2][16];
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 2; ++i) {
+      a[i][k] = element_at<T>(place<kColumnsA>(product.a, 16 * warp + lane / 4 + 8 * i, k));
+    }
+  }
+  multiply_rows<T, kN, kColumnsB>(product, a, lane);
+}
+
+template <int kN, bool kColumnsB>
+void multiply_fragments(const Multiplication& product, int thread) {
+  const int lane = thread % kWarp;
+  if (std::memcmp(product.fragment, product.fragments[lane % 4], sizeof(uint32_t[4])) != 0) {
+    fail("warpgroup_multiply: a fragment was changed before its product was waited for");
+  }
+  float a[2][16];
+  for (int t = 0; t < 4; ++t) {
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        a[i % 2][2 * t + half + i / 2 * 8] = element(BFloat16{}, product.fragments[t][i], half);
+      }
+    }
+  }
+  multiply_rows<BFloat16, kN, kColumnsB>(product, a, lane);
+}
+
+inline void share_fragments(void* const* lanes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int t = 0; t < 4; ++t) {
+      std::memcpy(static_cast<Multiplication*>(lanes[lane])->fragments[t],
+                  static_cast<Multiplication*>(lanes[lane / 4 * 4 + t])->fragment,
+                  sizeof(uint32_t[4]));
     }
   }
 }
@@ -278,7 +314,7 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
   auto* const to = static_cast<unsigned char*>(shared);
   if ((to - shared_memory()) % 1024 != 0) simulator::fail("load_box: expected a multiple of 1024");
   std::memset(to, 0xff, static_cast<size_t>(simulator::box_rows(map)) * kBoxRow);
-  simulator::under_way().boxes.push_back({to, &map, {at[0], at[1], at[2], at[3]}, barrier});
+  simulator::under_way().boxes.push_back({to, map, {at[0], at[1], at[2], at[3]}, barrier});
 }
 
 // Written as late as can be: who changes shared memory before the wait is told of it.
@@ -310,7 +346,8 @@ GDFAST_DEVICE void stores_wait() {
       simulator::fail("store_box: what is stored was changed before it was waited for");
     }
     simulator::for_each_element(*store.map, store.at, [&](unsigned char* to, size_t offset) {
-      if (to != nullptr) std::memcpy(to, store.bytes.data() + offset, 2);
+      const auto bytes = static_cast<size_t>(store.map->element);
+      if (to != nullptr) std::memcpy(to, store.bytes.data() + offset, bytes);
     });
   }
   stores.erase(stores.begin(), stores.begin() + static_cast<std::ptrdiff_t>(done));
@@ -348,9 +385,25 @@ GDFAST_DEVICE void warpgroup_begin() {
 template <typename T, int kN, bool kColumnsB, bool kColumnsA = false>
 GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   simulator::UnderWay& now = simulator::under_way();
-  now.products[threadIdx.x].push_back({d, a, b, accumulate,
+  now.products[threadIdx.x].push_back({d,
+                                       a,
+                                       b,
+                                       accumulate,
                                        simulator::multiply_part<T, kN, kColumnsB, kColumnsA>,
-                                       now.committed[threadIdx.x]});
+                                       now.committed[threadIdx.x],
+                                       nullptr,
+                                       {}});
+}
+
+template <int kN, bool kColumnsB>
+GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b,
+                                      bool accumulate) {
+  simulator::UnderWay& now = simulator::under_way();
+  simulator::Multiplication product{
+      d, 0, b, accumulate, simulator::multiply_fragments<kN, kColumnsB>, now.committed[threadIdx.x],
+      a, {}};
+  simulator::meet_warp("warpgroup_multiply", &product, simulator::share_fragments);
+  now.products[threadIdx.x].push_back(product);
 }
 
 GDFAST_DEVICE void warpgroup_commit() { ++simulator::under_way().committed[threadIdx.x]; }
@@ -370,6 +423,8 @@ GDFAST_DEVICE void warpgroup_wait() {
 
 template <int kCount>
 GDFAST_DEVICE void warpgroup_take(float (&)[kCount]) {}
+template <int kCount>
+GDFAST_DEVICE void warpgroup_take(uint32_t (&)[kCount]) {}
 
 // --- Registers --------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from gdfast.backends import (
     cuda_depthwise,
     cuda_grouped,
     cuda_hopper,
+    cuda_hopper_float32,
     cuda_hopper_grad_weight,
     cuda_hopper_halo,
     cuda_hopper_planes,
@@ -35,10 +36,11 @@ from gdfast.backends import (
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_hopper import CHUNK, HOPPER
+from gdfast.backends.cuda_hopper_float32 import HopperFloat32GradWeight
 from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
 from gdfast.backends.cuda_hopper_halo import HALO
 from gdfast.backends.cuda_hopper_planes import PLANES
-from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
+from gdfast.backends.cuda_tiles import LARGEST, PADDED, SMALLEST, blocks_of, padded_query, splits
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.geometry import dense_strides
@@ -53,6 +55,10 @@ _READ = {
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
+_BY_TMA = (
+    HOPPER, HALO, PLANES, cuda_hopper_grad_weight.BLOCKS, cuda_hopper_float32.TILES,
+    cuda_hopper_float32.BLOCKS,
+)  # fmt: skip
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -102,11 +108,19 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     ending = ""
     if op == "conv2d_grad_input" and query.geometry.C % CHUNK and query.geometry.groups == 1:
         query, ending = padded_query(query), PADDED
-    if not _has_hopper(query) or hopper_why_not(op, query):
+    if not _has_hopper(query):
         return ()
-    if op == "conv2d_grad_weight":
-        left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
-        return () if left_out else cuda_hopper_grad_weight.candidates(query)
+    is_weight = op == "conv2d_grad_weight"
+    if is_weight and os.environ.get("GDFAST_HOPPER") == "no_grad_weight":
+        return ()
+    if query.dtype == torch.float32:
+        if cuda_hopper_float32.allows_tf32(query) or hopper_float32_why_not(op, query):
+            return ()
+        return cuda_hopper_float32.candidates(op, query)
+    if hopper_why_not(op, query):
+        return ()
+    if is_weight:
+        return cuda_hopper_grad_weight.candidates(query)
     made = query.geometry.K if op == "conv2d" else query.geometry.C
     halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
     return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
@@ -202,6 +216,12 @@ def planes_why_not(op: str, query: Conv2dQuery) -> str:
     return cuda_hopper_planes.why_not(op, _problem(query)[0])
 
 
+def hopper_float32_why_not(op: str, query: Conv2dQuery) -> str:
+    """Why the kernels of float32 for Hopper do not run one pass here, or ""."""
+    problem, _ = _problem(query, *_READ[op])
+    return cuda_hopper_float32.why_not(op, query, problem)
+
+
 def grouped_why_not(op: str, query: Conv2dQuery) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
     problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
@@ -216,7 +236,7 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    by_tma = by in (*HOPPER, *HALO, *PLANES, *cuda_hopper_grad_weight.BLOCKS)
+    by_tma = any(by in names for names in _BY_TMA)
     unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
     few = 0 if by == cuda_grouped.NAME else _MOST if by in PLANES else _FEW
     for name in copied:
@@ -291,6 +311,10 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return Kernel(_hopper_conv2d(query, by))
     if by in (*HALO, *PLANES):
         return _hopper_conv2d_alone(query, by)
+    if by in cuda_hopper_float32.TILES:
+        problem, (copy_input,) = _problem(query, "input", by=by)
+        exact = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
+        return _unless_tf32(query, exact, conv2d(query, LARGEST))
     if by == cuda_grouped.NAME:
         problem, (copy_input,) = _problem(query, "input", by=by)
         return cuda_grouped.conv2d(query, problem, copy_input)
@@ -306,6 +330,14 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
             )
         )
     return Kernel(_forward(query, by))
+
+
+def _unless_tf32(
+    query: Conv2dQuery, exact: Callable[..., Tensor], tiled: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """What is exact but where TF32 is allowed: that may change between calls, and is faster."""
+    allows = cuda_hopper_float32.allows_tf32
+    return lambda *tensors: (tiled if allows(query) else exact)(*tensors)
 
 
 def _turned_conv2d(
@@ -437,6 +469,10 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         return lambda grad_output, weight: turn_back(inside(turn(grad_output), turn(weight)))
     if by.endswith(PADDED):
         return _padded_grad_input(query, by.removesuffix(PADDED))
+    if by in cuda_hopper_float32.TILES:
+        problem, (copy_grad,) = _problem(query, "output", by=by)
+        exact = cuda_hopper_float32.conv2d_grad_input(query, problem, copy_grad, by)
+        return _unless_tf32(query, exact, conv2d_grad_input(query, LARGEST))
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
     run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
@@ -495,6 +531,9 @@ def conv2d_grad_weight(
     problem, copies = _problem(query, "input", "output", by=by)
     if by in cuda_hopper_grad_weight.BLOCKS:
         return HopperGradWeight(query, problem, copies, _way(query, SMALLEST), by)
+    if by in cuda_hopper_float32.BLOCKS:
+        tiled = GradWeight(query, problem, copies, _way(query, LARGEST), splits(query, LARGEST))
+        return HopperFloat32GradWeight(query, problem, copies, tiled, by)
     return GradWeight(query, problem, copies, _way(query, by), splits(query, by))
 
 
