@@ -132,17 +132,12 @@ def test_what_it_does_not_take(case: Conv2dCase, reason: str, hopper: torch.devi
     assert reason in cuda_conv2d.grouped_why_not("conv2d", query, HOPPER)
 
 
-def test_it_is_the_first_choice_on_a_gpu(
-    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
     case = CASES[5]
     query = query_of(case, tensors_of(case, torch.float16, True, hopper))
     query = replace(query, device=torch.device("cuda", 0))
     for op in (*OPS, "conv2d_act"):
         assert cuda_conv2d.candidates(op, query)[:2] == (HOPPER, "grouped")
-    monkeypatch.setenv("GDFAST_HOPPER", "0")
-    for op in OPS:
-        assert cuda_conv2d.candidates(op, query)[0] == "grouped"
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -89,8 +89,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
     if query.device.type == "cuda" and native.cuda is not None:
-        ways = cuda_grouped.candidates()
-        tiles = (*(by for by in ways if not grouped_why_not(op, query, by)), *tiles)
+        grouped = (by for by in cuda_grouped.candidates() if not grouped_why_not(op, query, by))
+        tiles = (*grouped, *tiles)
     return (*_hopper_candidates(op, query), *tiles)
 
 
