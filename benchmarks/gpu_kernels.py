@@ -26,6 +26,7 @@ import gdfast
 from gdfast import native, nn, ops, optim
 from gdfast.backends import (
     cuda_conv2d,
+    cuda_grouped,
     cuda_hopper,
     cuda_hopper_grad_weight,
     cuda_hopper_halo,
@@ -70,6 +71,13 @@ _GROUPED = (
     Conv2dCase("8s", 2, 64, 7, 7, 64, 3, 3, padding=(1, 1), groups=8),
     Conv2dCase("16s-many-tiles", 8, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=4),
     Conv2dCase("32s-stride-2", 2, 96, 15, 18, 96, 3, 3, (2, 2), (1, 1), groups=3),
+)
+# Images that are a slot each, in the last of eights by shared padding; bands of images.
+_GROUPED_HOPPER = (
+    Conv2dCase("4s", 3, 72, 9, 19, 72, 3, 3, padding=(1, 1), groups=18),
+    Conv2dCase("8s-56", 5, 128, 56, 56, 128, 3, 3, padding=(1, 1), groups=16),
+    Conv2dCase("16s-columns", 2, 64, 30, 75, 64, 3, 3, padding=(1, 0), groups=4),
+    Conv2dCase("32s-7", 64, 96, 7, 7, 96, 3, 3, padding=(1, 1), groups=3),
 )
 _DEPTHWISE = (
     Conv2dCase("3x3", 3, 8, 9, 11, 8, 3, 3, padding=(1, 1), groups=8),
@@ -361,6 +369,10 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         for name in cuda_hopper_halo.HALO:
             run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
             yield f"conv2d {case} by {name}", run, 0
+    for case in _GROUPED_HOPPER:
+        for dtype in (torch.bfloat16, torch.float16):
+            run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
+            yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
     for case in _HOPPER:
         for name in cuda_hopper_grad_weight.BLOCKS:
             run = partial(weight_gradient, case, name, **where)

@@ -80,7 +80,8 @@ def test_convolutions_multiply_on_the_tensor_cores() -> None:
 
 
 def test_groups_load_once_what_three_rows_of_a_filter_multiply() -> None:
-    kernels = [code for code in codes() if code.kernel.startswith("grouped_")]
+    names = ("grouped_kernel", "grouped_grad_weight_kernel")
+    kernels = [code for code in codes() if code.kernel in names]
     assert kernels
     for code in kernels:
         if code.kernel == "grouped_kernel":
@@ -92,6 +93,27 @@ def test_groups_load_once_what_three_rows_of_a_filter_multiply() -> None:
             # Nine taps; of the input six pairs of rows by three columns, and four of the gradient.
             assert (code.count("HMMA"), code.count("LDSM")) == (72, 22), code
         assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
+
+
+def test_groups_do_so_on_hopper_from_what_its_tma_unit_copies() -> None:
+    kernels = [code for code in codes() if code.kernel.startswith("grouped_hopper_")]
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        if code.kernel == "grouped_hopper_kernel":
+            # Two pairs of rows by 16 filters, nine taps; of groups of 8 two taps are one product.
+            # Three pairs of the input are loaded for each column, and each tap once per block.
+            products = {"8": 24, "16": 36, "32": 72}[code.arguments[1]]
+            steps = 2 if code.arguments[1] == "32" else 1
+            assert code.count("HMMA") == products, code
+            # Taps by either of two instructions: of a gradient they are transposed.
+            assert code.count("LDSM") == 3 * 3 * steps + 2 * 9 * steps, code
+        else:
+            # Twice: for tiles some of whose positions do not exist, too.
+            assert (code.count("HMMA"), code.count("LDSM")) == (2 * 36, 2 * (2 + 9)), code
+        assert code.count("UTMALDG"), code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code
 
 
 def test_stems_multiply_on_the_tensor_cores_what_shared_memory_has() -> None:

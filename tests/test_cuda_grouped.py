@@ -51,11 +51,11 @@ def small_integers(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -
     }
 
 
-def ours(case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def ours(case: Conv2dCase, values: dict[str, Tensor], way: str = "grouped") -> tuple[Tensor, ...]:
     """All three passes, the gradient of the input by tiles where the stride is not 1."""
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    by = {op: "" if cuda_conv2d.grouped_why_not(op, query) else "grouped" for op in OPS}
+    by = {op: "" if cuda_conv2d.grouped_why_not(op, query, way) else way for op in OPS}
     assert by["conv2d"] and by["conv2d_grad_weight"]
     steps = query.geometry.stride if max(case.output_shape[2:]) > 1 else (1, 1)
     assert bool(by["conv2d_grad_input"]) == (steps == (1, 1)) or case.name.endswith("over-image")
@@ -196,7 +196,10 @@ def test_what_it_does_not_take(
     assert reason in cuda_conv2d.grouped_why_not("conv2d", query)
 
 
-def test_it_is_the_first_choice_on_a_gpu(cuda_device: torch.device) -> None:
+def test_it_is_the_first_choice_on_a_gpu(
+    cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GDFAST_HOPPER", "0")  # which has kernels of its own
     query = query_of(CASES[0], tensors_of(CASES[0], torch.float16, True, cuda_device))
     query = replace(query, device=torch.device("cuda", 0))
     for op in (*OPS, "conv2d_act"):

@@ -106,4 +106,15 @@ void conv2d_grad_weight_grouped(const Conv2dProblem& problem, const void* grad_o
                                 const void* input, void* grad_weight, void* grad_bias,
                                 void* workspace, int64_t splits, const Where& where);
 
+// The same on Hopper (grouped_hopper.h), for filters of 3 x 3 and stride 1.
+std::string grouped_hopper_why_not(const Conv2dProblem& problem, GroupedPass pass);
+void conv2d_grouped_hopper(const Conv2dProblem& problem, const void* input, const void* weight,
+                           const void* bias, void* output, const Where& where);
+void conv2d_grad_input_grouped_hopper(const Conv2dProblem& problem, const void* grad_output,
+                                      const void* weight, void* grad_input, const Where& where);
+int64_t grouped_hopper_splits(const Conv2dProblem& problem);
+void conv2d_grad_weight_grouped_hopper(const Conv2dProblem& problem, const void* grad_output,
+                                       const void* input, void* grad_weight, void* grad_bias,
+                                       void* workspace, int64_t splits, const Where& where);
+
 }  // namespace gdfast::cuda

@@ -7,11 +7,6 @@
 namespace gdfast::cuda {
 namespace {
 
-int64_t tap_chunks(const Conv2dProblem& p) { return ceil_div(p.C / p.groups, 8); }
-
-// An odd number of chunks: eight filters that are read at a time lie in different banks.
-int64_t weight_row_bytes(const Conv2dProblem& p) { return (p.R * p.S * tap_chunks(p) | 1) * 16; }
-
 struct Plan {
   int64_t parts, buffers, bytes;
 };
@@ -20,56 +15,26 @@ struct Plan {
 Plan plan_of(const Conv2dProblem& p) {
   for (int64_t parts = most_parts(p);; --parts) {
     for (int64_t buffers = 2; buffers >= 1; --buffers) {
-      const int64_t bytes = kSlab * weight_row_bytes(p) + buffers * window_bytes(p, parts);
+      const int64_t bytes = kSlab * filter_row_bytes(p) + buffers * window_bytes(p, parts);
       if (bytes <= kGroupedMemory || (parts == 1 && buffers == 1)) return {parts, buffers, bytes};
     }
   }
 }
 
-// The gradient in the input of a convolution of stride 1, as a forward pass of other tensors.
-Conv2dProblem turned(const Conv2dProblem& p) {
-  Conv2dProblem t = p;
-  t.H = p.P, t.W = p.Q, t.P = p.H, t.Q = p.W;
-  t.pad_h = p.R - 1 - p.pad_h;
-  t.pad_w = p.S - 1 - p.pad_w;
-  t.input = p.output;
-  t.output = p.input;
-  t.activation = Activation::kNone;
-  return t;
-}
-
 void run(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
          const void* weight, const void* bias, void* output, const Where& where) {
-  const int64_t group = p.C / p.groups, taps = p.R * p.S;
   const Plan plan = plan_of(p);
   const GroupedTiles tiles = grouped_tiles(p, plan.parts);
   if (tiles.total == 0) return;
   const Arguments a{window_patch(p, input, plan.parts),
                     tiles,
                     plan.buffers == 2,
-                    gradient,
-                    small(kSlab * weight_row_bytes(p)),
+                    small(kSlab * filter_row_bytes(p)),
                     small(window_bytes(p, plan.parts)),
-                    small(group),
                     small(p.R),
                     small(p.S),
-                    static_cast<const unsigned char*>(weight),
-                    p.weight.n * 2,
-                    channel_steps(p.weight, 2),
-                    group % 8 == 0 && has_chunks(weight, p.weight, group, p.K, p.R, p.S, 2),
-                    Divisor::of(taps * tap_chunks(p)),
-                    Divisor::of(tap_chunks(p)),
-                    Divisor::of(p.S),
-                    small(weight_row_bytes(p)),
-                    static_cast<unsigned char*>(output),
-                    p.output.n * 2,
-                    small(p.output.h * 2),
-                    small(p.output.w * 2),
-                    small(p.P),
-                    small(p.Q),
-                    bias,
-                    p.activation,
-                    p.negative_slope};
+                    grouped_filters(p, weight, gradient),
+                    grouped_output(p, bias, output)};
   const DeviceGuard guard(op, where.device);
   const auto threads = static_cast<unsigned>(plan.parts * kGroupedThreads / 2);
   const int64_t slabs = ceil_div(p.C, kSlab);
@@ -84,7 +49,7 @@ void run(const char* op, const Conv2dProblem& p, bool gradient, const void* inpu
   const bool three = p.R == 3 && p.stride_h == 1;
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
-    if (group >= 16) {
+    if (p.C / p.groups >= 16) {
       three ? start(grouped_kernel<T, true, true>) : start(grouped_kernel<T, true, false>);
     } else {
       three ? start(grouped_kernel<T, false, true>) : start(grouped_kernel<T, false, false>);

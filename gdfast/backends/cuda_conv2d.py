@@ -98,9 +98,9 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
-    on_gpu = query.device.type == "cuda" and native.cuda is not None
-    if on_gpu and not grouped_why_not(op, query):
-        tiles = (cuda_grouped.NAME, *tiles)
+    if query.device.type == "cuda" and native.cuda is not None:
+        grouped = (by for by in cuda_grouped.candidates() if not grouped_why_not(op, query, by))
+        tiles = (*grouped, *tiles)
     return (*_hopper_candidates(op, query), *tiles)
 
 
@@ -222,10 +222,10 @@ def hopper_float32_why_not(op: str, query: Conv2dQuery) -> str:
     return cuda_hopper_float32.why_not(op, query, problem)
 
 
-def grouped_why_not(op: str, query: Conv2dQuery) -> str:
+def grouped_why_not(op: str, query: Conv2dQuery, by: str = cuda_grouped.NAME) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
-    problem, _ = _problem(query, *_READ[op], by=cuda_grouped.NAME)
-    return cuda_grouped.why_not(op, query, problem)
+    problem, _ = _problem(query, *_READ[op], by=by)
+    return cuda_grouped.why_not(op, query, problem, by)
 
 
 def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[Copy]]:
@@ -237,8 +237,9 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
     by_tma = any(by in names for names in _BY_TMA)
-    unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
-    few = 0 if by == cuda_grouped.NAME else _MOST if by in PLANES else _FEW
+    is_grouped = by in cuda_grouped.BINDINGS
+    unscattered = _at_16 if by_tma or is_grouped else _as_it_is
+    few = 0 if is_grouped else _MOST if by in PLANES else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
         copies.append(cuda_layout.channels_last if scattered else unscattered)
@@ -315,9 +316,9 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         problem, (copy_input,) = _problem(query, "input", by=by)
         exact = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
         return _unless_tf32(query, exact, conv2d(query, LARGEST))
-    if by == cuda_grouped.NAME:
+    if by in cuda_grouped.BINDINGS:
         problem, (copy_input,) = _problem(query, "input", by=by)
-        return cuda_grouped.conv2d(query, problem, copy_input)
+        return cuda_grouped.conv2d(query, problem, copy_input, by)
     if by == cuda_stem.NAME:
         stem, exact = _forward(query, by), _forward(query, SMALLEST)
         return Kernel(lambda *arguments: (exact if _is_exact(query) else stem)(*arguments))
@@ -459,9 +460,9 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
     by = by or algorithm("conv2d_grad_input", query)
     if by == cuda_depthwise.NAME:
         return cuda_depthwise.conv2d_grad_input(query, _problem(query)[0])
-    if by == cuda_grouped.NAME:
+    if by in cuda_grouped.BINDINGS:
         problem, (copy_grad,) = _problem(query, "output", by=by)
-        return cuda_grouped.conv2d_grad_input(query, problem, copy_grad)
+        return cuda_grouped.conv2d_grad_input(query, problem, copy_grad, by)
     if by.endswith(TURNED):
         turned = _turned("conv2d_grad_input", query)
         inside = conv2d_grad_input(turned, by.removesuffix(TURNED))
@@ -522,10 +523,9 @@ def conv2d_grad_weight(
         stem = cuda_stem.conv2d_grad_weight(query, _problem(query)[0], way)
         exact = conv2d_grad_weight(query, SMALLEST)
         return lambda *tensors: (exact if _is_exact(query) else stem)(*tensors)
-    if by == cuda_grouped.NAME:
+    if by in cuda_grouped.BINDINGS:
         problem, copies = _problem(query, "input", "output", by=by)
-        parts = native.cuda.conv2d_grouped_splits(problem)
-        return cuda_grouped.GroupedGradWeight(query, problem, copies, _way(query, SMALLEST), parts)
+        return cuda_grouped.GroupedGradWeight(query, problem, copies, _way(query, SMALLEST), by)
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output", by=by)

@@ -7,36 +7,48 @@ and multiply little more than there is: a layer of 128 channels in groups of 4 i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_stream
+from gdfast.backends import cuda_hopper, cuda_stream
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.backends.sgd import address
 
 NAME = "grouped"
+HOPPER = "grouped-hopper"  # 3x3 filters of stride 1, by TMA, on GPUs of compute capability 9.0
+BINDINGS = {HOPPER: "grouped_hopper", NAME: "grouped"}  # the one expected to be faster first
 Copy = Callable[[Tensor], Tensor]
 
 
-def why_not(op: str, query: Conv2dQuery, problem: Any) -> str:
+def candidates() -> tuple[str, ...]:
+    return (NAME,) if os.environ.get("GDFAST_HOPPER") == "0" else tuple(BINDINGS)
+
+
+def why_not(op: str, query: Conv2dQuery, problem: Any, by: str = NAME) -> str:
     """Why the kernels do not take a pass of a convolution, whose problem this is, or ""."""
     assert native.cuda is not None
     if query.geometry.groups == 1 or query.dtype.itemsize != 2:  # most layers
         return "it takes groups, of half types"
-    return str(native.cuda.conv2d_grouped_why_not(problem, op))
+    if by == HOPPER and (reason := cuda_hopper.missing(query.device)):
+        return reason
+    return str(_binding("conv2d", by, "_why_not")(problem, op))
+
+
+def _binding(op: str, by: str, ending: str = "") -> Callable[..., Any]:
+    binding: Callable[..., Any] = getattr(native.cuda, f"{op}_{BINDINGS[by]}{ending}")
+    return binding
 
 
 def conv2d(
-    query: Conv2dQuery, problem: Any, copy_input: Copy
+    query: Conv2dQuery, problem: Any, copy_input: Copy, by: str
 ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A forward kernel; the problem has the query's activation, and strides of what is copied."""
-    assert native.cuda is not None
-    run = native.cuda.conv2d_grouped
+    run = _binding("conv2d", by)
     size, strides = query.geometry.output_size, query.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,10 +66,9 @@ def conv2d(
 
 
 def conv2d_grad_input(
-    query: Conv2dQuery, problem: Any, copy_grad: Copy
+    query: Conv2dQuery, problem: Any, copy_grad: Copy, by: str
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    assert native.cuda is not None
-    run = native.cuda.conv2d_grad_input_grouped
+    run = _binding("conv2d_grad_input", by)
     size, strides = query.geometry.input_size, query.strides[0]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
@@ -77,12 +88,18 @@ class GroupedGradWeight(GradWeight):
 
     ends_in_registers = False
 
+    def __init__(
+        self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
+        by: str,
+    ) -> None:  # fmt: skip
+        self._run_kernel = _binding("conv2d_grad_weight", by)
+        super().__init__(query, problem, copies, way, _binding("conv2d", by, "_splits")(problem))
+
     def _sum(
         self, grad_output: Tensor, input: Tensor, grad_weight: Tensor | None,
         grad_bias: Tensor | None, workspace: Tensor,
     ) -> None:  # fmt: skip
-        assert native.cuda is not None
-        native.cuda.conv2d_grad_weight_grouped(
+        self._run_kernel(
             self.problem, grad_output.data_ptr(), input.data_ptr(), address(grad_weight),
             address(grad_bias), workspace.data_ptr(), self.parts,
             *cuda_stream.current(input.device),

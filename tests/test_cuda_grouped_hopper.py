@@ -1,0 +1,164 @@
+"""The kernels for groups of few channels on Hopper, on such a GPU or in the simulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cuda_conv2d import check, passes, query_of, tensors_of
+from test_cuda_grouped import OPS, ours, small_integers
+
+from gdfast import native
+from gdfast.backends import Conv2dActQuery, cuda_conv2d
+from gdfast.backends.activation import activate
+from gdfast.bench.cases import Conv2dCase
+
+pytestmark = [
+    pytest.mark.cuda_simulator,
+    pytest.mark.usefixtures("nan_filled_memory", "fresh_registry"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+
+HOPPER = "grouped-hopper"
+SAME = {"padding": (1, 1)}
+# Images that are a slot of the ring each, and such that bands of them are; parts of slabs, bands
+# and columns. Where 7 columns and padding make up 8, pixels beside a row are the next row's.
+CASES = [
+    Conv2dCase("32s-7x7", 5, 128, 7, 7, 128, 3, 3, groups=4, **SAME),
+    Conv2dCase("8s-8x7", 2, 24, 8, 7, 24, 3, 3, groups=3, **SAME),
+    Conv2dCase("16s-11x14", 2, 80, 11, 14, 80, 3, 3, groups=5, **SAME),
+    Conv2dCase("2s-no-padding", 1, 16, 10, 15, 16, 3, 3, groups=8),
+    Conv2dCase("4s-wide-padding", 1, 8, 5, 4, 8, 3, 3, padding=(3, 4), groups=2),
+    Conv2dCase("4s-rows", 2, 72, 22, 13, 72, 3, 3, groups=18, **SAME),
+    Conv2dCase("32s-rows", 1, 96, 23, 16, 96, 3, 3, groups=3, **SAME),
+    Conv2dCase("16s-columns", 1, 32, 7, 61, 32, 3, 3, padding=(2, 1), groups=2),
+    Conv2dCase("8s-many-rows", 1, 16, 69, 6, 16, 3, 3, groups=2, **SAME),
+]
+OFTEN = [CASES[0], CASES[2], CASES[5], CASES[6]]
+
+
+def exact_of(case: Conv2dCase, values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return passes(case, {name: t.double() for name, t in values.items()}, "reference")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_small_integers(case: Conv2dCase, hopper: torch.device) -> None:
+    values = small_integers(case, torch.float16, hopper)
+    for our, expected in zip(ours(case, values, HOPPER), exact_of(case, values), strict=True):
+        assert expected.abs().max() <= 2048
+        assert torch.equal(our.double(), expected)
+
+
+@pytest.mark.parametrize("case", OFTEN, ids=str)
+def test_bfloat16(case: Conv2dCase, hopper: torch.device) -> None:
+    values = tensors_of(case, torch.bfloat16, True, hopper)
+    check(case, values, ours(case, values, HOPPER))
+
+
+@pytest.mark.parametrize("case", OFTEN, ids=str)
+def test_thread_orders(case: Conv2dCase, hopper: torch.device, thread_order: str) -> None:
+    """What is compared is exact, and so is the same in any order."""
+    values = small_integers(case, torch.bfloat16, hopper)
+    for our, expected in zip(ours(case, values, HOPPER), exact_of(case, values), strict=True):
+        assert torch.equal(our, expected.to(our.dtype))
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "grad"])
+def test_what_is_copied_first(name: str, hopper: torch.device) -> None:
+    """What the TMA unit does not read where it lies; a weight of any layout is read there."""
+    case = CASES[0]
+    values = small_integers(case, torch.float16, hopper)
+    expected = ours(case, values, HOPPER)
+    whole = torch.zeros(values[name].numel() + 1, dtype=torch.float16, device=hopper)
+    moved = whole[1:].as_strided(values[name].shape, values[name].stride())
+    values[name] = moved.copy_(values[name])
+    for result, right in zip(ours(case, values, HOPPER), expected, strict=True):
+        assert torch.equal(result, right)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_bias_and_activation(activation: str, hopper: torch.device) -> None:
+    case = CASES[5]
+    values = tensors_of(case, torch.float16, True, hopper)
+    input, weight, bias, _ = values.values()
+    query = query_of(case, values)
+    query = Conv2dActQuery(
+        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
+        activation=activation, negative_slope=0.0,
+    )  # fmt: skip
+    exact = exact_of(case, values)[0]
+    kernel = cuda_conv2d.conv2d(query, HOPPER)
+    for with_bias, sums in ((bias, exact), (None, exact - bias.double()[:, None, None])):
+        expected = activate(sums, activation, 0.0).half()
+        torch.testing.assert_close(kernel(input, weight, with_bias), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", [*OFTEN, CASES[3]], ids=str)
+def test_what_is_not_finite_stays_in_its_group(
+    case: Conv2dCase, value: float, hopper: torch.device
+) -> None:
+    values = small_integers(case, torch.float16, hopper)
+    values["weight"] = torch.where(values["weight"] == 0, 1, values["weight"])
+    values["input"][:, 5] = value
+    values["input"][0, 0, -1, -1] = value  # beside what a tile has beyond the image
+    # In float64: on a GPU, native's half types let it into other groups.
+    exact = exact_of(case, values)
+    results = ours(case, values, HOPPER)
+    for i in (0, 2, 3):
+        assert torch.equal(results[i].isfinite(), exact[i].isfinite())
+        assert torch.equal(results[i].isnan(), exact[i].isnan())
+    values = small_integers(case, torch.float16, hopper)
+    values["weight"] = torch.where(values["weight"] == 0, 1, values["weight"])
+    values["grad"][:, 3, 1:] = value
+    exact = exact_of(case, values)
+    results = ours(case, values, HOPPER)
+    for i in (1, 2, 3):
+        assert torch.equal(results[i].isfinite(), exact[i].isfinite())
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (replace(CASES[0], N=0), "at least one image"),
+        (replace(CASES[0], R=5, padding=(2, 1)), "3 x 3"),
+        (replace(CASES[0], stride=(1, 2)), "stride 1"),
+        (replace(CASES[0], groups=1), "groups"),
+    ],
+)
+def test_what_it_does_not_take(case: Conv2dCase, reason: str, hopper: torch.device) -> None:
+    query = query_of(case, tensors_of(case, torch.float16, True, hopper))
+    assert reason in cuda_conv2d.grouped_why_not("conv2d", query, HOPPER)
+
+
+def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
+    case = CASES[5]
+    query = query_of(case, tensors_of(case, torch.float16, True, hopper))
+    query = replace(query, device=torch.device("cuda", 0))
+    for op in (*OPS, "conv2d_act"):
+        assert cuda_conv2d.candidates(op, query)[:2] == (HOPPER, "grouped")
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_parts_become_gradients_and_updates(
+    splits: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdfast.backends.sgd import SgdHyper, SgdTensors
+
+    case = CASES[0]
+    values = small_integers(case, torch.bfloat16, hopper)
+    assert native.cuda is not None
+    monkeypatch.setattr(native.cuda, "conv2d_grouped_hopper_splits", lambda problem: splits)
+    kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), HOPPER)
+    grad, input, weight = values["grad"], values["input"], values["weight"]
+    gradient, _ = kernel(grad, input, False)
+    begun, grad_bias = kernel.begin(grad, input, True)  # type: ignore[attr-defined]
+    assert torch.equal(begun.gradient(), gradient)
+    assert torch.equal(grad_bias, kernel(grad, input, True)[1])
+    updated = weight.float()
+    expected = updated.double() - 0.25 * exact_of(case, values)[2]
+    begun, _ = kernel.begin(grad, input, False)  # type: ignore[attr-defined]
+    hyper = SgdHyper(0.25, 0.0, 0.0, 0.0, False, False, True, False, None, None)
+    begun.update(SgdTensors([updated], [], [], []), hyper)
+    assert torch.equal(updated.double(), expected)
