@@ -85,6 +85,13 @@ _DEPTHWISE = (
     Conv2dCase("7x7", 1, 12, 9, 10, 12, 7, 7, padding=(3, 3), groups=12),
     Conv2dCase("multiplier-3", 2, 7, 7, 6, 21, 3, 2, (2, 1), (1, 0), (1, 2), groups=7),
 )
+# Slabs that are half full; images side by side, and rows in strips.
+_DEPTHWISE_TENSOR = (
+    Conv2dCase("3x3", 7, 24, 30, 11, 24, 3, 3, padding=(1, 1), groups=24),
+    Conv2dCase("3x3-strips", 2, 48, 19, 130, 48, 3, 3, padding=(1, 1), groups=48),
+    Conv2dCase("5x5", 5, 40, 28, 28, 40, 5, 5, padding=(2, 2), groups=40),
+    Conv2dCase("7x7", 5, 24, 14, 14, 24, 7, 7, padding=(3, 3), groups=24),
+)
 
 
 def random(size: tuple[int, ...], dtype: torch.dtype, layout: str = "channels_last") -> Tensor:
@@ -313,6 +320,10 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"conv2d by stem, {layout}, bfloat16", partial(run, bfloat16), 0
             yield f"conv2d by stem, {layout}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
             yield f"conv2d by stem, {layout}, tf32x3", partial(run, float32), 0
+        for case in _DEPTHWISE_TENSOR:
+            for dtype in (bfloat16, torch.float16):
+                run = partial(passes, case, dtype, "channels_last", by="depthwise-tensor", **where)
+                yield f"depthwise on tensor cores {case}, {dtype}", run, 0
     for case in _DEPTHWISE:
         for layout in LAYOUTS:
             for dtype in (bfloat16, float32):

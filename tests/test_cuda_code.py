@@ -116,6 +116,24 @@ def test_groups_do_so_on_hopper_from_what_its_tma_unit_copies() -> None:
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_depthwise_tensor_kernels_load_once_what_all_rows_of_a_filter_multiply() -> None:
+    kernels = [code for code in codes() if code.kernel.startswith("depthwise_tensor_")]
+    assert kernels
+    for code in kernels:
+        size = int(code.arguments[1])
+        pairs = size // 2
+        if code.kernel == "depthwise_tensor_kernel":
+            # Of a batch of rows: two groups of channels by the taps of a row, in pairs and one.
+            assert code.count(r"HMMA\.16816") == 2 * size * size * pairs, code
+            assert code.count(r"HMMA\.1688\.") == 2 * size * size, code
+            assert code.count("LDSM") == size * (2 * pairs + 1), code
+        else:
+            # The last column's taps are pairs of rows; and one for the bias.
+            assert code.count("HMMA") == size * (pairs * size + pairs + 1 + 1), code
+            assert code.count("LDSM") == size * (pairs + 1), code
+        assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
+
+
 def test_stems_multiply_on_the_tensor_cores_what_shared_memory_has() -> None:
     # Warps of 64 x 32, and of 64 x 48; one step at a time.
     products = {"conv2d_stem_kernel": 16, "conv2d_stem_grad_weight_kernel": 24}

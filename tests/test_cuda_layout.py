@@ -80,11 +80,17 @@ def test_convolution_in_channels_last(dtype: torch.dtype, cuda_device: torch.dev
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_depthwise_in_channels_last(dtype: torch.dtype, cuda_device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "way"),
+    [(torch.float32, "depthwise"), (torch.bfloat16, "depthwise"),
+     (torch.bfloat16, "depthwise-tensor")], ids=str,
+)  # fmt: skip
+def test_depthwise_in_channels_last(
+    dtype: torch.dtype, way: str, cuda_device: torch.device
+) -> None:
     case = Conv2dCase("nchw", 2, 24, 6, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1), 24)
     values = tensors_of(case, dtype, False, cuda_device)
-    turned = cuda_depthwise.NAME + cuda_conv2d.TURNED
+    turned = way + cuda_conv2d.TURNED
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check(case, values, by_tile(case, values, turned))
 
@@ -111,9 +117,11 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
 def test_candidates_of_depthwise_nchw(op: str) -> None:
-    ways = cuda_depthwise.NAME + cuda_conv2d.TURNED, cuda_depthwise.NAME
+    turned = tuple(name + cuda_conv2d.TURNED for name in cuda_depthwise.WAYS)
+    in_place = (cuda_depthwise.NAME,)
     for batch, channels_last, expected in (
-        (64, False, ways), (1, False, ways[::-1]), (64, True, ways[1:])
+        (64, False, turned + in_place), (1, False, in_place + turned),
+        (64, True, cuda_depthwise.WAYS),
     ):  # fmt: skip
         case = Conv2dCase("", batch, 32, 24, 24, 32, 3, 3, (1, 1), (1, 1), (1, 1), 32)
         values = tensors_of(case, torch.bfloat16, channels_last, torch.device("cpu"))

@@ -1,6 +1,7 @@
 // Depthwise convolution, forward: which kernel makes it, and the one that takes every shape.
 #include "depthwise_columns.h"
 #include "depthwise_strips.h"
+#include "depthwise_tensor.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -96,9 +97,13 @@ void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensor
 
 }  // namespace
 
-void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, bool vectors,
+void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, DepthwiseWay way,
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream) {
+  if (way == DepthwiseWay::kTensorCores) {
+    return depthwise_tensor(dtype, arguments, input, weight, bias, output, stream);
+  }
+  const bool vectors = way == DepthwiseWay::kVectors;
   if (vectors && depthwise_columns(dtype, arguments, input, weight, bias, output, stream)) return;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -108,15 +113,15 @@ void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, bool ve
   });
 }
 
-void depthwise_conv2d(const Conv2dProblem& problem, const void* input, const void* weight,
-                      const void* bias, void* output, const Where& where) {
+void depthwise_conv2d(const Conv2dProblem& problem, bool on_tensor_cores, const void* input,
+                      const void* weight, const void* bias, void* output, const Where& where) {
   if (problem.N == 0) return;
   const DeviceGuard guard(kOp, where.device);
   DepthwiseArguments arguments = depthwise_arguments(problem);
   arguments.activation = problem.activation;
   arguments.negative_slope = problem.negative_slope;
-  const bool vectors = has_depthwise_vectors(problem, are_aligned(input, output));
-  depthwise_forward(problem.dtype, arguments, vectors, input, weight, bias, output, where.stream);
+  const DepthwiseWay way = depthwise_way(problem, on_tensor_cores, are_aligned(input, output));
+  depthwise_forward(problem.dtype, arguments, way, input, weight, bias, output, where.stream);
 }
 
 }  // namespace gdfast::cuda

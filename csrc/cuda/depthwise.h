@@ -9,6 +9,8 @@
 // has one for every shape, an output per thread.
 #pragma once
 
+#include <string>
+
 #include "../batch_norm_problem.h"
 #include "conv2d.h"
 #include "images.h"
@@ -91,19 +93,33 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
   return true;
 }
 
-// The passes of a convolution in which every group has one channel; tensors as for conv2d.h.
-void depthwise_conv2d(const Conv2dProblem& problem, const void* input, const void* weight,
-                      const void* bias, void* output, const Where& where);
-void depthwise_conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,
-                                 const void* weight, void* grad_input, const Where& where);
-int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& problem);
-void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,
-                                  const void* input, void* grad_weight, void* grad_bias,
-                                  void* workspace, const Where& where);
+// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Those
+// told to run on the tensor cores do so for problems that depthwise_tensor_why_not has nothing
+// against, where 16 divides the images' addresses.
+std::string depthwise_tensor_why_not(const Conv2dProblem& problem);
+void depthwise_conv2d(const Conv2dProblem& problem, bool on_tensor_cores, const void* input,
+                      const void* weight, const void* bias, void* output, const Where& where);
+void depthwise_conv2d_grad_input(const Conv2dProblem& problem, bool on_tensor_cores,
+                                 const void* grad_output, const void* weight, void* grad_input,
+                                 const Where& where);
+int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& problem, bool on_tensor_cores);
+void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, bool on_tensor_cores,
+                                  const void* grad_output, const void* input, void* grad_weight,
+                                  void* grad_bias, void* workspace, const Where& where);
+
+// How the images of a pass are read.
+enum class DepthwiseWay { kNumbers, kVectors, kTensorCores };
+
+inline DepthwiseWay depthwise_way(const Conv2dProblem& p, bool on_tensor_cores, bool aligned) {
+  if (on_tensor_cores && aligned && depthwise_tensor_why_not(p).empty()) {
+    return DepthwiseWay::kTensorCores;
+  }
+  return has_depthwise_vectors(p, aligned) ? DepthwiseWay::kVectors : DepthwiseWay::kNumbers;
+}
 
 // The forward pass for arguments that need not be a problem's: grad_input is one too, with the
 // filters turned round.
-void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, bool vectors,
+void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, DepthwiseWay way,
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream);
 

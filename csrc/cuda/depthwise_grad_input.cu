@@ -90,22 +90,24 @@ DepthwiseArguments turned_round(DepthwiseArguments a) {
 
 }  // namespace
 
-void depthwise_conv2d_grad_input(const Conv2dProblem& problem, const void* grad_output,
-                                 const void* weight, void* grad_input, const Where& where) {
+void depthwise_conv2d_grad_input(const Conv2dProblem& problem, bool on_tensor_cores,
+                                 const void* grad_output, const void* weight, void* grad_input,
+                                 const Where& where) {
   if (problem.N == 0) return;
   const DeviceGuard guard(kOp, where.device);
   const DepthwiseArguments a = depthwise_arguments(problem);
-  const bool vectors = has_depthwise_vectors(problem, are_aligned(grad_output, grad_input));
+  const DepthwiseWay way =
+      depthwise_way(problem, on_tensor_cores, are_aligned(grad_output, grad_input));
   with_dtype(problem.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.multiplier == 1 && a.stride_h == 1 && a.stride_w == 1) {
       const auto* const last_tap =
           static_cast<const T*>(weight) + (a.R - 1) * a.weight_r + (a.S - 1) * a.weight_s;
-      return depthwise_forward(problem.dtype, turned_round(a), vectors, grad_output, last_tap,
-                               nullptr, grad_input, where.stream);
+      return depthwise_forward(problem.dtype, turned_round(a), way, grad_output, last_tap, nullptr,
+                               grad_input, where.stream);
     }
     if constexpr (sizeof(T) < 8) {
-      if (vectors) {
+      if (way == DepthwiseWay::kVectors) {
         return gather<T, kDepthwiseVector>(a, grad_output, weight, grad_input, where.stream);
       }
     }

@@ -9,6 +9,7 @@
 // second each sum joins the splits in theirs. Common filters in channels_last have a first pass of
 // their own (depthwise_columns_grad_weight.cu).
 #include "depthwise_columns.h"
+#include "depthwise_tensor.h"
 #include "depthwise_weight_sums.h"
 
 namespace gdfast::cuda {
@@ -111,22 +112,32 @@ int launch_any(const Conv2dProblem& p, const DepthwiseArguments& a, const T* gra
 
 }  // namespace
 
-int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p) {
-  // Which kernel it is depends on addresses too: room for either.
+int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, bool on_tensor_cores) {
+  // Which kernel it is depends on addresses too: room for any.
+  const DepthwiseArguments a = depthwise_arguments(p);
   int64_t splits = WeightWalk::of(p).splits;
-  const int64_t others = depthwise_columns_splits(depthwise_arguments(p), p.dtype);
-  if (others > splits) splits = others;
+  const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
+  if (of_columns > splits) splits = of_columns;
+  if (on_tensor_cores && depthwise_tensor_why_not(p).empty()) {
+    const int64_t others = depthwise_tensor_splits(a);
+    if (others > splits) splits = others;
+  }
   const int64_t bytes = p.dtype == DType::kFloat64 ? 8 : 4;
   return splits * p.K * (p.R * p.S + 1) * bytes;
 }
 
-void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, const void* grad_output,
-                                  const void* input, void* grad_weight, void* grad_bias,
-                                  void* workspace, const Where& where) {
+void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, bool on_tensor_cores,
+                                  const void* grad_output, const void* input, void* grad_weight,
+                                  void* grad_bias, void* workspace, const Where& where) {
   const DeviceGuard guard(kOp, where.device);
   const DepthwiseArguments a = depthwise_arguments(problem);
   int splits = 0;
-  if (has_depthwise_vectors(problem, are_aligned(grad_output, input))) {
+  const DepthwiseWay way = depthwise_way(problem, on_tensor_cores, are_aligned(grad_output, input));
+  if (way == DepthwiseWay::kTensorCores) {
+    splits = depthwise_tensor_splits(a);
+    depthwise_tensor_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
+                                 workspace, where.stream);
+  } else if (way == DepthwiseWay::kVectors) {
     splits = depthwise_columns_grad_weight(problem.dtype, a, grad_output, input,
                                            grad_bias != nullptr, workspace, where.stream);
   }

@@ -87,10 +87,7 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     """The ways of running one pass that are worth timing, the one expected to be fastest first."""
     op = "conv2d" if op == "conv2d_act" else op
     if depthwise_fits(query):
-        ways = cuda_depthwise.NAME + TURNED, cuda_depthwise.NAME
-        if not _may_turn(op, query):
-            return ways[1:]
-        return ways if cuda_depthwise.is_large(query) else ways[::-1]
+        return _depthwise_candidates(op, query)
     if _may_turn(op, query):
         # What is written number by number is expected to be slower, but where launches count.
         turned, planes = candidates(op, _turned(op, query)), _planes_candidates(op, query)
@@ -102,6 +99,16 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         grouped = (by for by in cuda_grouped.candidates() if not grouped_why_not(op, query, by))
         tiles = (*grouped, *tiles)
     return (*_hopper_candidates(op, query), *tiles)
+
+
+def _depthwise_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
+    if not _may_turn(op, query):
+        fits = query.dtype.itemsize == 2 and native.cuda is not None
+        by_tensor = fits and not depthwise_tensor_why_not(query)
+        return cuda_depthwise.WAYS if by_tensor else (cuda_depthwise.NAME,)
+    turned = tuple(name + TURNED for name in _depthwise_candidates(op, _turned(op, query)))
+    in_place = (cuda_depthwise.NAME,)
+    return turned + in_place if cuda_depthwise.is_large(query) else in_place + turned
 
 
 def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
@@ -222,6 +229,11 @@ def hopper_float32_why_not(op: str, query: Conv2dQuery) -> str:
     return cuda_hopper_float32.why_not(op, query, problem)
 
 
+def depthwise_tensor_why_not(query: Conv2dQuery) -> str:
+    """Why a depthwise convolution does not run on the tensor cores, or ""."""
+    return cuda_depthwise.tensor_why_not(_problem(query)[0])
+
+
 def grouped_why_not(op: str, query: Conv2dQuery, by: str = cuda_grouped.NAME) -> str:
     """Why the kernels for groups of few channels do not run one pass here, or ""."""
     problem, _ = _problem(query, *_READ[op], by=by)
@@ -304,8 +316,8 @@ class Kernel:
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cuda is not None
     by = by or algorithm("conv2d", query)
-    if by == cuda_depthwise.NAME:
-        return cuda_depthwise.conv2d(query, _problem(query)[0])
+    if by in cuda_depthwise.WAYS:
+        return cuda_depthwise.conv2d(query, _problem(query)[0], by)
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER:
@@ -458,8 +470,8 @@ def _hopper_conv2d_alone(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
     by = by or algorithm("conv2d_grad_input", query)
-    if by == cuda_depthwise.NAME:
-        return cuda_depthwise.conv2d_grad_input(query, _problem(query)[0])
+    if by in cuda_depthwise.WAYS:
+        return cuda_depthwise.conv2d_grad_input(query, _problem(query)[0], by)
     if by in cuda_grouped.BINDINGS:
         problem, (copy_grad,) = _problem(query, "output", by=by)
         return cuda_grouped.conv2d_grad_input(query, problem, copy_grad, by)
@@ -509,8 +521,8 @@ def conv2d_grad_weight(
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cuda is not None
     by = by or algorithm("conv2d_grad_weight", query)
-    if by == cuda_depthwise.NAME:
-        return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0])
+    if by in cuda_depthwise.WAYS:
+        return cuda_depthwise.conv2d_grad_weight(query, _problem(query)[0], by)
     if by.endswith(TURNED):
         turned = _turned("conv2d_grad_weight", query)
         inside, turn = (

@@ -14,7 +14,9 @@ from gdfast.backends import cuda_stream
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.geometry import Conv2dGeometry
 
-NAME = "depthwise"  # the one way of running a depthwise layer
+NAME = "depthwise"
+TENSOR = "depthwise-tensor"  # on the tensor cores
+WAYS = TENSOR, NAME  # the one expected to be faster first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
@@ -57,35 +59,45 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def conv2d(query: Conv2dQuery, problem: Any) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def tensor_why_not(problem: Any) -> str:
+    """Why a depthwise problem does not run on the tensor cores, or ""."""
+    assert native.cuda is not None
+    return str(native.cuda.depthwise_tensor_why_not(problem))
+
+
+def conv2d(
+    query: Conv2dQuery, problem: Any, by: str
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A forward kernel; the problem has the query's strides, and its activation."""
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d
-    size, strides = query.geometry.output_size, query.strides[2]
+    size, strides, on_tensor_cores = query.geometry.output_size, query.strides[2], by == TENSOR
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, input.data_ptr(), weight.data_ptr(), _address(bias), output.data_ptr(),
-            *cuda_stream.current(input.device),
+            problem, on_tensor_cores, input.data_ptr(), weight.data_ptr(), _address(bias),
+            output.data_ptr(), *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
 
     return kernel
 
 
-def conv2d_grad_input(query: Conv2dQuery, problem: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def conv2d_grad_input(
+    query: Conv2dQuery, problem: Any, by: str
+) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d_grad_input
-    size, strides = query.geometry.input_size, query.strides[0]
+    size, strides, on_tensor_cores = query.geometry.input_size, query.strides[0], by == TENSOR
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
         run(
-            problem, grad_output.data_ptr(), weight.data_ptr(), grad_input.data_ptr(),
-            *cuda_stream.current(weight.device),
+            problem, on_tensor_cores, grad_output.data_ptr(), weight.data_ptr(),
+            grad_input.data_ptr(), *cuda_stream.current(weight.device),
         )  # fmt: skip
         return grad_input
 
@@ -93,20 +105,22 @@ def conv2d_grad_input(query: Conv2dQuery, problem: Any) -> Callable[[Tensor, Ten
 
 
 def conv2d_grad_weight(
-    query: Conv2dQuery, problem: Any
+    query: Conv2dQuery, problem: Any, by: str
 ) -> Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d_grad_weight
     size, strides = query.geometry.weight_size, query.strides[1]
-    workspace_bytes = native.cuda.depthwise_conv2d_grad_weight_workspace(problem)
+    on_tensor_cores = by == TENSOR
+    workspace_bytes = native.cuda.depthwise_conv2d_grad_weight_workspace(problem, on_tensor_cores)
 
     def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
         grad_weight = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         grad_bias = input.new_empty(size[0]) if bias else None
         workspace = input.new_empty(workspace_bytes, dtype=torch.uint8)
         run(
-            problem, grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(),
-            _address(grad_bias), workspace.data_ptr(), *cuda_stream.current(input.device),
+            problem, on_tensor_cores, grad_output.data_ptr(), input.data_ptr(),
+            grad_weight.data_ptr(), _address(grad_bias), workspace.data_ptr(),
+            *cuda_stream.current(input.device),
         )  # fmt: skip
         return grad_weight, grad_bias
 

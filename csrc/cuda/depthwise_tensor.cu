@@ -1,0 +1,329 @@
+// Depthwise convolution forward on the tensor cores (depthwise_tensor.h), and the gradient in the
+// input, which is one too with the filters turned round.
+#include "activation.h"
+#include "depthwise_tensor.h"
+#include "quads.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr char kOp[] = "conv2d";
+constexpr int kThreads = 4 * kWarp;
+
+// Blocks of a multiprocessor, as many as registers allow.
+template <int kSize, bool kEnding>
+constexpr int kBlocks = kSize == 7 ? 2 : (kSize == 3 ? 5 : 4) - (kEnding ? 1 : 0);
+
+// The ring in shared memory: batches of rows, so many that enough bytes are on their way.
+template <int kSize>
+struct Ring {
+  static constexpr int kBatches = kSize == 3 ? 4 : 3;
+  static constexpr int kSlots = kTensorSlots<kSize>;
+  static constexpr int kPlane = kSlots * 16, kRow = kTensorGroups * kPlane;
+  static constexpr int kBatch = kSize * kRow;
+  static constexpr int kFilters = kBatches * kBatch;  // behind them
+  static constexpr int kBytes = kFilters + kTensorSlab * kSize * kSize * 2;
+};
+
+template <typename T>
+struct Tensors {
+  const T* input;
+  const T* weight;
+  const T* bias;
+  T* output;
+};
+
+// The right operands of matrix instructions: of each tap eight channels' numbers on a diagonal. A
+// lane has two neighbours of a column, which are zeros unless they lie on it.
+template <typename T, int kSize>
+struct Diagonals {
+  static constexpr int kTaps = kSize * kSize;
+  uint32_t taps[kTensorGroups][kTaps];
+
+  GDFAST_DEVICE void share(const DepthwiseArguments& a, const T* weight, int first_channel,
+                           T* filters) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTensorSlab * kTaps; i += kThreads) {
+      const int channel = i / kTaps, tap = i % kTaps, k = first_channel + channel;
+      const int at = tap / kSize * a.weight_r + tap % kSize * a.weight_s;
+      filters[i] = k < a.K ? weight[k * a.weight_k + at] : from_float<T>(0.f);
+    }
+  }
+
+  GDFAST_DEVICE void take(Diagonals& diagonals, const T* filters) {
+    const int column = warp_lane() / 4, shift = column % 2 * 16;
+    const bool within = column / 2 == warp_lane() % 4;
+    const auto* const bits = reinterpret_cast<const uint16_t*>(filters);
+#pragma unroll
+    for (int group = 0; group < kTensorGroups; ++group) {
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const uint32_t number = bits[(group * 8 + column) * kTaps + tap];
+        diagonals.taps[group][tap] = within ? number << shift : 0;
+      }
+    }
+  }
+};
+
+using Sums = float[kTensorGroups * 4];  // of a row of positions, as matrix instructions have them
+
+// One output, from global memory.
+template <typename T, int kSize>
+GDFAST_DEVICE float exact_output(const DepthwiseArguments& a, const Tensors<T>& tensors, int n,
+                                 int k, int p, int q) {
+  const T* const image = tensors.input + n * a.input.n + k;
+  const T* const filter = tensors.weight + k * a.weight_k;
+  float sum = tensors.bias == nullptr ? 0.f : to_float(tensors.bias[k]);
+#pragma unroll 1
+  for (int tap = 0; tap < kSize * kSize; ++tap) {
+    const int r = tap / kSize, s = tap % kSize, h = p - a.pad_h + r, w = q - a.pad_w + s;
+    if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
+    if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
+    const T pixel = image[int64_t{h} * a.input.h + int64_t{w} * a.input.w];
+    sum += to_float(pixel) * to_float(filter[r * a.weight_r + s * a.weight_s]);
+  }
+  return sum;
+}
+
+// The zeros beside diagonals make NaN of a neighbour's infinities, as those around an image do of a
+// filter's: what is NaN of a chunk that this thread has written is made again without them.
+template <typename T, int kSize>
+GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, T* chunk, int n,
+                        int channel, int p, int q) {
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    if (to_float(chunk[i]) == to_float(chunk[i])) continue;
+    float sums[1] = {exact_output<T, kSize>(a, tensors, n, channel + i, p, q)};
+    activate(sums, a.activation, static_cast<float>(a.negative_slope));
+    chunk[i] = from_float<T>(sums[0]);
+  }
+}
+
+// Adds what a row of pixels gives to the outputs that see it, as row r of the filter those r above.
+template <typename T, int kSize>
+GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, kSize>& diagonals,
+                                const unsigned char* pairs, const unsigned char* last) {
+  constexpr int kPlane = Ring<kSize>::kPlane;
+  const auto sums = [&](int group, int r) -> float (&)[4] {
+    return *reinterpret_cast<float (*)[4]>(&alive[(u - r + kSize) % kSize][group * 4]);
+  };
+#pragma unroll
+  for (int group = 0; group < kTensorGroups; ++group) {
+    const auto& taps = diagonals.taps[group];
+#pragma unroll
+    for (int s = 0; s + 1 < kSize; s += 2) {
+      uint32_t pixels[4];
+      ldmatrix_x4(pixels, pairs + group * kPlane + s * 16);
+#pragma unroll
+      for (int r = 0; r < kSize; ++r) {
+        mma_m16n8k16<T>(sums(group, r), pixels, {taps[r * kSize + s], taps[r * kSize + s + 1]});
+      }
+    }
+  }
+  uint32_t pixels[4];
+  ldmatrix_x4(pixels, last);
+#pragma unroll
+  for (int group = 0; group < kTensorGroups; ++group) {
+#pragma unroll
+    for (int r = 0; r < kSize; ++r) {
+      mma_m16n8k8<T>(sums(group, r), {pixels[group * 2], pixels[group * 2 + 1]},
+                     diagonals.taps[group][r * kSize + kSize - 1]);
+    }
+  }
+}
+
+// kEnding: with an activation.
+template <typename T, int kSize, bool kEnding>
+GDFAST_KERNEL(kThreads, (kBlocks<kSize, kEnding>))
+depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
+                        const GDFAST_GRID_CONSTANT TensorWalk walk,
+                        const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
+  using Its = Ring<kSize>;
+  using Rows = TensorRows<Its::kSlots, kThreads>;
+  unsigned char* const ring = shared_memory();
+  const int first_channel = static_cast<int>(blockIdx.x) * kTensorSlab;
+  const int first = static_cast<int>(blockIdx.y) * walk.rows_of_block;
+  const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
+
+  // What is copied next: a batch of a piece, which may be one after that which is multiplied.
+  int ahead = first, ahead_h = 0, ahead_steps = 0, ahead_at = 0;
+  const T* from = tensors.input;
+  Rows rows = Rows::of(a.input, walk);
+  const auto copy_batch = [&] {
+    if (ahead_steps <= 0 && ahead < end) {
+      const TensorPiece piece = piece_at(a, walk, ahead, end);
+      ahead += piece.rows;
+      ahead_h = piece.p - a.pad_h;
+      ahead_steps = piece.rows + kSize - 1;
+      const int w = piece.q - a.pad_w;
+      Rows::begin(rows, a.N - piece.n, -w, a.W - 1 - w, a.C - first_channel);
+      from = tensors.input + piece.n * a.input.n + int64_t{ahead_h} * a.input.h +
+             int64_t{w} * a.input.w + first_channel;
+    }
+#pragma unroll
+    for (int u = 0; u < kSize; ++u) {
+      if (u < ahead_steps && static_cast<unsigned>(ahead_h + u) < static_cast<unsigned>(a.H)) {
+        Rows::copy(rows, from, ring + ahead_at + u * Its::kRow);
+      }
+      from += a.input.h;
+    }
+    cp_async_commit();
+    ahead_h += kSize;
+    ahead_steps -= kSize;
+    ahead_at = ahead_at + Its::kBatch < Its::kFilters ? ahead_at + Its::kBatch : 0;
+  };
+#pragma unroll 1
+  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch();
+#pragma unroll 1
+  for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
+  auto* const filters = reinterpret_cast<T*>(ring + Its::kFilters);
+  Diagonals<T, kSize>::share(a, tensors.weight, first_channel, filters);
+  sync_block();
+  Diagonals<T, kSize> diagonals;
+  Diagonals<T, kSize>::take(diagonals, filters);
+
+  // Where this lane loads matrices: two columns of one plane, or the last column of both.
+  const int matrix = warp_lane() / 8, line = warp_lane() % 8;
+  const int slot = (warp_index() * 16 + matrix % 2 * 8 + line) * 16;
+  const int pairs_at = slot + matrix / 2 * 16;
+  const int last_at = slot + (kSize - 1) * 16 + matrix / 2 * Its::kPlane;
+  // And what it writes: 8 channels of one position.
+  const int quarter = warp_lane() % 4, channel = first_channel + quarter % 2 * 8;
+  const TensorColumn column =
+      column_at(walk, warp_index() * 16 + quarter / 2 * 8 + warp_lane() / 4);
+  Sums bias;
+#pragma unroll
+  for (int i = 0; i < kTensorGroups * 4; ++i) {
+    const int k = first_channel + i / 4 * 8 + quarter * 2 + i % 2;
+    bias[i] = tensors.bias != nullptr && k < a.K ? to_float(tensors.bias[k]) : 0.f;
+  }
+
+  const auto place = [&](const TensorPiece& piece) -> T* {
+    const int n = piece.n + column.image, q = piece.q + column.column;
+    if (column.image >= walk.images || n >= a.N || column.column >= walk.strip || q >= a.Q ||
+        channel >= a.K) {
+      return nullptr;
+    }
+    return tensors.output + n * a.output.n + int64_t{piece.p} * a.output.h +
+           int64_t{q} * a.output.w + channel;
+  };
+
+  float zero = 0;  // unless a sum was not finite
+  int at = 0;
+#pragma unroll 1
+  for (int row = first; row < end;) {
+    const TensorPiece piece = piece_at(a, walk, row, end);
+    row += piece.rows;
+    T* to = place(piece);
+    uint32_t writes = to != nullptr ? 1 : 0;
+    opaque(writes);
+    const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
+    Sums alive[kSize];
+#pragma unroll
+    for (Sums& sums : alive) {
+#pragma unroll
+      for (int i = 0; i < kTensorGroups * 4; ++i) sums[i] = bias[i];
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kSize) {
+      cp_async_wait<Its::kBatches - 2>();
+      sync_block();  // and nobody reads the batch before any more
+      copy_batch();
+      const unsigned char* const batch = ring + at;
+      at = at + Its::kBatch < Its::kFilters ? at + Its::kBatch : 0;
+#pragma unroll
+      for (int u = 0; u < kSize; ++u) {
+        if (step + u >= steps) break;
+        if (static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H)) {
+          const unsigned char* const pixels = batch + u * Its::kRow;
+          multiply_row<T, kSize>(alive, u, diagonals, pixels + pairs_at, pixels + last_at);
+        }
+        // The output that sees this row last.
+        Sums& sums = alive[(u + 1) % kSize];
+        if (step + u >= kSize - 1) {
+#pragma unroll
+          for (float sum : sums) zero += sum * 0;
+          if constexpr (kEnding) {
+            activate(sums, a.activation, static_cast<float>(a.negative_slope));
+          }
+          // The word of chunk i, which is quarter i's: a group of channels and half of positions.
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int first_of = i % 2 * 4 + i / 2 * 2;
+            words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
+          }
+          exchange_in_quad(words);
+          if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
+          to += a.output.h;
+        }
+#pragma unroll
+        for (int i = 0; i < kTensorGroups * 4; ++i) sums[i] = bias[i];
+      }
+    }
+  }
+
+  zero += shuffle_xor(zero, 1);
+  zero += shuffle_xor(zero, 2);
+  if (zero == 0) return;
+#pragma unroll 1
+  for (int row = first; row < end;) {
+    const TensorPiece piece = piece_at(a, walk, row, end);
+    row += piece.rows;
+    T* const chunks = place(piece);
+    if (chunks == nullptr) continue;
+#pragma unroll 1
+    for (int p = 0; p < piece.rows; ++p) {
+      mend<T, kSize>(a, tensors, chunks + int64_t{p} * a.output.h, piece.n + column.image, channel,
+                     piece.p + p, piece.q + column.column);
+    }
+  }
+}
+
+template <typename T, int kSize, bool kEnding>
+void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
+  const auto walk = tensor_walk<kSize>(a, int64_t{kBlocks<kSize, kEnding>} * multiprocessors(kOp));
+  launch(kOp, depthwise_tensor_kernel<T, kSize, kEnding>, tensor_grid(a, walk), kThreads,
+         Ring<kSize>::kBytes, stream, a, walk, tensors);
+}
+
+}  // namespace
+
+std::string depthwise_tensor_why_not(const Conv2dProblem& p) {
+  if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) {
+    return "it takes float16 and bfloat16";
+  }
+  if (p.K != p.C || p.C % 8 != 0)
+    return "it takes a filter for each channel, in all eights of them";
+  if (p.R != p.S || (p.R != 3 && p.R != 5 && p.R != 7)) return "it takes filters of 3x3, 5x5, 7x7";
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) {
+    return "it takes no stride or dilation";
+  }
+  if (p.N == 0) return "it takes images";
+  if (!has_channel_vectors(p.input, 8) || !has_channel_vectors(p.output, 8)) {
+    return "it takes channels_last, with pixels a multiple of 16 bytes apart";
+  }
+  constexpr int64_t kMost = 1 << 24;
+  if (p.input.w >= kMost || p.output.w >= kMost) return "it takes pixels less than 2^24 apart";
+  return "";
+}
+
+void depthwise_tensor(DType dtype, const DepthwiseArguments& a, const void* input,
+                      const void* weight, const void* bias, void* output, uintptr_t stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),
+                               static_cast<const T*>(bias), static_cast<T*>(output)};
+      with_common_filter(a, [&](auto filter) {
+        using Filter = decltype(filter);
+        if constexpr (Filter::kStride == 1) {
+          constexpr int kSize = Filter::kSize;
+          a.activation == Activation::kNone ? launch_tensor<T, kSize, false>(a, tensors, stream)
+                                            : launch_tensor<T, kSize, true>(a, tensors, stream);
+        }
+      });
+    }
+  });
+}
+
+}  // namespace gdfast::cuda

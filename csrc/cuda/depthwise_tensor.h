@@ -1,0 +1,162 @@
+// Depthwise convolution of half types in channels_last on the tensor cores: what its kernels share.
+//
+// A filter of one channel is a matrix for eight of them, with its numbers on the diagonal: a matrix
+// instruction multiplies 16 positions by two taps of 8 channels. One in eight of its products is
+// none with a zero, but it makes as many of these as four instructions of floating point, and takes
+// half types as they are.
+//
+// A block has a slab of 16 channels and 64 positions side by side: outputs of a row, of several
+// images where rows are short. It walks down their rows. What a row of the image gives to the
+// outputs that see it is added up in registers, where so many rows of sums as the filter has are
+// alive at a time: pixels are loaded from shared memory once for all rows of the filter. A batch of
+// rows is multiplied while the next ones are copied to shared memory.
+//
+//   slot       where shared memory has a pixel: 16 bytes in each of two planes, one for 8 channels.
+//              Images lie `pitch` slots apart, position and slot of their first column are the same
+//   step       a row of the image that a piece's outputs see, from 0; output p begins at step p
+//   batch      kSize steps, after which everything is in the registers again where it was
+#pragma once
+
+#include "depthwise.h"
+
+namespace gdfast::cuda {
+
+constexpr int kTensorPositions = 64;  // of a block: 16 for each of four warps
+constexpr int kTensorGroups = 2;      // of 8 channels, in a slab
+constexpr int kTensorSlab = 8 * kTensorGroups;
+
+// Of a plane: what positions see, and the column after that, which is loaded with the last. With 4
+// slots beyond a multiple of 8, pixels of both planes that are written at a time lie in different
+// banks.
+template <int kSize>
+constexpr int kTensorSlots = (kTensorPositions + kSize + 3) / 8 * 8 + 4;
+
+// Images side by side, and the rows of outputs that blocks share: of the first images' first strip
+// of columns from top to bottom, then of the next strip, and at last of the next images.
+struct TensorWalk {
+  int images, pitch, strip;  // an image's slots, and the outputs of a row among them
+  int rows, rows_of_block;
+  Divisor high, strips;
+};
+
+// Rows of outputs down from (p, q) of images from n on.
+struct TensorPiece {
+  int n, p, q, rows;
+};
+
+GDFAST_DEVICE TensorPiece piece_at(const DepthwiseArguments& a, const TensorWalk& walk, int row,
+                                   int end) {
+  const Divided column = divide(row, walk.high), strip = divide(column.quotient, walk.strips);
+  const int left = end - row, below = a.P - column.rest;
+  return {strip.quotient * walk.images, column.rest, strip.rest * walk.strip,
+          left < below ? left : below};
+}
+
+// Which image a slot or a position is of, and which column among those of a piece.
+struct TensorColumn {
+  int image, column;
+};
+
+GDFAST_DEVICE TensorColumn column_at(const TensorWalk& walk, int slot) {
+  const int image = slot / walk.pitch;
+  return {image, slot - image * walk.pitch};
+}
+
+// The chunks that a thread copies of each row of a slab.
+template <int kSlots, int kThreads>
+struct TensorRows {
+  static constexpr int kCount = (kTensorGroups * kSlots - 1) / kThreads + 1;
+  uint32_t offsets[kCount];  // elements from the row's first one
+  uint32_t places[kCount];   // image * 256 + column, or 2^31 where there is no slot
+  uint32_t inside;           // a flag for each: whether a pixel of the piece is there
+
+  GDFAST_DEVICE TensorRows of(const ImageStrides& strides, const TensorWalk& walk) {
+    TensorRows rows;
+    rows.inside = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const TensorColumn at = column_at(walk, index / kTensorGroups);
+      rows.offsets[i] = static_cast<uint32_t>(at.image) * static_cast<uint32_t>(strides.n) +
+                        static_cast<uint32_t>(at.column * strides.w + index % kTensorGroups * 8);
+      rows.places[i] =
+          at.image < walk.images ? static_cast<uint32_t>(at.image * 256 + at.column) : 1u << 31;
+      opaque(rows.offsets[i]);
+      opaque(rows.places[i]);
+    }
+    return rows;
+  }
+
+  // Those inside are so many images, and columns from the first to the last one, of `channels`.
+  GDFAST_DEVICE void begin(TensorRows& rows, int images, int first, int last, int channels) {
+    rows.inside = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int image = static_cast<int>(rows.places[i] / 256), column = rows.places[i] % 256;
+      const bool inside = image < images && column >= first && column <= last &&
+                          static_cast<int>(threadIdx.x) % kTensorGroups * 8 < channels;
+      if (inside) rows.inside |= 1u << i;
+    }
+  }
+
+  template <typename T>
+  GDFAST_DEVICE void copy(const TensorRows& rows, const T* from, unsigned char* planes) {
+    const int thread = static_cast<int>(threadIdx.x);
+    unsigned char* const to =
+        planes + (thread % kTensorGroups * kSlots + thread / kTensorGroups) * 16;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (rows.places[i] >> 31 != 0) continue;
+      cp_async_16(to + i * (kThreads / kTensorGroups) * 16,
+                  from + static_cast<int32_t>(rows.offsets[i]), (rows.inside >> i & 1u) != 0);
+    }
+  }
+
+  // Zeros in the slots behind the images', which nothing is copied to.
+  GDFAST_DEVICE void clear(const TensorWalk& walk, unsigned char* planes) {
+    const int used = walk.images * walk.pitch, behind = kSlots - used;
+    for (int i = static_cast<int>(threadIdx.x); i < kTensorGroups * behind; i += kThreads) {
+      const int slot = i / behind * kSlots + used + i % behind;
+      store_16(planes + slot * 16, {{0, 0, 0, 0}});
+    }
+  }
+};
+
+// `blocks` are those that run at a time.
+template <int kSize>
+TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t blocks) {
+  const int64_t strips = ceil_div(a.Q, kTensorPositions), strip = ceil_div(a.Q, strips);
+  const int64_t pitch = strip + kSize - 1, images = 1 + (kTensorPositions - strip) / pitch;
+  TensorWalk walk{};
+  walk.images = static_cast<int>(images < a.N ? images : a.N);
+  // Offsets among the images side by side have 32 bits.
+  const auto reach = [&](const ImageStrides& strides) { return walk.images * strides.n; };
+  if (reach(a.input) >= 1 << 30 || reach(a.output) >= 1 << 30) walk.images = 1;
+  walk.pitch = static_cast<int>(pitch);
+  walk.strip = static_cast<int>(strip);
+  walk.rows = static_cast<int>(ceil_div(a.N, walk.images) * strips * a.P);
+  walk.high = Divisor::of(a.P);
+  walk.strips = Divisor::of(strips);
+  // Each slab has as many blocks; a piece's first rows are read for the piece above too.
+  const int64_t slabs = ceil_div(a.C, kTensorSlab), at_once = blocks > slabs ? blocks / slabs : 1;
+  const int64_t share = ceil_div(walk.rows, at_once);
+  walk.rows_of_block = static_cast<int>(share < kSize ? kSize : share);
+  return walk;
+}
+
+inline dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk) {
+  return dim3(static_cast<unsigned>(ceil_div(a.C, kTensorSlab)),
+              static_cast<unsigned>(ceil_div(walk.rows, walk.rows_of_block)));
+}
+
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against.
+void depthwise_tensor(DType dtype, const DepthwiseArguments& arguments, const void* input,
+                      const void* weight, const void* bias, void* output, uintptr_t stream);
+
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h), those of the bias if asked.
+int depthwise_tensor_splits(const DepthwiseArguments& arguments);
+void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& arguments,
+                                  const void* grad_output, const void* input, bool bias,
+                                  void* partial, uintptr_t stream);
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,308 @@
+// Depthwise convolution on the tensor cores (depthwise_tensor.h), gradient in the weight: the first
+// pass.
+//
+// A matrix instruction multiplies the pixels of two taps and 8 channels by the gradients of these
+// channels, over 16 positions. Of each tap's 8 x 8 sums the diagonal is the filters'. A warp keeps
+// the sums of all taps, and the gradients of all rows that see the row of the image which it loads.
+#include "depthwise_tensor.h"
+#include "depthwise_weight_sums.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr char kOp[] = "conv2d_grad_weight";
+constexpr int kWarpsOfGroup = kTensorPositions / 16;
+constexpr int kThreads = kTensorGroups * kWarpsOfGroup * kWarp;
+// What the plan is made for. Not what this GPU has, so that sums have the same bits on every one.
+constexpr int kMultiprocessors = 132;
+
+// Blocks of a multiprocessor, as many as registers allow.
+template <int kSize>
+constexpr int kBlocks = kSize == 3   ? 3
+                        : kSize == 5 ? 2
+                                     : 1;
+
+// Shared memory: batches of rows of the input, each with a row of the gradient behind it. At last
+// the sums of all warps.
+template <int kSize>
+struct Ring {
+  static constexpr int kBatches = 3;
+  static constexpr int kSlots = kTensorSlots<kSize>, kGradSlots = kTensorPositions + 4;
+  static constexpr int kPlane = kSlots * 16, kGradPlane = kGradSlots * 16;
+  static constexpr int kGrad = kTensorGroups * kPlane;
+  static constexpr int kRow = kGrad + kTensorGroups * kGradPlane;
+  static constexpr int kBatch = kSize * kRow;
+  static constexpr int kTaps = kSize * kSize;
+  static constexpr int kSums = kTensorSlab * (kTaps + 1);  // of a warp of each group
+  static constexpr int kBytes = kBatches * kBatch;
+  static_assert(kWarpsOfGroup * kSums * 4 <= kBytes, "sums fit");
+};
+
+template <typename T>
+struct Tensors {
+  const T* grad_output;
+  const T* input;
+};
+
+// Sums of a warp. Pairs of taps are two of a row; those of the last column are two of neighbouring
+// rows, which the same gradients are multiplied by where the upper one's pixel is a row higher:
+// pair i is of the rows 2 i + 1 and 2 i, and the last one of the filter's last row alone.
+template <int kSize>
+struct Sums {
+  static constexpr int kPairs = kSize / 2;
+  float pairs[kSize][kPairs][4];
+  float last[kPairs + 1][4];
+  float bias[4];
+};
+
+// The sum of one tap over a block's rows of outputs, from global memory.
+template <typename T>
+GDFAST_DEVICE float exact_sum(const DepthwiseArguments& a, const TensorWalk& walk,
+                              const Tensors<T>& tensors, int first, int end, int k, int r, int s) {
+  float sum = 0;
+#pragma unroll 1
+  for (int row = first; row < end;) {
+    const TensorPiece piece = piece_at(a, walk, row, end);
+    row += piece.rows;
+    const int images = a.N - piece.n < walk.images ? a.N - piece.n : walk.images;
+    const int columns = a.Q - piece.q < walk.strip ? a.Q - piece.q : walk.strip;
+    const int positions = piece.rows * columns;
+#pragma unroll 1
+    for (int i = 0; i < images * positions; ++i) {
+      const int n = piece.n + i / positions, p = piece.p + i % positions / columns;
+      const int q = piece.q + i % columns, h = p - a.pad_h + r, w = q - a.pad_w + s;
+      if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
+      if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
+      const T grad =
+          tensors
+              .grad_output[n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k];
+      const T pixel =
+          tensors.input[n * a.input.n + int64_t{h} * a.input.h + int64_t{w} * a.input.w + k];
+      sum += to_float(grad) * to_float(pixel);
+      if (sum != sum) return sum;
+    }
+  }
+  return sum;
+}
+
+// What this lane has of the diagonals of two taps.
+struct Diagonal {
+  int channel;  // of the group, or -1 for none
+  int at;       // in the first of them; the second one is two further on
+
+  GDFAST_DEVICE Diagonal of_lane() {
+    const int row = warp_lane() / 4;
+    return {row / 2 == warp_lane() % 4 ? row : -1, row % 2};
+  }
+};
+
+// Writes a warp's sums to its part of shared memory, [channel][tap] and behind these [channel].
+template <int kSize>
+GDFAST_DEVICE void share_sums(const Sums<kSize>& sums, float* to, int group) {
+  constexpr int kTaps = kSize * kSize;
+  const Diagonal diagonal = Diagonal::of_lane();
+  if (warp_lane() < 4) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[kTensorSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.bias[i];
+    }
+  }
+  if (diagonal.channel < 0) return;
+  float* const taps = to + (group * 8 + diagonal.channel) * kTaps;
+  const auto first = [&](const float (&pair)[4]) { return diagonal.at == 0 ? pair[0] : pair[1]; };
+  const auto second = [&](const float (&pair)[4]) { return diagonal.at == 0 ? pair[2] : pair[3]; };
+#pragma unroll
+  for (int r = 0; r < kSize; ++r) {
+#pragma unroll
+    for (int i = 0; i < kSize / 2; ++i) {
+      taps[r * kSize + 2 * i] = first(sums.pairs[r][i]);
+      taps[r * kSize + 2 * i + 1] = second(sums.pairs[r][i]);
+    }
+    const auto& last = sums.last[r / 2];
+    taps[r * kSize + kSize - 1] = r % 2 == 1 || r + 1 == kSize ? first(last) : second(last);
+  }
+}
+
+template <typename T, int kSize>
+GDFAST_KERNEL(kThreads, kBlocks<kSize>)
+depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
+                                    const GDFAST_GRID_CONSTANT TensorWalk walk,
+                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, bool with_bias,
+                                    float* partial) {
+  using Its = Ring<kSize>;
+  using Pixels = TensorRows<Its::kSlots, kThreads>;
+  using Gradients = TensorRows<Its::kGradSlots, kThreads>;
+  unsigned char* const ring = shared_memory();
+  const int first_channel = static_cast<int>(blockIdx.x) * kTensorSlab;
+  const int split = static_cast<int>(blockIdx.y), first = split * walk.rows_of_block;
+  const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
+
+  // What is copied next: a batch of a piece, which may be one after that which is multiplied.
+  int ahead = first, ahead_h = 0, ahead_rows = 0, ahead_steps = 0, ahead_at = 0;
+  const T *pixels_from = tensors.input, *grads_from = tensors.grad_output;
+  Pixels pixels = Pixels::of(a.input, walk);
+  Gradients grads = Gradients::of(a.output, walk);
+  const auto copy_batch = [&] {
+    if (ahead_steps <= 0 && ahead < end) {
+      const TensorPiece piece = piece_at(a, walk, ahead, end);
+      ahead += piece.rows;
+      ahead_h = piece.p - a.pad_h;
+      ahead_rows = piece.rows;
+      ahead_steps = piece.rows + kSize - 1;
+      const int w = piece.q - a.pad_w, images = a.N - piece.n, channels = a.C - first_channel;
+      const int columns = a.Q - piece.q < walk.strip ? a.Q - piece.q : walk.strip;
+      Pixels::begin(pixels, images, -w, a.W - 1 - w, channels);
+      Gradients::begin(grads, images, 0, columns - 1, channels);
+      pixels_from = tensors.input + piece.n * a.input.n + int64_t{ahead_h} * a.input.h +
+                    int64_t{w} * a.input.w + first_channel;
+      grads_from = tensors.grad_output + piece.n * a.output.n + int64_t{piece.p} * a.output.h +
+                   int64_t{piece.q} * a.output.w + first_channel;
+    }
+#pragma unroll
+    for (int u = 0; u < kSize; ++u) {
+      unsigned char* const row = ring + ahead_at + u * Its::kRow;
+      if (u < ahead_steps && static_cast<unsigned>(ahead_h + u) < static_cast<unsigned>(a.H)) {
+        Pixels::copy(pixels, pixels_from, row);
+      }
+      if (u < ahead_rows) Gradients::copy(grads, grads_from, row + Its::kGrad);
+      pixels_from += a.input.h;
+      grads_from += a.output.h;
+    }
+    cp_async_commit();
+    ahead_h += kSize;
+    ahead_rows -= kSize;
+    ahead_steps -= kSize;
+    ahead_at = ahead_at + Its::kBatch < Its::kBytes ? ahead_at + Its::kBatch : 0;
+  };
+#pragma unroll 1
+  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch();
+#pragma unroll 1
+  for (int i = 0; i < Its::kBatches * kSize; ++i) {
+    Pixels::clear(walk, ring + i * Its::kRow);
+    Gradients::clear(walk, ring + i * Its::kRow + Its::kGrad);
+  }
+
+  // Where this lane loads matrices: columns of two taps, or the last tap's and the gradients'.
+  const int group = warp_index() / kWarpsOfGroup, matrix = warp_lane() / 8;
+  const int position = warp_index() % kWarpsOfGroup * 16 + warp_lane() % 8;
+  const int pairs_at = group * Its::kPlane + (position + matrix / 2 * 8 + matrix % 2) * 16;
+  const int last_at = matrix < 2
+                          ? group * Its::kPlane + (position + matrix * 8 + kSize - 1) * 16
+                          : Its::kGrad + group * Its::kGradPlane + (position + matrix % 2 * 8) * 16;
+  const uint32_t ones = pack_two<T>(1.f, 1.f);
+  Sums<kSize> sums{};
+  int at = 0;
+#pragma unroll 1
+  for (int row = first; row < end;) {
+    const TensorPiece piece = piece_at(a, walk, row, end);
+    row += piece.rows;
+    const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
+    uint32_t alive[kSize][2] = {}, before[2] = {0, 0};
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kSize) {
+      cp_async_wait<Its::kBatches - 2>();
+      sync_block();  // and nobody reads the batch before any more
+      copy_batch();
+      const unsigned char* const batch = ring + at;
+      at = at + Its::kBatch < Its::kBytes ? at + Its::kBatch : 0;
+#pragma unroll
+      for (int u = 0; u < kSize; ++u) {
+        if (step + u >= steps) break;
+        const unsigned char* const from = batch + u * Its::kRow;
+        const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
+        uint32_t loaded[4];
+        ldmatrix_x4_transposed(loaded, from + last_at);
+        alive[u][0] = step + u < piece.rows ? loaded[2] : 0;
+        alive[u][1] = step + u < piece.rows ? loaded[3] : 0;
+        if (inside) {
+#pragma unroll
+          for (int i = 0; i < kSize / 2; ++i) {
+            uint32_t pair[4];
+            ldmatrix_x4_transposed(pair, from + pairs_at + 2 * i * 16);
+#pragma unroll
+            for (int r = 0; r < kSize; ++r) {
+              mma_m16n8k16<T>(sums.pairs[r][i], pair, alive[(u - r + kSize) % kSize]);
+            }
+          }
+        }
+        const uint32_t now[2] = {inside ? loaded[0] : 0, inside ? loaded[1] : 0};
+        const uint32_t columns[4] = {now[0], before[0], now[1], before[1]};
+#pragma unroll
+        for (int i = 0; i <= kSize / 2; ++i) {
+          const int r = 2 * i + 1 < kSize ? 2 * i + 1 : kSize - 1;
+          mma_m16n8k16<T>(sums.last[i], columns, alive[(u - r + kSize) % kSize]);
+        }
+        before[0] = now[0];
+        before[1] = now[1];
+        if (with_bias) mma_m16n8k16<T>(sums.bias, {ones, ones, ones, ones}, alive[u]);
+      }
+    }
+  }
+
+  cp_async_wait<0>();
+  sync_block();
+  auto* const shared = reinterpret_cast<float*>(ring);
+  share_sums<kSize>(sums, shared + warp_index() % kWarpsOfGroup * Its::kSums, group);
+  sync_block();
+  for (int i = static_cast<int>(threadIdx.x); i < Its::kSums; i += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kWarpsOfGroup; ++warp) sum += shared[warp * Its::kSums + i];
+    const bool is_bias = i >= kTensorSlab * Its::kTaps;
+    const int tap = i % Its::kTaps,
+              channel = is_bias ? i - kTensorSlab * Its::kTaps : i / Its::kTaps;
+    const int k = first_channel + channel;
+    if (k >= a.K) continue;
+    if (is_bias) {
+      *partial_bias(partial, a, static_cast<int>(gridDim.y), split, k) = sum;
+      continue;
+    }
+    // Zeros around an image, or beyond a row, make NaN of infinities.
+    if (sum != sum) {
+      sum = exact_sum(a, walk, tensors, first, end, k, tap / kSize, tap % kSize);
+    }
+    partial_taps(partial, a, split, k)[tap] = sum;
+  }
+}
+
+template <int kSize>
+TensorWalk weight_walk(const DepthwiseArguments& a) {
+  return tensor_walk<kSize>(a, int64_t{kBlocks<kSize>} * kMultiprocessors);
+}
+
+// Calls f with the size of a filter as a constant.
+template <typename F>
+void with_size(const DepthwiseArguments& a, F&& f) {
+  with_common_filter(a, [&](auto filter) {
+    using Filter = decltype(filter);
+    if constexpr (Filter::kStride == 1) f(Constant<Filter::kSize>{});
+  });
+}
+
+}  // namespace
+
+int depthwise_tensor_splits(const DepthwiseArguments& a) {
+  int splits = 0;
+  with_size(a, [&](auto size) {
+    splits = static_cast<int>(tensor_grid(a, weight_walk<decltype(size)::value>(a)).y);
+  });
+  return splits;
+}
+
+void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& a, const void* grad_output,
+                                  const void* input, bool bias, void* partial, uintptr_t stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      with_size(a, [&](auto size) {
+        constexpr int kSize = decltype(size)::value;
+        const TensorWalk walk = weight_walk<kSize>(a);
+        const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
+        launch(kOp, depthwise_tensor_grad_weight_kernel<T, kSize>, tensor_grid(a, walk), kThreads,
+               Ring<kSize>::kBytes, stream, a, walk, tensors, bias, static_cast<float*>(partial));
+      });
+    }
+  });
+}
+
+}  // namespace gdfast::cuda
