@@ -326,8 +326,8 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return _hopper_conv2d_alone(query, by)
     if by in cuda_hopper_float32.TILES:
         problem, (copy_input,) = _problem(query, "input", by=by)
-        exact = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
-        return _unless_tf32(query, exact, conv2d(query, LARGEST))
+        parts = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
+        return _unless_tf32(query, parts, conv2d(query, LARGEST))
     if by in cuda_grouped.BINDINGS:
         problem, (copy_input,) = _problem(query, "input", by=by)
         return cuda_grouped.conv2d(query, problem, copy_input, by)

@@ -28,7 +28,7 @@ def followed(
     )  # fmt: skip
     if native.cuda is None or batch_norm.cuda_why_not(norm):
         return dict(calls)
-    normalise = batch_norm.cuda(norm)
+    normalise = batch_norm.CudaForward(norm)
 
     def then_normalise(kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
