@@ -13,8 +13,8 @@ namespace gdfast::cuda {
 template <typename T>
 TensorMap plane_boxes(const char* op, const void* address, const HopperImage& image) {
   const Axis pixels{image.H * image.W, 2};
-  const Axis channels = next_axis(pixels, image.channels, image.strides.c);
-  const Axis n = next_axis(channels, image.N, image.strides.n);
+  const Axis channels = next_axis(pixels, image.channels, 2 * image.strides.c);
+  const Axis n = next_axis(channels, image.N, 2 * image.strides.n);
   return tensor_map<T>(op, address, {pixels, channels, n, next_axis(n, 1, 0)},
                        {kBoxRow / 2, 64, 1, 1});
 }
