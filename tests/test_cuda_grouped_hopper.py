@@ -23,7 +23,7 @@ pytestmark = [
 HOPPER = "grouped-hopper"
 SAME = {"padding": (1, 1)}
 # Twins of small images, the last without one; other small images, and bands of larger ones; parts
-# of slabs, bands and columns. Where 7 columns and padding make up 8, the next row begins beside one.
+# of slabs, bands and columns. Where 7 columns and padding make up 8, a row ends in the next one.
 CASES = [
     Conv2dCase("32s-7x7", 5, 128, 7, 7, 128, 3, 3, groups=4, **SAME),
     Conv2dCase("16s-14x10", 3, 32, 14, 10, 32, 3, 3, groups=2, **SAME),

@@ -19,17 +19,16 @@ struct GroupedHopperArguments {
 };
 
 // kGroup: channels that sums go over, 8 for groups of fewer.
-template <int kGroup, Bands kBands>
+template <int kGroup, bool kIsOfTwins>
 struct GroupedWarps {
-  static constexpr bool kWide = kGroup >= 16, kTwins = kBands == Bands::kTwins;
+  static constexpr bool kWide = kGroup >= 16, kTwins = kIsOfTwins;
   static constexpr int kSteps = kWide ? kGroup / 16 : 1;
   // Filters take 18, 36 and 72 registers. Where a quarter of a multiprocessor has one warp more
   // than these, the loader's, there are 96, 128 and 168 for a thread.
   static constexpr int kConsumers = kGroup == 32 ? 8 : kGroup == 16 ? 12 : 16;
-  static constexpr int kStreams = kConsumers / kUnits;
   static constexpr int kThreads = (kConsumers + 1) * kWarp;
 
-  using Band = BandShape<kBands>;
+  using Band = BandShape<kTwins>;
   using Sums = PairSums[Band::kPairs];
   using Filters = uint32_t[kSteps][kTaps][4];
 };
@@ -144,9 +143,9 @@ GDFAST_DEVICE float sum_of_group(const GroupedHopperArguments& a, const BandTile
   return sum;
 }
 
-template <typename T, int kGroup, Bands kBands>
+template <typename T, int kGroup, bool kTwins>
 GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first_channel) {
-  using Its = GroupedWarps<kGroup, kBands>;
+  using Its = GroupedWarps<kGroup, kTwins>;
   const int channel = warp_index() % kUnits * kChannelsOfWarp;
   const int first_of_group = Its::kWide ? channel / kGroup * kGroup : channel;
   const LaneOutput lane =
@@ -177,7 +176,7 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
     pixels[s] =
         (matrix & 1) * a.ring.pair_bytes + swizzled(line + s, first_of_group / 8 + (matrix >> 1));
   }
-  empty_ring(a.ring, warp_index() / kUnits, Its::kStreams, [&](const BandTile& tile) {
+  empty_ring(a.ring, warp_index() / kUnits, Its::kConsumers / kUnits, [&](const BandTile& tile) {
     typename Its::Sums sums;
 #pragma unroll
     for (PairSums& pair : sums) {
@@ -206,15 +205,15 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
 
 #endif
 
-template <typename T, int kGroup, Bands kBands>
-GDFAST_KERNEL((GroupedWarps<kGroup, kBands>::kThreads), 1)
+template <typename T, int kGroup, bool kTwins>
+GDFAST_KERNEL((GroupedWarps<kGroup, kTwins>::kThreads), 1)
 grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
 #if defined(GDFAST_HOPPER)
-  using Its = GroupedWarps<kGroup, kBands>;
+  using Its = GroupedWarps<kGroup, kTwins>;
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
   if (warp_index() == 0) init_ring(a.ring, Its::kConsumers);
   sync_block();
-  if (warp_index() < Its::kConsumers) return multiply_tiles<T, kGroup, kBands>(a, first_channel);
+  if (warp_index() < Its::kConsumers) return multiply_tiles<T, kGroup, kTwins>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool, const Slot& slot) {
     barrier_arrive_expecting(full(slot), a.ring.input_bytes);
@@ -240,13 +239,12 @@ void start(const char* op, const Conv2dProblem& p, bool gradient, const void* in
     launch(op, kernel, grid, static_cast<unsigned>(threads),
            static_cast<size_t>(filters_at + filter_bytes), where.stream, a);
   };
-  constexpr auto kRows = Bands::kRows, kTwins = Bands::kTwins;
   if constexpr (kGroup >= 16) {
-    if (plan.kind == kTwins) {
-      return with(grouped_hopper_kernel<T, kGroup, kTwins>, GroupedWarps<kGroup, kTwins>::kThreads);
+    if (plan.twins) {
+      return with(grouped_hopper_kernel<T, kGroup, true>, GroupedWarps<kGroup, true>::kThreads);
     }
   }
-  with(grouped_hopper_kernel<T, kGroup, kRows>, GroupedWarps<kGroup, kRows>::kThreads);
+  with(grouped_hopper_kernel<T, kGroup, false>, GroupedWarps<kGroup, false>::kThreads);
 }
 
 void run(const char* op, const Conv2dProblem& p, bool gradient, const void* input,

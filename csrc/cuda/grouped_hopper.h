@@ -6,12 +6,12 @@
 // as zeros. Warps multiply what has arrived, each at its own pace: 8 columns of a band. Of these
 // the matrix instruction takes 16 pixels at a time, 8 columns of two rows.
 //
-//   Bands::kRows    Four rows of an image. A row is copied once: a band reads the four rows of its
-//                   slot and the first two of the next one; or small images are a slot each, with
-//                   all their bands. The instruction takes neighbouring rows; three pairs of rows
-//                   are loaded, and what it takes for all rows of a filter is put together of them.
-//   Bands::kTwins   Seven rows of two small images, whose rows it takes together: no part of it is
-//                   idle where an image has 7 or 14 rows. A slot has a band and the rows around it.
+//   RowBand    Four rows of an image. A row is copied once: a band reads the four rows of its slot
+//              and the first two of the next one; or small images are a slot each, with all their
+//              bands. The instruction takes neighbouring rows: three pairs of them are loaded, and
+//              what it takes for the rows of a filter is put together in registers.
+//   TwinBand   Seven rows of two small images, whose rows it takes together: no part of it is idle
+//              where an image has 7 or 14 rows. A slot has a band and the rows around it.
 #pragma once
 
 #include "conv2d_hopper_images.h"
@@ -22,19 +22,17 @@
 namespace gdfast::cuda {
 namespace {
 
-enum class Bands { kRows, kTwins };
-
 // Two rows that lie together are a pair.
-template <Bands kBands>
+template <bool kIsOfTwins>
 struct BandShape {
-  static constexpr bool kTwins = kBands == Bands::kTwins;
+  static constexpr bool kTwins = kIsOfTwins;
   static constexpr int kRows = kTwins ? 7 : 4;
   static constexpr int kPairs = kTwins ? kRows : kRows / 2;
   // Of the input: neighbouring ones have one row in common, twins are a row further each.
   static constexpr int kRead = kTwins ? kPairs + 2 : kPairs + 1;
 };
-using RowBand = BandShape<Bands::kRows>;
-using TwinBand = BandShape<Bands::kTwins>;
+using RowBand = BandShape<false>;
+using TwinBand = BandShape<true>;
 
 constexpr int kTileBytes = kSide * kBoxRow;  // 8 columns of a row
 constexpr int kMostSlots = 24;
@@ -178,8 +176,7 @@ GDFAST_DEVICE int swizzled(int pixel, int chunk) {
 // --- From a problem ---------------------------------------------------------------------------
 
 struct GroupedHopperPlan {
-  Bands kind;
-  bool whole;
+  bool twins, whole;
   int64_t columns, column_strips, pitch;  // of a strip; pixels of a row in a slot
   int64_t band_rows, bands;               // of an image
   int64_t box_rows, grad_rows;            // of a slot, for each image
@@ -204,7 +201,7 @@ inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p) {
   // Narrower groups are not bound by products.
   const bool worth = p.C / p.groups >= kChannelsOfWarp;
   const bool twins = worth && plan.whole && p.N > 1 && p.P % TwinBand::kRows == 0;
-  plan.kind = twins ? Bands::kTwins : Bands::kRows;
+  plan.twins = twins;
   plan.images = twins ? 2 : 1;
   plan.band_rows = twins ? TwinBand::kRows : RowBand::kRows;
   plan.bands = ceil_div(p.P, plan.band_rows);
@@ -227,7 +224,7 @@ inline GroupedHopperSplit grouped_hopper_split(const Conv2dProblem& p,
   const int64_t most = multiprocessors < slabs ? 1 : multiprocessors / slabs;
   const int64_t images = ceil_div(p.N, plan.images) * plan.column_strips;
   int64_t best = plan.bands, strips = images, least = 0;
-  if (plan.kind == Bands::kTwins) best = 1, strips = images * plan.bands;
+  if (plan.twins) best = 1, strips = images * plan.bands;
   for (int64_t parts = 1; parts <= plan.bands && !plan.whole; ++parts) {
     const int64_t bands = ceil_div(plan.bands, parts), all = images * ceil_div(plan.bands, bands);
     const int64_t time = ceil_div(all, most) * (bands + 1);

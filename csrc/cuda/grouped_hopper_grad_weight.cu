@@ -219,14 +219,14 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
 
 #endif
 
-template <typename T, Bands kBands>
+template <typename T, bool kTwins>
 GDFAST_KERNEL(kThreads, 1)
 grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
   if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
-  if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kBands>>(a, first_channel);
+  if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kTwins>>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool has_band, const Slot& slot) {
     barrier_arrive_expecting(full(slot), a.ring.input_bytes + (has_band ? a.grad_bytes : 0));
@@ -273,9 +273,8 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, f
   constexpr int64_t kJoined = kSums * kUnitThreads * 4;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)),
                   static_cast<unsigned>(halves_of_slab(p)));
-  const auto kernel = plan.kind == Bands::kTwins
-                          ? grouped_hopper_grad_weight_kernel<T, Bands::kTwins>
-                          : grouped_hopper_grad_weight_kernel<T, Bands::kRows>;
+  const auto kernel = plan.twins ? grouped_hopper_grad_weight_kernel<T, true>
+                                 : grouped_hopper_grad_weight_kernel<T, false>;
   launch(kOp, kernel, grid, kThreads,
          static_cast<size_t>(kRingAt + (in_ring > kJoined ? in_ring : kJoined)), where.stream, a);
 }
