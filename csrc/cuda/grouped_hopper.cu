@@ -266,6 +266,7 @@ std::string grouped_hopper_why_not(const Conv2dProblem& p, GroupedPass pass) {
   if (p.R != 3 || p.S != 3) return "it takes filters of 3 x 3";
   if (p.stride_h != 1 || p.stride_w != 1) return "it takes stride 1";
   if (p.N == 0) return "it takes at least one image";
+  if (p.N > 1 << 30) return "it takes fewer images at a time";
   for (const auto& [name, image] :
        {std::pair{"input", HopperImage{p.N, p.C, p.H, p.W, p.input}},
         std::pair{"output", HopperImage{p.N, p.K, p.P, p.Q, p.output}}}) {
