@@ -100,17 +100,19 @@ def test_groups_do_so_on_hopper_from_what_its_tma_unit_copies() -> None:
     hopper = [code for code in kernels if code.architecture == "sm_90a"]
     assert hopper or not any(code.architecture == "sm_90a" for code in codes())
     for code in hopper:
+        counts = code.count("HMMA"), code.count("LDSM")
         if code.kernel == "grouped_hopper_kernel":
-            # Two pairs of rows by 16 filters, nine taps; of groups of 8 two taps are one product.
-            # Three pairs of the input are loaded for each column, and each tap once per block.
-            products = {"8": 24, "16": 36, "32": 72}[code.arguments[1]]
-            steps = 2 if code.arguments[1] == "32" else 1
-            assert code.count("HMMA") == products, code
-            # Taps by either of two instructions: of a gradient they are transposed.
-            assert code.count("LDSM") == 3 * 3 * steps + 2 * 9 * steps, code
+            # By 16 filters: two pairs of rows, made of three, or seven of twins, made of nine; by
+            # nine taps, of which groups of 8 channels have two in a product. Those are loaded once
+            # for all, by either of two instructions.
+            group, twins = code.arguments[1], code.arguments[2] == "1"
+            pairs, read, depth = (7, 9, 9) if twins else (2, 3, 6 if group == "8" else 9)
+            steps = 2 if group == "32" else 1
+            assert counts == (2 * pairs * depth * steps, (3 * read + 2 * 9) * steps), code
         else:
-            # Twice: for tiles some of whose positions do not exist, too.
-            assert (code.count("HMMA"), code.count("LDSM")) == (2 * 36, 2 * (2 + 9)), code
+            # By 16 filters and nine taps; twice: for tiles some of whose positions do not exist.
+            pairs, read = (7, 9) if code.arguments[1] == "1" else (2, 3)
+            assert counts == (2 * 2 * pairs * 9, 2 * (pairs + 3 * read)), code
         assert code.count("UTMALDG"), code
     for code in kernels:
         assert code in hopper or len(code.instructions) < 20, code

@@ -19,50 +19,108 @@ struct GroupedHopperArguments {
 };
 
 // kGroup: channels that sums go over, 8 for groups of fewer.
-template <int kGroup>
+template <int kGroup, bool kIsOfTwins>
 struct GroupedWarps {
-  static constexpr bool kWide = kGroup >= 16;
+  static constexpr bool kWide = kGroup >= 16, kTwins = kIsOfTwins;
   static constexpr int kSteps = kWide ? kGroup / 16 : 1;
   // Filters take 18, 36 and 72 registers. Where a quarter of a multiprocessor has one warp more
-  // than these, which may be the loader's, there are 96, 128 and 168 for a thread.
+  // than these, the loader's, there are 96, 128 and 168 for a thread.
   static constexpr int kConsumers = kGroup == 32 ? 8 : kGroup == 16 ? 12 : 16;
-  static constexpr int kStreams = kConsumers / kUnits;
   static constexpr int kThreads = (kConsumers + 1) * kWarp;
-};
 
-using BandPairs = RowPairs<kPairsOfBand, 2, 1>;
+  using Band = BandShape<kTwins>;
+  using Sums = PairSums[Band::kPairs];
+  using Filters = uint32_t[kSteps][kTaps][4];
+};
 
 #if defined(GDFAST_HOPPER)
 
-template <int kGroup>
-using FilterRegisters = uint32_t[GroupedWarps<kGroup>::kSteps][kTaps][4];
+// Sixteen channels further: two chunks, which is a bit of where they lie.
+GDFAST_DEVICE int step_further(int pixel, int step) { return pixel ^ step * 32; }
 
-// One column of a filter and 16 channels, or of narrower groups both halves' own 8.
-template <typename T, int kGroup>
-GDFAST_DEVICE void multiply_column(BandPairs::Sums& sums, const ReadPairs& left,
-                                   const FilterRegisters<kGroup>& right, int s, int step) {
+// Adds two rows of 8 pixels, by the tap, to 16 channels of them: sums over 16 channels, or of
+// narrower groups over both halves' own 8.
+template <typename T, typename Its>
+GDFAST_DEVICE void multiply_tap(PairSums& sums, const uint32_t (&left)[4],
+                                const typename Its::Filters& right, int step, int tap) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    const uint32_t (&filters)[4] = right[step][tap];
+    if constexpr (Its::kWide) {
+      mma_m16n8k16<T>(sums[half], left, {filters[half * 2], filters[half * 2 + 1]});
+    } else {
+      mma_m16n8k8<T>(sums[half], {left[half * 2], left[half * 2 + 1]}, filters[half]);
+    }
+  }
+}
+
+// Calls finish(pair) as soon as a pair of rows has its sums. `pixels`: of this lane, for each
+// column of a filter.
+template <typename T, typename Its, typename Finish>
+GDFAST_DEVICE void multiply_twins(typename Its::Sums& sums, const GroupedRing& a,
+                                  const BandTile& tile, const int (&pixels)[3],
+                                  const typename Its::Filters& right, Finish&& finish) {
 #pragma unroll
-    for (int pair = 0; pair < kPairsOfBand; ++pair) {
-      const uint32_t (&these)[4] = left[pair], (&next)[4] = left[pair + 1];
-      float (&sum)[4] = sums[pair][half];
-      if constexpr (GroupedWarps<kGroup>::kWide) {
-        const auto filter = [&](int r) -> const uint32_t (&)[4] { return right[step][r * 3 + s]; };
-        const int at = half * 2;
-        mma_m16n8k16<T>(sum, these, {filter(0)[at], filter(0)[at + 1]});
-        mma_m16n8k16<T>(sum, {these[1], next[0], these[3], next[2]},
-                        {filter(1)[at], filter(1)[at + 1]});
-        mma_m16n8k16<T>(sum, next, {filter(2)[at], filter(2)[at + 1]});
-      } else {
-        // The 8 channels of two rows of the filter are 16 numbers too.
-        const int at = half * 2;
-        mma_m16n8k16<T>(sum, {these[at], these[at + 1], these[at + 1], next[at]},
-                        {right[0][s][half], right[0][3 + s][half]});
-        mma_m16n8k8<T>(sum, {next[at], next[at + 1]}, right[0][6 + s][half]);
+  for (int h = 0; h < Its::Band::kRead; ++h) {
+    const unsigned char* const row = shared_memory() + tile.top + h * a.row_bytes;
+#pragma unroll
+    for (int s = 0; s < 3; ++s) {
+#pragma unroll
+      for (int step = 0; step < Its::kSteps; ++step) {
+        uint32_t left[4];
+        ldmatrix_x4(left, row + step_further(pixels[s], step));
+#pragma unroll
+        for (int r = 0; r < 3; ++r) {
+          if (h - r < 0 || h - r >= Its::Band::kPairs) continue;
+          multiply_tap<T, Its>(sums[h - r], left, right, step, r * 3 + s);
+        }
+      }
+    }
+    if (h >= 2) finish(h - 2);
+  }
+}
+
+template <typename T, typename Its, typename Finish>
+GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
+                                 const BandTile& tile, const int (&pixels)[3],
+                                 const typename Its::Filters& right, Finish&& finish) {
+  constexpr int kPairs = Its::Band::kPairs;
+  const unsigned char *const top = shared_memory() + tile.top, *const bottom =
+                                                                   shared_memory() + tile.bottom;
+#pragma unroll
+  for (int s = 0; s < 3; ++s) {
+#pragma unroll
+    for (int step = 0; step < Its::kSteps; ++step) {
+      const int at = step_further(pixels[s], step);
+      // Of each pair both rows' first halves of channels, then their second ones.
+      uint32_t left[kPairs + 1][4];
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        ldmatrix_x4(left[pair], top + pair * 2 * a.row_bytes + at);
+      }
+      ldmatrix_x4(left[kPairs], bottom + at);
+#pragma unroll
+      for (int pair = 0; pair < kPairs; ++pair) {
+        const uint32_t (&these)[4] = left[pair], (&next)[4] = left[pair + 1];
+        if constexpr (Its::kWide) {
+          multiply_tap<T, Its>(sums[pair], these, right, step, s);
+          const uint32_t between[4] = {these[1], next[0], these[3], next[2]};
+          multiply_tap<T, Its>(sums[pair], between, right, step, 3 + s);
+        } else {
+          // The 8 channels of two rows of the filter are 16 numbers too.
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = half * 2;
+            mma_m16n8k16<T>(sums[pair][half], {these[i], these[i + 1], these[i + 1], next[i]},
+                            {right[0][s][half], right[0][3 + s][half]});
+          }
+        }
+        multiply_tap<T, Its>(sums[pair], next, right, step, 6 + s);
       }
     }
   }
+#pragma unroll
+  for (int pair = 0; pair < kPairs; ++pair) finish(pair);
 }
 
 // One sum over the group's channels alone.
@@ -72,9 +130,9 @@ GDFAST_DEVICE float sum_of_group(const GroupedHopperArguments& a, const BandTile
   const int group = a.filters.group, first = channel / group * group;
   float sum = 0;
   for (int tap = 0; tap < kTaps; ++tap) {
-    const int h = row + tap / 3;
+    const int h = row + tap / 3, after = h - a.ring.band_rows;
     const int from =
-        h < kBand ? tile.top + h * a.ring.row_bytes : tile.bottom + (h - kBand) * a.ring.row_bytes;
+        after < 0 ? tile.top + h * a.ring.row_bytes : tile.bottom + after * a.ring.row_bytes;
     for (int other = first; other < first + group; ++other) {
       const unsigned char* const chunk =
           shared_memory() + from + swizzled(column + tap % 3, other / 8);
@@ -85,12 +143,13 @@ GDFAST_DEVICE float sum_of_group(const GroupedHopperArguments& a, const BandTile
   return sum;
 }
 
-template <typename T, int kGroup>
+template <typename T, int kGroup, bool kTwins>
 GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first_channel) {
-  using Its = GroupedWarps<kGroup>;
+  using Its = GroupedWarps<kGroup, kTwins>;
   const int channel = warp_index() % kUnits * kChannelsOfWarp;
   const int first_of_group = Its::kWide ? channel / kGroup * kGroup : channel;
-  const LaneOutput lane = lane_output<BandPairs>(a.output, first_channel + channel);
+  const LaneOutput lane =
+      lane_output(a.output, first_channel + channel, Its::kTwins ? 0 : 1, Its::kTwins ? 1 : 0);
   float bias[4];
   load_bias<T>(bias, a.output, first_channel + channel);
   unsigned char* const filters = shared_memory() + a.filters_at;
@@ -99,7 +158,7 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
   cp_async_wait<0>();
   sync_threads_of(1, Its::kConsumers * kWarp);
   const FilterPlaces places = filter_places<Its::kWide>(a.filters, channel, first_of_group);
-  FilterRegisters<kGroup> right;
+  typename Its::Filters right;
 #pragma unroll
   for (int step = 0; step < Its::kSteps; ++step) {
 #pragma unroll
@@ -115,48 +174,46 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     pixels[s] =
-        (matrix & 1) * a.ring.row_bytes + swizzled(line + s, first_of_group / 8 + (matrix >> 1));
+        (matrix & 1) * a.ring.pair_bytes + swizzled(line + s, first_of_group / 8 + (matrix >> 1));
   }
-  empty_ring(a.ring, warp_index() / kUnits, Its::kStreams, [&](const BandTile& tile) {
-    BandPairs::Sums sums;
-    BandPairs::Flat& flat = reinterpret_cast<BandPairs::Flat&>(sums);
+  empty_ring(a.ring, warp_index() / kUnits, Its::kConsumers / kUnits, [&](const BandTile& tile) {
+    typename Its::Sums sums;
 #pragma unroll
-    for (float& sum : flat) sum = 0;
+    for (PairSums& pair : sums) {
 #pragma unroll
-    for (int s = 0; s < 3; ++s) {
-#pragma unroll
-      for (int step = 0; step < Its::kSteps; ++step) {
-        // Sixteen channels further: two chunks, which is a bit of where they lie.
-        const int at = pixels[s] ^ step * 32;
-        ReadPairs left;
-        ldmatrix_x4(left[0], shared_memory() + tile.top + at);
-        ldmatrix_x4(left[1], shared_memory() + tile.top + 2 * a.ring.row_bytes + at);
-        ldmatrix_x4(left[2], shared_memory() + tile.bottom + at);
-        multiply_column<T, kGroup>(sums, left, right, s, step);
-      }
+      for (float& sum : flat(pair)) sum = 0;
     }
-    if constexpr (!Its::kWide) {
-      if (a.filters.group < 8) {
-        mend<BandPairs>(flat, [&](int row, int column, int within) {
-          return sum_of_group<T>(a, tile, row, column, channel + within);
-        });
+    const auto finish = [&](int pair) {
+      const int row = Its::kTwins ? pair : pair * 2;
+      FlatSums& these = flat(sums[pair]);
+      if constexpr (!Its::kWide) {
+        if (a.filters.group < 8) {
+          mend(these, [&](int second, int column, int within) {
+            return sum_of_group<T>(a, tile, row + second, column, channel + within);
+          });
+        }
       }
+      write_sums<T>(these, a.output, lane, bias, tile.image, tile.row + row, tile.column);
+    };
+    if constexpr (Its::kTwins) {
+      multiply_twins<T, Its>(sums, a.ring, tile, pixels, right, finish);
+    } else {
+      multiply_rows<T, Its>(sums, a.ring, tile, pixels, right, finish);
     }
-    write_sums<T, BandPairs>(flat, a.output, lane, bias, tile.image, tile.row, tile.column);
   });
 }
 
 #endif
 
-template <typename T, int kGroup>
-GDFAST_KERNEL(GroupedWarps<kGroup>::kThreads, 1)
+template <typename T, int kGroup, bool kTwins>
+GDFAST_KERNEL((GroupedWarps<kGroup, kTwins>::kThreads), 1)
 grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
 #if defined(GDFAST_HOPPER)
-  using Its = GroupedWarps<kGroup>;
+  using Its = GroupedWarps<kGroup, kTwins>;
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
-  if (threadIdx.x == 0) init_ring(a.ring, Its::kConsumers);
+  if (warp_index() == 0) init_ring(a.ring, Its::kConsumers);
   sync_block();
-  if (warp_index() < Its::kConsumers) return multiply_tiles<T, kGroup>(a, first_channel);
+  if (warp_index() < Its::kConsumers) return multiply_tiles<T, kGroup, kTwins>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool, const Slot& slot) {
     barrier_arrive_expecting(full(slot), a.ring.input_bytes);
@@ -170,18 +227,24 @@ grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
 template <typename T, int kGroup>
 void start(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
            const void* weight, const void* bias, void* output, const Where& where) {
-  const int64_t slabs = ceil_div(p.C, kSlab);
-  const GroupedHopperSplit split =
-      grouped_hopper_split(p, grouped_hopper_plan(p), slabs, multiprocessors(op));
-  const int64_t filter_bytes = kSlab * filter_row_bytes(p);
+  const int64_t slabs = ceil_div(p.C, kSlab), filter_bytes = kSlab * filter_row_bytes(p);
+  const GroupedHopperPlan plan = grouped_hopper_plan(p);
+  const GroupedHopperSplit split = grouped_hopper_split(p, plan, slabs, multiprocessors(op));
   const GroupedRing ring = grouped_ring<T>(op, p, input, split, 0, filter_bytes);
   const int filters_at = kRingAt + ring.slots * ring.slot_bytes;
   const GroupedHopperArguments a{ring, filters_at, grouped_filters(p, weight, gradient),
                                  grouped_output(p, bias, output)};
-  launch(op, grouped_hopper_kernel<T, kGroup>,
-         dim3(static_cast<unsigned>(split.blocks), static_cast<unsigned>(slabs)),
-         GroupedWarps<kGroup>::kThreads, static_cast<size_t>(filters_at + filter_bytes),
-         where.stream, a);
+  const dim3 grid(static_cast<unsigned>(split.blocks), static_cast<unsigned>(slabs));
+  const auto with = [&](auto kernel, int threads) {
+    launch(op, kernel, grid, static_cast<unsigned>(threads),
+           static_cast<size_t>(filters_at + filter_bytes), where.stream, a);
+  };
+  if constexpr (kGroup >= 16) {
+    if (plan.twins) {
+      return with(grouped_hopper_kernel<T, kGroup, true>, GroupedWarps<kGroup, true>::kThreads);
+    }
+  }
+  with(grouped_hopper_kernel<T, kGroup, false>, GroupedWarps<kGroup, false>::kThreads);
 }
 
 void run(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
@@ -203,6 +266,7 @@ std::string grouped_hopper_why_not(const Conv2dProblem& p, GroupedPass pass) {
   if (p.R != 3 || p.S != 3) return "it takes filters of 3 x 3";
   if (p.stride_h != 1 || p.stride_w != 1) return "it takes stride 1";
   if (p.N == 0) return "it takes at least one image";
+  if (p.N > 1 << 30) return "it takes fewer images at a time";
   for (const auto& [name, image] :
        {std::pair{"input", HopperImage{p.N, p.C, p.H, p.W, p.input}},
         std::pair{"output", HopperImage{p.N, p.K, p.P, p.Q, p.output}}}) {

@@ -1,15 +1,17 @@
 // Convolution in groups of few channels on Hopper, by filters of 3 x 3 with stride 1, in half
 // types: what its kernels share.
 //
-// A block takes a slab of 64 channels and walks down strips of images, a band of four rows at a
-// time. One thread has the TMA unit copy rows to the slots of a ring; what lies outside of images
-// arrives as zeros. Warps multiply what has arrived, each at its own pace. A row is copied once: a
-// band reads the four rows of its slot and the first two of the next one. Small images are a slot
-// each, with all their bands.
+// A block takes a slab of 64 channels and walks down strips of images, a band of rows at a time.
+// One thread has the TMA unit copy rows to the slots of a ring; what lies outside of images arrives
+// as zeros. Warps multiply what has arrived, each at its own pace: 8 columns of a band. Of these
+// the matrix instruction takes 16 pixels at a time, 8 columns of two rows.
 //
-// A warp multiplies 8 columns of a band. Of these the matrix instruction takes 16 pixels at a time,
-// of two rows. What is loaded of three pairs of rows of the input are six rows' halves of such
-// operands, from which those of all rows of a filter are put together in registers.
+//   RowBand    Four rows of an image. A row is copied once: a band reads the four rows of its slot
+//              and the first two of the next one; or small images are a slot each, with all their
+//              bands. The instruction takes neighbouring rows: three pairs of them are loaded, and
+//              what it takes for the rows of a filter is put together in registers.
+//   TwinBand   Seven rows of two small images, whose rows it takes together: no part of it is idle
+//              where an image has 7 or 14 rows. A slot has a band and the rows around it.
 #pragma once
 
 #include "conv2d_hopper_images.h"
@@ -20,8 +22,18 @@
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kBand = 4;  // rows
-constexpr int kPairsOfBand = kBand / 2, kPairsRead = kPairsOfBand + 1;
+// Two rows that lie together are a pair.
+template <bool kIsOfTwins>
+struct BandShape {
+  static constexpr bool kTwins = kIsOfTwins;
+  static constexpr int kRows = kTwins ? 7 : 4;
+  static constexpr int kPairs = kTwins ? kRows : kRows / 2;
+  // Of the input: neighbouring ones have one row in common, twins are a row further each.
+  static constexpr int kRead = kTwins ? kPairs + 2 : kPairs + 1;
+};
+using RowBand = BandShape<false>;
+using TwinBand = BandShape<true>;
+
 constexpr int kTileBytes = kSide * kBoxRow;  // 8 columns of a row
 constexpr int kMostSlots = 24;
 constexpr int kRingAt = 1024;  // in shared memory, after the barriers
@@ -31,12 +43,13 @@ constexpr int kUnits = kSlab / kChannelsOfWarp;
 
 struct GroupedRing {
   TensorMap input;
-  bool whole;  // whether a slot has all bands of an image
-  int slots, slot_bytes, row_bytes;
-  int input_bytes;  // of a slot
+  bool whole;                                    // whether a slot has all that its bands read
+  int slots, slot_bytes, row_bytes, pair_bytes;  // between two rows, and those of a pair
+  int input_bytes;                               // of a slot
   int pad_h, pad_w, P, Q;
   int rows, columns;          // of a strip, at most
-  Divisor of_image, of_rows;  // strips of an image, of the same rows
+  int band_rows, images;      // of a band; of a strip
+  Divisor of_image, of_rows;  // strips of an image, or of twins; of the same rows
   int strips;
   int tiles;  // of a slot
   Divisor tiles_of_band;
@@ -52,8 +65,8 @@ struct Strip {
 GDFAST_DEVICE Strip strip_at(const GroupedRing& a, int index) {
   const Divided image = divide(index, a.of_image), rows = divide(image.rest, a.of_rows);
   const int row = rows.quotient * a.rows, left = a.P - row;
-  const int bands = ((left < a.rows ? left : a.rows) + kBand - 1) / kBand;
-  return {image.quotient, row, rows.rest * a.columns, a.whole ? 1 : bands};
+  const int bands = ((left < a.rows ? left : a.rows) + RowBand::kRows - 1) / RowBand::kRows;
+  return {image.quotient * a.images, row, rows.rest * a.columns, a.whole ? 1 : bands};
 }
 
 // A place in the ring. Both sides go through it from the block's first to its last.
@@ -76,12 +89,13 @@ GDFAST_DEVICE uint64_t* full(const Slot& slot) {
 
 GDFAST_DEVICE uint64_t* empty(const Slot& slot) { return full(slot) + kMostSlots; }
 
-// By one thread, before the block meets.
+// By a warp, before the block meets.
 GDFAST_DEVICE void init_ring(const GroupedRing& a, int consumers) {
-  for (int slot = 0; slot < a.slots; ++slot) {
-    barrier_init(full({slot, 0}), 1);
-    barrier_init(empty({slot, 0}), consumers);
-  }
+  static_assert(kMostSlots <= kWarp, "one for each lane");
+  const int slot = warp_lane();
+  if (slot >= a.slots) return;
+  barrier_init(full({slot, 0}), 1);
+  barrier_init(empty({slot, 0}), consumers);
   barriers_ready();
 }
 
@@ -97,7 +111,7 @@ GDFAST_DEVICE void fill_ring(const GroupedRing& a, Load&& load) {
     for (int i = 0; i < count; ++i, slot = next_slot(a, slot)) {
       // In the first turn nobody has to leave a slot: the phase before the first is over.
       barrier_wait(empty(slot), slot.parity ^ 1);
-      load(strip, strip.row + i * kBand, i < strip.slots, slot);
+      load(strip, strip.row + i * a.band_rows, i < strip.slots, slot);
     }
   }
 }
@@ -108,11 +122,11 @@ GDFAST_DEVICE void load_input(const GroupedRing& a, const Strip& strip, int row,
            {channel, strip.column - a.pad_w, row - a.pad_h, strip.image}, full(slot));
 }
 
-// Eight columns of a band: where they lie in the image, and what they read in shared memory, the
-// first four rows and those that follow. `band` is that of the slot.
+// Eight columns of a band: where they lie in the image, and what they read in shared memory: from
+// which row on, and where that of row 4 begins.
 struct BandTile {
   int image, row, column, top, bottom;
-  int slot, band, part;  // of its slot; the part of the band
+  int slot, band, part;  // of its slot; of the band
 };
 
 GDFAST_DEVICE void leave(const Slot& slot) {
@@ -135,9 +149,9 @@ GDFAST_DEVICE void empty_ring(const GroupedRing& a, int stream, int streams, Mul
       for (; next < a.tiles; next += streams) {
         const Divided at = divide(next, a.tiles_of_band);
         const int part = at.rest * kTileBytes;
-        const int top = slot_at(a, slot) + at.quotient * kBand * a.row_bytes + part;
-        const int bottom = a.whole ? top + kBand * a.row_bytes : slot_at(a, after) + part;
-        multiply(BandTile{strip.image, strip.row + (i + at.quotient) * kBand,
+        const int top = slot_at(a, slot) + at.quotient * a.band_rows * a.row_bytes + part;
+        const int bottom = a.whole ? top + a.band_rows * a.row_bytes : slot_at(a, after) + part;
+        multiply(BandTile{strip.image, strip.row + (i + at.quotient) * a.band_rows,
                           strip.column + at.rest * kSide, top, bottom, slot_at(a, slot),
                           at.quotient, at.rest});
       }
@@ -157,18 +171,16 @@ GDFAST_DEVICE int swizzled(int pixel, int chunk) {
   return pixel * kBoxRow + ((chunk ^ (pixel & 7)) << 4);
 }
 
-// Three pairs of rows: four registers are the two rows' first halves of what is summed over, and
-// their second halves, or as they lie in `at`, by kWithin.
-using ReadPairs = uint32_t[kPairsRead][4];
-
 #endif
 
 // --- From a problem ---------------------------------------------------------------------------
 
 struct GroupedHopperPlan {
-  bool whole;
+  bool twins, whole;
   int64_t columns, column_strips, pitch;  // of a strip; pixels of a row in a slot
-  int64_t bands, box_rows;                // of an image; of a box
+  int64_t band_rows, bands;               // of an image
+  int64_t box_rows, grad_rows;            // of a slot, for each image
+  int64_t images;                         // of a slot
 };
 
 inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
@@ -176,7 +188,6 @@ inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) 
 inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p) {
   constexpr int64_t kMostColumns = 56, kMostWhole = 40 * 1024;
   GroupedHopperPlan plan{};
-  plan.bands = ceil_div(p.P, kBand);
   plan.column_strips = p.Q <= kMostColumns ? 1 : ceil_div(p.Q, kMostColumns);
   plan.columns = round_up(ceil_div(p.Q, plan.column_strips), kSide);
   const bool one = plan.column_strips == 1;
@@ -184,32 +195,40 @@ inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p) {
   // The last column that is read may be the first one of the next row, if both are padding.
   const int64_t less = round_up(p.Q + 1, kSide);
   const bool shares = one && less < plan.pitch && p.pad_w >= 1 && less - p.pad_w >= p.W;
-  const int64_t rows = plan.bands * kBand + 2, and_next = p.P + 3;
-  const int64_t whole_rows = shares && rows < and_next ? and_next : rows;
-  const int64_t whole_pitch = shares ? less : plan.pitch;
-  plan.whole = one && whole_rows * whole_pitch * kBoxRow <= kMostWhole && whole_rows <= 256;
-  if (plan.whole) plan.pitch = whole_pitch;
-  plan.box_rows = plan.whole ? whole_rows : kBand;
+  const int64_t pitch = shares ? less : plan.pitch, rows = p.P + 2 + (shares ? 1 : 0);
+  plan.whole = one && rows * pitch * kBoxRow <= kMostWhole;
+  if (plan.whole) plan.pitch = pitch;
+  // Narrower groups are not bound by products.
+  const bool worth = p.C / p.groups >= kChannelsOfWarp;
+  const bool twins = worth && plan.whole && p.N > 1 && p.P % TwinBand::kRows == 0;
+  plan.twins = twins;
+  plan.images = twins ? 2 : 1;
+  plan.band_rows = twins ? TwinBand::kRows : RowBand::kRows;
+  plan.bands = ceil_div(p.P, plan.band_rows);
+  plan.grad_rows = plan.whole && !twins ? plan.bands * plan.band_rows : plan.band_rows;
+  plan.box_rows = plan.grad_rows + (plan.whole ? 2 : 0);
+  // And so the last row's neighbour is.
+  if (shares && (twins || plan.box_rows < rows)) ++plan.box_rows;
   return plan;
 }
 
-// Blocks of a slab, of which there are so many, and in how many parts these cut images: what takes
+// Blocks of a slab, of which there are so many, and how many bands their strips have: what takes
 // the fewest slots one after the other.
 struct GroupedHopperSplit {
-  int64_t blocks, bands;  // of a strip
+  int64_t blocks, bands;
 };
 
 inline GroupedHopperSplit grouped_hopper_split(const Conv2dProblem& p,
                                                const GroupedHopperPlan& plan, int64_t slabs,
                                                int64_t multiprocessors) {
   const int64_t most = multiprocessors < slabs ? 1 : multiprocessors / slabs;
-  int64_t best = plan.bands, strips = p.N * plan.column_strips;
-  int64_t least = ceil_div(strips, most) * (plan.bands + 1);
-  for (int64_t parts = 2; parts <= plan.bands && !plan.whole; ++parts) {
-    const int64_t bands = ceil_div(plan.bands, parts);
-    const int64_t all = p.N * plan.column_strips * ceil_div(plan.bands, bands);
+  const int64_t images = ceil_div(p.N, plan.images) * plan.column_strips;
+  int64_t best = plan.bands, strips = images, least = 0;
+  if (plan.twins) best = 1, strips = images * plan.bands;
+  for (int64_t parts = 1; parts <= plan.bands && !plan.whole; ++parts) {
+    const int64_t bands = ceil_div(plan.bands, parts), all = images * ceil_div(plan.bands, bands);
     const int64_t time = ceil_div(all, most) * (bands + 1);
-    if (time >= least) continue;
+    if (parts > 1 && time >= least) continue;
     least = time, best = bands, strips = all;
   }
   return {strips < most ? strips : most, best};
@@ -220,29 +239,32 @@ template <typename T>
 GroupedRing grouped_ring(const char* op, const Conv2dProblem& p, const void* input,
                          const GroupedHopperSplit& split, int64_t more_bytes, int64_t beside) {
   const GroupedHopperPlan plan = grouped_hopper_plan(p);
-  const int64_t input_bytes = plan.box_rows * plan.pitch * kBoxRow;
-  const int64_t slot_bytes = input_bytes + more_bytes;
+  const int64_t image_bytes = plan.box_rows * plan.pitch * kBoxRow;
+  const int64_t input_bytes = plan.images * image_bytes, slot_bytes = input_bytes + more_bytes;
   const int64_t slots = (kHopperMemory - kRingAt - beside) / slot_bytes;
-  const int64_t row_strips = ceil_div(plan.bands, split.bands);
-  const int64_t tiles = plan.columns / kSide;
-  return {
-      channels_first<T>(op, input, {p.N, p.C, p.H, p.W, p.input}, {1, plan.box_rows, plan.pitch}),
-      plan.whole,
-      small(slots < kMostSlots ? slots : kMostSlots),
-      small(slot_bytes),
-      small(plan.pitch * kBoxRow),
-      small(input_bytes),
-      small(p.pad_h),
-      small(p.pad_w),
-      small(p.P),
-      small(p.Q),
-      small(split.bands * kBand),
-      small(plan.columns),
-      Divisor::of(row_strips * plan.column_strips),
-      Divisor::of(plan.column_strips),
-      small(p.N * row_strips * plan.column_strips),
-      small(plan.whole ? tiles * plan.bands : tiles),
-      Divisor::of(tiles)};
+  const int64_t row_strips = ceil_div(plan.bands, split.bands), row_bytes = plan.pitch * kBoxRow;
+  const int64_t bands_of_slot = plan.grad_rows / plan.band_rows, tiles = plan.columns / kSide;
+  return {channels_first<T>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                            {plan.images, plan.box_rows, plan.pitch}),
+          plan.whole,
+          small(slots < kMostSlots ? slots : kMostSlots),
+          small(slot_bytes),
+          small(row_bytes),
+          small(plan.images > 1 ? image_bytes : row_bytes),
+          small(input_bytes),
+          small(p.pad_h),
+          small(p.pad_w),
+          small(p.P),
+          small(p.Q),
+          small(split.bands * plan.band_rows),
+          small(plan.columns),
+          small(plan.band_rows),
+          small(plan.images),
+          Divisor::of(row_strips * plan.column_strips),
+          Divisor::of(plan.column_strips),
+          small(ceil_div(p.N, plan.images) * row_strips * plan.column_strips),
+          small(tiles * bands_of_slot),
+          Divisor::of(tiles)};
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ constexpr int kUnitThreads = kUnits * kWarp;
 struct GroupedHopperWeightArguments {
   GroupedRing ring;
   TensorMap grad;
-  int grad_at, grad_row_bytes, grad_bytes;  // in a slot
+  int grad_at, grad_row_bytes, grad_pair_bytes, grad_bytes;  // in a slot
   int K, group;
   float* weight_sums;  // [splits, K, R, S, C / groups]
   float* bias_sums;    // [splits, K], or null
@@ -74,45 +74,65 @@ struct PixelPlaces {
 
 // A zero of grad for a position beyond the output does not undo an infinity of the input: where
 // some of a tile's do not exist (kSome), there these are zeros too.
-template <typename T, bool kSome>
+template <typename T, typename Band, bool kSome>
 GDFAST_DEVICE void sum_tile(WeightSums& sums, const GroupedHopperWeightArguments& a,
                             const PixelPlaces& places, const BandTile& tile,
                             const Existing& existing, bool sums_bias) {
+  constexpr int kPairs = Band::kPairs, kStep = Band::kTwins ? 1 : 2;
   const unsigned char* const grad = shared_memory() + tile.slot + a.grad_at +
-                                    tile.band * kBand * a.grad_row_bytes + tile.part * kTileBytes +
-                                    places.grad;
-  uint32_t grads[kPairsOfBand][4];
+                                    tile.band * Band::kRows * a.grad_row_bytes +
+                                    tile.part * kTileBytes + places.grad;
+  const unsigned char* const top = shared_memory() + tile.top;
+  uint32_t grads[kPairs][4];
 #pragma unroll
-  for (int pair = 0; pair < kPairsOfBand; ++pair) {
-    ldmatrix_x4_transposed(grads[pair], grad + pair * 2 * a.grad_row_bytes);
+  for (int pair = 0; pair < kPairs; ++pair) {
+    ldmatrix_x4_transposed(grads[pair], grad + pair * kStep * a.grad_row_bytes);
     if (sums_bias) add_to_bias<T>(sums, grads[pair]);
   }
+  const auto load = [&](uint32_t (&pixels)[4], const unsigned char* from) {
+    ldmatrix_x4_transposed(pixels, from);
+#pragma unroll
+    for (uint32_t& word : pixels) word = kSome ? word & existing.columns : word;
+  };
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     const int at = places.input[s];
-    ReadPairs pixels;
-    ldmatrix_x4_transposed(pixels[0], shared_memory() + tile.top + at);
-    ldmatrix_x4_transposed(pixels[1], shared_memory() + tile.top + 2 * a.ring.row_bytes + at);
-    ldmatrix_x4_transposed(pixels[2], shared_memory() + tile.bottom + at);
-    if constexpr (kSome) {
+    if constexpr (Band::kTwins) {
 #pragma unroll
-      for (uint32_t& word : reinterpret_cast<uint32_t (&)[kPairsRead * 4]>(pixels)) {
-        word &= existing.columns;
+      for (int h = 0; h < Band::kRead; ++h) {
+        uint32_t pixels[4];
+        load(pixels, top + h * a.ring.row_bytes + at);
+#pragma unroll
+        for (int r = 0; r < 3; ++r) {
+          if (h - r < 0 || h - r >= kPairs) continue;
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            mma_m16n8k16<T>(sums.weight[r * 3 + s][half], grads[h - r],
+                            {pixels[half * 2], pixels[half * 2 + 1]});
+          }
+        }
       }
-    }
+    } else {
+      uint32_t pixels[Band::kRead][4];
 #pragma unroll
-    for (int pair = 0; pair < kPairsOfBand; ++pair) {
-      if (kSome && pair * 2 >= existing.rows) continue;
-      const bool second = !kSome || pair * 2 + 1 < existing.rows;
-      const uint32_t (&these)[4] = pixels[pair], (&next)[4] = pixels[pair + 1];
-      const auto multiply = [&](int r, int half, uint32_t upper, uint32_t lower) {
-        mma_m16n8k16<T>(sums.weight[r * 3 + s][half], grads[pair], {upper, second ? lower : 0});
-      };
+      for (int pair = 0; pair < kPairs; ++pair) {
+        load(pixels[pair], top + pair * 2 * a.ring.row_bytes + at);
+      }
+      load(pixels[kPairs], shared_memory() + tile.bottom + at);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        multiply(0, half, these[half * 2], these[half * 2 + 1]);
-        multiply(1, half, these[half * 2 + 1], next[half * 2]);
-        multiply(2, half, next[half * 2], next[half * 2 + 1]);
+      for (int pair = 0; pair < kPairs; ++pair) {
+        if (kSome && pair * 2 >= existing.rows) continue;
+        const bool second = !kSome || pair * 2 + 1 < existing.rows;
+        const uint32_t (&these)[4] = pixels[pair], (&next)[4] = pixels[pair + 1];
+        const auto multiply = [&](int r, int half, uint32_t upper, uint32_t lower) {
+          mma_m16n8k16<T>(sums.weight[r * 3 + s][half], grads[pair], {upper, second ? lower : 0});
+        };
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          multiply(0, half, these[half * 2], these[half * 2 + 1]);
+          multiply(1, half, these[half * 2 + 1], next[half * 2]);
+          multiply(2, half, next[half * 2], next[half * 2 + 1]);
+        }
       }
     }
   }
@@ -161,7 +181,7 @@ GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightA
   }
 }
 
-template <typename T>
+template <typename T, typename Band>
 GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t first_channel) {
   const int lane = warp_lane(), matrix = lane / 8, line = lane % 8, stream = warp_index() / kUnits;
   const Unit unit = unit_of(a);
@@ -169,20 +189,20 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
     places.input[s] =
-        (matrix & 1) * a.ring.row_bytes + swizzled(line + s, unit.channel / 8 + (matrix >> 1));
+        (matrix & 1) * a.ring.pair_bytes + swizzled(line + s, unit.channel / 8 + (matrix >> 1));
   }
-  places.grad = (matrix >> 1) * a.grad_row_bytes + swizzled(line, unit.filter / 8 + (matrix & 1));
+  places.grad = (matrix >> 1) * a.grad_pair_bytes + swizzled(line, unit.filter / 8 + (matrix & 1));
   WeightSums sums;
 #pragma unroll
   for (float& sum : reinterpret_cast<FlatSums&>(sums)) sum = 0;
   empty_ring(a.ring, stream, kStreams, [&](const BandTile& tile) {
     const int rows = a.ring.P - tile.row, left = a.ring.Q - tile.column;
-    if (rows >= kBand && left >= kSide) {
-      sum_tile<T, false>(sums, a, places, tile, {kBand, ~0u}, unit.sums_bias);
+    if ((Band::kTwins || rows >= Band::kRows) && left >= kSide) {
+      sum_tile<T, Band, false>(sums, a, places, tile, {}, unit.sums_bias);
     } else {
       const int of_lane = left - lane % 4 * 2;
       const Existing existing{rows, of_lane > 1 ? ~0u : of_lane == 1 ? 0xffffu : 0u};
-      sum_tile<T, true>(sums, a, places, tile, existing, unit.sums_bias);
+      sum_tile<T, Band, true>(sums, a, places, tile, existing, unit.sums_bias);
     }
   });
   join_streams(sums, stream);
@@ -199,14 +219,14 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
 
 #endif
 
-template <typename T>
+template <typename T, bool kTwins>
 GDFAST_KERNEL(kThreads, 1)
 grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
-  if (threadIdx.x == 0) init_ring(a.ring, kConsumers);
+  if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
-  if (warp_index() < kConsumers) return sum_tiles<T>(a, first_channel);
+  if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kTwins>>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool has_band, const Slot& slot) {
     barrier_arrive_expecting(full(slot), a.ring.input_bytes + (has_band ? a.grad_bytes : 0));
@@ -234,15 +254,16 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, f
   const GroupedHopperPlan plan = grouped_hopper_plan(p);
   GroupedHopperSplit split = split_of(p);
   split.blocks = splits;
-  const int64_t grad_rows = plan.whole ? plan.bands * kBand : kBand;
-  const int64_t grad_bytes = grad_rows * plan.columns * kBoxRow;
+  const int64_t row_bytes = plan.columns * kBoxRow, image_bytes = plan.grad_rows * row_bytes;
+  const int64_t grad_bytes = plan.images * image_bytes;
   const GroupedRing ring = grouped_ring<T>(kOp, p, input, split, grad_bytes, 0);
   const GroupedHopperWeightArguments a{
       ring,
       channels_first<T>(kOp, grad_output, {p.N, p.K, p.P, p.Q, p.output},
-                        {1, grad_rows, plan.columns}),
+                        {plan.images, plan.grad_rows, plan.columns}),
       ring.input_bytes,
-      small(plan.columns * kBoxRow),
+      small(row_bytes),
+      small(plan.images > 1 ? image_bytes : row_bytes),
       small(grad_bytes),
       small(p.K),
       small(p.C / p.groups),
@@ -252,7 +273,9 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, f
   constexpr int64_t kJoined = kSums * kUnitThreads * 4;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)),
                   static_cast<unsigned>(halves_of_slab(p)));
-  launch(kOp, grouped_hopper_grad_weight_kernel<T>, grid, kThreads,
+  const auto kernel = plan.twins ? grouped_hopper_grad_weight_kernel<T, true>
+                                 : grouped_hopper_grad_weight_kernel<T, false>;
+  launch(kOp, kernel, grid, kThreads,
          static_cast<size_t>(kRingAt + (in_ring > kJoined ? in_ring : kJoined)), where.stream, a);
 }
 

@@ -56,8 +56,7 @@ GDFAST_DEVICE void multiply_add(float (&sums)[2][4], const uint32_t (&left)[4],
   }
 }
 
-using Pairs = RowPairs<kPairs, 1, kPairs>;
-using Sums = Pairs::Sums;
+using Sums = PairSums[kPairs];
 
 // Filters of three rows and stride 1: six pairs of rows of the input, each loaded once for all.
 template <typename T, bool kWide>
@@ -142,7 +141,7 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
   const int channel = warp_index() % (kSlab / kChannelsOfWarp) * kChannelsOfWarp;
   const int part = warp_index() / (kSlab / kChannelsOfWarp);
   const Operands at = operands_of<kWide>(a, channel, part);
-  const LaneOutput lane = lane_output<Pairs>(a.output, first_channel + channel);
+  const LaneOutput lane = lane_output(a.output, first_channel + channel, kPairs, 0);
   float bias[4];
   load_bias<T>(bias, a.output, first_channel + channel);
   stage_filters<T>(a.filters, first_channel, filters, static_cast<int>(blockDim.x));
@@ -154,24 +153,30 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
       [&](const GroupedTile& tile, int buffer) {
         const unsigned char* const patch = patches + buffer * a.patch_bytes;
         Sums sums;
-        Pairs::Flat& flat = reinterpret_cast<Pairs::Flat&>(sums);
 #pragma unroll
-        for (float& sum : flat) sum = 0;
+        for (PairSums& pair : sums) {
+#pragma unroll
+          for (float& sum : flat(pair)) sum = 0;
+        }
         if constexpr (kThreeRows) {
           multiply_three_rows<T, kWide>(sums, a, at, patch, filters);
         } else {
           multiply_any_rows<T, kWide>(sums, a, at, patch, filters);
         }
-        if constexpr (!kWide) {
-          if (a.filters.group < 8) {
-            mend<Pairs>(flat, [&](int row, int column, int within) {
-              return sum_of_group<T>(a, row, part * kSide + column, channel + within, patch,
-                                     filters);
-            });
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          FlatSums& these = flat(sums[pair]);
+          if constexpr (!kWide) {
+            if (a.filters.group < 8) {
+              mend(these, [&](int second, int column, int within) {
+                return sum_of_group<T>(a, pair + second * kPairs, part * kSide + column,
+                                       channel + within, patch, filters);
+              });
+            }
           }
+          write_sums<T>(these, a.output, lane, bias, tile.image, tile.row + pair,
+                        tile.column + part * kSide);
         }
-        write_sums<T, Pairs>(flat, a.output, lane, bias, tile.image, tile.row,
-                             tile.column + part * kSide);
       });
 }
 

@@ -1,5 +1,5 @@
-// What becomes of sums of convolution in groups of few channels (grouped.h): a warp has them of 8
-// columns by 16 channels, of pairs of rows.
+// What becomes of sums of convolution in groups of few channels (grouped.h): a warp has those of 16
+// channels, in two halves, for a pair of rows of 8 pixels.
 #pragma once
 
 #include "activation.h"
@@ -11,39 +11,34 @@ namespace {
 struct GroupedOutput {
   unsigned char* data;
   int64_t image_bytes;
-  int32_t h_bytes, w_bytes, P, Q, C;
+  int32_t h_bytes, w_bytes, N, P, Q, C;
   const void* bias;
   Activation activation;
   double negative_slope;
 };
 
-// Which rows: the first ones of neighbouring pairs, and those of a pair, are so far apart.
-template <int kCount, int kStep, int kWithin>
-struct RowPairs {
-  static constexpr int kPairs = kCount;
-  using Sums = float[kPairs][2][4];  // two halves of the channels
-  using Flat = float[kPairs * 8];
-  GDFAST_DEVICE int row(int pair, int second) { return pair * kStep + second * kWithin; }
-};
+using PairSums = float[2][4];
+using FlatSums = float[8];
+
+GDFAST_DEVICE FlatSums& flat(PairSums& sums) { return reinterpret_cast<FlatSums&>(sums); }
 
 // The zeros between small groups make NaN of a neighbour's infinities: sums that are NaN are made
-// again without them, by sum_of_group(row, column, channel).
-template <typename Pairs, typename SumOfGroup>
-GDFAST_DEVICE void mend(typename Pairs::Flat& sums, SumOfGroup&& sum_of_group) {
-  constexpr int kSums = Pairs::kPairs * 8;
+// again without them, by sum_of_group(second, column, channel).
+template <typename SumOfGroup>
+GDFAST_DEVICE void mend(FlatSums& sums, SumOfGroup&& sum_of_group) {
   float zeros = 0;
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) zeros += sums[i] * 0;
+  for (float sum : sums) zeros += sum * 0;
   if (zeros == 0) return;  // all are finite
   uint32_t wrong = 0;
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) wrong |= sums[i] == sums[i] ? 0u : 1u << i;
+  for (int i = 0; i < 8; ++i) wrong |= sums[i] == sums[i] ? 0u : 1u << i;
   for (int i = 0; wrong != 0; ++i, wrong >>= 1) {
     if ((wrong & 1) == 0) continue;
-    const float sum = sum_of_group(Pairs::row(i / 8, (i >> 1) % 2), warp_lane() / 4,
-                                   (i >> 2) % 2 * 8 + warp_lane() % 4 * 2 + i % 2);
+    const float sum =
+        sum_of_group((i >> 1) % 2, warp_lane() / 4, (i >> 2) * 8 + warp_lane() % 4 * 2 + i % 2);
 #pragma unroll
-    for (int j = 0; j < kSums; ++j) sums[j] = i == j ? sum : sums[j];
+    for (int j = 0; j < 8; ++j) sums[j] = i == j ? sum : sums[j];
   }
 }
 
@@ -75,47 +70,41 @@ GDFAST_DEVICE void exchange_words(uint32_t (&words)[4]) {
 }
 
 // Where a lane writes: of two pixels by sixteen channels it has half of the channels of one pixel.
-// It holds for all tiles of a warp, and so is found once.
+// It holds for all sums of a warp, and so is found once.
 struct LaneOutput {
   unsigned char* data;
-  int32_t column, row;
+  int32_t column, row, image;
   bool exists;
 };
 
-template <typename Pairs>
-GDFAST_DEVICE LaneOutput lane_output(const GroupedOutput& a, int32_t channel) {
-  const int column = warp_lane() / 4, quarter = warp_lane() % 4;
+// The second row of a pair is so many rows and images further.
+GDFAST_DEVICE LaneOutput lane_output(const GroupedOutput& a, int32_t channel, int rows,
+                                     int images) {
+  const int column = warp_lane() / 4, quarter = warp_lane() % 4, second = quarter >> 1;
   const int32_t first = channel + (quarter & 1) * 8;
-  return {a.data + first * 2, column, Pairs::row(0, quarter >> 1), first < a.C};
+  return {a.data + first * 2, column, second * rows, second * images, first < a.C};
 }
 
-// Ends sums with bias and activation, and writes those whose places exist: from row and column on.
-template <typename T, typename Pairs>
-GDFAST_DEVICE void write_sums(typename Pairs::Flat& sums, const GroupedOutput& a,
-                              const LaneOutput& lane, const float (&bias)[4], int32_t image,
-                              int32_t row, int32_t column) {
+// Ends sums with bias and activation, and writes those whose places exist.
+template <typename T>
+GDFAST_DEVICE void write_sums(FlatSums& sums, const GroupedOutput& a, const LaneOutput& lane,
+                              const float (&bias)[4], int32_t image, int32_t row, int32_t column) {
   if (a.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < Pairs::kPairs * 8; ++i) sums[i] += bias[(i >> 2) % 2 * 2 + i % 2];
+    for (int i = 0; i < 8; ++i) sums[i] += bias[(i >> 2) * 2 + i % 2];
   }
   activate(sums, a.activation, static_cast<float>(a.negative_slope));
-  const int32_t q = column + lane.column, first = row + lane.row;
-  const bool exists = lane.exists && q < a.Q;
-  unsigned char* const to =
-      lane.data + (image * a.image_bytes + (first * a.h_bytes + q * a.w_bytes));
+  uint32_t words[4];
 #pragma unroll
-  for (int pair = 0; pair < Pairs::kPairs; ++pair) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = pair * 8 + (i & 1) * 4 + (i >> 1) * 2;
-      words[i] = pack_two<T>(sums[at], sums[at + 1]);
-    }
-    exchange_words(words);
-    const int32_t further = Pairs::row(pair, 0);
-    if (exists && first + further < a.P) {
-      store_16(to + further * a.h_bytes, {{words[0], words[1], words[2], words[3]}});
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int at = (i & 1) * 4 + (i >> 1) * 2;
+    words[i] = pack_two<T>(sums[at], sums[at + 1]);
+  }
+  exchange_words(words);
+  const int32_t n = image + lane.image, p = row + lane.row, q = column + lane.column;
+  if (lane.exists && n < a.N && p < a.P && q < a.Q) {
+    store_16(lane.data + (n * a.image_bytes + (p * a.h_bytes + q * a.w_bytes)),
+             {{words[0], words[1], words[2], words[3]}});
   }
 }
 
@@ -126,6 +115,7 @@ inline GroupedOutput grouped_output(const Conv2dProblem& p, const void* bias, vo
           p.output.n * 2,
           small(p.output.h * 2),
           small(p.output.w * 2),
+          small(p.N),
           small(p.P),
           small(p.Q),
           small(p.C),
