@@ -321,9 +321,12 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"conv2d by stem, {layout}, tf32", partial(run, float32, tf32=True), _TF32_ERROR
             yield f"conv2d by stem, {layout}, tf32x3", partial(run, float32), 0
         for case in _DEPTHWISE_TENSOR:
-            for dtype in (bfloat16, torch.float16):
-                run = partial(passes, case, dtype, "channels_last", by="depthwise-tensor", **where)
-                yield f"depthwise on tensor cores {case}, {dtype}", run, 0
+            for by, dtype in (
+                ("depthwise-tensor", bfloat16),
+                ("depthwise-tensor-wide", torch.float16),
+            ):
+                run = partial(passes, case, dtype, "channels_last", by=by, **where)
+                yield f"{by} {case}, {dtype}", run, 0
     for case in _DEPTHWISE:
         for layout in LAYOUTS:
             for dtype in (bfloat16, float32):

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory", "fresh_registry"),
     pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
 ]
-TENSOR = cuda_depthwise.TENSOR
+TENSOR, WIDE = cuda_depthwise.TENSOR, cuda_depthwise.WIDE
 OPS = ("conv2d", "conv2d_grad_input", "conv2d_grad_weight")
 
 
@@ -59,14 +59,14 @@ def small_integers(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -
     }
 
 
-def ours(case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def ours(case: Conv2dCase, values: dict[str, Tensor], by: str = TENSOR) -> tuple[Tensor, ...]:
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
     assert not cuda_conv2d.depthwise_tensor_why_not(query)
     return (
-        cuda_conv2d.conv2d(query, TENSOR)(input, weight, bias),
-        cuda_conv2d.conv2d_grad_input(query, TENSOR)(grad, weight),
-        *cuda_conv2d.conv2d_grad_weight(query, TENSOR)(grad, input, True),
+        cuda_conv2d.conv2d(query, by)(input, weight, bias),
+        cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
+        *cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True),
     )
 
 
@@ -94,10 +94,11 @@ def without_padding(case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor
     return output, grad_input, grad_weight, grad.sum((0, 2, 3))
 
 
+@pytest.mark.parametrize("by", [TENSOR, WIDE])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_small_integers(case: Conv2dCase, cuda_device: torch.device) -> None:
+def test_small_integers(case: Conv2dCase, by: str, cuda_device: torch.device) -> None:
     values = small_integers(case, torch.float16, cuda_device)
-    for our, expected in zip(ours(case, values), exactly(case, values), strict=True):
+    for our, expected in zip(ours(case, values, by), exactly(case, values), strict=True):
         assert expected.abs().max() <= 2048
         assert torch.equal(our.double(), expected)
 
@@ -108,11 +109,14 @@ def test_bfloat16(case: Conv2dCase, cuda_device: torch.device) -> None:
     check(case, values, ours(case, values))
 
 
+@pytest.mark.parametrize("by", [TENSOR, WIDE])
 @pytest.mark.parametrize("case", [*OFTEN, CASES[5]], ids=str)
-def test_thread_orders(case: Conv2dCase, cuda_device: torch.device, thread_order: str) -> None:
+def test_thread_orders(
+    case: Conv2dCase, by: str, cuda_device: torch.device, thread_order: str
+) -> None:
     """What is compared is exact, and so is the same in any order."""
     values = small_integers(case, torch.bfloat16, cuda_device)
-    for our, expected in zip(ours(case, values), exactly(case, values), strict=True):
+    for our, expected in zip(ours(case, values, by), exactly(case, values), strict=True):
         assert torch.equal(our, expected.to(our.dtype))
 
 
@@ -233,4 +237,5 @@ def test_what_it_does_not_take(
 @pytest.mark.parametrize("op", OPS)
 def test_it_is_the_first_candidate(op: str, cuda_device: torch.device) -> None:
     query = query_of(CASES[0], tensors_of(CASES[0], torch.float16, True, cuda_device))
-    assert cuda_conv2d.candidates(op, query) == cuda_depthwise.WAYS
+    first, *_, last = cuda_conv2d.candidates(op, query)
+    assert (first, last) == (TENSOR, cuda_depthwise.NAME)

@@ -117,11 +117,14 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
 def test_candidates_of_depthwise_nchw(op: str) -> None:
-    turned = tuple(name + cuda_conv2d.TURNED for name in cuda_depthwise.WAYS)
+    ways = cuda_depthwise.WAYS
+    if op == "conv2d_grad_weight":
+        ways = ways[0], ways[2]
+    turned = tuple(name + cuda_conv2d.TURNED for name in ways)
     in_place = (cuda_depthwise.NAME,)
     for batch, channels_last, expected in (
         (64, False, turned + in_place), (1, False, in_place + turned),
-        (64, True, cuda_depthwise.WAYS),
+        (64, True, ways),
     ):  # fmt: skip
         case = Conv2dCase("", batch, 32, 24, 24, 32, 3, 3, (1, 1), (1, 1), (1, 1), 32)
         values = tensors_of(case, torch.bfloat16, channels_last, torch.device("cpu"))

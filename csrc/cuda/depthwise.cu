@@ -100,8 +100,9 @@ void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensor
 void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, DepthwiseWay way,
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream) {
-  if (way == DepthwiseWay::kTensorCores) {
-    return depthwise_tensor(dtype, arguments, input, weight, bias, output, stream);
+  if (way >= DepthwiseWay::kSlabs) {
+    const bool wide = way == DepthwiseWay::kWideSlabs;
+    return depthwise_tensor(dtype, arguments, wide, input, weight, bias, output, stream);
   }
   const bool vectors = way == DepthwiseWay::kVectors;
   if (vectors && depthwise_columns(dtype, arguments, input, weight, bias, output, stream)) return;
@@ -113,14 +114,14 @@ void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, Depthwi
   });
 }
 
-void depthwise_conv2d(const Conv2dProblem& problem, bool on_tensor_cores, const void* input,
+void depthwise_conv2d(const Conv2dProblem& problem, DepthwiseWay wanted, const void* input,
                       const void* weight, const void* bias, void* output, const Where& where) {
   if (problem.N == 0) return;
   const DeviceGuard guard(kOp, where.device);
   DepthwiseArguments arguments = depthwise_arguments(problem);
   arguments.activation = problem.activation;
   arguments.negative_slope = problem.negative_slope;
-  const DepthwiseWay way = depthwise_way(problem, on_tensor_cores, are_aligned(input, output));
+  const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(input, output));
   depthwise_forward(problem.dtype, arguments, way, input, weight, bias, output, where.stream);
 }
 

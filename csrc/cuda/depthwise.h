@@ -93,27 +93,26 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
   return true;
 }
 
-// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Those
-// told to run on the tensor cores do so for problems that depthwise_tensor_why_not has nothing
-// against, where 16 divides the images' addresses.
+// How images are read: number by number, in vectors of channels, or in slabs for the tensor cores.
+enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kWideSlabs };
+
+// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Slabs
+// that are asked for are taken for problems that depthwise_tensor_why_not has nothing against,
+// where 16 divides the images' addresses; else the best that fits is.
 std::string depthwise_tensor_why_not(const Conv2dProblem& problem);
-void depthwise_conv2d(const Conv2dProblem& problem, bool on_tensor_cores, const void* input,
+void depthwise_conv2d(const Conv2dProblem& problem, DepthwiseWay wanted, const void* input,
                       const void* weight, const void* bias, void* output, const Where& where);
-void depthwise_conv2d_grad_input(const Conv2dProblem& problem, bool on_tensor_cores,
+void depthwise_conv2d_grad_input(const Conv2dProblem& problem, DepthwiseWay wanted,
                                  const void* grad_output, const void* weight, void* grad_input,
                                  const Where& where);
-int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& problem, bool on_tensor_cores);
-void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, bool on_tensor_cores,
+int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& problem, DepthwiseWay wanted);
+void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wanted,
                                   const void* grad_output, const void* input, void* grad_weight,
                                   void* grad_bias, void* workspace, const Where& where);
 
-// How the images of a pass are read.
-enum class DepthwiseWay { kNumbers, kVectors, kTensorCores };
-
-inline DepthwiseWay depthwise_way(const Conv2dProblem& p, bool on_tensor_cores, bool aligned) {
-  if (on_tensor_cores && aligned && depthwise_tensor_why_not(p).empty()) {
-    return DepthwiseWay::kTensorCores;
-  }
+inline DepthwiseWay depthwise_way(const Conv2dProblem& p, DepthwiseWay wanted, bool aligned) {
+  const bool slabs = wanted >= DepthwiseWay::kSlabs;
+  if (slabs && aligned && depthwise_tensor_why_not(p).empty()) return wanted;
   return has_depthwise_vectors(p, aligned) ? DepthwiseWay::kVectors : DepthwiseWay::kNumbers;
 }
 

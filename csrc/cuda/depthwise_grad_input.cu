@@ -90,14 +90,13 @@ DepthwiseArguments turned_round(DepthwiseArguments a) {
 
 }  // namespace
 
-void depthwise_conv2d_grad_input(const Conv2dProblem& problem, bool on_tensor_cores,
+void depthwise_conv2d_grad_input(const Conv2dProblem& problem, DepthwiseWay wanted,
                                  const void* grad_output, const void* weight, void* grad_input,
                                  const Where& where) {
   if (problem.N == 0) return;
   const DeviceGuard guard(kOp, where.device);
   const DepthwiseArguments a = depthwise_arguments(problem);
-  const DepthwiseWay way =
-      depthwise_way(problem, on_tensor_cores, are_aligned(grad_output, grad_input));
+  const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, grad_input));
   with_dtype(problem.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.multiplier == 1 && a.stride_h == 1 && a.stride_w == 1) {

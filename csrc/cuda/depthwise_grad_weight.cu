@@ -112,13 +112,13 @@ int launch_any(const Conv2dProblem& p, const DepthwiseArguments& a, const T* gra
 
 }  // namespace
 
-int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, bool on_tensor_cores) {
+int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, DepthwiseWay wanted) {
   // Which kernel it is depends on addresses too: room for any.
   const DepthwiseArguments a = depthwise_arguments(p);
   int64_t splits = WeightWalk::of(p).splits;
   const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
   if (of_columns > splits) splits = of_columns;
-  if (on_tensor_cores && depthwise_tensor_why_not(p).empty()) {
+  if (wanted >= DepthwiseWay::kSlabs && depthwise_tensor_why_not(p).empty()) {
     const int64_t others = depthwise_tensor_splits(a);
     if (others > splits) splits = others;
   }
@@ -126,14 +126,14 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, bool on_t
   return splits * p.K * (p.R * p.S + 1) * bytes;
 }
 
-void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, bool on_tensor_cores,
+void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wanted,
                                   const void* grad_output, const void* input, void* grad_weight,
                                   void* grad_bias, void* workspace, const Where& where) {
   const DeviceGuard guard(kOp, where.device);
   const DepthwiseArguments a = depthwise_arguments(problem);
   int splits = 0;
-  const DepthwiseWay way = depthwise_way(problem, on_tensor_cores, are_aligned(grad_output, input));
-  if (way == DepthwiseWay::kTensorCores) {
+  const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, input));
+  if (way >= DepthwiseWay::kSlabs) {
     splits = depthwise_tensor_splits(a);
     depthwise_tensor_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
                                  workspace, where.stream);

@@ -8,21 +8,26 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d";
-constexpr int kThreads = 4 * kWarp;
+constexpr int kGroups = 2;  // of 8 channels, which a warp multiplies
+constexpr int kWarpsOfGroups = kTensorPositions / 16;
 
 // Blocks of a multiprocessor, as many as registers allow.
-template <int kSize, bool kEnding>
-constexpr int kBlocks = kSize == 7 ? 2 : (kSize == 3 ? 5 : 4) - (kEnding ? 1 : 0);
+template <int kSize, int kPlanes, bool kEnding>
+constexpr int kBlocks = kSize == 7    ? 4 / kPlanes
+                        : kPlanes > 2 ? (kSize == 5 && kEnding ? 1 : 2)
+                                      : (kSize == 3 ? 5 : 4) - (kEnding ? 1 : 0);
 
-// The ring in shared memory: batches of rows, so many that enough bytes are on their way.
-template <int kSize>
-struct Ring {
+// A block: its threads, and the ring in shared memory: batches of rows, so many that enough bytes
+// are on their way.
+template <int kSize, int kPlanes>
+struct Block {
+  static constexpr int kThreads = kPlanes / kGroups * kWarpsOfGroups * kWarp, kSlab = 8 * kPlanes;
   static constexpr int kBatches = kSize == 3 ? 4 : 3;
-  static constexpr int kSlots = kTensorSlots<kSize>;
-  static constexpr int kPlane = kSlots * 16, kRow = kTensorGroups * kPlane;
+  static constexpr int kSlots = kTensorSlots<kPlanes, kTensorPositions + kSize - 1>;
+  static constexpr int kPlane = kSlots * 16, kRow = kPlanes * kPlane;
   static constexpr int kBatch = kSize * kRow;
   static constexpr int kFilters = kBatches * kBatch;  // behind them
-  static constexpr int kBytes = kFilters + kTensorSlab * kSize * kSize * 2;
+  static constexpr int kBytes = kFilters + kSlab * kSize * kSize * 2;
 };
 
 template <typename T>
@@ -38,11 +43,12 @@ struct Tensors {
 template <typename T, int kSize>
 struct Diagonals {
   static constexpr int kTaps = kSize * kSize;
-  uint32_t taps[kTensorGroups][kTaps];
+  uint32_t taps[kGroups][kTaps];
 
   GDFAST_DEVICE void share(const DepthwiseArguments& a, const T* weight, int first_channel,
-                           T* filters) {
-    for (int i = static_cast<int>(threadIdx.x); i < kTensorSlab * kTaps; i += kThreads) {
+                           int channels, T* filters) {
+    const auto threads = static_cast<int>(blockDim.x);
+    for (int i = static_cast<int>(threadIdx.x); i < channels * kTaps; i += threads) {
       const int channel = i / kTaps, tap = i % kTaps, k = first_channel + channel;
       const int at = tap / kSize * a.weight_r + tap % kSize * a.weight_s;
       filters[i] = k < a.K ? weight[k * a.weight_k + at] : from_float<T>(0.f);
@@ -54,7 +60,7 @@ struct Diagonals {
     const bool within = column / 2 == warp_lane() % 4;
     const auto* const bits = reinterpret_cast<const uint16_t*>(filters);
 #pragma unroll
-    for (int group = 0; group < kTensorGroups; ++group) {
+    for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
         const uint32_t number = bits[(group * 8 + column) * kTaps + tap];
@@ -64,7 +70,7 @@ struct Diagonals {
   }
 };
 
-using Sums = float[kTensorGroups * 4];  // of a row of positions, as matrix instructions have them
+using Sums = float[kGroups * 4];  // of a row of positions, as matrix instructions have them
 
 // One output, from global memory.
 template <typename T, int kSize>
@@ -99,15 +105,14 @@ GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, 
 }
 
 // Adds what a row of pixels gives to the outputs that see it, as row r of the filter those r above.
-template <typename T, int kSize>
+template <typename T, int kSize, int kPlane>
 GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, kSize>& diagonals,
                                 const unsigned char* pairs, const unsigned char* last) {
-  constexpr int kPlane = Ring<kSize>::kPlane;
   const auto sums = [&](int group, int r) -> float (&)[4] {
     return *reinterpret_cast<float (*)[4]>(&alive[(u - r + kSize) % kSize][group * 4]);
   };
 #pragma unroll
-  for (int group = 0; group < kTensorGroups; ++group) {
+  for (int group = 0; group < kGroups; ++group) {
     const auto& taps = diagonals.taps[group];
 #pragma unroll
     for (int s = 0; s + 1 < kSize; s += 2) {
@@ -122,7 +127,7 @@ GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, 
   uint32_t pixels[4];
   ldmatrix_x4(pixels, last);
 #pragma unroll
-  for (int group = 0; group < kTensorGroups; ++group) {
+  for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
     for (int r = 0; r < kSize; ++r) {
       mma_m16n8k8<T>(sums(group, r), {pixels[group * 2], pixels[group * 2 + 1]},
@@ -132,15 +137,15 @@ GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, 
 }
 
 // kEnding: with an activation.
-template <typename T, int kSize, bool kEnding>
-GDFAST_KERNEL(kThreads, (kBlocks<kSize, kEnding>))
+template <typename T, int kSize, int kPlanes, bool kEnding>
+GDFAST_KERNEL((Block<kSize, kPlanes>::kThreads), (kBlocks<kSize, kPlanes, kEnding>))
 depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                         const GDFAST_GRID_CONSTANT TensorWalk walk,
                         const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
-  using Its = Ring<kSize>;
-  using Rows = TensorRows<Its::kSlots, kThreads>;
+  using Its = Block<kSize, kPlanes>;
+  using Rows = TensorRows<kPlanes, Its::kSlots, Its::kThreads>;
   unsigned char* const ring = shared_memory();
-  const int first_channel = static_cast<int>(blockIdx.x) * kTensorSlab;
+  const int first_channel = static_cast<int>(blockIdx.x) * Its::kSlab;
   const int first = static_cast<int>(blockIdx.y) * walk.rows_of_block;
   const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
 
@@ -176,24 +181,27 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
   auto* const filters = reinterpret_cast<T*>(ring + Its::kFilters);
-  Diagonals<T, kSize>::share(a, tensors.weight, first_channel, filters);
+  Diagonals<T, kSize>::share(a, tensors.weight, first_channel, Its::kSlab, filters);
   sync_block();
+  // The channels and positions of this warp, from the block's first ones on.
+  const int group = warp_index() / kWarpsOfGroups * kGroups;
+  const int position = warp_index() % kWarpsOfGroups * 16;
   Diagonals<T, kSize> diagonals;
-  Diagonals<T, kSize>::take(diagonals, filters);
+  Diagonals<T, kSize>::take(diagonals, filters + group * 8 * kSize * kSize);
 
   // Where this lane loads matrices: two columns of one plane, or the last column of both.
   const int matrix = warp_lane() / 8, line = warp_lane() % 8;
-  const int slot = (warp_index() * 16 + matrix % 2 * 8 + line) * 16;
+  const int slot = group * Its::kPlane + (position + matrix % 2 * 8 + line) * 16;
   const int pairs_at = slot + matrix / 2 * 16;
   const int last_at = slot + (kSize - 1) * 16 + matrix / 2 * Its::kPlane;
   // And what it writes: 8 channels of one position.
-  const int quarter = warp_lane() % 4, channel = first_channel + quarter % 2 * 8;
-  const TensorColumn column =
-      column_at(walk, warp_index() * 16 + quarter / 2 * 8 + warp_lane() / 4);
+  const int quarter = warp_lane() % 4;
+  const int channel = first_channel + (group + quarter % 2) * 8;
+  const TensorColumn column = column_at(walk, position + quarter / 2 * 8 + warp_lane() / 4);
   Sums bias;
 #pragma unroll
-  for (int i = 0; i < kTensorGroups * 4; ++i) {
-    const int k = first_channel + i / 4 * 8 + quarter * 2 + i % 2;
+  for (int i = 0; i < kGroups * 4; ++i) {
+    const int k = first_channel + (group + i / 4) * 8 + quarter * 2 + i % 2;
     bias[i] = tensors.bias != nullptr && k < a.K ? to_float(tensors.bias[k]) : 0.f;
   }
 
@@ -221,7 +229,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
 #pragma unroll
     for (Sums& sums : alive) {
 #pragma unroll
-      for (int i = 0; i < kTensorGroups * 4; ++i) sums[i] = bias[i];
+      for (int i = 0; i < kGroups * 4; ++i) sums[i] = bias[i];
     }
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
@@ -235,7 +243,8 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         if (step + u >= steps) break;
         if (static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H)) {
           const unsigned char* const pixels = batch + u * Its::kRow;
-          multiply_row<T, kSize>(alive, u, diagonals, pixels + pairs_at, pixels + last_at);
+          multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
+                                              pixels + last_at);
         }
         // The output that sees this row last.
         Sums& sums = alive[(u + 1) % kSize];
@@ -257,7 +266,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           to += a.output.h;
         }
 #pragma unroll
-        for (int i = 0; i < kTensorGroups * 4; ++i) sums[i] = bias[i];
+        for (int i = 0; i < kGroups * 4; ++i) sums[i] = bias[i];
       }
     }
   }
@@ -279,11 +288,19 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   }
 }
 
-template <typename T, int kSize, bool kEnding>
+template <typename T, int kSize, int kPlanes, bool kEnding>
 void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  const auto walk = tensor_walk<kSize>(a, int64_t{kBlocks<kSize, kEnding>} * multiprocessors(kOp));
-  launch(kOp, depthwise_tensor_kernel<T, kSize, kEnding>, tensor_grid(a, walk), kThreads,
-         Ring<kSize>::kBytes, stream, a, walk, tensors);
+  using Its = Block<kSize, kPlanes>;
+  const int64_t blocks = int64_t{kBlocks<kSize, kPlanes, kEnding>} * multiprocessors(kOp);
+  const auto walk = tensor_walk<kSize>(a, Its::kSlab, blocks);
+  launch(kOp, depthwise_tensor_kernel<T, kSize, kPlanes, kEnding>, tensor_grid(a, walk, Its::kSlab),
+         Its::kThreads, Its::kBytes, stream, a, walk, tensors);
+}
+
+template <typename T, int kSize, int kPlanes>
+void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
+  a.activation == Activation::kNone ? launch_tensor<T, kSize, kPlanes, false>(a, tensors, stream)
+                                    : launch_tensor<T, kSize, kPlanes, true>(a, tensors, stream);
 }
 
 }  // namespace
@@ -307,7 +324,7 @@ std::string depthwise_tensor_why_not(const Conv2dProblem& p) {
   return "";
 }
 
-void depthwise_tensor(DType dtype, const DepthwiseArguments& a, const void* input,
+void depthwise_tensor(DType dtype, const DepthwiseArguments& a, bool wide, const void* input,
                       const void* weight, const void* bias, void* output, uintptr_t stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -318,8 +335,8 @@ void depthwise_tensor(DType dtype, const DepthwiseArguments& a, const void* inpu
         using Filter = decltype(filter);
         if constexpr (Filter::kStride == 1) {
           constexpr int kSize = Filter::kSize;
-          a.activation == Activation::kNone ? launch_tensor<T, kSize, false>(a, tensors, stream)
-                                            : launch_tensor<T, kSize, true>(a, tensors, stream);
+          wide ? launch_tensor<T, kSize, 4>(a, tensors, stream)
+               : launch_tensor<T, kSize, 2>(a, tensors, stream);
         }
       });
     }

@@ -5,13 +5,14 @@
 // none with a zero, but it makes as many of these as four instructions of floating point, and takes
 // half types as they are.
 //
-// A block has a slab of 16 channels and 64 positions side by side: outputs of a row, of several
-// images where rows are short. It walks down their rows. What a row of the image gives to the
-// outputs that see it is added up in registers, where so many rows of sums as the filter has are
-// alive at a time: pixels are loaded from shared memory once for all rows of the filter. A batch of
-// rows is multiplied while the next ones are copied to shared memory.
+// A block has a slab of 16 or 32 channels and 64 positions side by side: outputs of a row, of
+// several images where rows are short. It walks down their rows. What a row of the image gives to
+// the outputs that see it is added up in registers, where so many rows of sums as the filter has
+// are alive at a time: pixels are loaded from shared memory once for all rows of the filter. A
+// batch of rows is multiplied while the next ones are copied to shared memory.
 //
-//   slot       where shared memory has a pixel: 16 bytes in each of two planes, one for 8 channels.
+//   slot       where shared memory has a pixel: 16 bytes in each of some planes, one for 8
+//   channels.
 //              Images lie `pitch` slots apart, position and slot of their first column are the same
 //   step       a row of the image that a piece's outputs see, from 0; output p begins at step p
 //   batch      kSize steps, after which everything is in the registers again where it was
@@ -22,14 +23,11 @@
 namespace gdfast::cuda {
 
 constexpr int kTensorPositions = 64;  // of a block: 16 for each of four warps
-constexpr int kTensorGroups = 2;      // of 8 channels, in a slab
-constexpr int kTensorSlab = 8 * kTensorGroups;
 
-// Of a plane: what positions see, and the column after that, which is loaded with the last. With 4
-// slots beyond a multiple of 8, pixels of both planes that are written at a time lie in different
-// banks.
-template <int kSize>
-constexpr int kTensorSlots = (kTensorPositions + kSize + 3) / 8 * 8 + 4;
+// Of a plane that has at least so many: chunks of all planes that are written at a time, 8 in all,
+// lie in different banks.
+template <int kPlanes, int kLeast>
+constexpr int kTensorSlots = kLeast + (8 / kPlanes + 7 * kLeast) % 8;
 
 // Images side by side, and the rows of outputs that blocks share: of the first images' first strip
 // of columns from top to bottom, then of the next strip, and at last of the next images.
@@ -63,9 +61,9 @@ GDFAST_DEVICE TensorColumn column_at(const TensorWalk& walk, int slot) {
 }
 
 // The chunks that a thread copies of each row of a slab.
-template <int kSlots, int kThreads>
+template <int kPlanes, int kSlots, int kThreads>
 struct TensorRows {
-  static constexpr int kCount = (kTensorGroups * kSlots - 1) / kThreads + 1;
+  static constexpr int kCount = (kPlanes * kSlots - 1) / kThreads + 1;
   uint32_t offsets[kCount];  // elements from the row's first one
   uint32_t places[kCount];   // image * 256 + column, or 2^31 where there is no slot
   uint32_t inside;           // a flag for each: whether a pixel of the piece is there
@@ -76,9 +74,9 @@ struct TensorRows {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-      const TensorColumn at = column_at(walk, index / kTensorGroups);
+      const TensorColumn at = column_at(walk, index / kPlanes);
       rows.offsets[i] = static_cast<uint32_t>(at.image) * static_cast<uint32_t>(strides.n) +
-                        static_cast<uint32_t>(at.column * strides.w + index % kTensorGroups * 8);
+                        static_cast<uint32_t>(at.column * strides.w + index % kPlanes * 8);
       rows.places[i] =
           at.image < walk.images ? static_cast<uint32_t>(at.image * 256 + at.column) : 1u << 31;
       opaque(rows.offsets[i]);
@@ -94,7 +92,7 @@ struct TensorRows {
     for (int i = 0; i < kCount; ++i) {
       const int image = static_cast<int>(rows.places[i] / 256), column = rows.places[i] % 256;
       const bool inside = image < images && column >= first && column <= last &&
-                          static_cast<int>(threadIdx.x) % kTensorGroups * 8 < channels;
+                          static_cast<int>(threadIdx.x) % kPlanes * 8 < channels;
       if (inside) rows.inside |= 1u << i;
     }
   }
@@ -102,29 +100,28 @@ struct TensorRows {
   template <typename T>
   GDFAST_DEVICE void copy(const TensorRows& rows, const T* from, unsigned char* planes) {
     const int thread = static_cast<int>(threadIdx.x);
-    unsigned char* const to =
-        planes + (thread % kTensorGroups * kSlots + thread / kTensorGroups) * 16;
+    unsigned char* const to = planes + (thread % kPlanes * kSlots + thread / kPlanes) * 16;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (rows.places[i] >> 31 != 0) continue;
-      cp_async_16(to + i * (kThreads / kTensorGroups) * 16,
-                  from + static_cast<int32_t>(rows.offsets[i]), (rows.inside >> i & 1u) != 0);
+      cp_async_16(to + i * (kThreads / kPlanes) * 16, from + static_cast<int32_t>(rows.offsets[i]),
+                  (rows.inside >> i & 1u) != 0);
     }
   }
 
   // Zeros in the slots behind the images', which nothing is copied to.
   GDFAST_DEVICE void clear(const TensorWalk& walk, unsigned char* planes) {
     const int used = walk.images * walk.pitch, behind = kSlots - used;
-    for (int i = static_cast<int>(threadIdx.x); i < kTensorGroups * behind; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kPlanes * behind; i += kThreads) {
       const int slot = i / behind * kSlots + used + i % behind;
       store_16(planes + slot * 16, {{0, 0, 0, 0}});
     }
   }
 };
 
-// `blocks` are those that run at a time.
+// Slabs have so many channels; `blocks` are those that run at a time.
 template <int kSize>
-TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t blocks) {
+TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t channels, int64_t blocks) {
   const int64_t strips = ceil_div(a.Q, kTensorPositions), strip = ceil_div(a.Q, strips);
   const int64_t pitch = strip + kSize - 1, images = 1 + (kTensorPositions - strip) / pitch;
   TensorWalk walk{};
@@ -138,20 +135,22 @@ TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t blocks) {
   walk.high = Divisor::of(a.P);
   walk.strips = Divisor::of(strips);
   // Each slab has as many blocks; a piece's first rows are read for the piece above too.
-  const int64_t slabs = ceil_div(a.C, kTensorSlab), at_once = blocks > slabs ? blocks / slabs : 1;
+  const int64_t slabs = ceil_div(a.C, channels), at_once = blocks > slabs ? blocks / slabs : 1;
   const int64_t share = ceil_div(walk.rows, at_once);
   walk.rows_of_block = static_cast<int>(share < kSize ? kSize : share);
   return walk;
 }
 
-inline dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk) {
-  return dim3(static_cast<unsigned>(ceil_div(a.C, kTensorSlab)),
+inline dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk, int64_t channels) {
+  return dim3(static_cast<unsigned>(ceil_div(a.C, channels)),
               static_cast<unsigned>(ceil_div(walk.rows, walk.rows_of_block)));
 }
 
-// The kernels' launchers, for addresses that 16 divides and what there is nothing against.
-void depthwise_tensor(DType dtype, const DepthwiseArguments& arguments, const void* input,
-                      const void* weight, const void* bias, void* output, uintptr_t stream);
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against. Slabs of
+// the forward pass have 16 channels, or 32 if wide.
+void depthwise_tensor(DType dtype, const DepthwiseArguments& arguments, bool wide,
+                      const void* input, const void* weight, const void* bias, void* output,
+                      uintptr_t stream);
 
 // In how many splits `partial` gets the sums (depthwise_weight_sums.h), those of the bias if asked.
 int depthwise_tensor_splits(const DepthwiseArguments& arguments);

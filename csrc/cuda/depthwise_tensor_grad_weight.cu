@@ -12,7 +12,8 @@ namespace {
 
 constexpr char kOp[] = "conv2d_grad_weight";
 constexpr int kWarpsOfGroup = kTensorPositions / 16;
-constexpr int kThreads = kTensorGroups * kWarpsOfGroup * kWarp;
+constexpr int kPlanes = 2, kSlab = 8 * kPlanes;
+constexpr int kThreads = kPlanes * kWarpsOfGroup * kWarp;
 // What the plan is made for. Not what this GPU has, so that sums have the same bits on every one.
 constexpr int kMultiprocessors = 132;
 
@@ -27,13 +28,14 @@ constexpr int kBlocks = kSize == 3   ? 3
 template <int kSize>
 struct Ring {
   static constexpr int kBatches = 3;
-  static constexpr int kSlots = kTensorSlots<kSize>, kGradSlots = kTensorPositions + 4;
+  static constexpr int kSlots = kTensorSlots<kPlanes, kTensorPositions + kSize - 1>;
+  static constexpr int kGradSlots = kTensorSlots<kPlanes, kTensorPositions>;
   static constexpr int kPlane = kSlots * 16, kGradPlane = kGradSlots * 16;
-  static constexpr int kGrad = kTensorGroups * kPlane;
-  static constexpr int kRow = kGrad + kTensorGroups * kGradPlane;
+  static constexpr int kGrad = kPlanes * kPlane;
+  static constexpr int kRow = kGrad + kPlanes * kGradPlane;
   static constexpr int kBatch = kSize * kRow;
   static constexpr int kTaps = kSize * kSize;
-  static constexpr int kSums = kTensorSlab * (kTaps + 1);  // of a warp of each group
+  static constexpr int kSums = kSlab * (kTaps + 1);  // of a warp of each group
   static constexpr int kBytes = kBatches * kBatch;
   static_assert(kWarpsOfGroup * kSums * 4 <= kBytes, "sums fit");
 };
@@ -104,7 +106,7 @@ GDFAST_DEVICE void share_sums(const Sums<kSize>& sums, float* to, int group) {
   if (warp_lane() < 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      to[kTensorSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.bias[i];
+      to[kSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.bias[i];
     }
   }
   if (diagonal.channel < 0) return;
@@ -130,10 +132,10 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
                                     const GDFAST_GRID_CONSTANT Tensors<T> tensors, bool with_bias,
                                     float* partial) {
   using Its = Ring<kSize>;
-  using Pixels = TensorRows<Its::kSlots, kThreads>;
-  using Gradients = TensorRows<Its::kGradSlots, kThreads>;
+  using Pixels = TensorRows<kPlanes, Its::kSlots, kThreads>;
+  using Gradients = TensorRows<kPlanes, Its::kGradSlots, kThreads>;
   unsigned char* const ring = shared_memory();
-  const int first_channel = static_cast<int>(blockIdx.x) * kTensorSlab;
+  const int first_channel = static_cast<int>(blockIdx.x) * kSlab;
   const int split = static_cast<int>(blockIdx.y), first = split * walk.rows_of_block;
   const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
 
@@ -248,9 +250,8 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kWarpsOfGroup; ++warp) sum += shared[warp * Its::kSums + i];
-    const bool is_bias = i >= kTensorSlab * Its::kTaps;
-    const int tap = i % Its::kTaps,
-              channel = is_bias ? i - kTensorSlab * Its::kTaps : i / Its::kTaps;
+    const bool is_bias = i >= kSlab * Its::kTaps;
+    const int tap = i % Its::kTaps, channel = is_bias ? i - kSlab * Its::kTaps : i / Its::kTaps;
     const int k = first_channel + channel;
     if (k >= a.K) continue;
     if (is_bias) {
@@ -267,7 +268,7 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
 
 template <int kSize>
 TensorWalk weight_walk(const DepthwiseArguments& a) {
-  return tensor_walk<kSize>(a, int64_t{kBlocks<kSize>} * kMultiprocessors);
+  return tensor_walk<kSize>(a, kSlab, int64_t{kBlocks<kSize>} * kMultiprocessors);
 }
 
 // Calls f with the size of a filter as a constant.
@@ -284,7 +285,7 @@ void with_size(const DepthwiseArguments& a, F&& f) {
 int depthwise_tensor_splits(const DepthwiseArguments& a) {
   int splits = 0;
   with_size(a, [&](auto size) {
-    splits = static_cast<int>(tensor_grid(a, weight_walk<decltype(size)::value>(a)).y);
+    splits = static_cast<int>(tensor_grid(a, weight_walk<decltype(size)::value>(a), kSlab).y);
   });
   return splits;
 }
@@ -298,8 +299,9 @@ void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& a, cons
         constexpr int kSize = decltype(size)::value;
         const TensorWalk walk = weight_walk<kSize>(a);
         const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
-        launch(kOp, depthwise_tensor_grad_weight_kernel<T, kSize>, tensor_grid(a, walk), kThreads,
-               Ring<kSize>::kBytes, stream, a, walk, tensors, bias, static_cast<float*>(partial));
+        launch(kOp, depthwise_tensor_grad_weight_kernel<T, kSize>, tensor_grid(a, walk, kSlab),
+               kThreads, Ring<kSize>::kBytes, stream, a, walk, tensors, bias,
+               static_cast<float*>(partial));
       });
     }
   });

@@ -16,7 +16,8 @@ from gdfast.geometry import Conv2dGeometry
 
 NAME = "depthwise"
 TENSOR = "depthwise-tensor"  # on the tensor cores
-WAYS = TENSOR, NAME  # the one expected to be faster first
+WIDE = "depthwise-tensor-wide"  # blocks of 32 channels there; the same for the weight
+WAYS = TENSOR, WIDE, NAME  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
@@ -71,14 +72,14 @@ def conv2d(
     """A forward kernel; the problem has the query's strides, and its activation."""
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d
-    size, strides, on_tensor_cores = query.geometry.output_size, query.strides[2], by == TENSOR
+    size, strides = query.geometry.output_size, query.strides[2]
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         output = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         if bias is not None:
             bias = bias.contiguous()
         run(
-            problem, on_tensor_cores, input.data_ptr(), weight.data_ptr(), _address(bias),
+            problem, by, input.data_ptr(), weight.data_ptr(), _address(bias),
             output.data_ptr(), *cuda_stream.current(input.device),
         )  # fmt: skip
         return output
@@ -91,12 +92,12 @@ def conv2d_grad_input(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d_grad_input
-    size, strides, on_tensor_cores = query.geometry.input_size, query.strides[0], by == TENSOR
+    size, strides = query.geometry.input_size, query.strides[0]
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
         grad_input = torch.empty_strided(size, strides, dtype=weight.dtype, device=weight.device)
         run(
-            problem, on_tensor_cores, grad_output.data_ptr(), weight.data_ptr(),
+            problem, by, grad_output.data_ptr(), weight.data_ptr(),
             grad_input.data_ptr(), *cuda_stream.current(weight.device),
         )  # fmt: skip
         return grad_input
@@ -110,15 +111,14 @@ def conv2d_grad_weight(
     assert native.cuda is not None
     run = native.cuda.depthwise_conv2d_grad_weight
     size, strides = query.geometry.weight_size, query.strides[1]
-    on_tensor_cores = by == TENSOR
-    workspace_bytes = native.cuda.depthwise_conv2d_grad_weight_workspace(problem, on_tensor_cores)
+    workspace_bytes = native.cuda.depthwise_conv2d_grad_weight_workspace(problem, by)
 
     def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
         grad_weight = torch.empty_strided(size, strides, dtype=input.dtype, device=input.device)
         grad_bias = input.new_empty(size[0]) if bias else None
         workspace = input.new_empty(workspace_bytes, dtype=torch.uint8)
         run(
-            problem, on_tensor_cores, grad_output.data_ptr(), input.data_ptr(),
+            problem, by, grad_output.data_ptr(), input.data_ptr(),
             grad_weight.data_ptr(), _address(grad_bias), workspace.data_ptr(),
             *cuda_stream.current(input.device),
         )  # fmt: skip
