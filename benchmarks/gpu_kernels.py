@@ -28,6 +28,7 @@ from gdfast.backends import (
     cuda_conv2d,
     cuda_grouped,
     cuda_hopper,
+    cuda_hopper_float32,
     cuda_hopper_grad_weight,
     cuda_hopper_halo,
     cuda_tiles,
@@ -117,7 +118,8 @@ def passes(
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
-            if by not in (*cuda_hopper.HOPPER, *cuda_hopper_halo.HALO):
+            forward_only = cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO
+            if not any(by in names for names in forward_only):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
             ours = _by_operations(case, [input, weight, bias, grad], backend)
@@ -127,11 +129,12 @@ def passes(
 
 
 def weight_gradient(
-    case: Conv2dCase, by: str, device: str, backend: str
+    case: Conv2dCase, dtype: torch.dtype, by: str, device: str, backend: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of a convolution in bfloat16 without a bias, by the candidate that is named."""
+    """Of a convolution without a bias and without TF32, by the candidate that is named."""
+    torch.backends.cudnn.allow_tf32 = False
     sizes = case.input_shape, case.weight_shape, case.output_shape
-    here = [random(size, torch.bfloat16, "channels_last") for size in sizes]
+    here = [random(size, dtype, "channels_last") for size in sizes]
     input, weight, grad = (value.to(device) for value in here)
     query = _query(case, input, weight, grad)
     ours, _ = cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, False)
@@ -389,7 +392,14 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
     for case in _HOPPER:
         for name in cuda_hopper_grad_weight.BLOCKS:
-            run = partial(weight_gradient, case, name, **where)
+            run = partial(weight_gradient, case, torch.bfloat16, name, **where)
+            yield f"grad_weight {case} by {name}", run, 0
+    for case in _HOPPER:
+        for name in cuda_hopper_float32.TILES:
+            run = partial(passes, case, torch.float32, "channels_last", by=name, **where)
+            yield f"conv2d {case} by {name}", run, 0
+        for name in cuda_hopper_float32.BLOCKS:
+            run = partial(weight_gradient, case, torch.float32, name, **where)
             yield f"grad_weight {case} by {name}", run, 0
 
 

@@ -203,6 +203,23 @@ def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_float32_for_hopper_is_split_in_registers() -> None:
+    names = {"conv2d_hopper_float32_kernel", "conv2d_hopper_float32_grad_weight_kernel"}
+    kernels = [code for code in codes() if code.kernel in names]
+    assert {code.kernel for code in kernels} == names
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        # Six products of parts, 64 channels or pixels, 16 at a time; of two products for 256 rows.
+        products = 2 if "256" in code.arguments else 1
+        assert code.count("HGMMA") == 24 * products, code
+        # Two roundings of each pair; a fragment has eight numbers.
+        assert code.count(r"F2FP\.BF16") == 2 * 4 * 4 * products, code
+        assert code.count("UTMALDG") >= 1 and code.count("USETMAXREG") == 2, code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code
+
+
 def test_kernels_bound_by_memory_read_16_bytes_at_a_time() -> None:
     names = {
         "moments_kernel", "normalise_kernel", "sums_kernel", "gradients_kernel",

@@ -328,8 +328,8 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return _hopper_conv2d_alone(query, by)
     if by in cuda_hopper_float32.TILES:
         problem, (copy_input,) = _problem(query, "input", by=by)
-        parts = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
-        return _unless_tf32(query, parts, conv2d(query, LARGEST))
+        in_parts = cuda_hopper_float32.conv2d(query, problem, copy_input, by)
+        return _unless_tf32(query, in_parts, conv2d(query, LARGEST))
     if by in cuda_grouped.BINDINGS:
         problem, (copy_input,) = _problem(query, "input", by=by)
         return cuda_grouped.conv2d(query, problem, copy_input, by)
@@ -486,8 +486,8 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         return _padded_grad_input(query, by.removesuffix(PADDED))
     if by in cuda_hopper_float32.TILES:
         problem, (copy_grad,) = _problem(query, "output", by=by)
-        exact = cuda_hopper_float32.conv2d_grad_input(query, problem, copy_grad, by)
-        return _unless_tf32(query, exact, conv2d_grad_input(query, LARGEST))
+        in_parts = cuda_hopper_float32.conv2d_grad_input(query, problem, copy_grad, by)
+        return _unless_tf32(query, in_parts, conv2d_grad_input(query, LARGEST))
     problem, (copy_weight, copy_grad) = _problem(query, "weight", "output", by=by)
     run, how = _kernel("conv2d_grad_input", query, by)
     size, strides = query.geometry.input_size, query.strides[0]
