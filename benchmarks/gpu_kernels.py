@@ -118,8 +118,8 @@ def passes(
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
-            forward_only = cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO
-            if not any(by in names for names in forward_only):
+            without_weight = cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO
+            if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
             ours = _by_operations(case, [input, weight, bias, grad], backend)
