@@ -35,7 +35,7 @@ from gdfast.backends import (
 from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_hopper import CHUNK, HOPPER
-from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
+from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS, HopperGradWeight
 from gdfast.backends.cuda_hopper_halo import HALO
 from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_tiles import PADDED, SMALLEST, blocks_of, padded_query, splits
@@ -52,6 +52,9 @@ _READ = {
     "conv2d": ("input",), "conv2d_grad_input": ("output",),
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
+# Ways that read 16 bytes at a time by the TMA unit, and of those the ones that read NCHW.
+_BY_TMA = {*HOPPER, *HALO, *PLANES, *BLOCKS, *PLANES_BLOCKS}
+_OF_PLANES = {*PLANES, *PLANES_BLOCKS}
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
@@ -105,8 +108,12 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if not _has_hopper(query) or hopper_why_not(op, query):
         return ()
     if op == "conv2d_grad_weight":
-        left_out = os.environ.get("GDFAST_HOPPER") == "no_grad_weight"
-        return () if left_out else cuda_hopper_grad_weight.candidates(query)
+        if os.environ.get("GDFAST_HOPPER") == "no_grad_weight":
+            return ()
+        names = cuda_hopper_grad_weight.candidates(query)
+        if not planes_why_not(op, query):
+            names = *cuda_hopper_grad_weight.planes_candidates(query), *names
+        return names
     made = query.geometry.K if op == "conv2d" else query.geometry.C
     halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
     return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
@@ -216,9 +223,8 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    by_tma = by in (*HOPPER, *HALO, *PLANES, *cuda_hopper_grad_weight.BLOCKS)
-    unscattered = _at_16 if by_tma or by == cuda_grouped.NAME else _as_it_is
-    few = 0 if by == cuda_grouped.NAME else _MOST if by in PLANES else _FEW
+    unscattered = _at_16 if by in _BY_TMA or by == cuda_grouped.NAME else _as_it_is
+    few = 0 if by == cuda_grouped.NAME else _MOST if by in _OF_PLANES else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
         copies.append(cuda_layout.channels_last if scattered else unscattered)
@@ -286,7 +292,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_depthwise.conv2d(query, _problem(query)[0])
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(_turned("conv2d", query), by.removesuffix(TURNED)))
-    if by in (*HOPPER, *HALO, *PLANES):
+    if by in _BY_TMA:
         return _hopper_conv2d(query, by)
     if by == cuda_grouped.NAME:
         problem, (copy_input,) = _problem(query, "input", by=by)
@@ -461,7 +467,7 @@ def conv2d_grad_weight(
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output", by=by)
-    if by in cuda_hopper_grad_weight.BLOCKS:
+    if by in _BY_TMA:
         return HopperGradWeight(query, problem, copies, _way(query, SMALLEST), by)
     return GradWeight(query, problem, copies, _way(query, by), splits(query, by))
 
