@@ -31,6 +31,7 @@ from gdfast.backends import (
     cuda_hopper_float32,
     cuda_hopper_grad_weight,
     cuda_hopper_halo,
+    cuda_hopper_planes,
     cuda_tiles,
     precision,
 )
@@ -65,6 +66,11 @@ _HALO = (
     Conv2dCase("7x7", 9, 72, 7, 7, 72, 3, 3, padding=(1, 1)),
     Conv2dCase("weights-stay", 20, 64, 56, 56, 64, 3, 3, padding=(1, 1)),
     Conv2dCase("many-steps", 3, 136, 14, 14, 136, 3, 3, padding=(1, 1)),
+)
+# Parts of tiles; more of them than multiprocessors.
+_PLANES = (
+    Conv2dCase("1x1", 2, 72, 12, 14, 136, 1, 1),
+    Conv2dCase("weights-stay", 20, 64, 56, 56, 64, 1, 1),
 )
 # Parts of slabs and of tiles; tiles in two parts, and more of them than one block makes.
 _GROUPED = (
@@ -118,7 +124,10 @@ def passes(
                 cuda_conv2d.conv2d(query, by)(input, weight, bias),
                 cuda_conv2d.conv2d_grad_input(query, "" if missing else by)(grad, weight),
             ]
-            without_weight = cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO
+            without_weight = (
+                cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO,
+                cuda_hopper_planes.PLANES,
+            )  # fmt: skip
             if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
@@ -129,12 +138,17 @@ def passes(
 
 
 def weight_gradient(
-    case: Conv2dCase, dtype: torch.dtype, by: str, device: str, backend: str
+    case: Conv2dCase,
+    dtype: torch.dtype,
+    by: str,
+    device: str,
+    backend: str,
+    layout: str = "channels_last",
 ) -> list[tuple[Tensor, Tensor]]:
     """Of a convolution without a bias and without TF32, by the candidate that is named."""
     torch.backends.cudnn.allow_tf32 = False
     sizes = case.input_shape, case.weight_shape, case.output_shape
-    here = [random(size, dtype, "channels_last") for size in sizes]
+    here = [random(size, dtype, layout) for size in sizes]
     input, weight, grad = (value.to(device) for value in here)
     query = _query(case, input, weight, grad)
     ours, _ = cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, False)
@@ -390,6 +404,13 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         for dtype in (torch.bfloat16, torch.float16):
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
+    for case in _PLANES:
+        for name in cuda_hopper_planes.PLANES:
+            run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)
+            yield f"conv2d {case} by {name}", run, 0
+        for name in cuda_hopper_grad_weight.PLANES_BLOCKS:
+            run = partial(weight_gradient, case, torch.bfloat16, name, layout="NCHW", **where)
+            yield f"grad_weight {case} by {name}", run, 0
     for case in _HOPPER:
         for name in cuda_hopper_grad_weight.BLOCKS:
             run = partial(weight_gradient, case, torch.bfloat16, name, **where)

@@ -188,6 +188,20 @@ def test_the_one_whose_taps_share_boxes_does_so_too() -> None:
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_the_one_of_planes_does_so_too() -> None:
+    kernels = [code for code in codes() if code.kernel == "conv2d_planes_kernel"]
+    hopper = [code for code in kernels if code.architecture == "sm_90a"]
+    assert hopper or not any(code.architecture == "sm_90a" for code in codes())
+    for code in hopper:
+        # 64 channels, 16 at a time; two products of 128 pixels, or one of 256.
+        assert code.count("HGMMA") == (4 if code.arguments[2] == "256" else 8), code
+        # A box of each 64 pixels both ways, and the weights.
+        assert code.count("UTMALDG") == int(code.arguments[2]) // 64 + 1, code
+        assert code.count("UTMASTG") and code.count("USETMAXREG") == 2, code
+    for code in kernels:
+        assert code in hopper or len(code.instructions) < 20, code
+
+
 def test_the_gradient_in_the_weight_for_hopper_does_so_too() -> None:
     kernels = [code for code in codes() if code.kernel == "conv2d_hopper_grad_weight_kernel"]
     hopper = [code for code in kernels if code.architecture == "sm_90a"]

@@ -11,7 +11,9 @@ from test_cuda_conv2d import query_of
 from test_cuda_hopper import ACTIVATIONS, DTYPES, tensors
 from torch import Tensor
 
+from gdfast import native
 from gdfast.backends import cuda_conv2d
+from gdfast.backends.cuda_hopper_grad_weight import PLANES_BLOCKS
 from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -126,3 +128,41 @@ def test_it_is_a_candidate(channels: int, hopper: torch.device) -> None:
     # The simulator's times tell nothing.
     expected = [name for name, tile in PLANES.items() if tile[0] < 2 * channels]
     assert found == (expected if hopper.type == "cuda" else [])
+
+
+@pytest.mark.parametrize("name", PLANES_BLOCKS)
+@pytest.mark.parametrize(
+    "case, splits",
+    [
+        # Parts of tiles in every axis.
+        (Conv2dCase("1x1", 3, 72, 8, 10, 75, 1, 1), 1),
+        # More boxes than stages, in splits of several lengths.
+        (Conv2dCase("wide", 6, 136, 12, 14, 264, 1, 1), 4),
+    ],
+    ids=str,
+)
+def test_the_gradient_of_the_weight(
+    case: Conv2dCase, splits: int, name: str, hopper: torch.device, thread_order: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    values = planes(tensors(case, torch.bfloat16, hopper))
+    query = query_of(case, values)
+    assert cuda_conv2d.planes_why_not("conv2d_grad_weight", query) == ""
+    kernel = cuda_conv2d.conv2d_grad_weight(query, name)
+    kernel.parts = splits
+    kernel._bytes = {False: native.cuda.conv2d_grad_weight_workspace(kernel.problem, splits, False)}
+    grad_weight, _ = kernel(values["grad"], values["input"], False)
+    exact = torch.nn.grad.conv2d_weight(
+        values["input"].double(), case.weight_shape, values["grad"].double()
+    )
+    assert torch.equal(grad_weight, exact.bfloat16())
+
+
+def test_the_gradient_of_the_weight_is_not_for_other_layouts(hopper: torch.device) -> None:
+    op, values = "conv2d_grad_weight", tensors(CASES[1], torch.bfloat16, hopper)
+    assert "NCHW" in cuda_conv2d.planes_why_not(op, query_of(CASES[1], values))
+    odd = Conv2dCase("C", 1, 12, 8, 8, 16, 1, 1)
+    reason = cuda_conv2d.planes_why_not(
+        op, query_of(odd, planes(tensors(odd, torch.bfloat16, hopper)))
+    )
+    assert reason == "it takes input: channels in eights"

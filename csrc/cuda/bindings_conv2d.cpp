@@ -188,6 +188,8 @@ void bind_hopper_grad_weight(py::module_& m) {
   m.def("conv2d_grad_weight_hopper_why_not", &conv2d_grad_weight_hopper_why_not, py::arg("problem"),
         "Why conv2d_grad_weight_hopper does not take a problem, or an empty string. Addresses must "
         "be multiples of 16 too.");
+  m.def("conv2d_grad_weight_planes_why_not", &conv2d_grad_weight_planes_why_not, py::arg("problem"),
+        "Likewise for images in NCHW, in blocks other than 64 x 576.");
   m.def(
       "conv2d_grad_weight_hopper_splits",
       [](const Conv2dProblem& problem, int filters, int columns, int64_t multiprocessors) {

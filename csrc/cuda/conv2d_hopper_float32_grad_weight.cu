@@ -61,7 +61,8 @@ void run(const Conv2dProblem& p, HopperFloat32WeightTile<kFilters, kColumns>, co
   using Its = HopperFloat32WeightTile<kFilters, kColumns>;
   const HopperPass pass = hopper_pass(p, false);
   const PixelBox box = choose_pixel_box(pass.out, Its::kPixels);
-  HopperFloat32WeightArguments a{hopper_weight_arguments(p, box, kFilters, kColumns, splits), {}};
+  HopperFloat32WeightArguments a{
+      hopper_weight_arguments(p, pass.out, box, kFilters, kColumns, splits), {}};
   for (int part = 0; part < kFloatParts; ++part) {
     const auto* const from = static_cast<const unsigned char*>(parts) +
                              part * conv2d_grad_weight_hopper_float32_parts(p) / kFloatParts;

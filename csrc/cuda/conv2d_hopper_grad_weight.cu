@@ -8,10 +8,13 @@
 // falls outside of the images arrives as zeros, so that neither padding nor the rest of a box needs
 // code. Both operands of the products lie with what is summed down their columns.
 //
+// Of a 1x1 convolution in NCHW boxes are 64 pixels of planes, which is what a row sums over.
+//
 // Sums of a split are left in float32; the second pass of conv2d_grad_weight.cu adds them up.
 #include "conv2d_hopper_grad_weight.h"
 #include "conv2d_hopper_grad_weight_kernel.h"
 #include "conv2d_hopper_images.h"
+#include "conv2d_hopper_plane_maps.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -41,21 +44,53 @@ int64_t block_tiles(const Conv2dProblem& p, const HopperWeightBlock& block) {
   return tiles_for(p.K, block.filters) * tiles_for(column_units(p) * kBlock, block.columns);
 }
 
+bool are_planes(const Conv2dProblem& p) { return conv2d_grad_weight_planes_why_not(p).empty(); }
+
+// The pixels that boxes divide, those of planes in one row each.
+HopperImage divided_pixels(const Conv2dProblem& p) {
+  if (are_planes(p)) return {p.N, p.K, 1, p.P * p.Q, p.output};
+  return hopper_pass(p, false).out;
+}
+
+PixelBox box_of(const Conv2dProblem& p, int64_t pixels) {
+  return are_planes(p) ? PixelBox{1, 1, pixels} : choose_pixel_box(divided_pixels(p), pixels);
+}
+
+template <typename T, int kFilters, int kColumns, bool kPlanes>
+void run(const Conv2dProblem& p, const void* grad_output, const void* input, void* workspace,
+         int64_t splits, const Where& where) {
+  using Its = HopperWeightTile<kFilters, kColumns>;
+  const HopperImage out = divided_pixels(p);
+  const PixelBox box = box_of(p, Its::kPixels);
+  HopperWeightArguments a = hopper_weight_arguments(p, out, box, kFilters, kColumns, splits);
+  if constexpr (kPlanes) {
+    a.grad = plane_boxes<T>(kOp, grad_output, out);
+    a.images[0][0] = plane_boxes<T>(kOp, input, {p.N, p.C, p.H, p.W, p.input});
+  } else {
+    const HopperPass pass = hopper_pass(p, false);
+    a.grad = channels_first<T>(kOp, grad_output, out, box);
+    phase_maps<T>(kOp, input, pass.in, pass.in_phases(), box, a.images);
+  }
+  a.sums = static_cast<float*>(workspace);
+  const int64_t blocks = multiprocessors(kOp);
+  launch(kOp, conv2d_hopper_grad_weight_kernel<T, kFilters, kColumns, kPlanes>,
+         static_cast<unsigned>(a.items < blocks ? a.items : blocks), Its::kThreads, Its::kSize,
+         where.stream, a);
+}
+
 template <typename T, int kFilters, int kColumns>
 void run(const Conv2dProblem& p, HopperWeightTile<kFilters, kColumns>, const void* grad_output,
          const void* input, void* workspace, int64_t splits, const Where& where) {
-  using Its = HopperWeightTile<kFilters, kColumns>;
-  const HopperPass pass = hopper_pass(p, false);
-  const HopperImage& out = pass.out;
-  const PixelBox box = choose_pixel_box(out, Its::kPixels);
-  HopperWeightArguments a = hopper_weight_arguments(p, box, kFilters, kColumns, splits);
-  a.grad = channels_first<T>(kOp, grad_output, out, box);
-  phase_maps<T>(kOp, input, pass.in, pass.in_phases(), box, a.images);
-  a.sums = static_cast<float*>(workspace);
-  const int64_t blocks = multiprocessors(kOp);
-  launch(kOp, conv2d_hopper_grad_weight_kernel<T, kFilters, kColumns>,
-         static_cast<unsigned>(a.items < blocks ? a.items : blocks), Its::kThreads, Its::kSize,
-         where.stream, a);
+  auto* chosen = run<T, kFilters, kColumns, false>;
+  if (are_planes(p)) {
+    if constexpr (HopperWeightTile<kFilters, kColumns>::kPixels == kPlanePixels) {
+      chosen = run<T, kFilters, kColumns, true>;
+    } else {
+      throw std::runtime_error(std::string(kOp) +
+                               ": block: expected another than 64 x 576 for images in NCHW");
+    }
+  }
+  chosen(p, grad_output, input, workspace, splits, where);
 }
 
 }  // namespace
@@ -93,12 +128,20 @@ std::string conv2d_grad_weight_hopper_why_not(const Conv2dProblem& p) {
   return "";
 }
 
+std::string conv2d_grad_weight_planes_why_not(const Conv2dProblem& p) {
+  const auto takes = [](const std::string& what) { return "it takes " + what; };
+  if (const std::string reason = planes_why_not(p); !reason.empty()) return takes(reason);
+  if (p.C % 8 != 0) return takes("input: channels in eights");
+  const int64_t boxes = p.N * tiles_for(p.P * p.Q, kPlanePixels);
+  const bool fits = boxes <= kMost / 4 && p.K * column_units(p) * kBlock <= kMost / 2;
+  return fits ? "" : takes("fewer pixels");
+}
+
 int64_t conv2d_grad_weight_hopper_splits(const Conv2dProblem& p, const HopperWeightBlock& block,
                                          int64_t multiprocessors) {
   int64_t pixels = 0;
   with_tile(block, [&](auto tile) { pixels = decltype(tile)::kPixels; });
-  const HopperPass pass = hopper_pass(p, false);
-  const int64_t boxes = pixel_tiles(pass.out, choose_pixel_box(pass.out, pixels));
+  const int64_t boxes = pixel_tiles(divided_pixels(p), box_of(p, pixels));
   const int64_t tiles = block_tiles(p, block), area = int64_t{block.filters} * block.columns;
   // In cycles: products at two thirds of their peak of 2048 multiplications; then 24 bytes are
   // written, and read by the second pass, by each multiprocessor.

@@ -20,6 +20,10 @@ bool is_hopper_weight_block(const HopperWeightBlock& block);
 // strides; addresses must be multiples of 16 too.
 std::string conv2d_grad_weight_hopper_why_not(const Conv2dProblem& problem);
 
+// Likewise for images in NCHW, which it reads as they lie where this has nothing against it and the
+// block is not 64 x 576.
+std::string conv2d_grad_weight_planes_why_not(const Conv2dProblem& problem);
+
 // In how many parts a GPU of so many multiprocessors should sum positions: a guess at what is
 // fastest.
 int64_t conv2d_grad_weight_hopper_splits(const Conv2dProblem& problem,

@@ -24,12 +24,12 @@ struct HopperWeightArguments {
   int splits;
 };
 
-// What does not depend on how operands are held; a tile has filters by columns.
-inline HopperWeightArguments hopper_weight_arguments(const Conv2dProblem& p, const PixelBox& box,
-                                                     int filters, int columns, int64_t splits) {
+// What does not depend on how operands are held; boxes divide `out`, and a tile has filters by
+// columns.
+inline HopperWeightArguments hopper_weight_arguments(const Conv2dProblem& p, const HopperImage& out,
+                                                     const PixelBox& box, int filters, int columns,
+                                                     int64_t splits) {
   const auto small = [](int64_t value) { return static_cast<int>(value); };
-  const HopperPass pass = hopper_pass(p, false);
-  const HopperImage& out = pass.out;
   HopperWeightArguments a{};
   a.by_two_h = small(p.stride_h - 1), a.by_two_w = small(p.stride_w - 1);
   a.K = small(p.K), a.C = small(p.C), a.S = small(p.S), a.taps = small(p.R * p.S);
@@ -137,7 +137,7 @@ GDFAST_DEVICE WeightItem item_at(const HopperWeightArguments& a, int index) {
 
 // By one warp: each lane has one of the boxes of a stage, first those of filters, then those of
 // units. What is the same for all stages of an item is found once.
-template <int kFilters, int kColumns>
+template <int kFilters, int kColumns, bool kPlanes>
 GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
   using Its = HopperWeightTile<kFilters, kColumns>;
   using Ring = WeightRing<Its>;
@@ -171,8 +171,13 @@ GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
       if (lane == 0) barrier_arrive_expecting(full, bytes);
       sync_warp();
       if (has_box) {
-        load_box(Ring::memory(place) + lane * Its::kPart, map,
-                 {channel, w * a.box_w + ahead_w, h * a.box_h + ahead_h, n * a.box_n}, full);
+        unsigned char* const to = Ring::memory(place) + lane * Its::kPart;
+        if constexpr (kPlanes) {
+          load_box(to, map, {w * a.box_w, channel, n, 0}, full);
+        } else {
+          load_box(to, map, {channel, w * a.box_w + ahead_w, h * a.box_h + ahead_h, n * a.box_n},
+                   full);
+        }
       }
       if (++w < a.boxes_w) continue;
       w = 0;
@@ -183,18 +188,23 @@ GDFAST_DEVICE void load_items(const HopperWeightArguments& a) {
   }
 }
 
-// grads, image: of the consumer.
-template <typename T, typename Its>
+// grads, image: of the consumer. Pixels go down the rows of boxes, or along them where those are of
+// planes.
+template <typename T, typename Its, bool kPlanes>
 GDFAST_DEVICE void multiply_stage(float (&sums)[Its::kProducts][Its::kN / 2],
                                   const unsigned char* grads, const unsigned char* image) {
   warpgroup_begin();
 #pragma unroll
   for (int pixel = 0; pixel < Its::kPixels; pixel += kDepth) {
-    const uint64_t b = columns_matrix(image, pixel * kBoxRow, Its::kPart);
+    const auto matrix = [pixel](const unsigned char* from) {
+      return kPlanes ? rows_matrix(from, 2 * pixel)
+                     : columns_matrix(from, pixel * kBoxRow, Its::kPart);
+    };
+    const uint64_t b = matrix(image);
 #pragma unroll
     for (int product = 0; product < Its::kProducts; ++product) {
-      const uint64_t a = columns_matrix(grads + product * Its::kPart, pixel * kBoxRow, Its::kPart);
-      warpgroup_multiply<T, Its::kN, true, true>(sums[product], a, b, true);
+      const uint64_t a = matrix(grads + product * Its::kPart);
+      warpgroup_multiply<T, Its::kN, !kPlanes, !kPlanes>(sums[product], a, b, true);
     }
   }
   warpgroup_commit();
@@ -238,7 +248,7 @@ GDFAST_DEVICE void write_sums(const HopperWeightArguments& a, const float (&sums
   }
 }
 
-template <typename T, int kFilters, int kColumns>
+template <typename T, int kFilters, int kColumns, bool kPlanes>
 GDFAST_DEVICE void multiply_items(const HopperWeightArguments& a, int consumer) {
   using Its = HopperWeightTile<kFilters, kColumns>;
   using Ring = WeightRing<Its>;
@@ -271,7 +281,8 @@ GDFAST_DEVICE void multiply_items(const HopperWeightArguments& a, int consumer) 
     uint64_t* before = nullptr;
     for (int box = item.first_box; box < item.end_box; ++box, Ring::advance(place)) {
       barrier_wait(Ring::full(place), place.parity);
-      multiply_stage<T, Its>(sums, Ring::memory(place) + my_grads, Ring::memory(place) + my_image);
+      multiply_stage<T, Its, kPlanes>(sums, Ring::memory(place) + my_grads,
+                                      Ring::memory(place) + my_image);
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
       if (before != nullptr) arrive(before);
@@ -305,7 +316,7 @@ GDFAST_DEVICE void clear_rest(int box_pixels) {
 
 #endif
 
-template <typename T, int kFilters, int kColumns>
+template <typename T, int kFilters, int kColumns, bool kPlanes>
 GDFAST_KERNEL((HopperWeightTile<kFilters, kColumns>::kThreads), 1)
 conv2d_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const HopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
@@ -324,10 +335,10 @@ conv2d_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const HopperWeightArgument
   const int warpgroup = shuffle(warp_index() / 4, 0);
   if (warpgroup == 0) {
     give_registers<Its::kLoaderRegisters>();
-    if (warp_index() == 0) load_items<kFilters, kColumns>(a);
+    if (warp_index() == 0) load_items<kFilters, kColumns, kPlanes>(a);
   } else {
     take_registers<Its::kConsumerRegisters>();
-    multiply_items<T, kFilters, kColumns>(a, warpgroup - 1);
+    multiply_items<T, kFilters, kColumns, kPlanes>(a, warpgroup - 1);
   }
 #endif
 }

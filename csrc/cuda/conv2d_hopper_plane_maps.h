@@ -9,6 +9,8 @@
 
 namespace gdfast::cuda {
 
+constexpr int kPlanePixels = 64;  // of a box: one row of it
+
 // A tensor with its pixels first, as boxes of 64 of them by 64 channels.
 template <typename T>
 TensorMap plane_boxes(const char* op, const void* address, const HopperImage& image) {
@@ -16,7 +18,7 @@ TensorMap plane_boxes(const char* op, const void* address, const HopperImage& im
   const Axis channels = next_axis(pixels, image.channels, 2 * image.strides.c);
   const Axis n = next_axis(channels, image.N, 2 * image.strides.n);
   return tensor_map<T>(op, address, {pixels, channels, n, next_axis(n, 1, 0)},
-                       {kBoxRow / 2, 64, 1, 1});
+                       {kPlanePixels, 64, 1, 1});
 }
 
 // What the kernels ask of a problem that this one is not, or "".

@@ -37,7 +37,7 @@ from gdfast.backends.cuda_depthwise import depthwise_fits
 from gdfast.backends.cuda_grad_weight import GradWeight
 from gdfast.backends.cuda_hopper import CHUNK, HOPPER
 from gdfast.backends.cuda_hopper_float32 import HopperFloat32GradWeight
-from gdfast.backends.cuda_hopper_grad_weight import HopperGradWeight
+from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS, HopperGradWeight
 from gdfast.backends.cuda_hopper_halo import HALO
 from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_tiles import LARGEST, PADDED, SMALLEST, blocks_of, padded_query, splits
@@ -54,11 +54,13 @@ _READ = {
     "conv2d": ("input",), "conv2d_grad_input": ("output",),
     "conv2d_grad_weight": ("input", "output"),
 }  # fmt: skip
+# Ways that read 16 bytes at a time by the TMA unit, and of those the ones that read NCHW.
+_BY_TMA = {
+    *HOPPER, *HALO, *PLANES, *BLOCKS, *PLANES_BLOCKS, *cuda_hopper_float32.TILES,
+    *cuda_hopper_float32.BLOCKS,
+}  # fmt: skip
+_OF_PLANES = {*PLANES, *PLANES_BLOCKS}
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
-_BY_TMA = (
-    HOPPER, HALO, PLANES, cuda_hopper_grad_weight.BLOCKS, cuda_hopper_float32.TILES,
-    cuda_hopper_float32.BLOCKS,
-)  # fmt: skip
 _FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
 _MOST = 2**31 - 1
 _MOST_STEP = 2**29  # rows and columns that kernels count with, padding included
@@ -129,7 +131,10 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if hopper_why_not(op, query):
         return ()
     if is_weight:
-        return cuda_hopper_grad_weight.candidates(query)
+        names = cuda_hopper_grad_weight.candidates(query)
+        if not planes_why_not(op, query):
+            names = *cuda_hopper_grad_weight.planes_candidates(query), *names
+        return names
     made = query.geometry.K if op == "conv2d" else query.geometry.C
     halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
     return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
@@ -250,10 +255,9 @@ def _problem(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, list[
     channels = {"input": g.C, "weight": g.C, "output": g.K}
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
-    by_tma = any(by in names for names in _BY_TMA)
     is_grouped = by in cuda_grouped.BINDINGS
-    unscattered = _at_16 if by_tma or is_grouped else _as_it_is
-    few = 0 if is_grouped else _MOST if by in PLANES else _FEW
+    unscattered = _at_16 if by in _BY_TMA or is_grouped else _as_it_is
+    few = 0 if is_grouped else _MOST if by in _OF_PLANES else _FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
         copies.append(cuda_layout.channels_last if scattered else unscattered)
@@ -543,7 +547,7 @@ def conv2d_grad_weight(
     if by.endswith(PADDED):
         return _padded_grad_weight(query, by.removesuffix(PADDED))
     problem, copies = _problem(query, "input", "output", by=by)
-    if by in cuda_hopper_grad_weight.BLOCKS:
+    if by in (*BLOCKS, *PLANES_BLOCKS):
         return HopperGradWeight(query, problem, copies, _way(query, SMALLEST), by)
     if by in cuda_hopper_float32.BLOCKS:
         tiled = GradWeight(query, problem, copies, _way(query, LARGEST), splits(query, LARGEST))

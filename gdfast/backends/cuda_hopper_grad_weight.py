@@ -19,6 +19,12 @@ BLOCKS = {
     "hopper-64x576": (64, 576), "hopper-128x192": (128, 192), "hopper-128x128": (128, 128),
     "hopper-128x256": (128, 256), "hopper-256x128": (256, 128),
 }  # fmt: skip
+# Those that read images in NCHW, for 1x1 convolutions.
+PLANES_BLOCKS = {
+    name.replace("hopper", "hopper-planes"): block
+    for name, block in BLOCKS.items()
+    if block != (64, 576)
+}
 _BOX = 64  # filters or channels
 
 
@@ -41,15 +47,21 @@ def candidates(query: Conv2dQuery) -> tuple[str, ...]:
     return tuple(worth)
 
 
+def planes_candidates(query: Conv2dQuery) -> tuple[str, ...]:
+    """Likewise of the blocks that read images in NCHW."""
+    blocks = {BLOCKS[name] for name in candidates(query)}
+    return tuple(name for name, block in PLANES_BLOCKS.items() if block in blocks)
+
+
 class HopperGradWeight(GradWeight):
-    """A kernel for one query, in a block of `BLOCKS`."""
+    """A kernel for one query, in a block of `BLOCKS` or `PLANES_BLOCKS`."""
 
     def __init__(
         self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
         name: str,
     ) -> None:  # fmt: skip
         assert native.cuda is not None
-        self._block = BLOCKS[name]
+        self._block = BLOCKS.get(name) or PLANES_BLOCKS[name]
         multiprocessors = cuda_tiles.multiprocessors(query.device)
         parts = native.cuda.conv2d_grad_weight_hopper_splits(problem, *self._block, multiprocessors)
         super().__init__(query, problem, copies, way, parts)
