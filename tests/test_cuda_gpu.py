@@ -40,6 +40,17 @@ def test_ordinary_tensors_spare_the_dispatcher() -> None:
     assert not are_ordinary(torch.view_as_complex(tensor).conj().imag)  # negated
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_gradients_of_an_activation_stay_on_the_gpu(activation: str) -> None:
+    input, weight = (torch.randn(4, 4, size, size, device="cuda") for size in (8, 3))
+    results = []
+    for backend in ("cuda", "reference"):
+        leaves = [x.detach().requires_grad_() for x in (input, weight)]
+        output = ops.conv2d_act(*leaves, activation=activation, backend=backend)
+        results.append(torch.autograd.grad(output.square().sum(), leaves))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", RESNET50, ids=str)
 def test_layers_of_resnet50(case: Conv2dCase) -> None:
     case = case.with_batch(2)

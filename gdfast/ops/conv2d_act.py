@@ -172,7 +172,11 @@ def _activation_gradient(
     ):  # fmt: skip
         # The output's own gradient in this is 0.
         return activation_gradient(grad, output.detach(), activation, slope)
-    into = memory.empty_strided(output.shape, output.stride(), output.dtype)
+    size, strides, dtype = output.shape, output.stride(), output.dtype
+    if output.device.type == "cpu":
+        into = memory.empty_strided(size, strides, dtype)
+    else:
+        into = torch.empty_strided(size, strides, dtype=dtype, device=output.device)
     return activation_gradient_of_output(grad, output, activation, slope, into)
 
 
