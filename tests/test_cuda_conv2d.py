@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, ops
-from gdfast.backends import cuda_conv2d, cuda_tiles
+from gdfast.backends import cuda_conv2d, cuda_problem, cuda_tiles
 from gdfast.backends.activation import activate
 from gdfast.bench.cases import ODD, Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
@@ -367,7 +367,7 @@ def test_nothing_is_written_beside_the_outputs(name: str, cuda_device: torch.dev
         whole, view = with_gaps(shape, cuda_device)
         layout = [values[n].stride() for n in ("input", "weight", "grad")]
         layout[place] = view.stride()
-        problem, _ = cuda_conv2d._problem(replace(query_of(case, values), strides=tuple(layout)))
+        problem, _ = cuda_problem.problem_of(replace(query_of(case, values), strides=tuple(layout)))
         way = native.cuda.Conv2dWay("tf32x3", "64x64")
         input, weight, bias, grad = (tensor.data_ptr() for tensor in values.values())
         workspace = torch.empty(3 * 4 * (case.K + weight_numel(case)), dtype=torch.uint8).to(
@@ -423,7 +423,7 @@ def test_what_bindings_refuse(cuda_device: torch.device) -> None:
         native.cuda.Conv2dWay("tf32", "8x8")
     case = BY_NAME["same-3x3"]
     query = query_of(case, tensors_of(case, torch.float32, True, cuda_device))
-    problem, _ = cuda_conv2d._problem(query)
+    problem, _ = cuda_problem.problem_of(query)
     way = native.cuda.Conv2dWay("tf32", "64x64")
     with pytest.raises(ValueError, match="splits: expected 1 to 65535, got 0"):
         native.cuda.conv2d_grad_weight(problem, way, 0, 0, 0, 0, 0, 0, 0, 0)

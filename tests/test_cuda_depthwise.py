@@ -11,7 +11,7 @@ import torch
 from test_cuda_conv2d import check, passes, query_of, tensors_of
 
 import gdfast
-from gdfast.backends import cuda_conv2d, cuda_depthwise
+from gdfast.backends import cuda_candidates, cuda_depthwise, cuda_problem
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.bench.cases import ODD, Conv2dCase
@@ -69,7 +69,8 @@ def test_every_pass(case: Conv2dCase, channels_last: bool, cuda_device: torch.de
     values = tensors_of(case, torch.float32, channels_last, cuda_device)
     query = query_of(case, values)
     names = {
-        name.removesuffix(cuda_conv2d.TURNED) for name in cuda_conv2d.candidates("conv2d", query)
+        name.removesuffix(cuda_problem.TURNED)
+        for name in cuda_candidates.candidates("conv2d", query)
     }
     assert names == {cuda_depthwise.NAME}
     check(case, values, passes(case, values, "cuda"))

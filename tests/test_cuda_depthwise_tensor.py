@@ -9,7 +9,7 @@ import torch
 from test_cuda_conv2d import check, passes, query_of, tensors_of
 from torch import Tensor
 
-from gdfast.backends import Conv2dActQuery, cuda_conv2d, cuda_depthwise
+from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d, cuda_depthwise
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench.cases import Conv2dCase
 
@@ -62,7 +62,7 @@ def small_integers(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -
 def ours(case: Conv2dCase, values: dict[str, Tensor], by: str = TENSOR) -> tuple[Tensor, ...]:
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    assert not cuda_conv2d.depthwise_tensor_why_not(query)
+    assert not cuda_candidates.depthwise_tensor_why_not(query)
     return (
         cuda_conv2d.conv2d(query, by)(input, weight, bias),
         cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
@@ -230,12 +230,12 @@ def test_what_it_does_not_take(
     cuda_device: torch.device,
 ) -> None:  # fmt: skip
     query = query_of(case, tensors_of(case, dtype, channels_last, cuda_device))
-    assert reason in cuda_conv2d.depthwise_tensor_why_not(query)
-    assert TENSOR not in cuda_conv2d.candidates("conv2d", query)
+    assert reason in cuda_candidates.depthwise_tensor_why_not(query)
+    assert TENSOR not in cuda_candidates.candidates("conv2d", query)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_it_is_the_first_candidate(op: str, cuda_device: torch.device) -> None:
     query = query_of(CASES[0], tensors_of(CASES[0], torch.float16, True, cuda_device))
-    first, *_, last = cuda_conv2d.candidates(op, query)
+    first, *_, last = cuda_candidates.candidates(op, query)
     assert (first, last) == (TENSOR, cuda_depthwise.NAME)

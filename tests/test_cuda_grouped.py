@@ -10,7 +10,7 @@ from test_cuda_conv2d import check, passes, query_of, tensors_of
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import Conv2dActQuery, cuda_conv2d
+from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d
 from gdfast.backends.activation import activate
 from gdfast.bench.cases import Conv2dCase
 
@@ -55,7 +55,7 @@ def ours(case: Conv2dCase, values: dict[str, Tensor], way: str = "grouped") -> t
     """All three passes, the gradient of the input by tiles where the stride is not 1."""
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    by = {op: "" if cuda_conv2d.grouped_why_not(op, query, way) else way for op in OPS}
+    by = {op: "" if cuda_candidates.grouped_why_not(op, query, way) else way for op in OPS}
     assert by["conv2d"] and by["conv2d_grad_weight"]
     steps = query.geometry.stride if max(case.output_shape[2:]) > 1 else (1, 1)
     assert bool(by["conv2d_grad_input"]) == (steps == (1, 1)) or case.name.endswith("over-image")
@@ -102,7 +102,7 @@ def test_other_layouts(case: Conv2dCase, cuda_device: torch.device) -> None:
     results = cuda_conv2d.conv2d_grad_weight(query_of(case, read), "grouped")(grad, input, True)
     for result, right in zip(results, expected[2:], strict=True):
         assert torch.equal(result, right)
-    assert "channels_last" in cuda_conv2d.grouped_why_not("conv2d", query_of(case, read))
+    assert "channels_last" in cuda_candidates.grouped_why_not("conv2d", query_of(case, read))
     # A gradient with strides of 0, as y.sum().backward() gives it, is copied too.
     values["grad"] = grad[:1, :, :1, :1].expand(case.output_shape)
     exact = passes(case, {name: t.double() for name, t in values.items()}, "reference")
@@ -193,7 +193,7 @@ def test_what_it_does_not_take(
     case: Conv2dCase, dtype: torch.dtype, reason: str, cuda_device: torch.device
 ) -> None:
     query = query_of(case, tensors_of(case, dtype, True, cuda_device))
-    assert reason in cuda_conv2d.grouped_why_not("conv2d", query)
+    assert reason in cuda_candidates.grouped_why_not("conv2d", query)
 
 
 def test_it_is_the_first_choice_on_a_gpu(
@@ -203,7 +203,7 @@ def test_it_is_the_first_choice_on_a_gpu(
     query = query_of(CASES[0], tensors_of(CASES[0], torch.float16, True, cuda_device))
     query = replace(query, device=torch.device("cuda", 0))
     for op in (*OPS, "conv2d_act"):
-        first, *others = cuda_conv2d.candidates(op, query)
+        first, *others = cuda_candidates.candidates(op, query)
         assert first == "grouped"
         assert "64x64" in others
 

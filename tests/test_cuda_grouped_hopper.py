@@ -10,7 +10,7 @@ from test_cuda_conv2d import check, passes, query_of, tensors_of
 from test_cuda_grouped import OPS, ours, small_integers
 
 from gdfast import native
-from gdfast.backends import Conv2dActQuery, cuda_conv2d
+from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d
 from gdfast.backends.activation import activate
 from gdfast.bench.cases import Conv2dCase
 
@@ -131,7 +131,7 @@ def test_what_is_not_finite_stays_in_its_group(
 )
 def test_what_it_does_not_take(case: Conv2dCase, reason: str, hopper: torch.device) -> None:
     query = query_of(case, tensors_of(case, torch.float16, True, hopper))
-    assert reason in cuda_conv2d.grouped_why_not("conv2d", query, HOPPER)
+    assert reason in cuda_candidates.grouped_why_not("conv2d", query, HOPPER)
 
 
 def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
@@ -139,7 +139,7 @@ def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
     query = query_of(case, tensors_of(case, torch.float16, True, hopper))
     query = replace(query, device=torch.device("cuda", 0))
     for op in (*OPS, "conv2d_act"):
-        assert cuda_conv2d.candidates(op, query)[:2] == (HOPPER, "grouped")
+        assert cuda_candidates.candidates(op, query)[:2] == (HOPPER, "grouped")
 
 
 @pytest.mark.parametrize("splits", [1, 3])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from test_cuda_conv2d import query_of
 from torch import Tensor
 
-from gdfast.backends import cuda_conv2d
+from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -71,11 +71,11 @@ def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device)
     values = tensors(case, dtype, device)
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    assert cuda_conv2d.hopper_why_not("conv2d", query) == ""
+    assert cuda_candidates.hopper_why_not("conv2d", query) == ""
     output = cuda_conv2d.conv2d(query, name)(input, weight, bias)
     exact = F.conv2d(input.double(), weight.double(), bias.double(), **window(case))
     assert torch.equal(output, exact.to(dtype))
-    assert cuda_conv2d.hopper_why_not("conv2d_grad_input", query) == ""
+    assert cuda_candidates.hopper_why_not("conv2d_grad_input", query) == ""
     grad_input = cuda_conv2d.conv2d_grad_input(query, name)(grad, weight)
     exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double(), **window(case))
     assert torch.equal(grad_input, exact.to(dtype))
@@ -166,7 +166,7 @@ def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
     values["input"] = odd.copy_(values["input"])
     values["weight"] = values["weight"].contiguous()
     query = query_of(case, values)
-    assert cuda_conv2d.hopper_why_not("conv2d", query) == ""
+    assert cuda_candidates.hopper_why_not("conv2d", query) == ""
     output = cuda_conv2d.conv2d(query, "hopper")(values["input"], values["weight"], None)
     assert torch.equal(output, exact.half())
 
@@ -200,12 +200,12 @@ REFUSED = {
 def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) -> None:
     query = query_of(REFUSED[words], tensors(REFUSED[words], torch.bfloat16, hopper))
     for op in ("conv2d", "conv2d_grad_input"):
-        assert cuda_conv2d.hopper_why_not(op, query) == f"it takes {words}"
+        assert cuda_candidates.hopper_why_not(op, query) == f"it takes {words}"
 
 
 def test_it_takes_half_types_alone(hopper: torch.device) -> None:
     query = query_of(CASES[0], tensors(CASES[0], torch.float32, hopper))
-    assert cuda_conv2d.hopper_why_not("conv2d", query) == "it takes half types"
+    assert cuda_candidates.hopper_why_not("conv2d", query) == "it takes half types"
 
 
 @pytest.mark.parametrize("variable", [None, "0", "1"])
@@ -216,8 +216,8 @@ def test_it_is_a_candidate_unless_left_out(
     if variable is not None:
         monkeypatch.setenv("GDFAST_HOPPER", variable)
     query = query_of(CASES[0], tensors(CASES[0], torch.bfloat16, hopper))
-    found = [name for name in cuda_conv2d.candidates("conv2d", query) if name in HOPPER]
+    found = [name for name in cuda_candidates.candidates("conv2d", query) if name in HOPPER]
     # The simulator's times tell nothing.
     left_out = variable == "0" or hopper.type != "cuda"
     assert found == ([] if left_out else ["hopper-64", "hopper-128", "hopper-128-tall"])
-    assert len(cuda_conv2d.candidates("conv2d", query)) > len(found)
+    assert len(cuda_candidates.candidates("conv2d", query)) > len(found)

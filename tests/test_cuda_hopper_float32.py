@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, optim
-from gdfast.backends import cuda_conv2d, cuda_hopper_float32
+from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_hopper_float32, cuda_problem
 from gdfast.backends.cuda_hopper_float32 import BLOCKS, TILES
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
@@ -61,7 +61,7 @@ def by_definition(op: str, case: Conv2dCase, values: dict[str, Tensor]) -> Tenso
 
 def by_kernel(op: str, case: Conv2dCase, values: dict[str, Tensor], name: str) -> Tensor:
     query = query_of(case, values)
-    assert cuda_conv2d.hopper_float32_why_not(op, query) == ""
+    assert cuda_candidates.hopper_float32_why_not(op, query) == ""
     input, weight, grad = values["input"], values["weight"], values["grad"]
     if op == "conv2d":
         return cuda_conv2d.conv2d(query, name)(input, weight, None)
@@ -284,19 +284,19 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_it_does_not_take_has_a_reason(words: str, op: str, hopper: torch.device) -> None:
     query = query_of(REFUSED[words], random(REFUSED[words], hopper))
-    assert cuda_conv2d.hopper_float32_why_not(op, query) == f"it takes {words}"
+    assert cuda_candidates.hopper_float32_why_not(op, query) == f"it takes {words}"
 
 
 @pytest.mark.parametrize("op", READ)
 def test_it_takes_float32_alone(op: str, hopper: torch.device) -> None:
     values = tensors_of(CASES[0], torch.bfloat16, True, hopper)
     query = query_of(CASES[0], values)
-    assert cuda_conv2d.hopper_float32_why_not(op, query) == "it takes float32"
+    assert cuda_candidates.hopper_float32_why_not(op, query) == "it takes float32"
 
 
 def test_tiles_and_blocks_have_to_be_ones_that_there_are(hopper: torch.device) -> None:
     values = random(CASES[0], hopper)
-    problem, _ = cuda_conv2d._problem(query_of(CASES[0], values), "input", "output")
+    problem, _ = cuda_problem.problem_of(query_of(CASES[0], values), "input", "output")
     with pytest.raises(ValueError, match=r"conv2d_hopper_float32: tile: expected .*, got 64 x"):
         native.cuda.conv2d_hopper_float32(problem, 64, 64, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"grad_weight_hopper_float32: block: expected .*, got 64"):
@@ -314,7 +314,7 @@ def test_it_is_a_candidate_where_tf32_is_not_allowed(
         gdfast.precision(precision),
         torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32),
     ):
-        found = [name for name in cuda_conv2d.candidates(op, query) if "bf16x6" in name]
+        found = [name for name in cuda_candidates.candidates(op, query) if "bf16x6" in name]
     # The simulator's times tell nothing.
     assert bool(found) == (not tf32 and hopper.type == "cuda")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, optim
-from gdfast.backends import cuda_conv2d, cuda_hopper_grad_weight
+from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_hopper_grad_weight, cuda_problem
 from gdfast.backends.cuda_hopper_grad_weight import BLOCKS
 from gdfast.bench.cases import Conv2dCase
 
@@ -49,7 +49,7 @@ def exact_gradient(case: Conv2dCase, values: dict[str, Tensor]) -> Tensor:
 def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device) -> None:
     values = tensors(case, dtype, device)
     query = query_of(case, values)
-    assert cuda_conv2d.hopper_why_not("conv2d_grad_weight", query) == ""
+    assert cuda_candidates.hopper_why_not("conv2d_grad_weight", query) == ""
     kernel = cuda_conv2d.conv2d_grad_weight(query, name)
     grad_weight, grad_bias = kernel(values["grad"], values["input"], False)
     assert grad_bias is None
@@ -100,7 +100,7 @@ def test_tensors_at_any_address_and_in_any_layout(hopper: torch.device) -> None:
     values["input"] = odd.copy_(values["input"])
     values["grad"], values["weight"] = values["grad"].contiguous(), values["weight"].contiguous()
     query = query_of(case, values)
-    assert cuda_conv2d.hopper_why_not("conv2d_grad_weight", query) == ""
+    assert cuda_candidates.hopper_why_not("conv2d_grad_weight", query) == ""
     kernel = cuda_conv2d.conv2d_grad_weight(query, "hopper-128x128")
     grad_weight, _ = kernel(values["grad"], values["input"], False)
     assert grad_weight.stride() == values["weight"].stride() and torch.equal(grad_weight, exact)
@@ -155,12 +155,12 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) -> None:
     query = query_of(REFUSED[words], tensors(REFUSED[words], torch.bfloat16, hopper))
-    assert cuda_conv2d.hopper_why_not("conv2d_grad_weight", query) == f"it takes {words}"
+    assert cuda_candidates.hopper_why_not("conv2d_grad_weight", query) == f"it takes {words}"
 
 
 def test_it_takes_half_types_alone(hopper: torch.device) -> None:
     query = query_of(CASES[0], tensors(CASES[0], torch.float32, hopper))
-    assert cuda_conv2d.hopper_why_not("conv2d_grad_weight", query) == "it takes half types"
+    assert cuda_candidates.hopper_why_not("conv2d_grad_weight", query) == "it takes half types"
 
 
 def test_a_block_has_to_be_one_that_there_is(hopper: torch.device) -> None:
@@ -185,7 +185,7 @@ def test_splits(
     case: Conv2dCase, multiprocessors: int, splits: int, cuda_device: torch.device
 ) -> None:
     query = query_of(case, tensors_without_memory(case))
-    problem, _ = cuda_conv2d._problem(query, "input", "output")
+    problem, _ = cuda_problem.problem_of(query, "input", "output")
     guess = native.cuda.conv2d_grad_weight_hopper_splits(problem, 64, 576, multiprocessors)
     assert guess == splits
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_cuda_conv2d import query_of
 from test_cuda_hopper import ACTIVATIONS, DTYPES, tensors, window
 
-from gdfast.backends import cuda_conv2d
+from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.backends.cuda_hopper_halo import HALO
 from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
@@ -45,7 +45,7 @@ def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device)
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
     for op in ("conv2d", "conv2d_grad_input"):
-        assert cuda_conv2d.halo_why_not(op, query, name) == ""
+        assert cuda_candidates.halo_why_not(op, query, name) == ""
     output = cuda_conv2d.conv2d(query, name)(input, weight, bias)
     exact = F.conv2d(input.double(), weight.double(), bias.double(), **window(case))
     assert torch.equal(output, exact.to(dtype))
@@ -129,7 +129,7 @@ REFUSED = {
 def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) -> None:
     query = query_of(REFUSED[words], tensors(REFUSED[words], torch.bfloat16, hopper))
     for op in ("conv2d", "conv2d_grad_input"):
-        assert cuda_conv2d.halo_why_not(op, query, "hopper-halo-64") == f"it takes {words}"
+        assert cuda_candidates.halo_why_not(op, query, "hopper-halo-64") == f"it takes {words}"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) ->
 def test_it_is_a_candidate(channels: int, names: list[str], hopper: torch.device) -> None:
     case = Conv2dCase("3x3", 1, 64, 8, 8, channels, 3, 3, padding=(1, 1))
     query = query_of(case, tensors(case, torch.bfloat16, hopper))
-    found = cuda_conv2d.candidates("conv2d", query)
+    found = cuda_candidates.candidates("conv2d", query)
     # The simulator's times tell nothing.
     assert [name for name in found if name in names] == (names if hopper.type == "cuda" else [])
     assert "hopper-halo-128" not in found or "hopper-halo-128" in names

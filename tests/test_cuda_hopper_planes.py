@@ -12,7 +12,7 @@ from test_cuda_hopper import ACTIVATIONS, DTYPES, tensors
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_conv2d
+from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.backends.cuda_hopper_grad_weight import PLANES_BLOCKS
 from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_tiles import multiprocessors
@@ -41,11 +41,11 @@ def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device)
     values = planes(tensors(case, dtype, device))
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    assert cuda_conv2d.planes_why_not("conv2d", query) == ""
+    assert cuda_candidates.planes_why_not("conv2d", query) == ""
     output = cuda_conv2d.conv2d(query, name)(input, weight, bias)
     exact = F.conv2d(input.double(), weight.double(), bias.double())
     assert output.is_contiguous() and torch.equal(output, exact.to(dtype))
-    assert cuda_conv2d.planes_why_not("conv2d_grad_input", query) == ""
+    assert cuda_candidates.planes_why_not("conv2d_grad_input", query) == ""
     grad_input = cuda_conv2d.conv2d_grad_input(query, name)(grad, weight)
     exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double())
     assert grad_input.is_contiguous() and torch.equal(grad_input, exact.to(dtype))
@@ -112,19 +112,19 @@ def test_what_it_does_not_take_has_a_reason(words: str, hopper: torch.device) ->
     case = REFUSED[words]
     query = query_of(case, planes(tensors(case, torch.bfloat16, hopper)))
     for op in ("conv2d", "conv2d_grad_input"):
-        assert cuda_conv2d.planes_why_not(op, query) == f"it takes {words}"
+        assert cuda_candidates.planes_why_not(op, query) == f"it takes {words}"
 
 
 def test_it_takes_no_images_in_channels_last(hopper: torch.device) -> None:
     query = query_of(CASES[0], tensors(CASES[0], torch.bfloat16, hopper))
-    assert cuda_conv2d.planes_why_not("conv2d", query).startswith("it takes input: NCHW")
+    assert cuda_candidates.planes_why_not("conv2d", query).startswith("it takes input: NCHW")
 
 
 @pytest.mark.parametrize("channels", [64, 128, 200])
 def test_it_is_a_candidate(channels: int, hopper: torch.device) -> None:
     case = Conv2dCase("1x1", 1, 64, 8, 8, channels, 1, 1)
     query = query_of(case, planes(tensors(case, torch.bfloat16, hopper)))
-    found = [name for name in cuda_conv2d.candidates("conv2d", query) if name in PLANES]
+    found = [name for name in cuda_candidates.candidates("conv2d", query) if name in PLANES]
     # The simulator's times tell nothing.
     expected = [name for name, tile in PLANES.items() if tile[0] < 2 * channels]
     assert found == (expected if hopper.type == "cuda" else [])
@@ -147,7 +147,7 @@ def test_the_gradient_of_the_weight(
 ) -> None:  # fmt: skip
     values = planes(tensors(case, torch.bfloat16, hopper))
     query = query_of(case, values)
-    assert cuda_conv2d.planes_why_not("conv2d_grad_weight", query) == ""
+    assert cuda_candidates.planes_why_not("conv2d_grad_weight", query) == ""
     kernel = cuda_conv2d.conv2d_grad_weight(query, name)
     kernel.parts = splits
     kernel._bytes = {False: native.cuda.conv2d_grad_weight_workspace(kernel.problem, splits, False)}
@@ -160,9 +160,9 @@ def test_the_gradient_of_the_weight(
 
 def test_the_gradient_of_the_weight_is_not_for_other_layouts(hopper: torch.device) -> None:
     op, values = "conv2d_grad_weight", tensors(CASES[1], torch.bfloat16, hopper)
-    assert "NCHW" in cuda_conv2d.planes_why_not(op, query_of(CASES[1], values))
+    assert "NCHW" in cuda_candidates.planes_why_not(op, query_of(CASES[1], values))
     odd = Conv2dCase("C", 1, 12, 8, 8, 16, 1, 1)
-    reason = cuda_conv2d.planes_why_not(
+    reason = cuda_candidates.planes_why_not(
         op, query_of(odd, planes(tensors(odd, torch.bfloat16, hopper)))
     )
     assert reason == "it takes input: channels in eights"

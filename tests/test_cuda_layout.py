@@ -9,7 +9,14 @@ import torch
 from test_batch_norm import strides
 from test_cuda_conv2d import by_tile, check, query_of, tensors_of
 
-from gdfast.backends import cuda_conv2d, cuda_depthwise, cuda_layout, cuda_tiles
+from gdfast.backends import (
+    cuda_candidates,
+    cuda_conv2d,
+    cuda_depthwise,
+    cuda_layout,
+    cuda_problem,
+    cuda_tiles,
+)
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -64,7 +71,7 @@ def test_what_is_not_dense(cuda_device: torch.device) -> None:
 def test_convolution_in_channels_last(dtype: torch.dtype, cuda_device: torch.device) -> None:
     case = Conv2dCase("nchw", 2, 24, 6, 5, 40, 3, 3, (2, 1), (1, 1), (1, 1), 1)
     values = tensors_of(case, dtype, False, cuda_device)
-    turned = cuda_tiles.SMALLEST + cuda_conv2d.TURNED
+    turned = cuda_tiles.SMALLEST + cuda_problem.TURNED
     query, (input, weight, bias, grad) = query_of(case, values), values.values()
     kernel = cuda_conv2d.conv2d(query, turned)
     assert isinstance(kernel, cuda_conv2d.Kernel)
@@ -90,7 +97,7 @@ def test_depthwise_in_channels_last(
 ) -> None:
     case = Conv2dCase("nchw", 2, 24, 6, 5, 24, 3, 3, (1, 1), (1, 1), (1, 1), 24)
     values = tensors_of(case, dtype, False, cuda_device)
-    turned = way + cuda_conv2d.TURNED
+    turned = way + cuda_problem.TURNED
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check(case, values, by_tile(case, values, turned))
 
@@ -104,14 +111,14 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
         query = query_of(
             sizes, tensors_of(sizes, torch.bfloat16, channels_last, torch.device("cpu"))
         )
-        return cuda_conv2d.candidates(op, replace(query, device=torch.device("cuda")))
+        return cuda_candidates.candidates(op, replace(query, device=torch.device("cuda")))
 
     for op in ("conv2d", "conv2d_act", "conv2d_grad_input"):
         tiles = candidates(op, True)
         *turned, direct = candidates(op, False)
-        assert turned == [tile + cuda_conv2d.TURNED for tile in tiles]
+        assert turned == [tile + cuda_problem.TURNED for tile in tiles]
         assert direct in cuda_tiles.TILES
-        assert not any(name.endswith(cuda_conv2d.TURNED) for name in candidates(op, False, True))
+        assert not any(name.endswith(cuda_problem.TURNED) for name in candidates(op, False, True))
     assert candidates("conv2d_grad_weight", False) == candidates("conv2d_grad_weight", True)
 
 
@@ -120,7 +127,7 @@ def test_candidates_of_depthwise_nchw(op: str) -> None:
     ways = cuda_depthwise.WAYS
     if op == "conv2d_grad_weight":
         ways = ways[0], ways[2]
-    turned = tuple(name + cuda_conv2d.TURNED for name in ways)
+    turned = tuple(name + cuda_problem.TURNED for name in ways)
     in_place = (cuda_depthwise.NAME,)
     for batch, channels_last, expected in (
         (64, False, turned + in_place), (1, False, in_place + turned),
@@ -129,4 +136,4 @@ def test_candidates_of_depthwise_nchw(op: str) -> None:
         case = Conv2dCase("", batch, 32, 24, 24, 32, 3, 3, (1, 1), (1, 1), (1, 1), 32)
         values = tensors_of(case, torch.bfloat16, channels_last, torch.device("cpu"))
         query = replace(query_of(case, values), device=torch.device("cuda"))
-        assert cuda_conv2d.candidates(op, query) == expected
+        assert cuda_candidates.candidates(op, query) == expected

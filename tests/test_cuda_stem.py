@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, nn
-from gdfast.backends import cuda_conv2d, cuda_stem, cuda_tiles
+from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_problem, cuda_stem, cuda_tiles
 from gdfast.backends.activation import activate
 from gdfast.bench.cases import Conv2dCase
 
@@ -306,10 +306,10 @@ def test_a_candidate_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_tiles, "multiprocessors", lambda device: 132)
     image = on_a_gpu(Conv2dCase("", 64, 3, 224, 224, 64, 7, 7, (2, 2), (3, 3)))
     for op in ("conv2d", "conv2d_act", "conv2d_grad_weight"):
-        names = cuda_conv2d.candidates(op, image)
+        names = cuda_candidates.candidates(op, image)
         assert names[0] == "stem", op
         assert "128x64-padded" in names, op
-    assert "stem" not in cuda_conv2d.candidates("conv2d_grad_input", image)
+    assert "stem" not in cuda_candidates.candidates("conv2d_grad_input", image)
     assert cuda_stem.tiles_of_block(image) == 7
     assert cuda_stem.splits(image) == 264
     small = on_a_gpu(Conv2dCase("", 1, 3, 16, 16, 64, 3, 3, (1, 1), (1, 1)))
@@ -322,7 +322,7 @@ def test_shared_memory_is_what_was_counted(
     case: Conv2dCase, dtype: torch.dtype, cuda_device: torch.device
 ) -> None:
     query = query_of(case, tensors_of(case, dtype, True, cuda_device))
-    bytes = native.cuda.conv2d_stem_shared_bytes(cuda_conv2d._problem(query)[0])
+    bytes = native.cuda.conv2d_stem_shared_bytes(cuda_problem.problem_of(query)[0])
     assert bytes <= cuda_stem.shared_bytes(query) <= 1.4 * bytes
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gdfast.backends import cuda_conv2d, cuda_tiles
+from gdfast.backends import cuda_candidates, cuda_tiles
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
 from gdfast.geometry import Conv2dGeometry, dense_strides
@@ -78,4 +78,4 @@ def test_splits_fill_a_gpu(h100: None) -> None:
     ],
 )
 def test_what_the_kernels_do_not_count(case: Conv2dCase, reason: str) -> None:
-    assert reason in cuda_conv2d.why_not(on_a_gpu(case))
+    assert reason in cuda_candidates.why_not(on_a_gpu(case))

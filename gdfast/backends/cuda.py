@@ -10,8 +10,8 @@ from functools import cache
 import torch
 
 from gdfast import native
-from gdfast.backends import batch_norm, cuda_conv2d, cuda_stream, max_pool2d, sgd
-from gdfast.backends.cuda_conv2d import algorithm, candidates
+from gdfast.backends import batch_norm, cuda_candidates, cuda_conv2d, cuda_stream, max_pool2d, sgd
+from gdfast.backends.cuda_candidates import algorithm, candidates
 from gdfast.backends.cuda_tiles import machine
 from gdfast.backends.max_pool2d import MaxPool2dQuery
 from gdfast.backends.registry import Backend, BatchNormQuery, Conv2dQuery, Query
@@ -45,7 +45,7 @@ def why_not(query: Query) -> str:
     if query.layout is not torch.strided:
         return f"it takes dense tensors, not {query.layout}"
     if isinstance(query, Conv2dQuery):
-        return cuda_conv2d.why_not(query)
+        return cuda_candidates.why_not(query)
     if isinstance(query, BatchNormQuery):
         return batch_norm.cuda_why_not(query)
     if isinstance(query, MaxPool2dQuery):
