@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_cuda_conv2d import query_of
 from test_cuda_hopper import ACTIVATIONS, DTYPES, tensors, window
+from test_cuda_moments import joined
 
 from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.backends.cuda_hopper_halo import HALO
@@ -142,3 +143,56 @@ def test_it_is_a_candidate(channels: int, names: list[str], hopper: torch.device
     # The simulator's times tell nothing.
     assert [name for name in found if name in names] == (names if hopper.type == "cuda" else [])
     assert "hopper-halo-128" not in found or "hopper-halo-128" in names
+
+
+@pytest.mark.parametrize("name", HALO)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The last image or the last rows are not there; blocks have tiles of several channels, or
+        # of the same, and some consumers have none.
+        Conv2dCase("images", 5, 24, 7, 7, 200, 3, 3, padding=(1, 1)),
+        Conv2dCase("rows", 2, 16, 11, 44, 64, 3, 2, padding=(0, 1)),
+        Conv2dCase("one-tile", 1, 16, 6, 9, 8, 3, 3),
+    ],
+    ids=str,
+)
+def test_moments_of_the_output(
+    case: Conv2dCase, name: str, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for order in ("ascending", "descending"):
+        monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", order)
+        torch.manual_seed(0)
+        values = tensors(case, torch.bfloat16, hopper)
+        input, weight, bias, _ = values.values()
+        kernel = cuda_conv2d.conv2d(query_of(case, values), name)
+        output, moments = kernel.with_moments(input, weight, bias + 100)
+        results.append(moments)
+    assert torch.equal(output, kernel(input, weight, bias + 100))
+    count, mean, variance = joined(moments)
+    assert count == output[:, 0].numel()
+    exact = torch.var_mean(output.double(), (0, 2, 3), correction=0)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(mean, exact[1], rtol=4 * eps, atol=0)
+    torch.testing.assert_close(variance, exact[0], rtol=64 * eps, atol=0)
+    assert torch.equal(*results)
+
+
+def test_moments_of_what_is_not_finite_stay_in_their_channel(hopper: torch.device) -> None:
+    case = Conv2dCase("3x1", 2, 72, 9, 10, 72, 3, 1, padding=(1, 0))
+    values = tensors(case, torch.float16, hopper)
+    input, weight, _, _ = values.values()
+    weight[3, 5] = float("nan")
+    kernel = cuda_conv2d.conv2d(query_of(case, values), "hopper-halo-64")
+    moments = kernel.with_moments(input, weight, None)[1]
+    assert joined(moments)[2].isnan().nonzero().tolist() == [[3]]
+
+
+def test_there_are_no_moments_of_an_activation(hopper: torch.device) -> None:
+    values = tensors(CASES[0], torch.float16, hopper)
+    plainly = {f.name: getattr(query_of(CASES[0], values), f.name) for f in fields(Conv2dQuery)}
+    query = Conv2dActQuery(**plainly, activation="relu", negative_slope=0.0)
+    kernel = cuda_conv2d.conv2d(query, "hopper-halo-64")
+    output, moments = kernel.with_moments(values["input"], values["weight"], None)
+    assert moments is None and (output >= 0).all()

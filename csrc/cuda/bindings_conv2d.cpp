@@ -118,17 +118,26 @@ void bind_halo(py::module_& m) {
   m.def(
       "conv2d_halo",
       [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t input,
-         uintptr_t weight, uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
+         uintptr_t weight, uintptr_t bias, uintptr_t output, uintptr_t moments, int device,
+         uintptr_t stream) {
         const HaloTile tile = halo_tile(channels, one_box);
         launching(problem, [&] {
           conv2d_halo(problem, tile, pointer(input), pointer(weight), pointer(bias),
-                      pointer(output), {device, stream});
+                      pointer(output), pointer(moments), {device, stream});
         });
       },
       py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("input"),
-      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
+      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("moments"), py::arg("device"),
+      py::arg("stream"),
       "As conv2d, for problems that conv2d_halo_why_not has nothing against, in tiles of 64 or 128 "
       "channels; all taps share one box of pixels, or those of a column do.");
+  m.def(
+      "conv2d_halo_moment_splits",
+      [](const Conv2dProblem& problem, int channels, bool one_box, int device) {
+        return conv2d_halo_moment_splits(problem, halo_tile(channels, one_box), device);
+      },
+      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("device"),
+      "The first size of the moments that conv2d_halo writes; 0 where they are not worth it.");
   m.def(
       "conv2d_grad_input_halo",
       [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t grad_output,

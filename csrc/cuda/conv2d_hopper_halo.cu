@@ -62,7 +62,7 @@ void run(const char* op, const HaloPlan& plan, const HaloArguments& a, const Whe
 
 template <typename T, bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const HaloTile& tile, const void* image,
-         const void* weight, const void* bias, void* output, const Where& where) {
+         const void* weight, const void* bias, void* output, void* moments, const Where& where) {
   const HopperPass pass = halo_pass(p, kGradient);
   const HaloPlanner planner(pass, tile.channels, tile.one_box, multiprocessors(op), kLimits);
   const HaloPlan plan = planner.best();
@@ -95,6 +95,13 @@ void run(const char* op, const Conv2dProblem& p, const HaloTile& tile, const voi
   a.weights_at = kConsumers * a.result_bytes;
   a.boxes_at = a.weights_at + (a.kept_steps + a.weight_stages) * small(tile.channels) * kBoxRow;
   a.barriers_at = a.boxes_at + a.box_stages * a.stage_bytes;
+  a.moments = {static_cast<float*>(moments),
+               plan.blocks % channel_tiles == 0,
+               small(pass.out.N),
+               small(pass.out.H),
+               small(pass.out.W),
+               Divisor::of(plan.pitch),
+               Divisor::of(plan.out_h)};
   end_with(a, p.activation, p.negative_slope);
   const auto chosen = tile.channels == 64 ? run<T, 1, kGradient> : run<T, 2, kGradient>;
   chosen(op, plan, a, where);
@@ -132,12 +139,27 @@ std::string conv2d_halo_why_not(const Conv2dProblem& p, const HaloTile& tile, bo
   return most_tiles > kMost / 8 ? takes("fewer pixels") : "";
 }
 
+int64_t conv2d_halo_moment_splits(const Conv2dProblem& p, const HaloTile& tile, int device) {
+  constexpr int64_t kMostParts = 2048;  // one kernel joins them
+  if (p.activation != Activation::kNone) return 0;
+  const DeviceGuard guard("conv2d", device);
+  const HopperPass pass = halo_pass(p, false);
+  const HaloPlanner planner(pass, tile.channels, tile.one_box, multiprocessors("conv2d"), kLimits);
+  const HaloPlan plan = planner.best();
+  const int64_t channel_tiles = tiles_for(pass.out.channels, tile.channels);
+  const int64_t turns = tile.channels == 64 ? 2 : 1;
+  const int64_t parts =
+      plan.blocks % channel_tiles == 0 ? plan.blocks / channel_tiles * turns : plan.tiles;
+  return parts > kMostParts ? 0 : parts;
+}
+
 void conv2d_halo(const Conv2dProblem& p, const HaloTile& tile, const void* input,
-                 const void* weight, const void* bias, void* output, const Where& where) {
+                 const void* weight, const void* bias, void* output, void* moments,
+                 const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, tile, input, weight, bias, output, where);
+  chosen(kOp, p, tile, input, weight, bias, output, moments, where);
 }
 
 void conv2d_grad_input_halo(const Conv2dProblem& p, const HaloTile& tile, const void* grad_output,
@@ -145,7 +167,7 @@ void conv2d_grad_input_halo(const Conv2dProblem& p, const HaloTile& tile, const 
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, where);
+  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, nullptr, where);
 }
 
 }  // namespace gdfast::cuda

@@ -18,9 +18,14 @@ struct HaloTile {
 // looks at the geometry, dtype and strides; addresses must be multiples of 16 too.
 std::string conv2d_halo_why_not(const Conv2dProblem& problem, const HaloTile& tile, bool gradient);
 
-// output = activation(conv2d(input, weight) + bias); bias may be null.
+// output = activation(conv2d(input, weight) + bias); bias may be null. So may be `moments`
+// [splits, 3, K] in float32, which gets what a batch normalisation of output begins with
+// (moments.h); it is where there are no splits.
 void conv2d_halo(const Conv2dProblem& problem, const HaloTile& tile, const void* input,
-                 const void* weight, const void* bias, void* output, const Where& where);
+                 const void* weight, const void* bias, void* output, void* moments,
+                 const Where& where);
+// 0 where there is an activation, or more of them than one kernel joins.
+int64_t conv2d_halo_moment_splits(const Conv2dProblem& problem, const HaloTile& tile, int device);
 
 void conv2d_grad_input_halo(const Conv2dProblem& problem, const HaloTile& tile,
                             const void* grad_output, const void* weight, void* grad_input,

@@ -1,129 +1,13 @@
-// The kernel of conv2d_hopper_halo.cu: a block's loaders and its consumers, and how they share its
-// memory:
-//
-//   results    of each consumer, which are being written
-//   weights    of all steps, where they stay; else a ring, with those of a step each
-//   boxes      a ring, each with rows of zeros after it
-//   barriers
+// The kernel of conv2d_hopper_halo.cu: a block's loaders and its consumers.
 #pragma once
 
-#include "conv2d_hopper_ending.h"
-#include "conv2d_hopper_ring.h"
-#include "divisor.h"
+#include "conv2d_hopper_halo_memory.h"
+#include "conv2d_hopper_halo_moments.h"
 
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kMostBoxes = 4, kMostWeights = 8;  // stages
-
-// Taps along one axis: the positions, in rows or columns, from a tile's first to what the first
-// tap reads, and from one tap to the next.
-struct HaloTaps {
-  int count, shift, step;
-};
-
-struct HaloArguments {
-  TensorMap image, output, weight;
-  HaloTaps rows, columns;  // of a box
-  const void* bias;
-  int channels;  // of the output
-  Divisor tiles_h, tiles_channels;
-  int tiles;
-  int tile_n, tile_h;                         // a tile's images and rows
-  int sums;                                   // in units of kChannels
-  int boxes, box_h, box_w, box_step;          // where they begin: from the tile's rows, columns
-  int pitch;                                  // positions from row to row
-  int box_bytes, stage_bytes;                 // of a box; with the zeros after it
-  int result_bytes;                           // of a consumer
-  int weights_at, boxes_at, barriers_at;      // in shared memory
-  int box_stages, weight_stages, kept_steps;  // steps whose weights stay: all, or none
-  Ending ending;
-  bool zero_below;
-  float below, most;
-};
-
 #if defined(GDFAST_HOPPER)
-
-// The positions of a tile are the columns of its products, and channels their rows. Two consumers
-// share the box of a tile of 128 channels, and take tiles of 64 in turn.
-template <int kSharers>
-struct HaloMemory {
-  static constexpr int kMade = 64 * kSharers;
-  static constexpr int kWeights = kMade * kBoxRow;  // of a step
-  static constexpr int kTurns = kConsumers / kSharers;
-
-  GDFAST_DEVICE unsigned char* box(const HaloArguments& a, const Stage& stage) {
-    return shared_memory() + a.boxes_at + stage.index * a.stage_bytes;
-  }
-  GDFAST_DEVICE unsigned char* weights(const HaloArguments& a, int index) {
-    return shared_memory() + a.weights_at + index * kWeights;
-  }
-  GDFAST_DEVICE uint64_t* barrier(const HaloArguments& a, int index) {
-    return reinterpret_cast<uint64_t*>(shared_memory() + a.barriers_at) + index;
-  }
-  GDFAST_DEVICE uint64_t* box_full(const HaloArguments& a, const Stage& stage) {
-    return barrier(a, stage.index);
-  }
-  GDFAST_DEVICE uint64_t* box_empty(const HaloArguments& a, const Stage& stage) {
-    return barrier(a, kMostBoxes + stage.index);
-  }
-  GDFAST_DEVICE uint64_t* weights_full(const HaloArguments& a, const Stage& stage) {
-    return barrier(a, 2 * kMostBoxes + stage.index);
-  }
-  GDFAST_DEVICE uint64_t* weights_empty(const HaloArguments& a, const Stage& stage) {
-    return barrier(a, 2 * kMostBoxes + kMostWeights + stage.index);
-  }
-  // Says that a consumer may begin its next tile.
-  GDFAST_DEVICE uint64_t* turn(const HaloArguments& a, int consumer) {
-    return barrier(a, 2 * kMostBoxes + 2 * kMostWeights + consumer);
-  }
-
-  GDFAST_DEVICE void init_barriers(const HaloArguments& a) {
-    for (int stage = 0; stage < kMostBoxes; ++stage) {
-      barrier_init(box_full(a, {stage, 0}), 1);
-      barrier_init(box_empty(a, {stage, 0}), 4 * kSharers);  // warps
-    }
-    for (int stage = 0; stage < kMostWeights; ++stage) {
-      barrier_init(weights_full(a, {stage, 0}), 1);
-      barrier_init(weights_empty(a, {stage, 0}), 4 * kSharers);
-    }
-    for (int consumer = 0; consumer < kConsumers; ++consumer) barrier_init(turn(a, consumer), 4);
-    barriers_ready();
-  }
-
-  // The padding after a box's last row, and what positions read that are not written.
-  GDFAST_DEVICE void zero_after_boxes(const HaloArguments& a) {
-    for (int stage = 0; stage < a.box_stages; ++stage) {
-      unsigned char* const to = box(a, {stage, 0});
-      for (int at = a.box_bytes + 16 * static_cast<int>(threadIdx.x); at < a.stage_bytes;
-           at += 16 * kThreads) {
-        store_16(to + at, Pack16{});
-      }
-    }
-    stores_ready();
-  }
-};
-static_assert((2 * (kMostBoxes + kMostWeights) + kConsumers) * sizeof(uint64_t) <= kBarrierBytes,
-              "one for each");
-
-struct HaloPlace {
-  int n, h, channel;  // the first of each
-};
-
-template <int kMade>
-GDFAST_DEVICE HaloPlace halo_place(const HaloArguments& a, int index) {
-  const Divided channels = divide(index, a.tiles_channels),
-                h = divide(channels.quotient, a.tiles_h);
-  return {h.quotient * a.tile_n, h.rest * a.tile_h, channels.rest * kMade};
-}
-
-template <typename Each>
-GDFAST_DEVICE void for_each_halo_tile(const HaloArguments& a, Each&& each) {
-  for (int index = static_cast<int>(blockIdx.x); index < a.tiles;
-       index += static_cast<int>(gridDim.x)) {
-    each(index);
-  }
-}
 
 template <int kSharers>
 GDFAST_DEVICE void load_boxes(const HaloArguments& a) {
@@ -198,10 +82,11 @@ GDFAST_DEVICE void multiply_step(float (&sums)[kN / 2], const unsigned char* wei
   warpgroup_commit();
 }
 
-// Leaves a warp's 16 channels of all positions in the rows of a box of results.
-template <typename T, int kN, Ending kEnding>
+// Leaves a warp's 16 channels of all positions in the rows of a box of results, and adds them to
+// their moments.
+template <typename T, int kN, Ending kEnding, bool kMoments>
 GDFAST_DEVICE void keep_channels(const HaloArguments& a, const float (&sums)[kN / 2], int channel,
-                                 unsigned char* results) {
+                                 unsigned char* results, uint64_t pixels, ChannelMoments& moments) {
   const int lane = warp_lane(), warp = warp_index() % 4;
   float bias[2] = {0, 0};
   if constexpr (kEnding != Ending::kNone) {
@@ -220,8 +105,13 @@ GDFAST_DEVICE void keep_channels(const HaloArguments& a, const float (&sums)[kN 
     float values[4] = {sums[4 * eight], sums[4 * eight + 2], sums[4 * eight + 1],
                        sums[4 * eight + 3]};
     if constexpr (kEnding != Ending::kNone) finish<kEnding>(a, values, bias);
-    stmatrix_x2_transposed(to + eight * 8 * kBoxRow, pack_two<T>(values[0], values[2]),
-                           pack_two<T>(values[1], values[3]));
+    const uint32_t words[2] = {pack_two<T>(values[0], values[2]),
+                               pack_two<T>(values[1], values[3])};
+    stmatrix_x2_transposed(to + eight * 8 * kBoxRow, words[0], words[1]);
+    if constexpr (kMoments) {
+      if (eight == 0 && moments.count == 0) begin_moments<T>(words, moments);
+      add_positions<T>(words, static_cast<uint32_t>(pixels >> 2 * eight) & 3, moments);
+    }
   }
 }
 
@@ -229,7 +119,8 @@ GDFAST_DEVICE void keep_channels(const HaloArguments& a, const float (&sums)[kN 
 // memory is the consumer's again when it has been read.
 template <typename T, int kN, int kSharers, bool kGradient>
 GDFAST_DEVICE void write_positions(const HaloArguments& a, int index, const float (&sums)[kN / 2],
-                                   int consumer) {
+                                   int consumer, uint64_t pixels, ChannelMoments& moments) {
+  const bool with_moments = !kGradient && a.moments.parts != nullptr;
   unsigned char* const results = shared_memory() + consumer * a.result_bytes;
   const bool starts = threadIdx.x % kWarpgroup == 0;
   const auto meet = [consumer] { sync_threads_of(1 + consumer, kWarpgroup); };
@@ -237,12 +128,31 @@ GDFAST_DEVICE void write_positions(const HaloArguments& a, int index, const floa
   const int channel = place.channel + consumer % kSharers * kChannels;
   if (starts) stores_wait_read<0>();
   meet();
-  if (kGradient || a.ending == Ending::kNone) {
-    keep_channels<T, kN, Ending::kNone>(a, sums, channel, results);
+  const auto keep = [&](auto ending, auto with_moments) {
+    constexpr bool kMoments = decltype(with_moments)::value;
+    if constexpr (kMoments) pixels = pixels_of_tile(a, place, pixels);
+    keep_channels<T, kN, decltype(ending)::value, kMoments>(a, sums, channel, results, pixels,
+                                                            moments);
+    if constexpr (kMoments) moments.count += count_pixels(a, place);
+  };
+  using Without = std::false_type;
+  if (with_moments) {  // of a bias at most
+    using With = std::bool_constant<!kGradient>;
+    if (a.ending == Ending::kNone) {
+      keep(std::integral_constant<Ending, Ending::kNone>{}, With{});
+    } else {
+      keep(std::integral_constant<Ending, Ending::kLines>{}, With{});
+    }
+    if (!a.moments.of_blocks) {
+      write_moments(a, divide(index, a.tiles_channels).quotient, channel, moments);
+      moments.count = 0;
+    }
+  } else if (kGradient || a.ending == Ending::kNone) {
+    keep(std::integral_constant<Ending, Ending::kNone>{}, Without{});
   } else if (a.ending == Ending::kLines) {
-    keep_channels<T, kN, Ending::kLines>(a, sums, channel, results);
+    keep(std::integral_constant<Ending, Ending::kLines>{}, Without{});
   } else {
-    keep_channels<T, kN, Ending::kSilu>(a, sums, channel, results);
+    keep(std::integral_constant<Ending, Ending::kSilu>{}, Without{});
   }
   stores_ready();
   meet();
@@ -265,6 +175,9 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
   int number = 0;
   Stage box{0, 0}, weights{0, 0};
   float sums[kN / 2];
+  const bool with_moments = !kGradient && a.moments.parts != nullptr;
+  const uint64_t pixels = with_moments ? pixels_of_lane(a, kN) : 0;
+  ChannelMoments moments{};
   if (kept) barrier_wait(Memory::weights_full(a, weights), 0);
   for_each_halo_tile(a, [&](int index) {
     if (Memory::kTurns > 1 && (number++ & 1) != mine) {
@@ -306,8 +219,13 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
     warpgroup_take(sums);
     if (!kept) arrive(Memory::weights_empty(a, weights_before));
     arrive(Memory::box_empty(a, box_before));
-    write_positions<T, kN, kSharers, kGradient>(a, index, sums, consumer);
+    write_positions<T, kN, kSharers, kGradient>(a, index, sums, consumer, pixels, moments);
   });
+  if (with_moments && a.moments.of_blocks) {
+    const Divided block = divide(static_cast<int>(blockIdx.x), a.tiles_channels);
+    const int channel = block.rest * Memory::kMade + consumer % kSharers * kChannels;
+    write_moments(a, block.quotient * Memory::kTurns + mine, channel, moments);
+  }
   stores_wait<0>();
 }
 

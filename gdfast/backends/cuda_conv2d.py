@@ -90,9 +90,9 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_depthwise.conv2d(query, problem_of(query)[0], by)
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(turned("conv2d", query), by.removesuffix(TURNED)))
-    if by in HOPPER:
+    if by in HOPPER or by in HALO:
         return Kernel(_hopper_conv2d(query, by))
-    if by in (*HALO, *PLANES):
+    if by in PLANES:
         return _hopper_conv2d_alone(query, by)
     if by in cuda_hopper_float32.TILES:
         problem, (copy_input,) = problem_of(query, "input", by=by)
@@ -196,7 +196,8 @@ def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, T
     run, how = _kernel("conv2d", query, by)
     size, strides = query.geometry.output_size, query.strides[2]
     device = cuda_stream.current(query.device)[0]
-    splits = native.cuda.conv2d_hopper_moment_splits(problem, *HOPPER[by], device)
+    kind = "halo" if by in HALO else "hopper"
+    splits = getattr(native.cuda, f"conv2d_{kind}_moment_splits")(problem, *how(), device)
 
     def kernel(
         input: Tensor, weight: Tensor, bias: Tensor | None, with_moments: bool
@@ -218,7 +219,7 @@ def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, T
 
 
 def _hopper_conv2d_alone(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
-    """A forward pass by one of the kernels for Hopper that take no moments of its output."""
+    """A forward pass by the kernel for Hopper that takes no moments of its output."""
     problem, (copy_input, copy_weight) = problem_of(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
     size, strides = query.geometry.output_size, query.strides[2]
