@@ -224,11 +224,11 @@ def test_float32_for_hopper_is_split_in_registers() -> None:
     hopper = [code for code in kernels if code.architecture == "sm_90a"]
     assert hopper or not any(code.architecture == "sm_90a" for code in codes())
     for code in hopper:
-        # Six products of parts, 64 channels or pixels, 16 at a time; of two products for 256 rows.
-        products = 2 if "256" in code.arguments else 1
-        assert code.count("HGMMA") == 24 * products, code
-        # Two roundings of each pair; a fragment has eight numbers.
-        assert code.count(r"F2FP\.BF16") == 2 * 4 * 4 * products, code
+        # Fragments of 64 channels or pixels, 16 at a time; of two products for 256 rows.
+        fragments = 4 * (2 if "256" in code.arguments else 1)
+        # Six products of parts; two roundings of each pair of the eight numbers.
+        assert code.count("HGMMA") == 6 * fragments, code
+        assert code.count(r"F2FP\.BF16") == 8 * fragments, code
         assert code.count("UTMALDG") >= 1 and code.count("USETMAXREG") == 2, code
     for code in kernels:
         assert code in hopper or len(code.instructions) < 20, code

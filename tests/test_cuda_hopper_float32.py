@@ -30,6 +30,8 @@ CASES = [
     # Parts of tiles in every axis; more tiles than the simulator has blocks; two steps of channels.
     Conv2dCase("3x3", 2, 40, 6, 7, 24, 3, 3, padding=(1, 1)),
     Conv2dCase("1x1", 5, 8, 12, 12, 72, 1, 1),
+    # Four tiles for three blocks: the last one in tiles of 64 channels.
+    Conv2dCase("a-rest", 4, 8, 8, 16, 72, 1, 1),
     Conv2dCase("wide", 1, 72, 5, 4, 136, 1, 2, padding=(0, 1)),
     Conv2dCase("dilated", 1, 8, 9, 12, 16, 3, 2, stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
     # Pixels that no window meets.
@@ -171,6 +173,29 @@ def test_what_is_not_finite_comes_out_as_it_does_natively(
         exact = exact.float()
         assert not exact.isfinite().all() and exact.isfinite().any()
         torch.testing.assert_close(result, exact, rtol=1e-5, atol=0.05, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_no_window_meets_is_not_multiplied(name: str, hopper: torch.device) -> None:
+    # Its last column is the one that the first column of a filter would meet next, in the rest of
+    # two boxes of 50 columns.
+    case = Conv2dCase("1x3", 1, 8, 1, 99, 8, 1, 3, padding=(0, 1))
+    values = random(case, hopper)
+    values["input"][:, :, :, -1] = float("inf")
+    exact = by_definition(
+        "conv2d_grad_weight", case, {key: value.double() for key, value in values.items()}
+    )
+    grad_weight = by_kernel("conv2d_grad_weight", case, values, name)
+    assert grad_weight[..., 0].isfinite().all()
+    assert torch.equal(grad_weight.isfinite(), exact.isfinite())
+
+
+def test_outputs_that_no_box_divides_are_left_to_others(hopper: torch.device) -> None:
+    for images, words in ((1, "outputs that boxes of about 64 pixels divide"), (64, "")):
+        case = Conv2dCase("prime", images, 8, 67, 67, 8, 3, 3, padding=(1, 1))
+        query = query_of(case, random(case, hopper))
+        reason = cuda_candidates.hopper_float32_why_not("conv2d_grad_weight", query)
+        assert reason == (words and f"it takes {words}")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -327,4 +352,5 @@ def test_candidates_have_something_to_do(hopper: torch.device) -> None:
     assert of("conv2d", 8, 72)[0] == "hopper-128-bf16x6" == of("conv2d_grad_input", 72, 8)[0]
     assert "hopper-128-bf16x6" not in of("conv2d", 72, 64)
     assert of("conv2d_grad_weight", 64, 64)[0] == "hopper-64x192-bf16x6"
-    assert of("conv2d_grad_weight", 64, 72) == ("hopper-128x128-bf16x6",)
+    assert of("conv2d_grad_weight", 64, 72)[0] == "hopper-128x128-bf16x6"
+    assert "hopper-128x128-bf16x6" not in of("conv2d_grad_weight", 72, 64)

@@ -94,26 +94,62 @@ void split_weight(const char* op, const Conv2dProblem& p, const WeightParts& siz
          kSplitThreads, 0, stream, a);
 }
 
+// A pass, and what its kernels are told.
+struct Launch {
+  const char* op;
+  HopperPass pass;
+  WeightParts sizes;
+  const void *image, *parts;
+  HopperFloat32Arguments arguments;
+  int multiprocessors;
+  uintptr_t stream;
+};
+
+// Tiles of pixels: all of them, or a part.
+struct PixelTiles {
+  int64_t first, count;
+};
+
+template <int kPixels>
+int64_t all_pixel_tiles(const Launch& of) {
+  const HopperImage out = first_phase(of.pass);
+  return pixel_tiles(out, choose_pixel_box(out, kPixels));
+}
+
 template <int kPixels, int kN>
-void run(const char* op, const HopperPass& pass, const WeightParts& sizes, const void* image,
-         const void* parts, HopperFloat32Arguments a, const Where& where) {
-  using Its = HopperFloat32Tile<kPixels, kN>;
-  const HopperImage out = first_phase(pass);
+void run(const Launch& of, const PixelTiles& tiles) {
+  const HopperImage out = first_phase(of.pass);
   const PixelBox box = choose_pixel_box(out, kPixels);
+  const int64_t tiles_channels = tiles_for(out.channels, kN);
+  HopperFloat32Arguments a = of.arguments;
   a.box_n = small(box.n), a.box_h = small(box.h), a.box_w = small(box.w);
   a.tiles_h = Divisor::of(tiles_for(out.H, box.h));
   a.tiles_w = Divisor::of(tiles_for(out.W, box.w));
-  const int64_t tiles_channels = tiles_for(out.channels, kN);
   a.tiles_channels = Divisor::of(tiles_channels);
-  a.tiles = small(pixel_tiles(out, box) * tiles_channels);
-  phase_maps<float>(op, image, pass.in, pass.in_phases(), box, a.images);
+  a.first_tile = small(tiles.first * tiles_channels);
+  a.tiles = small(tiles.count * tiles_channels);
+  phase_maps<float>(of.op, of.image, of.pass.in, of.pass.in_phases(), box, a.images);
+  const WeightParts& sizes = of.sizes;
   const Strides4 dense{sizes.count, 1, sizes.taps * sizes.summed, sizes.summed};
   a.weight = channels_first<BFloat16>(
-      op, parts, {kFloatParts, sizes.summed, sizes.made, sizes.taps, dense}, {1, kN, 1});
-  const int blocks = multiprocessors(op);
-  launch(op, conv2d_hopper_float32_kernel<kPixels, kN>,
-         static_cast<unsigned>(a.tiles < blocks ? a.tiles : blocks), kThreads, Its::kSize,
-         where.stream, a);
+      of.op, of.parts, {kFloatParts, sizes.summed, sizes.made, sizes.taps, dense}, {1, kN, 1});
+  const int blocks = a.tiles < of.multiprocessors ? a.tiles : of.multiprocessors;
+  launch(of.op, conv2d_hopper_float32_kernel<kPixels, kN>, static_cast<unsigned>(blocks), kThreads,
+         HopperFloat32Tile<kPixels, kN>::kSize, of.stream, a);
+}
+
+// Tiles of 128 channels. What is left when all multiprocessors have had as many of them goes in
+// tiles of 64, where one for each multiprocessor is enough of these: that is half as long.
+void run_wide(const Launch& of) {
+  const int64_t tiles = all_pixel_tiles<128>(of), blocks = of.multiprocessors;
+  const int64_t channels = first_phase(of.pass).channels;
+  const int64_t wide = tiles_for(channels, 128);
+  const int64_t whole = tiles * wide / blocks * blocks / wide, rest = tiles - whole;
+  if (whole == 0 || rest == 0 || rest * tiles_for(channels, 64) > blocks) {
+    return run<128, 128>(of, {0, tiles});
+  }
+  run<128, 128>(of, {0, whole});
+  run<128, 64>(of, {whole, rest});
 }
 
 void run(const char* op, const Conv2dProblem& p, const HopperTileSize& tile, bool gradient,
@@ -132,10 +168,10 @@ void run(const char* op, const Conv2dProblem& p, const HopperTileSize& tile, boo
   a.strides = pass.out.strides;
   a.N = small(pass.out.N), a.H = small(pass.out.H), a.W = small(pass.out.W);
   a.taps_across = small(p.S);
-  const auto chosen = tile.pixels == 256    ? run<256, 64>
-                      : tile.channels == 64 ? run<128, 64>
-                                            : run<128, 128>;
-  chosen(op, pass, sizes, image, parts, a, where);
+  const Launch of{op, pass, sizes, image, parts, a, multiprocessors(op), where.stream};
+  if (tile.pixels == 256) return run<256, 64>(of, {0, all_pixel_tiles<256>(of)});
+  if (tile.channels == 64) return run<128, 64>(of, {0, all_pixel_tiles<128>(of)});
+  run_wide(of);
 }
 
 }  // namespace

@@ -27,6 +27,33 @@ void with_tile(const HopperWeightBlock& block, Run&& run) {
   }
 }
 
+// The box that divides the output's rows and columns and has the most pixels; among such, the one
+// with the most neighbours. A rest would be zeros of grad_output, which make NaN of an infinity
+// that no window meets.
+PixelBox whole_pixel_box(const HopperImage& out) {
+  constexpr int64_t kMost = kStagePixels;
+  PixelBox best{1, 1, 1};
+  for (int64_t w = 1; w <= kMost && w <= out.W; ++w) {
+    if (out.W % w != 0) continue;
+    for (int64_t h = 1; w * h <= kMost && h <= out.H; ++h) {
+      if (out.H % h != 0) continue;
+      const int64_t room = kMost / (w * h);
+      // Pixels beyond the last image are zeros in both.
+      const PixelBox box{out.N < room ? out.N : room, h, w};
+      if (box.rows() >= best.rows()) best = box;
+    }
+  }
+  return best;
+}
+
+PixelBox weight_pixel_box(const HopperPass& pass) {
+  const HopperImage& out = pass.out;
+  // So are those behind the only row of a layer that changes no size.
+  const bool is_flat =
+      out.N == 1 && out.H == 1 && pass.in.W == out.W && pass.columns.taps[0].at == 0;
+  return is_flat ? choose_pixel_box(out, kStagePixels) : whole_pixel_box(out);
+}
+
 constexpr int kSplitThreads = 256;
 constexpr int kEight = 8;  // numbers of a thread
 
@@ -60,7 +87,7 @@ void run(const Conv2dProblem& p, HopperFloat32WeightTile<kFilters, kColumns>, co
          const void* parts, void* workspace, int64_t splits, const Where& where) {
   using Its = HopperFloat32WeightTile<kFilters, kColumns>;
   const HopperPass pass = hopper_pass(p, false);
-  const PixelBox box = choose_pixel_box(pass.out, Its::kPixels);
+  const PixelBox box = weight_pixel_box(pass);
   HopperFloat32WeightArguments a{
       hopper_weight_arguments(p, pass.out, box, kFilters, kColumns, splits), {}};
   for (int part = 0; part < kFloatParts; ++part) {
@@ -98,22 +125,27 @@ std::string conv2d_grad_weight_hopper_float32_why_not(const Conv2dProblem& p) {
   if (!is_dense(p.N, p.K, p.P, p.Q, p.output)) return "it takes output: dense in channels_last";
   Conv2dProblem other = p;
   other.dtype = DType::kBFloat16;
-  return conv2d_grad_weight_hopper_why_not(other);
+  const std::string reason = conv2d_grad_weight_hopper_why_not(other);
+  if (!reason.empty()) return reason;
+  const HopperPass pass = hopper_pass(p, false);
+  const int64_t fewest = pixel_tiles(pass.out, choose_pixel_box(pass.out, kStagePixels));
+  if (pixel_tiles(pass.out, weight_pixel_box(pass)) > 2 * fewest) {
+    return "it takes outputs that boxes of about 64 pixels divide";
+  }
+  return "";
 }
 
 int64_t conv2d_grad_weight_hopper_float32_splits(const Conv2dProblem& p,
                                                  const HopperWeightBlock& block,
                                                  int64_t multiprocessors) {
-  int64_t pixels = 0;
-  with_tile(block, [&](auto tile) { pixels = decltype(tile)::kPixels; });
   const HopperPass pass = hopper_pass(p, false);
-  const int64_t boxes = pixel_tiles(pass.out, choose_pixel_box(pass.out, pixels));
+  const int64_t boxes = pixel_tiles(pass.out, weight_pixel_box(pass));
   const int64_t columns = tiles_for(p.C, kBlock) * kBlock * p.R * p.S;
   const int64_t tiles = tiles_for(p.K, block.filters) * tiles_for(columns, block.columns);
   const int64_t area = int64_t{block.filters} * block.columns;
   // In cycles: six products for each, at two thirds of their peak of 2048; then 24 bytes are
   // written, and read by the second pass, by each multiprocessor.
-  const int64_t step = 6 * area * pixels * 3 / 2 / 2048, writing = area * 4 / 24;
+  const int64_t step = 6 * area * kStagePixels * 3 / 2 / 2048, writing = area * 4 / 24;
   const int64_t reading = p.K * p.C * p.R * p.S * 4 / (24 * multiprocessors);
   return fastest_splits(boxes, tiles, step, writing, reading, multiprocessors);
 }

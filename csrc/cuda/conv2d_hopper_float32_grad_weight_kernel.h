@@ -7,6 +7,8 @@
 namespace gdfast::cuda {
 namespace {
 
+constexpr int kStagePixels = 64;
+
 struct HopperFloat32WeightArguments : HopperWeightArguments {
   TensorMap grads[kFloatParts];  // of grad_output, in the place of `grad`
 };
@@ -21,7 +23,7 @@ struct HopperFloat32WeightTile {
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   static constexpr int kN = kFilters;
 
-  static constexpr int kPixels = 64;  // of a stage
+  static constexpr int kPixels = kStagePixels;
   static constexpr int kPart = kPixels * kBoxRow;
   static constexpr int kHalves = 2;  // boxes of a unit
   static constexpr int kUnitBoxes = kHalves * kUnits, kGradBoxes = kFloatParts * kFilterBlocks;

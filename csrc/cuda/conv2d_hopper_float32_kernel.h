@@ -16,6 +16,7 @@ struct HopperFloat32Arguments : HopperArguments {
   Strides4 strides;
   int N, H, W;      // of the output
   int taps_across;  // columns of the weight
+  int first_tile;   // of so many
 };
 
 // A tile of kPixels by kN channels, of which each consumer has half of the pixels. A stage has
@@ -62,7 +63,7 @@ GDFAST_DEVICE void load_float32_tiles(const HopperFloat32Arguments& a) {
   Stage stage{0, 0};
   for_each_tile(a, [&](int index, int phase_h, int phase_w) {
     const HopperTaps &rows = a.rows.taps[phase_h], &columns = a.columns.taps[phase_w];
-    const Tile tile = tile_at<kN>(a, index);
+    const Tile tile = tile_at<kN>(a, a.first_tile + index);
     for (int i = 0; i < rows.count; ++i) {
       const int at_h = rows.at + i * rows.at_step, h = at_h >> shift_h;
       for (int j = 0; j < columns.count; ++j) {
@@ -144,7 +145,7 @@ template <int kPixels, int kN, int kProducts>
 GDFAST_DEVICE void write_float32_tile(const HopperFloat32Arguments& a, int index, int phase_h,
                                       int phase_w, const float (&large)[kProducts][kN / 2],
                                       const float (&small)[kProducts][kN / 2], int first_row) {
-  const Tile tile = tile_at<kN>(a, index);
+  const Tile tile = tile_at<kN>(a, a.first_tile + index);
 #pragma unroll
   for (int product = 0; product < kProducts; ++product) {
     float* rows[2];

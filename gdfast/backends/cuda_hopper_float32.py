@@ -56,11 +56,12 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     g = query.geometry
     if op == "conv2d_grad_weight":
         columns = ceil(g.C / _BOX) * _BOX * g.R * g.S
+        # 192 with nothing left over are the better choice, but read more than 128 filters do.
+        blocks = ["hopper-64x256-bf16x6"]
+        blocks.insert(0 if columns % 192 == 0 else 1, "hopper-64x192-bf16x6")
         if g.K > _BOX:
-            return ("hopper-128x128-bf16x6",)
-        # With nothing left over, 192 columns are the better choice.
-        thirds = "hopper-64x192-bf16x6", "hopper-64x256-bf16x6"
-        return thirds if columns % 192 == 0 else thirds[::-1]
+            blocks.insert(0, "hopper-128x128-bf16x6")
+        return tuple(blocks)
     made = g.C if op == "conv2d_grad_input" else g.K
     narrow = "hopper-64-tall-bf16x6", "hopper-64-bf16x6"
     return narrow if made <= _BOX else ("hopper-128-bf16x6", *narrow)
