@@ -85,8 +85,8 @@ GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
                                  const BandTile& tile, const int (&pixels)[3],
                                  const typename Its::Filters& right, Finish&& finish) {
   constexpr int kPairs = Its::Band::kPairs;
-  const unsigned char *const top = shared_memory() + tile.top, *const bottom =
-                                                                   shared_memory() + tile.bottom;
+  const unsigned char* const top = shared_memory() + tile.top;
+  const unsigned char* const bottom = shared_memory() + tile.bottom;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
 #pragma unroll
