@@ -85,8 +85,8 @@ GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
                                  const BandTile& tile, const int (&pixels)[3],
                                  const typename Its::Filters& right, Finish&& finish) {
   constexpr int kPairs = Its::Band::kPairs;
-  const unsigned char *const top = shared_memory() + tile.top, *const bottom =
-                                                                   shared_memory() + tile.bottom;
+  const unsigned char* const top = shared_memory() + tile.top;
+  const unsigned char* const bottom = shared_memory() + tile.bottom;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
 #pragma unroll
@@ -150,8 +150,6 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
   const int first_of_group = Its::kWide ? channel / kGroup * kGroup : channel;
   const LaneOutput lane =
       lane_output(a.output, first_channel + channel, Its::kTwins ? 0 : 1, Its::kTwins ? 1 : 0);
-  float bias[4];
-  load_bias<T>(bias, a.output, first_channel + channel);
   unsigned char* const filters = shared_memory() + a.filters_at;
   stage_filters<T>(a.filters, first_channel, filters, Its::kConsumers * kWarp);
   cp_async_commit();
@@ -183,6 +181,7 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
 #pragma unroll
       for (float& sum : flat(pair)) sum = 0;
     }
+    const LaneTile to = lane_tile(a.output, lane, tile.image, tile.row, tile.column);
     const auto finish = [&](int pair) {
       const int row = Its::kTwins ? pair : pair * 2;
       FlatSums& these = flat(sums[pair]);
@@ -193,7 +192,7 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
           });
         }
       }
-      write_sums<T>(these, a.output, lane, bias, tile.image, tile.row + row, tile.column);
+      write_sums<T>(these, a.output, lane, to, row);
     };
     if constexpr (Its::kTwins) {
       multiply_twins<T, Its>(sums, a.ring, tile, pixels, right, finish);

@@ -142,8 +142,6 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
   const int part = warp_index() / (kSlab / kChannelsOfWarp);
   const Operands at = operands_of<kWide>(a, channel, part);
   const LaneOutput lane = lane_output(a.output, first_channel + channel, kPairs, 0);
-  float bias[4];
-  load_bias<T>(bias, a.output, first_channel + channel);
   stage_filters<T>(a.filters, first_channel, filters, static_cast<int>(blockDim.x));
   walk_tiles(
       a.tiles, a.two_buffers,
@@ -163,6 +161,8 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
         } else {
           multiply_any_rows<T, kWide>(sums, a, at, patch, filters);
         }
+        const LaneTile to =
+            lane_tile(a.output, lane, tile.image, tile.row, tile.column + part * kSide);
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
           FlatSums& these = flat(sums[pair]);
@@ -174,8 +174,7 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
               });
             }
           }
-          write_sums<T>(these, a.output, lane, bias, tile.image, tile.row + pair,
-                        tile.column + part * kSide);
+          write_sums<T>(these, a.output, lane, to, pair);
         }
       });
 }

@@ -42,22 +42,11 @@ GDFAST_DEVICE void mend(FlatSums& sums, SumOfGroup&& sum_of_group) {
   }
 }
 
-// Those of this lane's channels, the warp's first being `channel`.
-template <typename T>
-GDFAST_DEVICE void load_bias(float (&bias)[4], const GroupedOutput& a, int32_t channel) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int32_t filter = channel + (i >> 1) * 8 + warp_lane() % 4 * 2 + i % 2;
-    const bool has = a.bias != nullptr && filter < a.C;
-    bias[i] = has ? to_float(static_cast<const T*>(a.bias)[filter]) : 0;
-  }
-}
-
 // Of four lanes side by side, each has a word for each: these go to whom they are for.
 GDFAST_DEVICE void exchange_words(uint32_t (&words)[4]) {
 #pragma unroll
   for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = (warp_lane() & distance) != 0;
+    const bool upper = (this_thread() & distance) != 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if ((i & distance) != 0) continue;
@@ -73,8 +62,8 @@ GDFAST_DEVICE void exchange_words(uint32_t (&words)[4]) {
 // It holds for all sums of a warp, and so is found once.
 struct LaneOutput {
   unsigned char* data;
-  int32_t column, row, image;
-  bool exists;
+  int32_t channel, column, row, image;
+  bool exists, ends;  // whether anything is done to sums before they are written
 };
 
 // The second row of a pair is so many rows and images further.
@@ -82,18 +71,46 @@ GDFAST_DEVICE LaneOutput lane_output(const GroupedOutput& a, int32_t channel, in
                                      int images) {
   const int column = warp_lane() / 4, quarter = warp_lane() % 4, second = quarter >> 1;
   const int32_t first = channel + (quarter & 1) * 8;
-  return {a.data + first * 2, column, second * rows, second * images, first < a.C};
+  return {a.data + first * 2,
+          channel,
+          column,
+          second * rows,
+          second * images,
+          first < a.C,
+          a.bias != nullptr || a.activation != Activation::kNone};
 }
 
-// Ends sums with bias and activation, and writes those whose places exist.
+// Where a lane writes those of a tile, and how many rows exist from there on.
+struct LaneTile {
+  unsigned char* to;
+  int32_t rows;
+};
+
+GDFAST_DEVICE LaneTile lane_tile(const GroupedOutput& a, const LaneOutput& lane, int32_t image,
+                                 int32_t row, int32_t column) {
+  const int32_t n = image + lane.image, p = row + lane.row, q = column + lane.column;
+  return {lane.data + (n * a.image_bytes + (p * a.h_bytes + q * a.w_bytes)),
+          lane.exists && n < a.N && q < a.Q ? a.P - p : 0};
+}
+
+// Bias and activation.
 template <typename T>
-GDFAST_DEVICE void write_sums(FlatSums& sums, const GroupedOutput& a, const LaneOutput& lane,
-                              const float (&bias)[4], int32_t image, int32_t row, int32_t column) {
+GDFAST_DEVICE void end_sums(FlatSums& sums, const GroupedOutput& a, const LaneOutput& lane) {
   if (a.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] += bias[(i >> 2) * 2 + i % 2];
+    for (int i = 0; i < 8; ++i) {
+      const int32_t filter = lane.channel + (i >> 2) * 8 + warp_lane() % 4 * 2 + i % 2;
+      if (filter < a.C) sums[i] += to_float(static_cast<const T*>(a.bias)[filter]);
+    }
   }
   activate(sums, a.activation, static_cast<float>(a.negative_slope));
+}
+
+// Writes the sums of the pair whose first row is this one of the tile.
+template <typename T>
+GDFAST_DEVICE void write_sums(FlatSums& sums, const GroupedOutput& a, const LaneOutput& lane,
+                              const LaneTile& tile, int row) {
+  if (lane.ends) end_sums<T>(sums, a, lane);
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -101,10 +118,8 @@ GDFAST_DEVICE void write_sums(FlatSums& sums, const GroupedOutput& a, const Lane
     words[i] = pack_two<T>(sums[at], sums[at + 1]);
   }
   exchange_words(words);
-  const int32_t n = image + lane.image, p = row + lane.row, q = column + lane.column;
-  if (lane.exists && n < a.N && p < a.P && q < a.Q) {
-    store_16(lane.data + (n * a.image_bytes + (p * a.h_bytes + q * a.w_bytes)),
-             {{words[0], words[1], words[2], words[3]}});
+  if (row < tile.rows) {
+    store_16(tile.to + row * a.h_bytes, {{words[0], words[1], words[2], words[3]}});
   }
 }
 
