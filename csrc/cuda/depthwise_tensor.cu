@@ -233,37 +233,56 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       copy_batch();
       const unsigned char* const batch = ring + at;
       at = at + Its::kBatch < Its::kFilters ? at + Its::kBatch : 0;
-#pragma unroll
-      for (int u = 0; u < kSize; ++u) {
-        if (step + u >= steps) break;
-        // The output that sees this row first.
+      // Row u of the batch, for the output that sees it first and those that have begun.
+      const auto multiply = [&](int u) {
 #pragma unroll
         for (float& sum : alive[u]) sum = 0;
-        if (static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H)) {
-          const unsigned char* const pixels = batch + u * Its::kRow;
-          multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
-                                              pixels + last_at);
+        if (static_cast<unsigned>(h + step + u) >= static_cast<unsigned>(a.H)) return;
+        const unsigned char* const pixels = batch + u * Its::kRow;
+        multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
+                                            pixels + last_at);
+      };
+      // The output that sees row u last.
+      const auto finish = [&](int u, Sums& sums) {
+        if (step + u < kSize - 1) return;
+#pragma unroll
+        for (float sum : sums) zero += sum * 0;
+        if constexpr (kEnding) {
+#pragma unroll
+          for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
+          activate(sums, a.activation, static_cast<float>(a.negative_slope));
         }
-        // And the one that sees it last.
-        if (step + u >= kSize - 1) {
-          Sums& sums = alive[(u + 1) % kSize];
+        // The word of chunk i, which is quarter i's: a group of channels and half of positions.
+        uint32_t words[4];
 #pragma unroll
-          for (float sum : sums) zero += sum * 0;
-          if constexpr (kEnding) {
+        for (int i = 0; i < 4; ++i) {
+          const int first_of = i % 2 * 4 + i / 2 * 2;
+          words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
+        }
+        exchange_in_quad(words);
+        if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
+        to += a.output.h;
+      };
+      if constexpr (kEnding) {
+        // Activations are long: they are there once.
+#pragma unroll 1
+        for (int u = 0; u < kSize && step + u < steps; ++u) {
+          Sums sums;
 #pragma unroll
-            for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
-            activate(sums, a.activation, static_cast<float>(a.negative_slope));
+          for (int v = 0; v < kSize; ++v) {
+            if (u != v) continue;
+            multiply(v);
+#pragma unroll
+            for (int i = 0; i < kGroups * 4; ++i) sums[i] = alive[(v + 1) % kSize][i];
           }
-          // The word of chunk i, which is quarter i's: a group of channels and half of positions.
-          uint32_t words[4];
+          finish(u, sums);
+        }
+      } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int first_of = i % 2 * 4 + i / 2 * 2;
-            words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
-          }
-          exchange_in_quad(words);
-          if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
-          to += a.output.h;
+        for (int u = 0; u < kSize; ++u) {
+          if (step + u >= steps) break;
+          multiply(u);
+          finish(u, alive[(u + 1) % kSize]);
         }
       }
     }
