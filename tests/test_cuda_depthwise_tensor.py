@@ -94,8 +94,11 @@ def without_padding(case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor
     return output, grad_input, grad_weight, grad.sum((0, 2, 3))
 
 
-@pytest.mark.parametrize("by", [TENSOR, WIDE])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "by"),
+    [(case, TENSOR) for case in CASES] + [(c, WIDE) for c in CASES if c.R == 3],
+    ids=str,
+)
 def test_small_integers(case: Conv2dCase, by: str, cuda_device: torch.device) -> None:
     values = small_integers(case, torch.float16, cuda_device)
     for our, expected in zip(ours(case, values, by), exactly(case, values), strict=True):
@@ -109,8 +112,9 @@ def test_bfloat16(case: Conv2dCase, cuda_device: torch.device) -> None:
     check(case, values, ours(case, values))
 
 
-@pytest.mark.parametrize("by", [TENSOR, WIDE])
-@pytest.mark.parametrize("case", [*OFTEN, CASES[5]], ids=str)
+@pytest.mark.parametrize(
+    ("case", "by"), [*((case, TENSOR) for case in OFTEN), (CASES[0], WIDE)], ids=str
+)
 def test_thread_orders(
     case: Conv2dCase, by: str, cuda_device: torch.device, thread_order: str
 ) -> None:
@@ -186,8 +190,8 @@ def test_without_a_gradient_of_the_bias(cuda_device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", ["input", "weight", "bias", "grad"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[7], CASES[9]], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[9]], ids=str)
 def test_what_is_not_finite_stays_in_its_channel(
     case: Conv2dCase, value: float, name: str, cuda_device: torch.device
 ) -> None:

@@ -13,9 +13,11 @@ constexpr int kWarpsOfGroups = kTensorPositions / 16;
 
 // Blocks of a multiprocessor, as many as registers allow.
 template <int kSize, int kPlanes, bool kEnding>
-constexpr int kBlocks = kSize == 7    ? 4 / kPlanes
-                        : kPlanes > 2 ? (kSize == 5 && kEnding ? 1 : 2)
-                                      : (kSize == 3 ? 5 : 4) - (kEnding ? 1 : 0);
+constexpr int kBlocks = kSize == 7    ? 2
+                        : kSize == 5  ? 3
+                        : kPlanes > 2 ? 2
+                        : kEnding     ? 4
+                                      : 5;
 
 // A block: its threads, and the ring in shared memory: batches of rows, so many that enough bytes
 // are on their way.
@@ -136,7 +138,7 @@ GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, 
   }
 }
 
-// kEnding: with an activation.
+// kEnding: with a bias or an activation.
 template <typename T, int kSize, int kPlanes, bool kEnding>
 GDFAST_KERNEL((Block<kSize, kPlanes>::kThreads), (kBlocks<kSize, kPlanes, kEnding>))
 depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
@@ -164,13 +166,9 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       from = tensors.input + piece.n * a.input.n + int64_t{ahead_h} * a.input.h +
              int64_t{w} * a.input.w + first_channel;
     }
-#pragma unroll
-    for (int u = 0; u < kSize; ++u) {
-      if (u < ahead_steps && static_cast<unsigned>(ahead_h + u) < static_cast<unsigned>(a.H)) {
-        Rows::copy(rows, from, ring + ahead_at + u * Its::kRow);
-      }
-      from += a.input.h;
-    }
+    Rows::template copy<kSize, Its::kRow>(
+        rows, from, a.input.h, rows_within<kSize>(ahead_h, ahead_steps, a.H), ring + ahead_at);
+    from += int64_t{kSize} * a.input.h;
     cp_async_commit();
     ahead_h += kSize;
     ahead_steps -= kSize;
@@ -198,11 +196,13 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   const int quarter = warp_lane() % 4;
   const int channel = first_channel + (group + quarter % 2) * 8;
   const TensorColumn column = column_at(walk, position + quarter / 2 * 8 + warp_lane() / 4);
-  Sums bias;
+  float bias[kGroups * 2] = {};  // of the channels that this lane has of a matrix's columns
+  if (kEnding && tensors.bias != nullptr) {
 #pragma unroll
-  for (int i = 0; i < kGroups * 4; ++i) {
-    const int k = first_channel + (group + i / 4) * 8 + quarter * 2 + i % 2;
-    bias[i] = tensors.bias != nullptr && k < a.K ? to_float(tensors.bias[k]) : 0.f;
+    for (int i = 0; i < kGroups * 2; ++i) {
+      const int k = first_channel + (group + i / 2) * 8 + quarter * 2 + i % 2;
+      if (k < a.K) bias[i] = to_float(tensors.bias[k]);
+    }
   }
 
   const auto place = [&](const TensorPiece& piece) -> T* {
@@ -225,12 +225,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     uint32_t writes = to != nullptr ? 1 : 0;
     opaque(writes);
     const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
-    Sums alive[kSize];
-#pragma unroll
-    for (Sums& sums : alive) {
-#pragma unroll
-      for (int i = 0; i < kGroups * 4; ++i) sums[i] = bias[i];
-    }
+    Sums alive[kSize] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
@@ -238,35 +233,57 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       copy_batch();
       const unsigned char* const batch = ring + at;
       at = at + Its::kBatch < Its::kFilters ? at + Its::kBatch : 0;
+      // Row u of the batch, for the output that sees it first and those that have begun.
+      const auto multiply = [&](int u) {
 #pragma unroll
-      for (int u = 0; u < kSize; ++u) {
-        if (step + u >= steps) break;
-        if (static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H)) {
-          const unsigned char* const pixels = batch + u * Its::kRow;
-          multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
-                                              pixels + last_at);
+        for (float& sum : alive[u]) sum = 0;
+        if (static_cast<unsigned>(h + step + u) >= static_cast<unsigned>(a.H)) return;
+        const unsigned char* const pixels = batch + u * Its::kRow;
+        multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
+                                            pixels + last_at);
+      };
+      // The output that sees row u last.
+      const auto finish = [&](int u, Sums& sums) {
+        if (step + u < kSize - 1) return;
+#pragma unroll
+        for (float sum : sums) zero += sum * 0;
+        if constexpr (kEnding) {
+#pragma unroll
+          for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
+          activate(sums, a.activation, static_cast<float>(a.negative_slope));
         }
-        // The output that sees this row last.
-        Sums& sums = alive[(u + 1) % kSize];
-        if (step + u >= kSize - 1) {
+        // The word of chunk i, which is quarter i's: a group of channels and half of positions.
+        uint32_t words[4];
 #pragma unroll
-          for (float sum : sums) zero += sum * 0;
-          if constexpr (kEnding) {
-            activate(sums, a.activation, static_cast<float>(a.negative_slope));
-          }
-          // The word of chunk i, which is quarter i's: a group of channels and half of positions.
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int first_of = i % 2 * 4 + i / 2 * 2;
-            words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
-          }
-          exchange_in_quad(words);
-          if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
-          to += a.output.h;
+        for (int i = 0; i < 4; ++i) {
+          const int first_of = i % 2 * 4 + i / 2 * 2;
+          words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
         }
+        exchange_in_quad(words);
+        if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
+        to += a.output.h;
+      };
+      if constexpr (kEnding) {
+        // Activations are long: they are there once.
+#pragma unroll 1
+        for (int u = 0; u < kSize && step + u < steps; ++u) {
+          Sums sums;
 #pragma unroll
-        for (int i = 0; i < kGroups * 4; ++i) sums[i] = bias[i];
+          for (int v = 0; v < kSize; ++v) {
+            if (u != v) continue;
+            multiply(v);
+#pragma unroll
+            for (int i = 0; i < kGroups * 4; ++i) sums[i] = alive[(v + 1) % kSize][i];
+          }
+          finish(u, sums);
+        }
+      } else {
+#pragma unroll
+        for (int u = 0; u < kSize; ++u) {
+          if (step + u >= steps) break;
+          multiply(u);
+          finish(u, alive[(u + 1) % kSize]);
+        }
       }
     }
   }
@@ -299,8 +316,9 @@ void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintp
 
 template <typename T, int kSize, int kPlanes>
 void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  a.activation == Activation::kNone ? launch_tensor<T, kSize, kPlanes, false>(a, tensors, stream)
-                                    : launch_tensor<T, kSize, kPlanes, true>(a, tensors, stream);
+  const bool ending = tensors.bias != nullptr || a.activation != Activation::kNone;
+  ending ? launch_tensor<T, kSize, kPlanes, true>(a, tensors, stream)
+         : launch_tensor<T, kSize, kPlanes, false>(a, tensors, stream);
 }
 
 }  // namespace
@@ -335,7 +353,8 @@ void depthwise_tensor(DType dtype, const DepthwiseArguments& a, bool wide, const
         using Filter = decltype(filter);
         if constexpr (Filter::kStride == 1) {
           constexpr int kSize = Filter::kSize;
-          wide ? launch_tensor<T, kSize, 4>(a, tensors, stream)
+          constexpr int kWide = kSize == 3 ? 4 : 2;
+          wide ? launch_tensor<T, kSize, kWide>(a, tensors, stream)
                : launch_tensor<T, kSize, 2>(a, tensors, stream);
         }
       });

@@ -60,6 +60,18 @@ GDFAST_DEVICE TensorColumn column_at(const TensorWalk& walk, int slot) {
   return {image, slot - image * walk.pitch};
 }
 
+// Which of a batch's rows there are to be copied: of the next `left` ones from the h-th of an image
+// on, those within it.
+template <int kSize>
+GDFAST_DEVICE uint32_t rows_within(int h, int left, int H) {
+  uint32_t rows = 0;
+#pragma unroll
+  for (int u = 0; u < kSize; ++u) {
+    if (u < left && static_cast<unsigned>(h + u) < static_cast<unsigned>(H)) rows |= 1u << u;
+  }
+  return rows;
+}
+
 // The chunks that a thread copies of each row of a slab.
 template <int kPlanes, int kSlots, int kThreads>
 struct TensorRows {
@@ -97,15 +109,23 @@ struct TensorRows {
     }
   }
 
-  template <typename T>
-  GDFAST_DEVICE void copy(const TensorRows& rows, const T* from, unsigned char* planes) {
+  // Begins to copy those of kSize rows from `from` on, `step` elements apart, that have a flag.
+  template <int kSize, int kRowBytes, typename T>
+  GDFAST_DEVICE void copy(const TensorRows& rows, const T* from, int step, uint32_t flags,
+                          unsigned char* planes) {
     const int thread = static_cast<int>(threadIdx.x);
-    unsigned char* const to = planes + (thread % kPlanes * kSlots + thread / kPlanes) * 16;
+    unsigned char* const first = planes + (thread % kPlanes * kSlots + thread / kPlanes) * 16;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       if (rows.places[i] >> 31 != 0) continue;
-      cp_async_16(to + i * (kThreads / kPlanes) * 16, from + static_cast<int32_t>(rows.offsets[i]),
-                  (rows.inside >> i & 1u) != 0);
+      const T* pixel = from + rows.offsets[i];
+      const bool inside = (rows.inside >> i & 1u) != 0;
+      unsigned char* const to = first + i * (kThreads / kPlanes) * 16;
+#pragma unroll
+      for (int u = 0; u < kSize; ++u) {
+        if (flags >> u & 1u) cp_async_16(to + u * kRowBytes, pixel, inside);
+        pixel += step;
+      }
     }
   }
 
@@ -147,7 +167,7 @@ inline dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk, int
 }
 
 // The kernels' launchers, for addresses that 16 divides and what there is nothing against. Slabs of
-// the forward pass have 16 channels, or 32 if wide.
+// the forward pass have 16 channels or, for 3 x 3 and if wide, 32.
 void depthwise_tensor(DType dtype, const DepthwiseArguments& arguments, bool wide,
                       const void* input, const void* weight, const void* bias, void* output,
                       uintptr_t stream);

@@ -160,16 +160,14 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
       grads_from = tensors.grad_output + piece.n * a.output.n + int64_t{piece.p} * a.output.h +
                    int64_t{piece.q} * a.output.w + first_channel;
     }
-#pragma unroll
-    for (int u = 0; u < kSize; ++u) {
-      unsigned char* const row = ring + ahead_at + u * Its::kRow;
-      if (u < ahead_steps && static_cast<unsigned>(ahead_h + u) < static_cast<unsigned>(a.H)) {
-        Pixels::copy(pixels, pixels_from, row);
-      }
-      if (u < ahead_rows) Gradients::copy(grads, grads_from, row + Its::kGrad);
-      pixels_from += a.input.h;
-      grads_from += a.output.h;
-    }
+    Pixels::template copy<kSize, Its::kRow>(pixels, pixels_from, a.input.h,
+                                            rows_within<kSize>(ahead_h, ahead_steps, a.H),
+                                            ring + ahead_at);
+    Gradients::template copy<kSize, Its::kRow>(grads, grads_from, a.output.h,
+                                               rows_within<kSize>(0, ahead_rows, kSize),
+                                               ring + ahead_at + Its::kGrad);
+    pixels_from += int64_t{kSize} * a.input.h;
+    grads_from += int64_t{kSize} * a.output.h;
     cp_async_commit();
     ahead_h += kSize;
     ahead_rows -= kSize;

@@ -70,10 +70,8 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 def _depthwise_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if not _may_turn(op, query):
         fits = query.dtype.itemsize == 2 and native.cuda is not None
-        if not fits or depthwise_tensor_why_not(query):
-            return (cuda_depthwise.NAME,)
-        one = op == "conv2d_grad_weight"
-        return tuple(way for way in cuda_depthwise.WAYS if not one or way != cuda_depthwise.WIDE)
+        by_tensor = fits and not depthwise_tensor_why_not(query)
+        return cuda_depthwise.WAYS if by_tensor else (cuda_depthwise.NAME,)
     there = tuple(name + TURNED for name in _depthwise_candidates(op, turned(op, query)))
     in_place = (cuda_depthwise.NAME,)
     return there + in_place if cuda_depthwise.is_large(query) else in_place + there

@@ -16,7 +16,7 @@ from gdfast.geometry import Conv2dGeometry
 
 NAME = "depthwise"
 TENSOR = "depthwise-tensor"  # on the tensor cores
-WIDE = "depthwise-tensor-wide"  # blocks of 32 channels there; the same for the weight
+WIDE = "depthwise-tensor-wide"  # there too, 3x3 but for the weight in blocks of more channels
 WAYS = TENSOR, WIDE, NAME  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
