@@ -14,7 +14,7 @@
 namespace gdfast::cuda {
 
 constexpr int kBatchNormThreads = kSumThreads;
-// Vectors that a thread asks memory for at a time.
+// Vectors of a thread in a round: it asks memory for all or some of them at a time.
 constexpr int kAtOnce = 4;
 // Blocks of a pass that sums, at most: room for what they write.
 constexpr int64_t kMostSumBlocks = 1024;
@@ -34,10 +34,9 @@ struct BatchNormWalk {
 };
 
 // A walk in vectors of `vector` elements, which are channels where kAcross, by at most so many
-// blocks; a thread takes `rows_at_once` of them at a time. A thread of a summing pass has at least
-// two rounds.
+// blocks. A thread of a summing pass has at least two rounds.
 inline BatchNormWalk batch_norm_walk(const BatchNormProblem& p, int vector, bool across,
-                                     int64_t rows_at_once, int64_t blocks, bool sums) {
+                                     int64_t blocks, bool sums) {
   const int64_t columns = across ? p.C / vector : p.C;
   const int64_t image = across ? p.S : p.S / vector;
   const int64_t rows = p.N * image;
@@ -46,7 +45,7 @@ inline BatchNormWalk batch_norm_walk(const BatchNormProblem& p, int vector, bool
   const int64_t tiles = ceil_div(columns, most);
   const int64_t tile_columns = ceil_div(columns, tiles);
   const int64_t tile_rows = kBatchNormThreads / tile_columns;
-  const int64_t rows_per_round = tile_rows * rows_at_once;
+  const int64_t rows_per_round = tile_rows * kAtOnce;
   const int64_t rounds = ceil_div(rows, rows_per_round);
   int64_t splits = sums ? ceil_div(rounds, 2) : rounds;
   if (splits > blocks / tiles) splits = blocks / tiles > 1 ? blocks / tiles : 1;
@@ -103,15 +102,19 @@ struct WalkPlace {
   }
 };
 
-// Calls each(row) for a thread's rounds, with its first row of each. All blocks go through a tensor
-// together, from its end where reversed: a second pass finds what the first one read last in L2.
-template <bool kReversed, typename Each>
+// Calls each(row) for every kLoads of a thread's rows, with the first one; the next ones lie
+// tile_rows apart. All blocks go through a tensor together, from its end where reversed: a second
+// pass finds what the first one read last in L2. Their order does not depend on kLoads.
+template <bool kReversed, int kLoads, typename Each>
 GDFAST_DEVICE void for_each_round(const BatchNormWalk& walk, const WalkPlace& place, Each&& each) {
+  static_assert(kAtOnce % kLoads == 0, "whole rounds");
   if (!place.exists) return;
 #pragma unroll 1
   for (int i = static_cast<int>(blockIdx.x); i < walk.rounds; i += walk.splits) {
     const int round = kReversed ? walk.rounds - 1 - i : i;
-    each(round * walk.rows_per_round + place.tile_row);
+    const int first = round * walk.rows_per_round + place.tile_row;
+#pragma unroll 1
+    for (int at = 0; at < kAtOnce; at += kLoads) each(first + at * walk.tile_rows);
   }
 }
 

@@ -36,7 +36,7 @@ moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, Su
     load_values<kVector>(input + element_of<kAcross>(walk, first, place.column), near);
   }
   int count = 0;
-  for_each_round<false>(walk, place, [&](int row) {
+  for_each_round<false, kAtOnce>(walk, place, [&](int row) {
     PackOf<T, kVector> packs[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -174,7 +174,7 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   load_factors(factors, mean);
   load_factors(factors + walk.C, scale);
   load_factors(factors + 2 * walk.C, bias);
-  for_each_round<true>(walk, place, [&](int row) {
+  for_each_round<true, kAtOnce>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kAtOnce] = {}, residuals[kAtOnce] = {};
     int64_t element[kAtOnce];
 #pragma unroll
@@ -229,7 +229,7 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
       constexpr int kVector = decltype(kind)::kVector;
       constexpr bool kAcross = decltype(kind)::kAcross;
       const int64_t blocks = sum_blocks(kMomentsBlocks * multiprocessors(kOp));
-      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, kAtOnce, blocks, true);
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, true);
       launch(kOp, moments_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads,
              kBatchNormThreads * kValuesStep<Moments<A, kAcross ? kVector : 1>>, stream, walk,
              input, workspace.partial);
@@ -255,7 +255,7 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
     const auto normalise = [&](auto has_residual) {
       constexpr bool kHas = decltype(has_residual)::value;
       const int64_t blocks = kNormaliseBlocks<kHas> * multiprocessors(kOp);
-      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, kAtOnce, blocks, false);
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, false);
       launch(kOp, normalise_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
              kBatchNormThreads, 0, stream, walk, arguments);
     };
@@ -274,7 +274,7 @@ int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
     for (const bool aligned : {false, true}) {
       with_vectors<T>(p, aligned, [&](auto kind) {
         using Kind = decltype(kind);
-        const auto walk = batch_norm_walk(p, Kind::kVector, Kind::kAcross, 1, kMostSumBlocks, true);
+        const auto walk = batch_norm_walk(p, Kind::kVector, Kind::kAcross, kMostSumBlocks, true);
         if (walk.splits > splits) splits = walk.splits;
       });
     }

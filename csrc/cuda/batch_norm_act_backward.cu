@@ -98,14 +98,14 @@ struct SumsArguments {
 constexpr int kBlocks = 2;
 // Vectors of each tensor that a thread asks for at a time.
 template <bool kHasOther>
-constexpr int kRowsAtOnce = kHasOther ? 2 : 4;
+constexpr int kLoadsOf = kHasOther ? kAtOnce / 2 : kAtOnce;
 
 template <typename T, int kVector, bool kAcross, bool kHasOther>
 GDFAST_KERNEL(kBatchNormThreads, kBlocks)
 sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
             const GDFAST_GRID_CONSTANT SumsArguments<T> a) {
   using A = SumOf<T>;
-  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kRowsAtOnce<kHasOther>;
+  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kLoadsOf<kHasOther>;
   const WalkPlace place = WalkPlace::of(walk);
   A mean[kChannels], scale[kChannels], bias[kChannels];
 #pragma unroll
@@ -116,7 +116,7 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
     bias[i] = param_at<T>(a.bias, a.wide_params, c, A(0));
   }
   Sums<A, kVector> own{};
-  for_each_round<false>(walk, place, [&](int row) {
+  for_each_round<false, kLoads>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
     unsigned bits[kLoads] = {};
     int64_t element[kLoads];
@@ -228,7 +228,7 @@ GDFAST_KERNEL(kBatchNormThreads, kBlocks)
 gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
                  const GDFAST_GRID_CONSTANT GradientsArguments<T> a) {
   using A = SumOf<T>;
-  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kRowsAtOnce<kHasOther>;
+  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kLoadsOf<kHasOther>;
   const WalkPlace place = WalkPlace::of(walk);
   if (!place.exists) return;
   A mean[kChannels], scale[kChannels], bias[kChannels], slope[kChannels], offset[kChannels];
@@ -240,7 +240,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   load_factors(factors + 4 * walk.C, offset);
   // In evaluation the input tells at most what the activation passes on.
   const bool reads_input = a.training || a.act.activation != Activation::kNone;
-  for_each_round<true>(walk, place, [&](int row) {
+  for_each_round<true, kLoads>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
     unsigned bits[kLoads] = {};
     int64_t element[kLoads];
@@ -306,9 +306,6 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
     const auto with_other = [](const ActivationArguments<T>& act, auto&& run) {
       act.other == nullptr ? run(std::false_type{}) : run(std::true_type{});
     };
-    const auto walk_of = [&p](int64_t loads, int64_t blocks, bool sums) {
-      return batch_norm_walk(p, kVector, kAcross, loads, blocks, sums);
-    };
     const int64_t blocks = int64_t{kBlocks} * multiprocessors(kOp);
     if (sums) {
       const SumsArguments<T> arguments{grad_output,
@@ -323,7 +320,7 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
                                        workspace.partial};
       with_other(act, [&](auto has_other) {
         constexpr bool kHas = decltype(has_other)::value;
-        const BatchNormWalk walk = walk_of(kRowsAtOnce<kHas>, sum_blocks(blocks), true);
+        const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, sum_blocks(blocks), true);
         launch(kOp, sums_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
                kBatchNormThreads, kBatchNormThreads * kValuesStep<Sums<A, kAcross ? kVector : 1>>,
                stream, walk, arguments);
@@ -344,7 +341,7 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
     }
     with_other(arguments.act, [&](auto has_other) {
       constexpr bool kHas = decltype(has_other)::value;
-      const BatchNormWalk walk = walk_of(kRowsAtOnce<kHas>, blocks, false);
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, false);
       launch(kOp, gradients_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
              kBatchNormThreads, 0, stream, walk, arguments);
     });
