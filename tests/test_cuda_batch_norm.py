@@ -30,10 +30,10 @@ pytestmark = [
     pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
 ]
 # Vectors of channels, of pixels and of neither; planes of less than a vector, one channel, many
-# tiles of channels.
+# tiles of channels, several rounds for each block of the simulator.
 SIZES = [
     (2, 3, 1, 2), (3, 5, 4, 3), (33, 1, 3, 5), (2, 67, 7, 7), (4, 24, 5, 9), (1, 3, 40, 41),
-    (2, 520, 2, 4), (1, 16, 7, 8),
+    (2, 520, 2, 4), (1, 16, 7, 8), (5, 8, 50, 41),
 ]  # fmt: skip
 
 

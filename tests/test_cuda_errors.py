@@ -36,7 +36,7 @@ def conv2d(groups: int, which: str) -> None:
 def batch_norm(which: str) -> None:
     problem = native.cuda.BatchNormProblem(2, 4, 30, False, "float16", "float32", "none", 0.0, 1e-5)
     if which == "batch_norm_act":
-        native.cuda.batch_norm(problem, *[0] * 9, True, 0.1, 0, 0, 0, *current(CPU))
+        native.cuda.batch_norm(problem, *[0] * 10, True, 0.1, 0, 0, 0, *current(CPU))
     else:
         addresses = [0] * 7 + [16] + [0] * 3  # only the gradient in the input is wanted
         native.cuda.batch_norm_backward(problem, *addresses, True, "input", 0, *current(CPU))

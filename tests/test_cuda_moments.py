@@ -20,6 +20,7 @@ from gdfast import native, nn, ops
 from gdfast.backends import batch_norm, cuda_conv2d, tuning, tuning_norm, tuning_timer
 from gdfast.bench.cases import Conv2dCase
 from gdfast.bench.workload import allowed_error, relative_error
+from gdfast.errors import FallbackWarning
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
 
 pytestmark = [
@@ -292,6 +293,28 @@ def test_the_tuner_does_so_for_them_alone(
         ops.conv2d_moments(input, weight, bias, padding=1, backend="cuda")
     assert [use.op for use in uses] == ["conv2d", "conv2d_moments"]
     assert handed_on == [True, True]
+
+
+def test_the_tuner_leaves_out_whose_moments_are_wrong(cuda_device: torch.device) -> None:
+    values = tensors_of(WHOLE, torch.bfloat16, True, cuda_device)
+    input, weight, bias, _ = values.values()
+    kernel = cuda_conv2d.conv2d(query_of(WHOLE, values))
+
+    def with_fault(part: int, factor: float) -> cuda_conv2d.Kernel:
+        def run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+            output, moments = kernel.with_moments(*arguments[:3])
+            moments[-1, part, 0] *= factor
+            return output, moments
+
+        return cuda_conv2d.Kernel(run)
+
+    calls = {
+        "right": kernel, "without": lambda *tensors: kernel(*tensors), "count": with_fault(0, 0.5),
+        "mean": with_fault(1, 1.5), "squares": with_fault(2, 1.01),
+    }  # fmt: skip
+    with pytest.warns(FallbackWarning, match="expected the moments of the output") as warned:
+        assert tuning_norm.agreeing(calls, (input, weight, bias)) == ["right", "without"]
+    assert len(warned) == 3
 
 
 def test_other_backends_of_the_normalisation_do_without(cuda_device: torch.device) -> None:

@@ -14,22 +14,29 @@
 namespace gdfast::cuda {
 
 constexpr int kBatchNormThreads = kSumThreads;
-// Vectors that a thread asks memory for at a time.
+// Vectors of a thread in a round: it asks memory for all or some of them at a time.
 constexpr int kAtOnce = 4;
+// Blocks of a pass that sums, at most: room for what they write.
+constexpr int64_t kMostSumBlocks = 1024;
+
+inline int64_t sum_blocks(int64_t blocks) {
+  return blocks < kMostSumBlocks ? blocks : kMostSumBlocks;
+}
 
 struct BatchNormWalk {
   int C;
   int columns, rows;
   int tile_columns, tile_rows;  // of threads in a block; those left over do nothing
-  int rows_per_split, splits;
-  Divisor image;  // rows of one image
+  int rows_per_round, rounds;   // of all blocks that share their columns
+  int splits;                   // these blocks, which take rounds in turn
+  Divisor image;                // rows of one image
   int64_t image_step, row_step, column_step;
 };
 
-// A walk in vectors of `vector` elements, which are channels where kAcross. A thread of a summing
-// pass has at least two rounds of loads, one of another pass at most two.
+// A walk in vectors of `vector` elements, which are channels where kAcross, by at most so many
+// blocks. A thread of a summing pass has at least two rounds.
 inline BatchNormWalk batch_norm_walk(const BatchNormProblem& p, int vector, bool across,
-                                     bool sums) {
+                                     int64_t blocks, bool sums) {
   const int64_t columns = across ? p.C / vector : p.C;
   const int64_t image = across ? p.S : p.S / vector;
   const int64_t rows = p.N * image;
@@ -38,18 +45,19 @@ inline BatchNormWalk batch_norm_walk(const BatchNormProblem& p, int vector, bool
   const int64_t tiles = ceil_div(columns, most);
   const int64_t tile_columns = ceil_div(columns, tiles);
   const int64_t tile_rows = kBatchNormThreads / tile_columns;
-  const int64_t round = tile_rows * kAtOnce * 2;
-  int64_t splits = ceil_div(rows, round);
-  if (sums && splits > ceil_div(kSumBlocks, tiles)) splits = ceil_div(kSumBlocks, tiles);
-  const int64_t rows_per_split = ceil_div(rows, splits);
+  const int64_t rows_per_round = tile_rows * kAtOnce;
+  const int64_t rounds = ceil_div(rows, rows_per_round);
+  int64_t splits = sums ? ceil_div(rounds, 2) : rounds;
+  if (splits > blocks / tiles) splits = blocks / tiles > 1 ? blocks / tiles : 1;
   BatchNormWalk walk{};
   walk.C = static_cast<int>(p.C);
   walk.columns = static_cast<int>(columns);
   walk.rows = static_cast<int>(rows);
   walk.tile_columns = static_cast<int>(tile_columns);
   walk.tile_rows = static_cast<int>(tile_rows);
-  walk.rows_per_split = static_cast<int>(rows_per_split);
-  walk.splits = static_cast<int>(ceil_div(rows, rows_per_split));
+  walk.rows_per_round = static_cast<int>(rows_per_round);
+  walk.rounds = static_cast<int>(rounds);
+  walk.splits = static_cast<int>(splits);
   walk.image = Divisor::of(image);
   walk.image_step = p.C * p.S;
   walk.row_step = p.channels_last ? p.C : vector;
@@ -81,26 +89,39 @@ void with_vectors(const BatchNormProblem& p, bool aligned, F&& f) {
 
 // Where a thread is in a walk.
 struct WalkPlace {
-  int tile_row, column, row, last_row;
+  int tile_row, column;
   bool exists;
 
-  // Splits from the last to the first where reversed: a second pass finds what the first one has
-  // read last in L2.
-  GDFAST_DEVICE WalkPlace of(const BatchNormWalk& walk, bool reversed) {
-    const int thread = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-    const int split = reversed ? walk.splits - 1 - block : block;
+  GDFAST_DEVICE WalkPlace of(const BatchNormWalk& walk) {
+    const int thread = static_cast<int>(threadIdx.x);
     WalkPlace place;
     place.tile_row = thread / walk.tile_columns;
     place.column = static_cast<int>(blockIdx.y) * walk.tile_columns + thread % walk.tile_columns;
     place.exists = place.column < walk.columns && place.tile_row < walk.tile_rows;
-    place.row = split * walk.rows_per_split + place.tile_row;
-    const int end = (split + 1) * walk.rows_per_split;
-    place.last_row = place.exists ? (end < walk.rows ? end : walk.rows) : 0;
     return place;
   }
 };
 
+// Calls each(row) for every kLoads of a thread's rows, with the first one; the next ones lie
+// tile_rows apart. All blocks go through a tensor together, from its end where reversed: a second
+// pass finds what the first one read last in L2. Their order does not depend on kLoads.
+template <bool kReversed, int kLoads, typename Each>
+GDFAST_DEVICE void for_each_round(const BatchNormWalk& walk, const WalkPlace& place, Each&& each) {
+  static_assert(kAtOnce % kLoads == 0, "whole rounds");
+  if (!place.exists) return;
+#pragma unroll 1
+  for (int i = static_cast<int>(blockIdx.x); i < walk.rounds; i += walk.splits) {
+    const int round = kReversed ? walk.rounds - 1 - i : i;
+    const int first = round * walk.rows_per_round + place.tile_row;
+#pragma unroll 1
+    for (int at = 0; at < kAtOnce; at += kLoads) each(first + at * walk.tile_rows);
+  }
+}
+
+// Pixels follow one another where vectors are of channels.
+template <bool kAcross>
 GDFAST_DEVICE int64_t element_of(const BatchNormWalk& walk, int row, int column) {
+  if constexpr (kAcross) return row * walk.row_step + column * walk.column_step;
   const Divided at = divide(row, walk.image);
   return at.quotient * walk.image_step + at.rest * walk.row_step + column * walk.column_step;
 }

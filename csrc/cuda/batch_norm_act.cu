@@ -20,29 +20,37 @@ namespace {
 
 constexpr char kOp[] = "batch_norm_act";
 
+// Blocks for each multiprocessor, all of which are there from beginning to end.
+constexpr int kMomentsBlocks = 4;
+template <bool kHasResidual>
+constexpr int kNormaliseBlocks = kHasResidual ? 2 : 3;
+
 template <typename T, int kVector, bool kAcross>
-GDFAST_KERNEL(kBatchNormThreads, 2)
+GDFAST_KERNEL(kBatchNormThreads, kMomentsBlocks)
 moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, SumOf<T>* partial) {
   using A = SumOf<T>;
-  const WalkPlace place = WalkPlace::of(walk, false);
+  const WalkPlace place = WalkPlace::of(walk);
   A near[kVector] = {}, sums[kVector] = {}, squares[kVector] = {};
-  if (place.row < place.last_row) {
-    load_values<kVector>(input + element_of(walk, place.row, place.column), near);
+  const int first = static_cast<int>(blockIdx.x) * walk.rows_per_round + place.tile_row;
+  if (place.exists && first < walk.rows) {
+    load_values<kVector>(input + element_of<kAcross>(walk, first, place.column), near);
   }
-  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kAtOnce) {
+  int count = 0;
+  for_each_round<false, kAtOnce>(walk, place, [&](int row) {
     PackOf<T, kVector> packs[kAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = row + i * walk.tile_rows;
-      if (at < place.last_row) {
-        packs[i] = load_pack<kVector>(input + element_of(walk, at, place.column));
+      if (at < walk.rows) {
+        packs[i] = load_pack<kVector>(input + element_of<kAcross>(walk, at, place.column));
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (row + i * walk.tile_rows >= place.last_row) break;
+      if (row + i * walk.tile_rows >= walk.rows) break;
       A values[kVector];
       unpack<T, kVector>(packs[i], values);
+      ++count;
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
         const A away = values[lane] - near[lane];
@@ -50,10 +58,8 @@ moments_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk, const T* input, Su
         squares[lane] += away * away;
       }
     }
-  }
+  });
   Moments<A, kVector> own{};
-  const int count =
-      place.row < place.last_row ? (place.last_row - place.row - 1) / walk.tile_rows + 1 : 0;
   own.count = static_cast<A>(count);
   const A share = count > 0 ? A(1) / own.count : A(0);
 #pragma unroll
@@ -155,12 +161,12 @@ GDFAST_DEVICE uint8_t handed_on(const A (&outputs)[kVector], Activation activati
   return static_cast<uint8_t>(bits);
 }
 
-template <typename T, int kVector, bool kAcross>
-GDFAST_KERNEL(kBatchNormThreads, 2)
+template <typename T, int kVector, bool kAcross, bool kHasResidual>
+GDFAST_KERNEL(kBatchNormThreads, kNormaliseBlocks<kHasResidual>)
 normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
                  const GDFAST_GRID_CONSTANT NormaliseArguments<T> a) {
   using A = SumOf<T>;
-  const WalkPlace place = WalkPlace::of(walk, true);
+  const WalkPlace place = WalkPlace::of(walk);
   if (!place.exists) return;
   constexpr int kChannels = kAcross ? kVector : 1;
   A mean[kChannels], scale[kChannels], bias[kChannels];
@@ -168,21 +174,23 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   load_factors(factors, mean);
   load_factors(factors + walk.C, scale);
   load_factors(factors + 2 * walk.C, bias);
-  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kAtOnce) {
+  for_each_round<true, kAtOnce>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kAtOnce] = {}, residuals[kAtOnce] = {};
     int64_t element[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int at = row + i * walk.tile_rows;
-      element[i] = element_of(walk, at, place.column);
-      if (at < place.last_row) {
-        inputs[i] = load_pack<kVector>(a.input + element[i]);
-        if (a.residual != nullptr) residuals[i] = load_pack<kVector>(a.residual + element[i]);
+      element[i] = element_of<kAcross>(walk, at, place.column);
+      if (at < walk.rows) {
+        inputs[i] = load_pack_streaming<kVector>(a.input + element[i]);
+        if constexpr (kHasResidual) {
+          residuals[i] = load_pack_streaming<kVector>(a.residual + element[i]);
+        }
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (row + i * walk.tile_rows >= place.last_row) break;
+      if (row + i * walk.tile_rows >= walk.rows) break;
       A values[kVector];
       unpack<T, kVector>(inputs[i], values);
 #pragma unroll
@@ -190,7 +198,7 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         const int c = kAcross ? lane : 0;
         values[lane] = (values[lane] - mean[c]) * scale[c] + bias[c];
       }
-      if (a.residual != nullptr) {
+      if constexpr (kHasResidual) {
         A more[kVector];
         unpack<T, kVector>(residuals[i], more);
 #pragma unroll
@@ -203,7 +211,7 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
             handed_on<T, kVector>(values, a.activation, a.negative_slope);
       }
     }
-  }
+  });
 }
 
 template <typename T>
@@ -220,7 +228,8 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
     with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
       constexpr int kVector = decltype(kind)::kVector;
       constexpr bool kAcross = decltype(kind)::kAcross;
-      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, true);
+      const int64_t blocks = sum_blocks(kMomentsBlocks * multiprocessors(kOp));
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, true);
       launch(kOp, moments_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads,
              kBatchNormThreads * kValuesStep<Moments<A, kAcross ? kVector : 1>>, stream, walk,
              input, workspace.partial);
@@ -233,7 +242,6 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
   with_vectors<T>(p, are_aligned(to.input, to.residual, to.output), [&](auto kind) {
     constexpr int kVector = decltype(kind)::kVector;
     constexpr bool kAcross = decltype(kind)::kAcross;
-    const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, false);
     const NormaliseArguments<T> arguments{input,
                                           static_cast<const T*>(to.residual),
                                           static_cast<T*>(to.output),
@@ -244,8 +252,14 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
     if (to.mask != nullptr && kVector != kWholeVector<T>) {
       throw std::invalid_argument("batch_norm_act: mask: expected sizes and addresses for vectors");
     }
-    launch(kOp, normalise_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads, 0,
-           stream, walk, arguments);
+    const auto normalise = [&](auto has_residual) {
+      constexpr bool kHas = decltype(has_residual)::value;
+      const int64_t blocks = kNormaliseBlocks<kHas> * multiprocessors(kOp);
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, false);
+      launch(kOp, normalise_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
+             kBatchNormThreads, 0, stream, walk, arguments);
+    };
+    to.residual == nullptr ? normalise(std::false_type{}) : normalise(std::true_type{});
   });
 }
 
@@ -260,7 +274,7 @@ int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
     for (const bool aligned : {false, true}) {
       with_vectors<T>(p, aligned, [&](auto kind) {
         using Kind = decltype(kind);
-        const auto walk = batch_norm_walk(p, Kind::kVector, Kind::kAcross, true);
+        const auto walk = batch_norm_walk(p, Kind::kVector, Kind::kAcross, kMostSumBlocks, true);
         if (walk.splits > splits) splits = walk.splits;
       });
     }

@@ -38,7 +38,7 @@ GDFAST_DEVICE unsigned mask_bits(const uint8_t* mask, int64_t element) {
 }
 
 // grads = g, of values (input - mean) and of the vector of `other` or its bits of the mask.
-template <bool kAcross, typename T, int kVector, int kChannels, typename A>
+template <bool kAcross, bool kHasOther, typename T, int kVector, int kChannels, typename A>
 GDFAST_DEVICE void before_activation(A (&grads)[kVector], const A (&centred)[kVector],
                                      const PackOf<T, kVector>& other, unsigned bits,
                                      const A (&scale)[kChannels], const A (&bias)[kChannels],
@@ -53,13 +53,13 @@ GDFAST_DEVICE void before_activation(A (&grads)[kVector], const A (&centred)[kVe
     return;
   }
   A z[kVector] = {};
-  if (a.other != nullptr) unpack<T, kVector>(other, z);
+  if constexpr (kHasOther) unpack<T, kVector>(other, z);
   if (a.from != PreActivation::kOutput) {
 #pragma unroll
     for (int lane = 0; lane < kVector; ++lane) {
       const int c = kAcross ? lane : 0;
       const A normalised = centred[lane] * scale[c] + bias[c];
-      z[lane] = a.other == nullptr ? normalised : normalised + z[lane];
+      z[lane] = kHasOther ? normalised + z[lane] : normalised;
     }
   }
   activation_gradient(grads, z, a.activation, a.negative_slope);
@@ -94,13 +94,19 @@ struct SumsArguments {
   SumOf<T>* partial;
 };
 
-template <typename T, int kVector, bool kAcross>
-GDFAST_KERNEL(kBatchNormThreads, 2)
+// Blocks for each multiprocessor, all of which are there from beginning to end.
+constexpr int kBlocks = 2;
+// Vectors of each tensor that a thread asks for at a time.
+template <bool kHasOther>
+constexpr int kLoadsOf = kHasOther ? kAtOnce / 2 : kAtOnce;
+
+template <typename T, int kVector, bool kAcross, bool kHasOther>
+GDFAST_KERNEL(kBatchNormThreads, kBlocks)
 sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
             const GDFAST_GRID_CONSTANT SumsArguments<T> a) {
   using A = SumOf<T>;
-  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kAtOnce / 2;
-  const WalkPlace place = WalkPlace::of(walk, false);
+  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kLoadsOf<kHasOther>;
+  const WalkPlace place = WalkPlace::of(walk);
   A mean[kChannels], scale[kChannels], bias[kChannels];
 #pragma unroll
   for (int i = 0; i < kChannels; ++i) {
@@ -110,30 +116,35 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
     bias[i] = param_at<T>(a.bias, a.wide_params, c, A(0));
   }
   Sums<A, kVector> own{};
-  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kLoads) {
+  for_each_round<false, kLoads>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
     unsigned bits[kLoads] = {};
     int64_t element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int at = row + i * walk.tile_rows;
-      element[i] = element_of(walk, at, place.column);
-      if (at < place.last_row) {
+      element[i] = element_of<kAcross>(walk, at, place.column);
+      if (at < walk.rows) {
         inputs[i] = load_pack<kVector>(a.input + element[i]);
-        grads[i] = load_pack<kVector>(a.grad_output + element[i]);
-        if (a.act.other != nullptr) others[i] = load_pack<kVector>(a.act.other + element[i]);
+        // Where g is written, the second pass reads that in the place of these.
+        grads[i] = a.grad_residual != nullptr
+                       ? load_pack_streaming<kVector>(a.grad_output + element[i])
+                       : load_pack<kVector>(a.grad_output + element[i]);
+        if constexpr (kHasOther) {
+          others[i] = load_pack_streaming<kVector>(a.act.other + element[i]);
+        }
         if (a.act.mask != nullptr) bits[i] = mask_bits<T, kVector>(a.act.mask, element[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (row + i * walk.tile_rows >= place.last_row) break;
+      if (row + i * walk.tile_rows >= walk.rows) break;
       A centred[kVector], g[kVector];
       unpack<T, kVector>(inputs[i], centred);
       unpack<T, kVector>(grads[i], g);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) centred[lane] -= mean[kAcross ? lane : 0];
-      before_activation<kAcross>(g, centred, others[i], bits[i], scale, bias, a.act);
+      before_activation<kAcross, kHasOther>(g, centred, others[i], bits[i], scale, bias, a.act);
       if (a.grad_residual != nullptr) store_values<kVector>(a.grad_residual + element[i], g);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
@@ -141,7 +152,7 @@ sums_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         own.products[lane] += g[lane] * centred[lane];
       }
     }
-  }
+  });
 
   Sums<A, kChannels> joint;
   if constexpr (kChannels == kVector) {
@@ -212,13 +223,13 @@ struct GradientsArguments {
   bool training;
 };
 
-template <typename T, int kVector, bool kAcross>
-GDFAST_KERNEL(kBatchNormThreads, 2)
+template <typename T, int kVector, bool kAcross, bool kHasOther>
+GDFAST_KERNEL(kBatchNormThreads, kBlocks)
 gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
                  const GDFAST_GRID_CONSTANT GradientsArguments<T> a) {
   using A = SumOf<T>;
-  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kAtOnce / 2;
-  const WalkPlace place = WalkPlace::of(walk, true);
+  constexpr int kChannels = kAcross ? kVector : 1, kLoads = kLoadsOf<kHasOther>;
+  const WalkPlace place = WalkPlace::of(walk);
   if (!place.exists) return;
   A mean[kChannels], scale[kChannels], bias[kChannels], slope[kChannels], offset[kChannels];
   const A* const factors = a.factors + place.column * kChannels;
@@ -229,24 +240,26 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
   load_factors(factors + 4 * walk.C, offset);
   // In evaluation the input tells at most what the activation passes on.
   const bool reads_input = a.training || a.act.activation != Activation::kNone;
-  for (int row = place.row; row < place.last_row; row += walk.tile_rows * kLoads) {
+  for_each_round<true, kLoads>(walk, place, [&](int row) {
     PackOf<T, kVector> inputs[kLoads] = {}, grads[kLoads] = {}, others[kLoads] = {};
     unsigned bits[kLoads] = {};
     int64_t element[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int at = row + i * walk.tile_rows;
-      element[i] = element_of(walk, at, place.column);
-      if (at < place.last_row) {
-        grads[i] = load_pack<kVector>(a.grad_output + element[i]);
-        if (reads_input) inputs[i] = load_pack<kVector>(a.input + element[i]);
-        if (a.act.other != nullptr) others[i] = load_pack<kVector>(a.act.other + element[i]);
+      element[i] = element_of<kAcross>(walk, at, place.column);
+      if (at < walk.rows) {
+        grads[i] = load_pack_streaming<kVector>(a.grad_output + element[i]);
+        if (reads_input) inputs[i] = load_pack_streaming<kVector>(a.input + element[i]);
+        if constexpr (kHasOther) {
+          others[i] = load_pack_streaming<kVector>(a.act.other + element[i]);
+        }
         if (a.act.mask != nullptr) bits[i] = mask_bits<T, kVector>(a.act.mask, element[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (row + i * walk.tile_rows >= place.last_row) break;
+      if (row + i * walk.tile_rows >= walk.rows) break;
       A centred[kVector] = {}, g[kVector];
       if (reads_input) {
         unpack<T, kVector>(inputs[i], centred);
@@ -254,7 +267,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
         for (int lane = 0; lane < kVector; ++lane) centred[lane] -= mean[kAcross ? lane : 0];
       }
       unpack<T, kVector>(grads[i], g);
-      before_activation<kAcross>(g, centred, others[i], bits[i], scale, bias, a.act);
+      before_activation<kAcross, kHasOther>(g, centred, others[i], bits[i], scale, bias, a.act);
 #pragma unroll
       for (int lane = 0; lane < kVector; ++lane) {
         const int c = kAcross ? lane : 0;
@@ -263,7 +276,7 @@ gradients_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
       }
       store_values<kVector>(a.grad_input + element[i], g);
     }
-  }
+  });
 }
 
 template <typename T>
@@ -290,8 +303,11 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
   with_vectors<T>(p, aligned, [&](auto kind) {
     constexpr int kVector = decltype(kind)::kVector;
     constexpr bool kAcross = decltype(kind)::kAcross;
+    const auto with_other = [](const ActivationArguments<T>& act, auto&& run) {
+      act.other == nullptr ? run(std::false_type{}) : run(std::true_type{});
+    };
+    const int64_t blocks = int64_t{kBlocks} * multiprocessors(kOp);
     if (sums) {
-      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, true);
       const SumsArguments<T> arguments{grad_output,
                                        input,
                                        grad_residual,
@@ -302,10 +318,14 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
                                        static_cast<const A*>(to.mean),
                                        static_cast<const A*>(to.invstd),
                                        workspace.partial};
-      launch(kOp, sums_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads,
-             kBatchNormThreads * kValuesStep<Sums<A, kAcross ? kVector : 1>>, stream, walk,
-             arguments);
-      parameters.splits = walk.splits;
+      with_other(act, [&](auto has_other) {
+        constexpr bool kHas = decltype(has_other)::value;
+        const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, sum_blocks(blocks), true);
+        launch(kOp, sums_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
+               kBatchNormThreads, kBatchNormThreads * kValuesStep<Sums<A, kAcross ? kVector : 1>>,
+               stream, walk, arguments);
+        parameters.splits = walk.splits;
+      });
     }
     launch(kOp, parameters_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.C, kJoinChannels))),
            kJoinChannels * kJoinThreads,
@@ -319,9 +339,12 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
       arguments.grad_output = grad_residual;
       arguments.act = {Activation::kNone, PreActivation::kInput, nullptr, nullptr, A(0)};
     }
-    const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, false);
-    launch(kOp, gradients_kernel<T, kVector, kAcross>, batch_norm_grid(walk), kBatchNormThreads, 0,
-           stream, walk, arguments);
+    with_other(arguments.act, [&](auto has_other) {
+      constexpr bool kHas = decltype(has_other)::value;
+      const BatchNormWalk walk = batch_norm_walk(p, kVector, kAcross, blocks, false);
+      launch(kOp, gradients_kernel<T, kVector, kAcross, kHas>, batch_norm_grid(walk),
+             kBatchNormThreads, 0, stream, walk, arguments);
+    });
   });
 }
 

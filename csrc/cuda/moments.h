@@ -29,35 +29,42 @@ struct Moments {
   }
 };
 
+// Counts, and sums of what means differ from one of them, with the squares about that.
+struct PartSums {
+  double count, away, squares;
+
+  GDFAST_DEVICE void join(PartSums& to, const PartSums& other) {
+    to.count += other.count;
+    to.away += other.away;
+    to.squares += other.squares;
+  }
+};
+
 // Parts are a table [parts, 3, C]: counts, means and squares. What a thread of a block of
-// kJoinChannels x kJoinThreads joins for channel c of the parts from first to before end; after
-// join_rows the first row of threads has it all.
+// kJoinChannels x kJoinThreads joins for channel c of the parts from first to before end; the first
+// row of threads has it all.
 template <typename A>
 GDFAST_DEVICE Moments<double, 1> join_parts(const A* parts, int C, int c, int64_t first,
                                             int64_t end) {
   const int thread = static_cast<int>(threadIdx.x) / kJoinChannels;
-  Moments<double, 1> joint{};
-  if (c < C && first + thread < end) {
-    // Sums of what the means differ from one of them: no division, and nothing lost to a large
-    // mean. Several parts are under way at a time.
-    const double near = parts[3 * first * C + C + c];
-    double sum = 0, squares = 0;
+  PartSums sums{};
+  // The same for all threads: no division until all is there, and nothing lost to a large mean.
+  double near = 0;
+  if (c < C && first < end) {
+    near = parts[3 * first * C + C + c];
+    // Several parts are under way at a time.
 #pragma unroll 8
     for (int64_t part = first + thread; part < end; part += kJoinThreads) {
       const A* const from = parts + 3 * part * C + c;
       const double count = from[0], away = from[C] - near;
-      joint.count += count;
-      sum += count * away;
-      squares += from[2 * C] + count * away * away;
+      PartSums::join(sums, {count, count * away, from[2 * C] + count * away * away});
     }
-    const double shift = joint.count > 0 ? sum / joint.count : 0;
-    joint.mean[0] = near + shift;
-    joint.squares[0] = squares - sum * shift;
-    // A NaN stays one.
-    if (joint.squares[0] < 0) joint.squares[0] = 0;
   }
-  join_rows(joint, thread, kJoinThreads, kJoinChannels);
-  return joint;
+  join_rows(sums, thread, kJoinThreads, kJoinChannels);
+  const double shift = sums.count > 0 ? sums.away / sums.count : 0;
+  const double squares = sums.squares - sums.away * shift;
+  // A NaN stays one.
+  return {sums.count, {near + shift}, {squares < 0 ? 0 : squares}};
 }
 
 template <typename A, typename B>
@@ -72,7 +79,7 @@ GDFAST_DEVICE int join_channel() {
          static_cast<int>(threadIdx.x) % kJoinChannels;
 }
 
-constexpr size_t kJoinMemory = kJoinChannels * kJoinThreads * kValuesStep<Moments<double, 1>>;
+constexpr size_t kJoinMemory = kJoinChannels * kJoinThreads * kValuesStep<PartSums>;
 
 // How many parts a convolution of so many output pixels hands to a batch normalisation: few, since
 // one kernel joins them, and of some for each of its own threads.

@@ -62,6 +62,16 @@ GDFAST_DEVICE PackOf<T, kCount> load_pack(const T* from) {
   }
 }
 
+// What is read for the last time: it makes room in the caches first.
+template <int kCount, typename T>
+GDFAST_DEVICE PackOf<T, kCount> load_pack_streaming(const T* from) {
+  if constexpr (sizeof(T) * kCount == 16) {
+    return load_16_streaming(from);
+  } else {
+    return load_pack<kCount>(from);
+  }
+}
+
 template <int kCount, typename T>
 GDFAST_DEVICE void store_pack(T* to, const PackOf<T, kCount>& pack) {
   if constexpr (sizeof(T) * kCount == 16) {

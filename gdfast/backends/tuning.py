@@ -270,6 +270,8 @@ def _choose(
         try:
             named = {name: calls[name] for name in doubted}
             right = _agreeing(_run(op), query, named, arguments)
+            if op == MOMENTS:
+                right = tuning_norm.agreeing({name: named[name] for name in right}, arguments)
         except RuntimeError:  # no memory for a comparison, or nothing to compare with
             return predicted
         calls = {n: call for n, call in calls.items() if n in right or n not in doubted}

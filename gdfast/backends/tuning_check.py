@@ -39,7 +39,7 @@ def agreeing(
     RuntimeError is passed over, here as by the timer. Raises OutOfMemoryError, which tells nothing
     of a call, and what the reference raises.
     """
-    arguments = tuple(_random_like(a) if isinstance(a, Tensor) else a for a in arguments)
+    arguments = tuple(random_like(a) if isinstance(a, Tensor) else a for a in arguments)
     expected = reference(*arguments)
     magnitudes = products(*(a.abs() if isinstance(a, Tensor) else a for a in arguments))
     names = []
@@ -66,7 +66,7 @@ def agreeing(
     return names
 
 
-def _random_like(tensor: Tensor) -> Tensor:
+def random_like(tensor: Tensor) -> Tensor:
     """Numbers of a normal distribution, the same always, in the order of memory of a tensor."""
     generator = torch.Generator(tensor.device).manual_seed(0)
     # Where steps are 0 one number stands for many.
