@@ -45,6 +45,7 @@ Run = Callable[[], list[tuple[Tensor, Tensor]]]  # results with what they should
 
 _ERROR = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 _TF32_ERROR = 2e-3
+_MEAN_ERROR = 1e-4  # of means near zero
 _NORM_ERROR = 5e-2  # of float32 sums too, over what half types have rounded
 
 # Read number by number; in chunks of 16 bytes, with parts of tiles; few channels.
@@ -135,6 +136,19 @@ def passes(
         ours = [value.cpu() for value in ours if value is not None]
     exact = _by_operations(case, [value.double() for value in here], "reference")
     return list(zip(ours, exact[: len(ours)], strict=True))
+
+
+def moments(case: Conv2dCase, by: str, device: str, backend: str) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of a convolution's output, which the candidate that is named takes."""
+    sizes = case.input_shape, case.weight_shape, case.output_shape
+    input, weight, grad = (random(size, torch.bfloat16).to(device) for size in sizes)
+    kernel: Any = cuda_conv2d.conv2d(_query(case, input, weight, grad), by)
+    output, parts = kernel.with_moments(input, weight, None)
+    count, mean, squares = parts.double().cpu().unbind(1)
+    whole = (count * mean).sum(0) / count.sum(0)
+    variance = (squares + count * (mean - whole) ** 2).sum(0) / count.sum(0)
+    exact = torch.var_mean(output.double().cpu(), (0, 2, 3), correction=0)
+    return list(zip((whole.float(), variance.float()), exact[::-1], strict=True))
 
 
 def weight_gradient(
@@ -396,10 +410,17 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
             if name != "hopper":
                 run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
                 yield f"conv2d {case} by {name}", run, 0
+                yield (
+                    f"moments of {case} by {name}",
+                    partial(moments, case, name, **where),
+                    _MEAN_ERROR,
+                )
     for case in _HALO:
         for name in cuda_hopper_halo.HALO:
             run = partial(passes, case, torch.bfloat16, "channels_last", by=name, **where)
             yield f"conv2d {case} by {name}", run, 0
+            run = partial(moments, case, name, **where)
+            yield f"moments of {case} by {name}", run, _MEAN_ERROR
     for case in _GROUPED_HOPPER:
         for dtype in (torch.bfloat16, torch.float16):
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)

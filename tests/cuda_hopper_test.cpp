@@ -47,19 +47,19 @@ store_kernel(GDFAST_GRID_CONSTANT const TensorMap map, int rows, int w, int chan
   }
 }
 
-// d = a b of two boxes: a [64, 64] with rows of what is summed; b [64 or 128, 64] likewise, or with
-// columns as boxes of [64, 64].
+// d = a b of two boxes: a [64, 64] with rows of what is summed; b [64 or 128, 64] likewise, from
+// row `first` of a box on, or with columns as boxes of [64, 64].
 template <int kN, bool kColumnsB>
 GDFAST_KERNEL(128, 1)
 product_kernel(GDFAST_GRID_CONSTANT const TensorMap a, GDFAST_GRID_CONSTANT const TensorMap b,
-               int waits, float* out) {
+               int first, int waits, float* out) {
   constexpr int kBox = 64 * kBoxRow;
   unsigned char* const of_b = shared_memory() + kBox;
-  auto* const barrier = reinterpret_cast<uint64_t*>(of_b + 2 * kBox);
+  auto* const barrier = reinterpret_cast<uint64_t*>(of_b + 3 * kBox - kBoxRow);
   if (threadIdx.x == 0) {
     barrier_init(barrier, 1);
     barriers_ready();
-    barrier_arrive_expecting(barrier, kBox + kN * kBoxRow);
+    barrier_arrive_expecting(barrier, kBox + (kN + first) * kBoxRow);
     load_box(shared_memory(), a, {0, 0, 0, 0}, barrier);
     for (int part = 0; part < kN / 64; ++part) {
       if (kColumnsB) load_box(of_b + part * kBox, b, {64 * part, 0, 0, 0}, barrier);
@@ -72,8 +72,8 @@ product_kernel(GDFAST_GRID_CONSTANT const TensorMap a, GDFAST_GRID_CONSTANT cons
   for (float& value : d) value = -1;
   warpgroup_begin();
   for (int k = 0; k < 64; k += 16) {
-    const uint64_t from_b =
-        kColumnsB ? columns_matrix(of_b, k * kBoxRow, kBox) : rows_matrix(of_b, 2 * k);
+    const uint64_t from_b = kColumnsB ? columns_matrix(of_b, k * kBoxRow, kBox)
+                                      : rows_matrix(of_b + first * kBoxRow, 2 * k);
     warpgroup_multiply<BFloat16, kN, kColumnsB>(d, rows_matrix(shared_memory(), 2 * k), from_b,
                                                 k > 0);
   }
@@ -89,6 +89,16 @@ product_kernel(GDFAST_GRID_CONSTANT const TensorMap a, GDFAST_GRID_CONSTANT cons
     const int column = i / 4 * 8 + warp_lane() % 4 * 2 + i % 2;
     out[row * kN + column] = d[i];
   }
+}
+
+// Leaves pairs of two 8x8 matrices, as lanes hold them, as 16 rows of 16 bytes.
+GDFAST_KERNEL(32, 1)
+stmatrix_kernel(const uint32_t* in, uint32_t* out) {
+  const int lane = warp_lane();
+  stmatrix_x2_transposed(shared_memory() + lane % 16 * 16, in[2 * lane], in[2 * lane + 1]);
+  sync_warp();
+  const auto* const stored = reinterpret_cast<const uint32_t*>(shared_memory());
+  for (int i = lane; i < 64; i += kWarp) out[i] = stored[i];
 }
 
 char error[4096];
@@ -145,14 +155,18 @@ const char* store(uint16_t* image, const int* size, const int* of_box, int w, in
              channel, waits != 0, changes != 0, in);
 }
 
-// b is [n, 64], or where `columns` [64, n].
-const char* product(const uint16_t* a, const uint16_t* b, int n, int columns, int waits,
+const char* stmatrix(const uint32_t* in, uint32_t* out) {
+  return run(stmatrix_kernel, 32, in, out);
+}
+
+// b is [first + n, 64], or where `columns` [64, n].
+const char* product(const uint16_t* a, const uint16_t* b, int n, int columns, int first, int waits,
                     float* out) {
   const TensorMap of_a = matrix(a, 64, 64, 64);
-  const TensorMap of_b = columns ? matrix(b, 64, n, 64) : matrix(b, n, 64, n);
+  const TensorMap of_b = columns ? matrix(b, 64, n, 64) : matrix(b, first + n, 64, first + n);
   const auto kernel = n == 64 ? (columns ? product_kernel<64, true> : product_kernel<64, false>)
                               : (columns ? product_kernel<128, true> : product_kernel<128, false>);
-  return run(kernel, 128, of_a, of_b, waits, out);
+  return run(kernel, 128, of_a, of_b, first, waits, out);
 }
 }
 #endif

@@ -277,8 +277,28 @@ def test_a_warpgroup_multiplies_boxes(call: Call, n: int, columns: bool) -> None
     a, a_bits = bfloat16(64, 64)
     b, b_bits = bfloat16(64, n) if columns else bfloat16(n, 64)
     out = nan(64, n)
-    assert call("product", a_bits, b_bits, n, int(columns), 1, out) == ""
+    assert call("product", a_bits, b_bits, n, int(columns), 0, 1, out) == ""
     expected = a @ (b if columns else b.T)
     np.testing.assert_allclose(out, expected.numpy(), rtol=1e-5, atol=1e-5)
-    assert call("product", a_bits, b_bits, n, int(columns), 0, out) == ""
+    assert call("product", a_bits, b_bits, n, int(columns), 0, 0, out) == ""
     assert (out == -1).all(), "not waited for"
+
+
+def test_a_product_begins_at_any_row_of_a_box(call: Call) -> None:
+    a, a_bits = bfloat16(64, 64)
+    b, b_bits = bfloat16(64 + 8, 64)
+    for first in range(9):
+        out = nan(64, 64)
+        rows = aligned(b_bits[: first + 64])
+        assert call("product", a_bits, rows, 64, 0, first, 1, out) == ""
+        expected = a @ b[first : first + 64].T
+        np.testing.assert_allclose(out, expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_stmatrix_makes_columns_rows(call: Call) -> None:
+    matrices = np.arange(2 * 8 * 8, dtype=np.uint16).reshape(2, 8, 4, 2)
+    # Lane 4 g + t has the pair t of row g of both.
+    pairs = aligned(matrices.transpose(1, 2, 0, 3))
+    out = np.zeros((2, 8, 8), np.uint16)
+    assert call("stmatrix", pairs, out) == ""
+    np.testing.assert_array_equal(out, matrices.reshape(2, 8, 8).transpose(0, 2, 1))
