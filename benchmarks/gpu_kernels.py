@@ -354,7 +354,7 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
         for case in _DEPTHWISE_TENSOR:
             for by, dtype in (
                 ("depthwise-tensor", bfloat16),
-                ("depthwise-tensor-wide", torch.float16),
+                ("depthwise-tensor-narrow", torch.float16),
             ):
                 run = partial(passes, case, dtype, "channels_last", by=by, **where)
                 yield f"{by} {case}, {dtype}", run, 0

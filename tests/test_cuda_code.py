@@ -122,16 +122,18 @@ def test_depthwise_tensor_kernels_load_once_what_all_rows_of_a_filter_multiply()
     kernels = [code for code in codes() if code.kernel.startswith("depthwise_tensor_")]
     assert kernels
     for code in kernels:
-        size = int(code.arguments[1])
+        size = int(code.arguments[4])
         pairs = size // 2
         if code.kernel == "depthwise_tensor_kernel":
-            # Of a batch of rows: two groups of channels by the taps of a row, in pairs and one.
-            assert code.count(r"HMMA\.16816") == 2 * size * size * pairs, code
-            assert code.count(r"HMMA\.1688\.") == 2 * size * size, code
-            assert code.count("LDSM") == size * (2 * pairs + 1), code
+            # Of a batch of rows: groups of channels by the taps of a row, in pairs and one.
+            groups = 1 if size == 7 else 2
+            assert code.count(r"HMMA\.16816") == groups * size * size * pairs, code
+            assert code.count(r"HMMA\.1688\.") == groups * size * size, code
+            assert code.count("LDSM") == size * (groups * pairs + 1), code
+            assert code.count(r"STG\.E\.(.*\.)?128"), code
         else:
-            # The last column's taps are pairs of rows; and one for the bias.
-            assert code.count("HMMA") == size * (pairs * size + pairs + 1 + 1), code
+            # The last column's taps are pairs of rows, the last row's with ones.
+            assert code.count("HMMA") == size * (pairs * size + pairs + 1), code
             assert code.count("LDSM") == size * (pairs + 1), code
         assert code.count(r"LDGSTS\.E\.(.*\.)?128"), code
 

@@ -125,8 +125,6 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
 def test_candidates_of_depthwise_nchw(op: str) -> None:
     ways = cuda_depthwise.WAYS
-    if op == "conv2d_grad_weight":
-        ways = ways[0], ways[2]
     turned = tuple(name + cuda_problem.TURNED for name in ways)
     in_place = (cuda_depthwise.NAME,)
     for batch, channels_last, expected in (

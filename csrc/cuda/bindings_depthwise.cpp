@@ -14,9 +14,10 @@ namespace {
 DepthwiseWay way_named(const std::string& name) {
   if (name == "depthwise") return DepthwiseWay::kVectors;
   if (name == "depthwise-tensor") return DepthwiseWay::kSlabs;
-  if (name == "depthwise-tensor-wide") return DepthwiseWay::kWideSlabs;
+  if (name == "depthwise-tensor-narrow") return DepthwiseWay::kNarrowSlabs;
   throw py::value_error(
-      "depthwise_conv2d: way: expected depthwise, depthwise-tensor or depthwise-tensor-wide, got " +
+      "depthwise_conv2d: way: expected depthwise, depthwise-tensor or depthwise-tensor-narrow, "
+      "got " +
       name);
 }
 

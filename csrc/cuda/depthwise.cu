@@ -101,7 +101,7 @@ void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, Depthwi
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream) {
   if (way >= DepthwiseWay::kSlabs) {
-    const bool wide = way == DepthwiseWay::kWideSlabs;
+    const bool wide = way == DepthwiseWay::kSlabs;
     return depthwise_tensor(dtype, arguments, wide, input, weight, bias, output, stream);
   }
   const bool vectors = way == DepthwiseWay::kVectors;

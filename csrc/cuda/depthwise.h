@@ -94,7 +94,7 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
 }
 
 // How images are read: number by number, in vectors of channels, or in slabs for the tensor cores.
-enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kWideSlabs };
+enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs };
 
 // The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Slabs
 // that are asked for are taken for problems that depthwise_tensor_why_not has nothing against,

@@ -119,7 +119,7 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
   const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
   if (of_columns > splits) splits = of_columns;
   if (wanted >= DepthwiseWay::kSlabs && depthwise_tensor_why_not(p).empty()) {
-    const int64_t others = depthwise_tensor_splits(a);
+    const int64_t others = depthwise_tensor_splits(a, wanted == DepthwiseWay::kSlabs);
     if (others > splits) splits = others;
   }
   const int64_t bytes = p.dtype == DType::kFloat64 ? 8 : 4;
@@ -134,9 +134,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
   int splits = 0;
   const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, input));
   if (way >= DepthwiseWay::kSlabs) {
-    splits = depthwise_tensor_splits(a);
-    depthwise_tensor_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
-                                 workspace, where.stream);
+    const bool wide = way == DepthwiseWay::kSlabs;
+    splits = depthwise_tensor_splits(a, wide);
+    depthwise_tensor_grad_weight(problem.dtype, a, wide, grad_output, input, workspace,
+                                 where.stream);
   } else if (way == DepthwiseWay::kVectors) {
     splits = depthwise_columns_grad_weight(problem.dtype, a, grad_output, input,
                                            grad_bias != nullptr, workspace, where.stream);

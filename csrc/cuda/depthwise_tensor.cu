@@ -2,34 +2,46 @@
 // input, which is one too with the filters turned round.
 #include "activation.h"
 #include "depthwise_tensor.h"
-#include "quads.h"
 
 namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d";
-constexpr int kGroups = 2;  // of 8 channels, which a warp multiplies
-constexpr int kWarpsOfGroups = kTensorPositions / 16;
-
 // Blocks of a multiprocessor, as many as registers allow.
-template <int kSize, int kPlanes, bool kEnding>
-constexpr int kBlocks = kSize == 7    ? 2
-                        : kSize == 5  ? 3
-                        : kPlanes > 2 ? 2
-                        : kEnding     ? 4
-                                      : 5;
+template <typename Tile, int kSize, bool kEnding>
+constexpr int kBlocks = Tile::kPlanes > 2 ? (kSize == 7   ? 1
+                                             : kSize == 5 ? 2
+                                             : kEnding    ? 2
+                                                          : 4)
+                        : kSize == 7      ? 2
+                        : kSize == 5      ? 3
+                                          : 4;
 
-// A block: its threads, and the ring in shared memory: batches of rows, so many that enough bytes
-// are on their way.
-template <int kSize, int kPlanes>
+// A block. In shared memory: the ring, batches of rows of the input; and twice the outputs that a
+// batch completes, which are written to global memory while the next batch is multiplied. Filters
+// lie there before.
+template <typename Tile, int kSize>
 struct Block {
-  static constexpr int kThreads = kPlanes / kGroups * kWarpsOfGroups * kWarp, kSlab = 8 * kPlanes;
-  static constexpr int kBatches = kSize == 3 ? 4 : 3;
-  static constexpr int kSlots = kTensorSlots<kPlanes, kTensorPositions + kSize - 1>;
+  static constexpr int kPlanes = Tile::kPlanes;
+  static constexpr int kGroups = kSize == 7 ? 1 : 2;  // of 8 channels, which a warp multiplies
+  static constexpr int kThreads = kPlanes / kGroups * Tile::kWarps * kWarp;
+  static constexpr int kBatches = kSize == 7 ? 2 : 3;
+  static constexpr int kSlots = Tile::slots(Tile::kPositions + kSize - 1);
   static constexpr int kPlane = kSlots * 16, kRow = kPlanes * kPlane;
-  static constexpr int kBatch = kSize * kRow;
-  static constexpr int kFilters = kBatches * kBatch;  // behind them
-  static constexpr int kBytes = kFilters + kSlab * kSize * kSize * 2;
+  static constexpr int kBatch = kSize * kRow, kRing = kBatches * kBatch;
+
+  // A position's channels; an odd number of chunks, so that words that are written at a time lie in
+  // different banks, where there is room.
+  static constexpr int kPosition = (kSize == 7 ? kPlanes : kPlanes | 1) * 16;
+  static constexpr int kMadeRow = Tile::kPositions * kPosition, kMade = kSize * kMadeRow;
+  static constexpr int kBytes = kRing + 2 * kMade;
+  static_assert(kBytes <= 99 * 1024, "every GPU from compute capability 8.0 on has so much");
+  static_assert(Tile::kSlab * kSize * kSize * 2 <= 2 * kMade, "filters fit");
+
+  // Chunks of a row of outputs; threads write one of each row, or of every other one.
+  static constexpr int kChunks = Tile::kPositions * kPlanes;
+  static constexpr int kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0, "each thread writes the same place of a row");
 };
 
 template <typename T>
@@ -42,7 +54,7 @@ struct Tensors {
 
 // The right operands of matrix instructions: of each tap eight channels' numbers on a diagonal. A
 // lane has two neighbours of a column, which are zeros unless they lie on it.
-template <typename T, int kSize>
+template <typename T, int kSize, int kGroups>
 struct Diagonals {
   static constexpr int kTaps = kSize * kSize;
   uint32_t taps[kGroups][kTaps];
@@ -72,7 +84,9 @@ struct Diagonals {
   }
 };
 
-using Sums = float[kGroups * 4];  // of a row of positions, as matrix instructions have them
+// Of a row of positions, as matrix instructions have them.
+template <int kGroups>
+using Sums = float[kGroups * 4];
 
 // One output, from global memory.
 template <typename T, int kSize>
@@ -107,8 +121,9 @@ GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, 
 }
 
 // Adds what a row of pixels gives to the outputs that see it, as row r of the filter those r above.
-template <typename T, int kSize, int kPlane>
-GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, kSize>& diagonals,
+template <typename T, int kSize, int kGroups, int kPlane>
+GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u,
+                                const Diagonals<T, kSize, kGroups>& diagonals,
                                 const unsigned char* pairs, const unsigned char* last) {
   const auto sums = [&](int group, int r) -> float (&)[4] {
     return *reinterpret_cast<float (*)[4]>(&alive[(u - r + kSize) % kSize][group * 4]);
@@ -138,16 +153,31 @@ GDFAST_DEVICE void multiply_row(Sums (&alive)[kSize], int u, const Diagonals<T, 
   }
 }
 
+// The sum of what the threads of a block have, in a part of shared memory that nobody uses.
+GDFAST_DEVICE float sum_of_block(float value, float* shared) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
+    value += shuffle_xor(value, distance);
+  }
+  if (warp_lane() == 0) shared[warp_index()] = value;
+  sync_block();
+  float sum = 0;
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += shared[warp];
+  return sum;
+}
+
 // kEnding: with a bias or an activation.
-template <typename T, int kSize, int kPlanes, bool kEnding>
-GDFAST_KERNEL((Block<kSize, kPlanes>::kThreads), (kBlocks<kSize, kPlanes, kEnding>))
+template <typename T, typename Tile, int kSize, bool kEnding>
+GDFAST_KERNEL((Block<Tile, kSize>::kThreads), (kBlocks<Tile, kSize, kEnding>))
 depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                         const GDFAST_GRID_CONSTANT TensorWalk walk,
                         const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
-  using Its = Block<kSize, kPlanes>;
+  using Its = Block<Tile, kSize>;
+  constexpr int kGroups = Its::kGroups, kPlanes = Its::kPlanes;
   using Rows = TensorRows<kPlanes, Its::kSlots, Its::kThreads>;
+  using Filters = Diagonals<T, kSize, kGroups>;
   unsigned char* const ring = shared_memory();
-  const int first_channel = static_cast<int>(blockIdx.x) * Its::kSlab;
+  const int first_channel = static_cast<int>(blockIdx.x) * Tile::kSlab;
   const int first = static_cast<int>(blockIdx.y) * walk.rows_of_block;
   const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
 
@@ -172,30 +202,20 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     cp_async_commit();
     ahead_h += kSize;
     ahead_steps -= kSize;
-    ahead_at = ahead_at + Its::kBatch < Its::kFilters ? ahead_at + Its::kBatch : 0;
+    ahead_at = ahead_at + Its::kBatch < Its::kRing ? ahead_at + Its::kBatch : 0;
   };
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch();
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
-  auto* const filters = reinterpret_cast<T*>(ring + Its::kFilters);
-  Diagonals<T, kSize>::share(a, tensors.weight, first_channel, Its::kSlab, filters);
+  auto* const filters = reinterpret_cast<T*>(ring + Its::kRing);
+  Filters::share(a, tensors.weight, first_channel, Tile::kSlab, filters);
   sync_block();
   // The channels and positions of this warp, from the block's first ones on.
-  const int group = warp_index() / kWarpsOfGroups * kGroups;
-  const int position = warp_index() % kWarpsOfGroups * 16;
-  Diagonals<T, kSize> diagonals;
-  Diagonals<T, kSize>::take(diagonals, filters + group * 8 * kSize * kSize);
-
-  // Where this lane loads matrices: two columns of one plane, or the last column of both.
-  const int matrix = warp_lane() / 8, line = warp_lane() % 8;
-  const int slot = group * Its::kPlane + (position + matrix % 2 * 8 + line) * 16;
-  const int pairs_at = slot + matrix / 2 * 16;
-  const int last_at = slot + (kSize - 1) * 16 + matrix / 2 * Its::kPlane;
-  // And what it writes: 8 channels of one position.
-  const int quarter = warp_lane() % 4;
-  const int channel = first_channel + (group + quarter % 2) * 8;
-  const TensorColumn column = column_at(walk, position + quarter / 2 * 8 + warp_lane() / 4);
+  const int group = warp_index() / Tile::kWarps * kGroups;
+  const int position = warp_index() % Tile::kWarps * 16, quarter = warp_lane() % 4;
+  Filters diagonals;
+  Filters::take(diagonals, filters + group * 8 * kSize * kSize);
   float bias[kGroups * 2] = {};  // of the channels that this lane has of a matrix's columns
   if (kEnding && tensors.bias != nullptr) {
 #pragma unroll
@@ -205,14 +225,42 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     }
   }
 
-  const auto place = [&](const TensorPiece& piece) -> T* {
+  // Where this lane loads matrices: two columns of one plane, or the last column of two.
+  const int matrix = warp_lane() / 8, line = warp_lane() % 8;
+  const int slot = group * Its::kPlane + (position + matrix % 2 * 8 + line) * 16;
+  const int pairs_at = slot + matrix / 2 * 16;
+  const int last_at = slot + (kSize - 1) * 16 + (kGroups > 1 ? matrix / 2 * Its::kPlane : 0);
+  // Where it puts sums; and of which position and channels this thread writes outputs.
+  const int sums_at =
+      Its::kRing + (position + warp_lane() / 4) * Its::kPosition + group * 16 + quarter * 4;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int place = thread % Its::kChunks / kPlanes, plane = thread % Its::kChunks % kPlanes;
+  const int made_at = Its::kRing + place * Its::kPosition + plane * 16;
+  const TensorColumn column = column_at(walk, place);
+  const auto outputs = [&](const TensorPiece& piece) -> T* {
     const int n = piece.n + column.image, q = piece.q + column.column;
+    const int k = first_channel + plane * 8;
     if (column.image >= walk.images || n >= a.N || column.column >= walk.strip || q >= a.Q ||
-        channel >= a.K) {
+        k >= a.K) {
       return nullptr;
     }
     return tensors.output + n * a.output.n + int64_t{piece.p} * a.output.h +
-           int64_t{q} * a.output.w + channel;
+           int64_t{q} * a.output.w + k;
+  };
+
+  // Rows of outputs that the batch before has completed: a flag for each that this thread writes.
+  uint32_t made = 0;
+  T* to = nullptr;  // the first of the batch
+  int made_in = 0;  // which half of the memory for them
+  const auto write_outputs = [&] {
+#pragma unroll
+    for (int u = 0; u < kSize; ++u) {
+      if (made >> u & 1u) {
+        store_16(to + int64_t{u} * a.output.h,
+                 load_16(ring + made_at + made_in + u * Its::kMadeRow));
+      }
+    }
+    made_in = Its::kMade - made_in;
   };
 
   float zero = 0;  // unless a sum was not finite
@@ -221,29 +269,37 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   for (int row = first; row < end;) {
     const TensorPiece piece = piece_at(a, walk, row, end);
     row += piece.rows;
-    T* to = place(piece);
-    uint32_t writes = to != nullptr ? 1 : 0;
-    opaque(writes);
+    T* const first_output = outputs(piece);
     const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
-    Sums alive[kSize] = {};
+    Sums<kGroups> alive[kSize] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
       sync_block();  // and nobody reads the batch before any more
       copy_batch();
+      write_outputs();
+      // Those of this batch.
+      to = first_output + int64_t{step - (kSize - 1)} * a.output.h;
+      made = 0;
+#pragma unroll
+      for (int u = 0; u < kSize; ++u) {
+        const bool completed = step + u >= kSize - 1 && step + u < steps;
+        const bool mine = u % Its::kRowsAtOnce == thread / Its::kChunks;
+        if (completed && mine && first_output != nullptr) made |= 1u << u;
+      }
       const unsigned char* const batch = ring + at;
-      at = at + Its::kBatch < Its::kFilters ? at + Its::kBatch : 0;
+      at = at + Its::kBatch < Its::kRing ? at + Its::kBatch : 0;
       // Row u of the batch, for the output that sees it first and those that have begun.
       const auto multiply = [&](int u) {
 #pragma unroll
         for (float& sum : alive[u]) sum = 0;
         if (static_cast<unsigned>(h + step + u) >= static_cast<unsigned>(a.H)) return;
         const unsigned char* const pixels = batch + u * Its::kRow;
-        multiply_row<T, kSize, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
-                                            pixels + last_at);
+        multiply_row<T, kSize, kGroups, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
+                                                     pixels + last_at);
       };
       // The output that sees row u last.
-      const auto finish = [&](int u, Sums& sums) {
+      const auto finish = [&](int u, Sums<kGroups>& sums) {
         if (step + u < kSize - 1) return;
 #pragma unroll
         for (float sum : sums) zero += sum * 0;
@@ -252,22 +308,19 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
           activate(sums, a.activation, static_cast<float>(a.negative_slope));
         }
-        // The word of chunk i, which is quarter i's: a group of channels and half of positions.
-        uint32_t words[4];
+        unsigned char* const words = ring + sums_at + made_in + u * Its::kMadeRow;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int first_of = i % 2 * 4 + i / 2 * 2;
-          words[i] = pack_two<T>(sums[first_of], sums[first_of + 1]);
+        for (int i = 0; i < kGroups * 4; i += 2) {
+          auto* const word =
+              reinterpret_cast<PackOf<T, 2>*>(words + i / 4 * 16 + i / 2 % 2 * 8 * Its::kPosition);
+          *word = {{pack_two<T>(sums[i], sums[i + 1])}};
         }
-        exchange_in_quad(words);
-        if (writes != 0) store_16(to, {{words[0], words[1], words[2], words[3]}});
-        to += a.output.h;
       };
       if constexpr (kEnding) {
         // Activations are long: they are there once.
 #pragma unroll 1
         for (int u = 0; u < kSize && step + u < steps; ++u) {
-          Sums sums;
+          Sums<kGroups> sums;
 #pragma unroll
           for (int v = 0; v < kSize; ++v) {
             if (u != v) continue;
@@ -287,38 +340,40 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       }
     }
   }
-
-  zero += shuffle_xor(zero, 1);
-  zero += shuffle_xor(zero, 2);
-  if (zero == 0) return;
+  cp_async_wait<0>();
+  sync_block();
+  write_outputs();
+  if (sum_of_block(zero, reinterpret_cast<float*>(ring)) == 0) return;
 #pragma unroll 1
   for (int row = first; row < end;) {
     const TensorPiece piece = piece_at(a, walk, row, end);
     row += piece.rows;
-    T* const chunks = place(piece);
+    T* const chunks = outputs(piece);
     if (chunks == nullptr) continue;
+    // Made by whom it was written.
 #pragma unroll 1
     for (int p = 0; p < piece.rows; ++p) {
-      mend<T, kSize>(a, tensors, chunks + int64_t{p} * a.output.h, piece.n + column.image, channel,
-                     piece.p + p, piece.q + column.column);
+      if ((p + kSize - 1) % kSize % Its::kRowsAtOnce != thread / Its::kChunks) continue;
+      mend<T, kSize>(a, tensors, chunks + int64_t{p} * a.output.h, piece.n + column.image,
+                     first_channel + plane * 8, piece.p + p, piece.q + column.column);
     }
   }
 }
 
-template <typename T, int kSize, int kPlanes, bool kEnding>
+template <typename T, typename Tile, int kSize, bool kEnding>
 void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  using Its = Block<kSize, kPlanes>;
-  const int64_t blocks = int64_t{kBlocks<kSize, kPlanes, kEnding>} * multiprocessors(kOp);
-  const auto walk = tensor_walk<kSize>(a, Its::kSlab, blocks);
-  launch(kOp, depthwise_tensor_kernel<T, kSize, kPlanes, kEnding>, tensor_grid(a, walk, Its::kSlab),
+  using Its = Block<Tile, kSize>;
+  const int64_t blocks = int64_t{kBlocks<Tile, kSize, kEnding>} * multiprocessors(kOp);
+  const auto walk = tensor_walk<Tile, kSize>(a, blocks);
+  launch(kOp, depthwise_tensor_kernel<T, Tile, kSize, kEnding>, tensor_grid<Tile>(a, walk),
          Its::kThreads, Its::kBytes, stream, a, walk, tensors);
 }
 
-template <typename T, int kSize, int kPlanes>
+template <typename T, typename Tile, int kSize>
 void launch_tensor(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
   const bool ending = tensors.bias != nullptr || a.activation != Activation::kNone;
-  ending ? launch_tensor<T, kSize, kPlanes, true>(a, tensors, stream)
-         : launch_tensor<T, kSize, kPlanes, false>(a, tensors, stream);
+  ending ? launch_tensor<T, Tile, kSize, true>(a, tensors, stream)
+         : launch_tensor<T, Tile, kSize, false>(a, tensors, stream);
 }
 
 }  // namespace
@@ -353,9 +408,8 @@ void depthwise_tensor(DType dtype, const DepthwiseArguments& a, bool wide, const
         using Filter = decltype(filter);
         if constexpr (Filter::kStride == 1) {
           constexpr int kSize = Filter::kSize;
-          constexpr int kWide = kSize == 3 ? 4 : 2;
-          wide ? launch_tensor<T, kSize, kWide>(a, tensors, stream)
-               : launch_tensor<T, kSize, 2>(a, tensors, stream);
+          wide ? launch_tensor<T, WideTile, kSize>(a, tensors, stream)
+               : launch_tensor<T, NarrowTile, kSize>(a, tensors, stream);
         }
       });
     }

@@ -5,29 +5,39 @@
 // none with a zero, but it makes as many of these as four instructions of floating point, and takes
 // half types as they are.
 //
-// A block has a slab of 16 or 32 channels and 64 positions side by side: outputs of a row, of
-// several images where rows are short. It walks down their rows. What a row of the image gives to
+// A block has a slab of channels and some positions side by side: outputs of a row, of several
+// images where rows are short. It walks down their rows. What a row of the image gives to
 // the outputs that see it is added up in registers, where so many rows of sums as the filter has
 // are alive at a time: pixels are loaded from shared memory once for all rows of the filter. A
 // batch of rows is multiplied while the next ones are copied to shared memory.
 //
-//   slot       where shared memory has a pixel: 16 bytes in each of some planes, one for 8
-//   channels.
-//              Images lie `pitch` slots apart, position and slot of their first column are the same
-//   step       a row of the image that a piece's outputs see, from 0; output p begins at step p
-//   batch      kSize steps, after which everything is in the registers again where it was
+//   plane      8 channels of a slab in shared memory
+//   slot       where a plane has a pixel, 16 bytes; images lie `pitch` slots apart, position and
+//   slot of their first column are the same step       a row of the image that a piece's outputs
+//   see, from 0; output p begins at step p batch      kSize steps, after which everything is in the
+//   registers again where it was
 #pragma once
 
 #include "depthwise.h"
 
 namespace gdfast::cuda {
 
-constexpr int kTensorPositions = 64;  // of a block: 16 for each of four warps
+// What a block makes at a time. A wide slab is 96 bytes of a pixel: what is side by side in memory
+// decides how many requests a byte takes.
+template <int kPlanesOfSlab, int kPositionsOfBlock>
+struct TensorTile {
+  static constexpr int kPlanes = kPlanesOfSlab, kSlab = 8 * kPlanes;
+  static constexpr int kPositions = kPositionsOfBlock;
+  static constexpr int kWarps = kPositions / 16;  // of each group of channels
 
-// Of a plane that has at least so many: chunks of all planes that are written at a time, 8 in all,
-// lie in different banks.
-template <int kPlanes, int kLeast>
-constexpr int kTensorSlots = kLeast + (8 / kPlanes + 7 * kLeast) % 8;
+  // Slots of a plane that has at least so many: of chunks that are written at a time few lie in the
+  // same banks.
+  GDFAST_HOST_DEVICE constexpr int slots(int least) {
+    return kPlanes == 2 ? (least + 3) / 8 * 8 + 4 : least | 1;
+  }
+};
+using WideTile = TensorTile<6, 32>;
+using NarrowTile = TensorTile<2, 64>;
 
 // Images side by side, and the rows of outputs that blocks share: of the first images' first strip
 // of columns from top to bottom, then of the next strip, and at last of the next images.
@@ -89,8 +99,9 @@ struct TensorRows {
       const TensorColumn at = column_at(walk, index / kPlanes);
       rows.offsets[i] = static_cast<uint32_t>(at.image) * static_cast<uint32_t>(strides.n) +
                         static_cast<uint32_t>(at.column * strides.w + index % kPlanes * 8);
-      rows.places[i] =
-          at.image < walk.images ? static_cast<uint32_t>(at.image * 256 + at.column) : 1u << 31;
+      // Columns beyond the last output of gradients have no slots.
+      const bool exists = at.image < walk.images && index < kPlanes * kSlots;
+      rows.places[i] = exists ? static_cast<uint32_t>(at.image * 256 + at.column) : 1u << 31;
       opaque(rows.offsets[i]);
       opaque(rows.places[i]);
     }
@@ -139,11 +150,11 @@ struct TensorRows {
   }
 };
 
-// Slabs have so many channels; `blocks` are those that run at a time.
-template <int kSize>
-TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t channels, int64_t blocks) {
-  const int64_t strips = ceil_div(a.Q, kTensorPositions), strip = ceil_div(a.Q, strips);
-  const int64_t pitch = strip + kSize - 1, images = 1 + (kTensorPositions - strip) / pitch;
+// `blocks` are those that run at a time.
+template <typename Tile, int kSize>
+TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t blocks) {
+  const int64_t strips = ceil_div(a.Q, Tile::kPositions), strip = ceil_div(a.Q, strips);
+  const int64_t pitch = strip + kSize - 1, images = 1 + (Tile::kPositions - strip) / pitch;
   TensorWalk walk{};
   walk.images = static_cast<int>(images < a.N ? images : a.N);
   // Offsets among the images side by side have 32 bits.
@@ -155,27 +166,28 @@ TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t channels, int64_t bl
   walk.high = Divisor::of(a.P);
   walk.strips = Divisor::of(strips);
   // Each slab has as many blocks; a piece's first rows are read for the piece above too.
-  const int64_t slabs = ceil_div(a.C, channels), at_once = blocks > slabs ? blocks / slabs : 1;
+  const int64_t slabs = ceil_div(a.C, Tile::kSlab), at_once = blocks > slabs ? blocks / slabs : 1;
   const int64_t share = ceil_div(walk.rows, at_once);
   walk.rows_of_block = static_cast<int>(share < kSize ? kSize : share);
   return walk;
 }
 
-inline dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk, int64_t channels) {
-  return dim3(static_cast<unsigned>(ceil_div(a.C, channels)),
+template <typename Tile>
+dim3 tensor_grid(const DepthwiseArguments& a, const TensorWalk& walk) {
+  return dim3(static_cast<unsigned>(ceil_div(a.C, Tile::kSlab)),
               static_cast<unsigned>(ceil_div(walk.rows, walk.rows_of_block)));
 }
 
-// The kernels' launchers, for addresses that 16 divides and what there is nothing against. Slabs of
-// the forward pass have 16 channels or, for 3 x 3 and if wide, 32.
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against, in tiles
+// that are wide or narrow.
 void depthwise_tensor(DType dtype, const DepthwiseArguments& arguments, bool wide,
                       const void* input, const void* weight, const void* bias, void* output,
                       uintptr_t stream);
 
-// In how many splits `partial` gets the sums (depthwise_weight_sums.h), those of the bias if asked.
-int depthwise_tensor_splits(const DepthwiseArguments& arguments);
-void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& arguments,
-                                  const void* grad_output, const void* input, bool bias,
-                                  void* partial, uintptr_t stream);
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h).
+int depthwise_tensor_splits(const DepthwiseArguments& arguments, bool wide);
+void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& arguments, bool wide,
+                                  const void* grad_output, const void* input, void* partial,
+                                  uintptr_t stream);
 
 }  // namespace gdfast::cuda

@@ -11,33 +11,33 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d_grad_weight";
-constexpr int kWarpsOfGroup = kTensorPositions / 16;
-constexpr int kPlanes = 2, kSlab = 8 * kPlanes;
-constexpr int kThreads = kPlanes * kWarpsOfGroup * kWarp;
 // What the plan is made for. Not what this GPU has, so that sums have the same bits on every one.
 constexpr int kMultiprocessors = 132;
 
 // Blocks of a multiprocessor, as many as registers allow.
-template <int kSize>
-constexpr int kBlocks = kSize == 3   ? 3
-                        : kSize == 5 ? 2
-                                     : 1;
+template <typename Tile, int kSize>
+constexpr int kBlocks = Tile::kPlanes > 2 ? (kSize == 3 ? 2 : 1)
+                        : kSize == 3      ? 3
+                        : kSize == 5      ? 2
+                                          : 1;
 
 // Shared memory: batches of rows of the input, each with a row of the gradient behind it. At last
 // the sums of all warps.
-template <int kSize>
-struct Ring {
-  static constexpr int kBatches = 3;
-  static constexpr int kSlots = kTensorSlots<kPlanes, kTensorPositions + kSize - 1>;
-  static constexpr int kGradSlots = kTensorSlots<kPlanes, kTensorPositions>;
+template <typename Tile, int kSize>
+struct Block {
+  static constexpr int kPlanes = Tile::kPlanes, kWarps = Tile::kWarps;
+  static constexpr int kThreads = kPlanes * kWarps * kWarp;
+  static constexpr int kBatches = kSize == 7 && kPlanes > 2 ? 2 : 3;
+  static constexpr int kSlots = Tile::slots(Tile::kPositions + kSize - 1);
+  static constexpr int kGradSlots = Tile::slots(Tile::kPositions);
   static constexpr int kPlane = kSlots * 16, kGradPlane = kGradSlots * 16;
   static constexpr int kGrad = kPlanes * kPlane;
   static constexpr int kRow = kGrad + kPlanes * kGradPlane;
   static constexpr int kBatch = kSize * kRow;
   static constexpr int kTaps = kSize * kSize;
-  static constexpr int kSums = kSlab * (kTaps + 1);  // of a warp of each group
+  static constexpr int kSums = Tile::kSlab * (kTaps + 1);  // of a warp of each group
   static constexpr int kBytes = kBatches * kBatch;
-  static_assert(kWarpsOfGroup * kSums * 4 <= kBytes, "sums fit");
+  static_assert(kWarps * kSums * 4 <= kBytes, "sums fit");
 };
 
 template <typename T>
@@ -48,13 +48,13 @@ struct Tensors {
 
 // Sums of a warp. Pairs of taps are two of a row; those of the last column are two of neighbouring
 // rows, which the same gradients are multiplied by where the upper one's pixel is a row higher:
-// pair i is of the rows 2 i + 1 and 2 i, and the last one of the filter's last row alone.
+// pair i is of the rows 2 i + 1 and 2 i, and the last one of the filter's last row and of ones, for
+// the bias.
 template <int kSize>
 struct Sums {
   static constexpr int kPairs = kSize / 2;
   float pairs[kSize][kPairs][4];
   float last[kPairs + 1][4];
-  float bias[4];
 };
 
 // The sum of one tap over a block's rows of outputs, from global memory.
@@ -99,14 +99,14 @@ struct Diagonal {
 };
 
 // Writes a warp's sums to its part of shared memory, [channel][tap] and behind these [channel].
-template <int kSize>
+template <int kSlab, int kSize>
 GDFAST_DEVICE void share_sums(const Sums<kSize>& sums, float* to, int group) {
   constexpr int kTaps = kSize * kSize;
   const Diagonal diagonal = Diagonal::of_lane();
   if (warp_lane() < 4) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      to[kSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.bias[i];
+      to[kSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.last[kSize / 2][2 + i];
     }
   }
   if (diagonal.channel < 0) return;
@@ -125,15 +125,15 @@ GDFAST_DEVICE void share_sums(const Sums<kSize>& sums, float* to, int group) {
   }
 }
 
-template <typename T, int kSize>
-GDFAST_KERNEL(kThreads, kBlocks<kSize>)
+template <typename T, typename Tile, int kSize>
+GDFAST_KERNEL((Block<Tile, kSize>::kThreads), (kBlocks<Tile, kSize>))
 depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                                     const GDFAST_GRID_CONSTANT TensorWalk walk,
-                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, bool with_bias,
-                                    float* partial) {
-  using Its = Ring<kSize>;
-  using Pixels = TensorRows<kPlanes, Its::kSlots, kThreads>;
-  using Gradients = TensorRows<kPlanes, Its::kGradSlots, kThreads>;
+                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
+  using Its = Block<Tile, kSize>;
+  constexpr int kSlab = Tile::kSlab, kThreads = Its::kThreads;
+  using Pixels = TensorRows<Tile::kPlanes, Its::kSlots, kThreads>;
+  using Gradients = TensorRows<Tile::kPlanes, Its::kGradSlots, kThreads>;
   unsigned char* const ring = shared_memory();
   const int first_channel = static_cast<int>(blockIdx.x) * kSlab;
   const int split = static_cast<int>(blockIdx.y), first = split * walk.rows_of_block;
@@ -183,8 +183,8 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   }
 
   // Where this lane loads matrices: columns of two taps, or the last tap's and the gradients'.
-  const int group = warp_index() / kWarpsOfGroup, matrix = warp_lane() / 8;
-  const int position = warp_index() % kWarpsOfGroup * 16 + warp_lane() % 8;
+  const int group = warp_index() / Tile::kWarps, matrix = warp_lane() / 8;
+  const int position = warp_index() % Tile::kWarps * 16 + warp_lane() % 8;
   const int pairs_at = group * Its::kPlane + (position + matrix / 2 * 8 + matrix % 2) * 16;
   const int last_at = matrix < 2
                           ? group * Its::kPlane + (position + matrix * 8 + kSize - 1) * 16
@@ -226,15 +226,15 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
           }
         }
         const uint32_t now[2] = {inside ? loaded[0] : 0, inside ? loaded[1] : 0};
-        const uint32_t columns[4] = {now[0], before[0], now[1], before[1]};
 #pragma unroll
-        for (int i = 0; i <= kSize / 2; ++i) {
-          const int r = 2 * i + 1 < kSize ? 2 * i + 1 : kSize - 1;
-          mma_m16n8k16<T>(sums.last[i], columns, alive[(u - r + kSize) % kSize]);
+        for (int i = 0; i < kSize / 2; ++i) {
+          mma_m16n8k16<T>(sums.last[i], {now[0], before[0], now[1], before[1]},
+                          alive[(u - 2 * i - 1 + kSize) % kSize]);
         }
+        // The first gradients that have been multiplied by all rows.
+        mma_m16n8k16<T>(sums.last[kSize / 2], {now[0], ones, now[1], ones}, alive[(u + 1) % kSize]);
         before[0] = now[0];
         before[1] = now[1];
-        if (with_bias) mma_m16n8k16<T>(sums.bias, {ones, ones, ones, ones}, alive[u]);
       }
     }
   }
@@ -242,12 +242,12 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   cp_async_wait<0>();
   sync_block();
   auto* const shared = reinterpret_cast<float*>(ring);
-  share_sums<kSize>(sums, shared + warp_index() % kWarpsOfGroup * Its::kSums, group);
+  share_sums<kSlab, kSize>(sums, shared + warp_index() % Tile::kWarps * Its::kSums, group);
   sync_block();
   for (int i = static_cast<int>(threadIdx.x); i < Its::kSums; i += kThreads) {
     float sum = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarpsOfGroup; ++warp) sum += shared[warp * Its::kSums + i];
+    for (int warp = 0; warp < Tile::kWarps; ++warp) sum += shared[warp * Its::kSums + i];
     const bool is_bias = i >= kSlab * Its::kTaps;
     const int tap = i % Its::kTaps, channel = is_bias ? i - kSlab * Its::kTaps : i / Its::kTaps;
     const int k = first_channel + channel;
@@ -264,42 +264,48 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   }
 }
 
-template <int kSize>
+template <typename Tile, int kSize>
 TensorWalk weight_walk(const DepthwiseArguments& a) {
-  return tensor_walk<kSize>(a, kSlab, int64_t{kBlocks<kSize>} * kMultiprocessors);
+  return tensor_walk<Tile, kSize>(a, int64_t{kBlocks<Tile, kSize>} * kMultiprocessors);
 }
 
-// Calls f with the size of a filter as a constant.
+// Calls f with the kind of tile, and the size of a filter as a constant.
 template <typename F>
-void with_size(const DepthwiseArguments& a, F&& f) {
+void with_tile(const DepthwiseArguments& a, bool wide, F&& f) {
   with_common_filter(a, [&](auto filter) {
     using Filter = decltype(filter);
-    if constexpr (Filter::kStride == 1) f(Constant<Filter::kSize>{});
+    if constexpr (Filter::kStride == 1) {
+      wide ? f(WideTile{}, Constant<Filter::kSize>{}) : f(NarrowTile{}, Constant<Filter::kSize>{});
+    }
   });
 }
 
 }  // namespace
 
-int depthwise_tensor_splits(const DepthwiseArguments& a) {
+int depthwise_tensor_splits(const DepthwiseArguments& a, bool wide) {
   int splits = 0;
-  with_size(a, [&](auto size) {
-    splits = static_cast<int>(tensor_grid(a, weight_walk<decltype(size)::value>(a), kSlab).y);
+  with_tile(a, wide, [&](auto tile, auto size) {
+    using Tile = decltype(tile);
+    const TensorWalk walk = weight_walk<Tile, decltype(size)::value>(a);
+    splits = static_cast<int>(tensor_grid<Tile>(a, walk).y);
   });
   return splits;
 }
 
-void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& a, const void* grad_output,
-                                  const void* input, bool bias, void* partial, uintptr_t stream) {
+void depthwise_tensor_grad_weight(DType dtype, const DepthwiseArguments& a, bool wide,
+                                  const void* grad_output, const void* input, void* partial,
+                                  uintptr_t stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      with_size(a, [&](auto size) {
+      with_tile(a, wide, [&](auto tile, auto size) {
+        using Tile = decltype(tile);
         constexpr int kSize = decltype(size)::value;
-        const TensorWalk walk = weight_walk<kSize>(a);
+        using Its = Block<Tile, kSize>;
+        const TensorWalk walk = weight_walk<Tile, kSize>(a);
         const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
-        launch(kOp, depthwise_tensor_grad_weight_kernel<T, kSize>, tensor_grid(a, walk, kSlab),
-               kThreads, Ring<kSize>::kBytes, stream, a, walk, tensors, bias,
-               static_cast<float*>(partial));
+        launch(kOp, depthwise_tensor_grad_weight_kernel<T, Tile, kSize>, tensor_grid<Tile>(a, walk),
+               Its::kThreads, Its::kBytes, stream, a, walk, tensors, static_cast<float*>(partial));
       });
     }
   });

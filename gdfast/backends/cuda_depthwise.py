@@ -16,8 +16,8 @@ from gdfast.geometry import Conv2dGeometry
 
 NAME = "depthwise"
 TENSOR = "depthwise-tensor"  # on the tensor cores
-WIDE = "depthwise-tensor-wide"  # there too, 3x3 but for the weight in blocks of more channels
-WAYS = TENSOR, WIDE, NAME  # the one expected to be fastest first
+NARROW = "depthwise-tensor-narrow"  # there too, in slabs of fewer channels
+WAYS = TENSOR, NARROW, NAME  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
