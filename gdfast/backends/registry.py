@@ -184,11 +184,6 @@ def resolve(op: str, query: Query, requested: str = AUTO) -> Backend:
     return found
 
 
-def willing(op: str, query: Query) -> list[Backend]:
-    """All backends that would run `op`, in the order of preference, whatever was chosen."""
-    return [backend for backend in _backends.values() if not backend.refusal(op, query)]
-
-
 def preview(op: str, query: Query) -> str:
     """The name of the backend that would run `op` now, without warning of the reference."""
     if _switch != AUTO:

@@ -1,8 +1,8 @@
 """Which way each convolution runs: chosen once for each query, by timing or by a cost model.
 
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
-of the CUDA and of the Triton kernels), and under the backend "auto" native PyTorch too. They are
-timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
+of the CUDA kernels, or of Triton's where there are none: those are compiled when they are first
+called, which takes seconds each), and under the backend "auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
 result there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A
 convolution whose moments a batch normalisation takes is timed with that behind it. A
 choice once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in
@@ -57,7 +57,6 @@ from gdfast.backends.registry import (
     Conv2dQuery,
     Query,
     resolve,
-    willing,
 )
 from gdfast.errors import BackendError, mismatch
 from gdfast.tensor_cores import input_precision
@@ -194,23 +193,15 @@ def bind(
     backend = resolve(run, query, requested)
     if not isinstance(query, Conv2dQuery) or _chooser(backend) is None:
         return backend.operations[run](query), backend.name
-    backends = [backend]
-    if requested == AUTO:
-        backends += [b for b in willing(run, query) if b is not backend and _chooser(b) is not None]
-    ways = {
-        _name(each, name, len(backends)): (each, name)
-        for each in backends
-        for name in _chooser(each).candidates(run, query)
-    }
-    calls = {name: each.operations[run](query, by) for name, (each, by) in ways.items()}
-    predicted = _name(backend, _chooser(backend).algorithm(run, query), len(backends))
+    chooser = _chooser(backend)
+    calls = {name: backend.operations[run](query, name) for name in chooser.candidates(run, query)}
+    predicted = chooser.algorithm(run, query)
     if requested == AUTO:
         calls[NATIVE] = resolve(run, query, REFERENCE).operations[run](query)
-        # Its kernels were not measured yet on any processor that has their instruction.
+        # Native's bfloat16 may run on AMX.
         if query.device.type == "cuda" or predicted == cpu_algorithms.BF16:
             predicted = NATIVE
-    machine = " ".join(_chooser(each).machine(query) for each in backends)
-    key = _key(op, query, tuple(calls), machine)
+    key = _key(op, query, tuple(calls), chooser.machine(query))
     with _lock:
         choice = _choose(key, op, query, predicted, calls, arguments)
         if _session is not None and len(_session.choices) < MOST:
@@ -228,10 +219,6 @@ def _chooser(backend: Backend) -> Any:
     chooser = _CHOOSERS.get(backend.name)
     # Another backend may have been registered in the place of ours.
     return chooser if chooser is not None and backend is chooser.BACKEND else None
-
-
-def _name(backend: Backend, candidate: str, backends: int) -> str:
-    return candidate if backends == 1 else f"{backend.name}/{candidate}"
 
 
 def _key(op: str, query: Conv2dQuery, names: tuple[str, ...], machine: str) -> str:
