@@ -2,10 +2,11 @@
 
 The candidates are our algorithms that apply, as far as the precision allows (on a GPU: a few tiles
 of the CUDA kernels, or of Triton's where there are none: those are compiled when they are first
-called, which takes seconds each), and under the backend "auto" native PyTorch too. They are timed at the first call of a query, on its own tensors; on a GPU only those are that give native's
-result there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A
-convolution whose moments a batch normalisation takes is timed with that behind it. A
-choice once made is kept, since another algorithm rounds otherwise. What was chosen is remembered in
+called, which takes seconds each), and under the backend "auto" native PyTorch too. They are timed
+at the first call of a query, on its own tensors; on a GPU only those are that give native's result
+there (see `tuning_check`), and on a CPU "bf16" only where it gives that of "direct". A convolution
+whose moments a batch normalisation takes is timed with that behind it. A choice once made is kept,
+since another algorithm rounds otherwise. What was chosen is remembered in
 a file (see `choices_file`), so that a machine pays for it once.
 
 The cost model alone chooses (under "auto" that is native on a GPU, and where it would be "bf16":
