@@ -100,8 +100,8 @@ void bind_hopper(py::module_& m) {
       "As conv2d_grad_input, likewise.");
 }
 
-HaloTile halo_tile(int channels, bool one_box) {
-  if (channels == 64 || channels == 128) return {channels, one_box};
+int halo_channels(int channels) {
+  if (channels == 64 || channels == 128) return channels;
   throw py::value_error("conv2d_halo: channels: expected 64 or 128, got " +
                         std::to_string(channels));
 }
@@ -109,47 +109,45 @@ HaloTile halo_tile(int channels, bool one_box) {
 void bind_halo(py::module_& m) {
   m.def(
       "conv2d_halo_why_not",
-      [](const Conv2dProblem& problem, int channels, bool one_box, bool gradient) {
-        return conv2d_halo_why_not(problem, halo_tile(channels, one_box), gradient);
+      [](const Conv2dProblem& problem, int channels, bool gradient) {
+        return conv2d_halo_why_not(problem, halo_channels(channels), gradient);
       },
-      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("gradient"),
+      py::arg("problem"), py::arg("channels"), py::arg("gradient"),
       "Why conv2d_halo, or its gradient, does not take a problem, or an empty string. Addresses "
       "must be multiples of 16 too.");
   m.def(
       "conv2d_halo",
-      [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t input,
-         uintptr_t weight, uintptr_t bias, uintptr_t output, uintptr_t moments, int device,
-         uintptr_t stream) {
-        const HaloTile tile = halo_tile(channels, one_box);
+      [](const Conv2dProblem& problem, int channels, uintptr_t input, uintptr_t weight,
+         uintptr_t bias, uintptr_t output, uintptr_t moments, int device, uintptr_t stream) {
+        const int made = halo_channels(channels);
         launching(problem, [&] {
-          conv2d_halo(problem, tile, pointer(input), pointer(weight), pointer(bias),
+          conv2d_halo(problem, made, pointer(input), pointer(weight), pointer(bias),
                       pointer(output), pointer(moments), {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("input"),
-      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("moments"), py::arg("device"),
-      py::arg("stream"),
+      py::arg("problem"), py::arg("channels"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+      py::arg("output"), py::arg("moments"), py::arg("device"), py::arg("stream"),
       "As conv2d, for problems that conv2d_halo_why_not has nothing against, in tiles of 64 or 128 "
-      "channels; all taps share one box of pixels, or those of a column do.");
+      "channels.");
   m.def(
       "conv2d_halo_moment_splits",
-      [](const Conv2dProblem& problem, int channels, bool one_box, int device) {
-        return conv2d_halo_moment_splits(problem, halo_tile(channels, one_box), device);
+      [](const Conv2dProblem& problem, int channels, int device) {
+        return conv2d_halo_moment_splits(problem, halo_channels(channels), device);
       },
-      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("device"),
+      py::arg("problem"), py::arg("channels"), py::arg("device"),
       "The first size of the moments that conv2d_halo writes; 0 where they are not worth it.");
   m.def(
       "conv2d_grad_input_halo",
-      [](const Conv2dProblem& problem, int channels, bool one_box, uintptr_t grad_output,
-         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
-        const HaloTile tile = halo_tile(channels, one_box);
+      [](const Conv2dProblem& problem, int channels, uintptr_t grad_output, uintptr_t weight,
+         uintptr_t grad_input, int device, uintptr_t stream) {
+        const int made = halo_channels(channels);
         launching(problem, [&] {
-          conv2d_grad_input_halo(problem, tile, pointer(grad_output), pointer(weight),
+          conv2d_grad_input_halo(problem, made, pointer(grad_output), pointer(weight),
                                  pointer(grad_input), {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("one_box"), py::arg("grad_output"),
-      py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
+      py::arg("problem"), py::arg("channels"), py::arg("grad_output"), py::arg("weight"),
+      py::arg("grad_input"), py::arg("device"), py::arg("stream"),
       "As conv2d_grad_input, likewise.");
 }
 

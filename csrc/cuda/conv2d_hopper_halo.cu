@@ -51,36 +51,31 @@ template <typename T, int kSharers, bool kGradient>
 void run(const char* op, const HaloPlan& plan, const HaloArguments& a, const Where& where) {
   auto* chosen = run<T, 248, kSharers, kGradient>;
   if (plan.width == 232) chosen = run<T, 232, kSharers, kGradient>;
-  if constexpr (kSharers == 1) {
-    if (plan.width == 120) chosen = run<T, 120, kSharers, kGradient>;
-  } else {
-    if (plan.width == 216) chosen = run<T, 216, kSharers, kGradient>;
+  if constexpr (is_halo_width(64 * kSharers, 208)) {
     if (plan.width == 208) chosen = run<T, 208, kSharers, kGradient>;
   }
   chosen(op, plan, a, where);
 }
 
 template <typename T, bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const HaloTile& tile, const void* image,
+void run(const char* op, const Conv2dProblem& p, int channels, const void* image,
          const void* weight, const void* bias, void* output, void* moments, const Where& where) {
   const HopperPass pass = halo_pass(p, kGradient);
-  const HaloPlanner planner(pass, tile.channels, tile.one_box, multiprocessors(op), kLimits);
+  const HaloPlanner planner(pass, channels, multiprocessors(op), kLimits);
   const HaloPlan plan = planner.best();
   HaloArguments a{};
   a.image = channels_first<T>(op, image, pass.in, {plan.n, plan.box_h, plan.pitch});
   a.output = channels_first<T>(op, output, pass.out, {plan.n, plan.out_h, plan.pitch});
   a.weight = channels_first<T>(op, weight, {p.K, p.C, p.R, p.S, p.weight},
-                               {kGradient ? kChannels : tile.channels, 1, 1});
+                               {kGradient ? kChannels : channels, 1, 1});
   const HaloAxis &rows = planner.rows(), &columns = planner.columns();
   a.rows = taps_of(rows);
-  a.columns = tile.one_box ? taps_of(columns) : HaloTaps{1, 0, 0};
-  a.boxes = small(plan.boxes);
+  a.columns = taps_of(columns);
   a.box_h = small(-rows.before);
-  a.box_w = small(-columns.before + (tile.one_box ? 0 : columns.shift));
-  a.box_step = small(columns.step);
+  a.box_w = small(-columns.before);
   a.bias = bias;
   a.channels = small(pass.out.channels);
-  const int64_t channel_tiles = tiles_for(pass.out.channels, tile.channels);
+  const int64_t channel_tiles = tiles_for(pass.out.channels, channels);
   a.tiles_channels = Divisor::of(channel_tiles);
   a.tiles_h = Divisor::of(tiles_for(pass.out.H, plan.h));
   a.tiles = small(plan.tiles * channel_tiles);
@@ -93,7 +88,7 @@ void run(const char* op, const Conv2dProblem& p, const HaloTile& tile, const voi
   a.box_stages = small(plan.box_stages), a.weight_stages = small(plan.weight_stages);
   a.kept_steps = plan.weight_stages > 0 ? 0 : small(plan.steps);
   a.weights_at = kConsumers * a.result_bytes;
-  a.boxes_at = a.weights_at + (a.kept_steps + a.weight_stages) * small(tile.channels) * kBoxRow;
+  a.boxes_at = a.weights_at + (a.kept_steps + a.weight_stages) * channels * kBoxRow;
   a.barriers_at = a.boxes_at + a.box_stages * a.stage_bytes;
   a.moments = {static_cast<float*>(moments),
                plan.blocks % channel_tiles == 0,
@@ -103,13 +98,13 @@ void run(const char* op, const Conv2dProblem& p, const HaloTile& tile, const voi
                Divisor::of(plan.pitch),
                Divisor::of(plan.out_h)};
   end_with(a, p.activation, p.negative_slope);
-  const auto chosen = tile.channels == 64 ? run<T, 1, kGradient> : run<T, 2, kGradient>;
+  const auto chosen = channels == 64 ? run<T, 1, kGradient> : run<T, 2, kGradient>;
   chosen(op, plan, a, where);
 }
 
 }  // namespace
 
-std::string conv2d_halo_why_not(const Conv2dProblem& p, const HaloTile& tile, bool gradient) {
+std::string conv2d_halo_why_not(const Conv2dProblem& p, int channels, bool gradient) {
   const auto takes = [](const std::string& what) { return "it takes " + what; };
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return takes("half types");
   if (p.groups != 1) return takes("one group");
@@ -130,7 +125,7 @@ std::string conv2d_halo_why_not(const Conv2dProblem& p, const HaloTile& tile, bo
       p.R * p.S * tiles_for(summed, kChannels) > kMost / 64) {
     return takes("fewer pixels and taps");
   }
-  const HaloPlanner planner(halo_pass(p, gradient), tile.channels, tile.one_box, 1, kLimits);
+  const HaloPlanner planner(halo_pass(p, gradient), channels, 1, kLimits);
   if (!planner.shares_padding()) return takes("padding narrower than the window");
   const HaloPlan plan = planner.best();
   if (plan.width == 0) return takes("images of fewer columns");
@@ -139,35 +134,34 @@ std::string conv2d_halo_why_not(const Conv2dProblem& p, const HaloTile& tile, bo
   return most_tiles > kMost / 8 ? takes("fewer pixels") : "";
 }
 
-int64_t conv2d_halo_moment_splits(const Conv2dProblem& p, const HaloTile& tile, int device) {
+int64_t conv2d_halo_moment_splits(const Conv2dProblem& p, int channels, int device) {
   constexpr int64_t kMostParts = 2048;  // one kernel joins them
   if (p.activation != Activation::kNone) return 0;
   const DeviceGuard guard("conv2d", device);
   const HopperPass pass = halo_pass(p, false);
-  const HaloPlanner planner(pass, tile.channels, tile.one_box, multiprocessors("conv2d"), kLimits);
+  const HaloPlanner planner(pass, channels, multiprocessors("conv2d"), kLimits);
   const HaloPlan plan = planner.best();
-  const int64_t channel_tiles = tiles_for(pass.out.channels, tile.channels);
-  const int64_t turns = tile.channels == 64 ? 2 : 1;
+  const int64_t channel_tiles = tiles_for(pass.out.channels, channels);
+  const int64_t turns = channels == 64 ? 2 : 1;
   const int64_t parts =
       plan.blocks % channel_tiles == 0 ? plan.blocks / channel_tiles * turns : plan.tiles;
   return parts > kMostParts ? 0 : parts;
 }
 
-void conv2d_halo(const Conv2dProblem& p, const HaloTile& tile, const void* input,
-                 const void* weight, const void* bias, void* output, void* moments,
-                 const Where& where) {
+void conv2d_halo(const Conv2dProblem& p, int channels, const void* input, const void* weight,
+                 const void* bias, void* output, void* moments, const Where& where) {
   constexpr char kOp[] = "conv2d";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, false> : run<BFloat16, false>;
-  chosen(kOp, p, tile, input, weight, bias, output, moments, where);
+  chosen(kOp, p, channels, input, weight, bias, output, moments, where);
 }
 
-void conv2d_grad_input_halo(const Conv2dProblem& p, const HaloTile& tile, const void* grad_output,
+void conv2d_grad_input_halo(const Conv2dProblem& p, int channels, const void* grad_output,
                             const void* weight, void* grad_input, const Where& where) {
   constexpr char kOp[] = "conv2d_grad_input";
   const DeviceGuard guard(kOp, where.device);
   const auto chosen = p.dtype == DType::kFloat16 ? run<Half, true> : run<BFloat16, true>;
-  chosen(kOp, p, tile, grad_output, weight, nullptr, grad_input, nullptr, where);
+  chosen(kOp, p, channels, grad_output, weight, nullptr, grad_input, nullptr, where);
 }
 
 }  // namespace gdfast::cuda

@@ -15,15 +15,13 @@ GDFAST_DEVICE void load_boxes(const HaloArguments& a) {
   Stage stage{0, 0};
   for_each_halo_tile(a, [&](int index) {
     const HaloPlace place = halo_place<Memory::kMade>(a, index);
-    for (int sum = 0; sum < a.sums; ++sum) {
-      for (int box = 0; box < a.boxes; ++box, advance(stage, a.box_stages)) {
-        uint64_t* const full = Memory::box_full(a, stage);
-        // In the first turn nobody has to leave a stage: the phase before the first is over.
-        barrier_wait(Memory::box_empty(a, stage), stage.parity ^ 1);
-        barrier_arrive_expecting(full, a.box_bytes);
-        load_box(Memory::box(a, stage), a.image,
-                 {sum * kChannels, a.box_w + box * a.box_step, place.h + a.box_h, place.n}, full);
-      }
+    for (int sum = 0; sum < a.sums; ++sum, advance(stage, a.box_stages)) {
+      uint64_t* const full = Memory::box_full(a, stage);
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(Memory::box_empty(a, stage), stage.parity ^ 1);
+      barrier_arrive_expecting(full, a.box_bytes);
+      load_box(Memory::box(a, stage), a.image,
+               {sum * kChannels, a.box_w, place.h + a.box_h, place.n}, full);
     }
   });
 }
@@ -41,26 +39,23 @@ GDFAST_DEVICE void load_step_weights(const HaloArguments& a) {
     const int channel = halo_place<Memory::kMade>(a, index).channel;
     int step = 0;
     for (int sum = 0; sum < a.sums; ++sum) {
-      for (int box = 0; box < a.boxes; ++box) {
-        for (int r = 0; r < a.rows.count; ++r) {
-          for (int column = 0; column < a.columns.count; ++column, ++step) {
-            uint64_t* const full = Memory::weights_full(a, stage);
-            if (a.kept_steps == 0) {
-              barrier_wait(Memory::weights_empty(a, stage), stage.parity ^ 1);
-              barrier_arrive_expecting(full, Memory::kWeights);
-            }
-            unsigned char* const to = Memory::weights(a, a.kept_steps > 0 ? step : stage.index);
-            const int s = box + column;  // one of them is 0
-            if constexpr (kGradient) {
-              for (int part = 0; part < kSharers; ++part) {
-                load_box(to + part * kChannels * kBoxRow, a.weight,
-                         {channel + part * kChannels, s, r, sum * kChannels}, full);
-              }
-            } else {
-              load_box(to, a.weight, {sum * kChannels, s, r, channel}, full);
-            }
-            if (a.kept_steps == 0) advance(stage, a.weight_stages);
+      for (int r = 0; r < a.rows.count; ++r) {
+        for (int s = 0; s < a.columns.count; ++s, ++step) {
+          uint64_t* const full = Memory::weights_full(a, stage);
+          if (a.kept_steps == 0) {
+            barrier_wait(Memory::weights_empty(a, stage), stage.parity ^ 1);
+            barrier_arrive_expecting(full, Memory::kWeights);
           }
+          unsigned char* const to = Memory::weights(a, a.kept_steps > 0 ? step : stage.index);
+          if constexpr (kGradient) {
+            for (int part = 0; part < kSharers; ++part) {
+              load_box(to + part * kChannels * kBoxRow, a.weight,
+                       {channel + part * kChannels, s, r, sum * kChannels}, full);
+            }
+          } else {
+            load_box(to, a.weight, {sum * kChannels, s, r, channel}, full);
+          }
+          if (a.kept_steps == 0) advance(stage, a.weight_stages);
         }
       }
     }
@@ -170,7 +165,7 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
   };
   const bool kept = a.kept_steps > 0;
   const int mine = consumer / kSharers, part = consumer % kSharers * kChannels * kBoxRow;
-  const int tile_boxes = a.sums * a.boxes, box_steps = a.rows.count * a.columns.count;
+  const int box_steps = a.rows.count * a.columns.count;
   int turn = mine ^ 1;  // who begins has not to wait in the first tile
   int number = 0;
   Stage box{0, 0}, weights{0, 0};
@@ -181,8 +176,8 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
   if (kept) barrier_wait(Memory::weights_full(a, weights), 0);
   for_each_halo_tile(a, [&](int index) {
     if (Memory::kTurns > 1 && (number++ & 1) != mine) {
-      advance(box, a.box_stages, tile_boxes);
-      if (!kept) advance(weights, a.weight_stages, tile_boxes * box_steps);
+      advance(box, a.box_stages, a.sums);
+      if (!kept) advance(weights, a.weight_stages, a.sums * box_steps);
       return;
     }
     // Parities tell one turn of a ring from the next, not from the one after that: stages are
@@ -191,13 +186,13 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
     turn ^= 1;
     Stage box_before = box, weights_before = weights;
     int step = 0;
-    for (int i = 0; i < tile_boxes; ++i) {
+    for (int sum = 0; sum < a.sums; ++sum) {
       barrier_wait(Memory::box_full(a, box), box.parity);
       for (int r = 0; r < a.rows.count; ++r) {
-        for (int column = 0; column < a.columns.count; ++column, ++step) {
+        for (int s = 0; s < a.columns.count; ++s, ++step) {
           if (!kept) barrier_wait(Memory::weights_full(a, weights), weights.parity);
-          const int shift = (a.rows.shift + r * a.rows.step) * a.pitch + a.columns.shift +
-                            column * a.columns.step;
+          const int shift =
+              (a.rows.shift + r * a.rows.step) * a.pitch + a.columns.shift + s * a.columns.step;
           multiply_step<T, kN, kGradient>(sums,
                                           Memory::weights(a, kept ? step : weights.index) + part,
                                           Memory::box(a, box) + shift * kBoxRow, step > 0);
@@ -205,7 +200,7 @@ GDFAST_DEVICE void multiply_halo_tiles(const HaloArguments& a, int consumer) {
           warpgroup_wait<1>();
           if (step > 0) {
             if (!kept) arrive(Memory::weights_empty(a, weights_before));
-            if (r + column == 0) arrive(Memory::box_empty(a, box_before));
+            if (r + s == 0) arrive(Memory::box_empty(a, box_before));
           }
           weights_before = weights;
           if (!kept) advance(weights, a.weight_stages);

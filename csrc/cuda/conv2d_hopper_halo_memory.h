@@ -32,14 +32,14 @@ struct HaloMoments {
 
 struct HaloArguments {
   TensorMap image, output, weight;
-  HaloTaps rows, columns;  // of a box
+  HaloTaps rows, columns;
   const void* bias;
   int channels;  // of the output
   Divisor tiles_h, tiles_channels;
   int tiles;
   int tile_n, tile_h;                         // a tile's images and rows
   int sums;                                   // in units of kChannels
-  int boxes, box_h, box_w, box_step;          // where they begin: from the tile's rows, columns
+  int box_h, box_w;                           // where boxes begin: from the tile's rows, columns
   int pitch;                                  // positions from row to row
   int box_bytes, stage_bytes;                 // of a box; with the zeros after it
   int result_bytes;                           // of a consumer

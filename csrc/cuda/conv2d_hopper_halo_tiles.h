@@ -15,13 +15,11 @@
 
 namespace gdfast::cuda {
 
-// The positions of a product of 64 or of 128 channels, at most: the fewest that images of 28 (120
-// are their rows by fours), 14, 56 and 7 pixels with padding need.
-constexpr int kHaloWidths[] = {120, 208, 216, 232, 248};
+// The positions of a product: the fewest that images of 28 pixels, which have more than 64
+// channels, of 56 and of 7 need with their padding.
+constexpr int kHaloWidths[] = {208, 232, 248};
 
-constexpr bool is_halo_width(int64_t channels, int width) {
-  return channels == 64 ? width == 120 || width > 216 : width > 120;
-}
+constexpr bool is_halo_width(int64_t channels, int width) { return channels > 64 || width > 208; }
 
 // Along one axis: tap i of output row o reads row o - before + shift + i * step.
 struct HaloAxis {
@@ -44,7 +42,6 @@ struct HaloPlan {
   int64_t pitch;       // positions from one row to the next
   int64_t box_h;       // rows of a box, in each of its images
   int64_t out_h;       // likewise of the results
-  int64_t boxes;       // for 64 channels that are summed
   int64_t tiles;       // of pixels
   int64_t stage_rows;  // of 128 bytes, in eights: those of a box, and zeros after them
   int64_t result_rows;
@@ -62,14 +59,13 @@ struct HaloLimits {
 // Plans tiles of some images' whole rows, or fails to.
 class HaloPlanner {
  public:
-  HaloPlanner(const HopperPass& pass, int64_t channels, bool one_box, int64_t multiprocessors,
+  HaloPlanner(const HopperPass& pass, int64_t channels, int64_t multiprocessors,
               const HaloLimits& limits)
       : in_(pass.in),
         out_(pass.out),
         rows_(halo_axis(pass.rows.taps[0], in_.H, out_.H)),
         columns_(halo_axis(pass.columns.taps[0], in_.W, out_.W)),
         channels_(channels),
-        one_box_(one_box),
         multiprocessors_(multiprocessors),
         limits_(limits) {}
 
@@ -106,14 +102,12 @@ class HaloPlanner {
   HaloPlan plan_of(int64_t n, int64_t h) const {
     HaloPlan plan{};
     plan.n = n, plan.h = h;
-    // Columns that have boxes of their own begin where the swizzle does in every row.
-    plan.pitch = one_box_ ? in_.W + std::max(columns_.before, columns_.after) : in_eights(out_.W);
-    plan.boxes = one_box_ ? 1 : columns_.taps;
+    plan.pitch = in_.W + std::max(columns_.before, columns_.after);
     plan.box_h = n == 1 ? h + rows_.span() : in_.H + std::max(rows_.before, rows_.after);
     plan.out_h = n == 1 ? h : plan.box_h;
     const int64_t image = plan.box_h * plan.pitch;
     const int64_t positions = (n - 1) * image + (h - 1) * plan.pitch + out_.W;
-    const int64_t furthest = rows_.span() * plan.pitch + (one_box_ ? columns_.span() : 0);
+    const int64_t furthest = rows_.span() * plan.pitch + columns_.span();
     for (const int width : kHaloWidths) {
       const bool fits = is_halo_width(channels_, width) && positions <= width;
       if (plan.width == 0 && fits) plan.width = width;
@@ -155,7 +149,7 @@ class HaloPlanner {
   int64_t cycles(const HaloPlan& plan) const {
     const int64_t parts = channels_ / 64, sums = tiles_for(in_.channels, 64);
     const int64_t loaded =
-        sums * plan.boxes * plan.box_rows() + (plan.weight_stages > 0 ? plan.steps * channels_ : 0);
+        sums * plan.box_rows() + (plan.weight_stages > 0 ? plan.steps * channels_ : 0);
     const int64_t tile =
         std::max(plan.steps * parts * plan.width * 2, loaded * limits_.row_bytes / 28) +
         (parts > 1 ? 1000 : 0);
@@ -165,7 +159,6 @@ class HaloPlanner {
   HopperImage in_, out_;
   HaloAxis rows_, columns_;
   int64_t channels_;
-  bool one_box_;
   int64_t multiprocessors_;
   HaloLimits limits_;
 };

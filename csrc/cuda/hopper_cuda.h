@@ -211,20 +211,19 @@ GDFAST_DEVICE void warpgroup_take(uint32_t (&fragment)[kCount]) {
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"             \
   ", %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23" \
   ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define GDFAST_NAMES_60                                          \
+#define GDFAST_NAMES_64                                          \
   GDFAST_NAMES_32                                                \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43" \
   ", %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55" \
-  ", %56, %57, %58, %59"
-#define GDFAST_NAMES_64 GDFAST_NAMES_60 ", %60, %61, %62, %63"
+  ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define GDFAST_NAMES_96                                          \
   GDFAST_NAMES_64                                                \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75" \
   ", %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87" \
   ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define GDFAST_NAMES_104 GDFAST_NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define GDFAST_NAMES_108 GDFAST_NAMES_104 ", %104, %105, %106, %107"
-#define GDFAST_NAMES_116 GDFAST_NAMES_108 ", %108, %109, %110, %111, %112, %113, %114, %115"
+#define GDFAST_NAMES_116 \
+  GDFAST_NAMES_104 ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115"
 #define GDFAST_NAMES_124 GDFAST_NAMES_116 ", %116, %117, %118, %119, %120, %121, %122, %123"
 #define GDFAST_NAMES_128 GDFAST_NAMES_124 ", %124, %125, %126, %127"
 
@@ -241,10 +240,6 @@ GDFAST_DEVICE void warpgroup_take(uint32_t (&fragment)[kCount]) {
         "n"(kColumnsB ? 1 : 0))
 #define GDFAST_WGMMA_64(type) \
   GDFAST_WGMMA(64, type, GDFAST_NAMES_32, 32, 33, 34, 35, 36, GDFAST_SUMS_32(d, 0))
-#define GDFAST_WGMMA_120(type)                                                       \
-  GDFAST_WGMMA(120, type, GDFAST_NAMES_60, 60, 61, 62, 63, 64, GDFAST_SUMS_32(d, 0), \
-               GDFAST_SUMS_8(d, 32), GDFAST_SUMS_8(d, 40), GDFAST_SUMS_8(d, 48),     \
-               GDFAST_SUMS_4(d, 56))
 #define GDFAST_WGMMA_128(type)                                                       \
   GDFAST_WGMMA(128, type, GDFAST_NAMES_64, 64, 65, 66, 67, 68, GDFAST_SUMS_32(d, 0), \
                GDFAST_SUMS_32(d, 32))
@@ -253,9 +248,6 @@ GDFAST_DEVICE void warpgroup_take(uint32_t (&fragment)[kCount]) {
 #define GDFAST_WGMMA_208(type)                                                          \
   GDFAST_WGMMA(208, type, GDFAST_NAMES_104, 104, 105, 106, 107, 108, GDFAST_SUMS_96(d), \
                GDFAST_SUMS_8(d, 96))
-#define GDFAST_WGMMA_216(type)                                                          \
-  GDFAST_WGMMA(216, type, GDFAST_NAMES_108, 108, 109, 110, 111, 112, GDFAST_SUMS_96(d), \
-               GDFAST_SUMS_8(d, 96), GDFAST_SUMS_4(d, 104))
 #define GDFAST_WGMMA_232(type)                                                          \
   GDFAST_WGMMA(232, type, GDFAST_NAMES_116, 116, 117, 118, 119, 120, GDFAST_SUMS_96(d), \
                GDFAST_SUMS_8(d, 96), GDFAST_SUMS_8(d, 104), GDFAST_SUMS_4(d, 112))
@@ -269,22 +261,18 @@ GDFAST_DEVICE void warpgroup_take(uint32_t (&fragment)[kCount]) {
 
 template <typename T, int kN, bool kColumnsB, bool kColumnsA = false>
 GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kN == 64 || kN == 120 || kN == 128 || kN == 192 || kN == 208 || kN == 216 ||
-                    kN == 232 || kN == 248 || kN == 256,
-                "the shapes that kernels use");
+  static_assert(
+      kN == 64 || kN == 128 || kN == 192 || kN == 208 || kN == 232 || kN == 248 || kN == 256,
+      "the shapes that kernels use");
   constexpr bool kHalf = std::is_same_v<T, Half>;
   if constexpr (kN == 64 && kHalf) GDFAST_WGMMA_64("f16");
   if constexpr (kN == 64 && !kHalf) GDFAST_WGMMA_64("bf16");
-  if constexpr (kN == 120 && kHalf) GDFAST_WGMMA_120("f16");
-  if constexpr (kN == 120 && !kHalf) GDFAST_WGMMA_120("bf16");
   if constexpr (kN == 128 && kHalf) GDFAST_WGMMA_128("f16");
   if constexpr (kN == 128 && !kHalf) GDFAST_WGMMA_128("bf16");
   if constexpr (kN == 192 && kHalf) GDFAST_WGMMA_192("f16");
   if constexpr (kN == 192 && !kHalf) GDFAST_WGMMA_192("bf16");
   if constexpr (kN == 208 && kHalf) GDFAST_WGMMA_208("f16");
   if constexpr (kN == 208 && !kHalf) GDFAST_WGMMA_208("bf16");
-  if constexpr (kN == 216 && kHalf) GDFAST_WGMMA_216("f16");
-  if constexpr (kN == 216 && !kHalf) GDFAST_WGMMA_216("bf16");
   if constexpr (kN == 232 && kHalf) GDFAST_WGMMA_232("f16");
   if constexpr (kN == 232 && !kHalf) GDFAST_WGMMA_232("bf16");
   if constexpr (kN == 248 && kHalf) GDFAST_WGMMA_248("f16");
@@ -333,21 +321,17 @@ GDFAST_DEVICE void warpgroup_multiply(float (&d)[kN / 2], const uint32_t (&a)[4]
 #undef GDFAST_WGMMA_256
 #undef GDFAST_WGMMA_248
 #undef GDFAST_WGMMA_232
-#undef GDFAST_WGMMA_216
 #undef GDFAST_WGMMA_208
 #undef GDFAST_WGMMA_192
 #undef GDFAST_WGMMA_128
-#undef GDFAST_WGMMA_120
 #undef GDFAST_WGMMA_64
 #undef GDFAST_WGMMA
 #undef GDFAST_NAMES_128
 #undef GDFAST_NAMES_124
 #undef GDFAST_NAMES_116
-#undef GDFAST_NAMES_108
 #undef GDFAST_NAMES_104
 #undef GDFAST_NAMES_96
 #undef GDFAST_NAMES_64
-#undef GDFAST_NAMES_60
 #undef GDFAST_NAMES_32
 #undef GDFAST_SUMS_96
 #undef GDFAST_SUMS_32

@@ -53,7 +53,7 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
     if by in HOPPER:
         return getattr(native.cuda, f"{op}_hopper"), lambda: HOPPER[by]
     if by in HALO:
-        return getattr(native.cuda, f"{op}_halo"), lambda: HALO[by]
+        return getattr(native.cuda, f"{op}_halo"), lambda: (HALO[by],)
     if by in PLANES:
         return getattr(native.cuda, f"{op}_planes"), lambda: PLANES[by]
     way = _way(query, by)
