@@ -127,7 +127,7 @@ def passes(
             ]
             without_weight = (
                 cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO,
-                cuda_hopper_planes.PLANES,
+                {cuda_hopper_planes.NAME},
             )  # fmt: skip
             if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
@@ -426,9 +426,9 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
     for case in _PLANES:
-        for name in cuda_hopper_planes.PLANES:
-            run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)
-            yield f"conv2d {case} by {name}", run, 0
+        name = cuda_hopper_planes.NAME
+        run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)
+        yield f"conv2d {case} by {name}", run, 0
         for name in cuda_hopper_grad_weight.PLANES_BLOCKS:
             run = partial(weight_gradient, case, torch.bfloat16, name, layout="NCHW", **where)
             yield f"grad_weight {case} by {name}", run, 0

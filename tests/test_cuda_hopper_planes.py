@@ -14,7 +14,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.backends.cuda_hopper_grad_weight import PLANES_BLOCKS
-from gdfast.backends.cuda_hopper_planes import PLANES
+from gdfast.backends.cuda_hopper_planes import NAME
 from gdfast.backends.cuda_tiles import multiprocessors
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
@@ -37,32 +37,30 @@ def planes(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in values.items()}
 
 
-def check(case: Conv2dCase, dtype: torch.dtype, name: str, device: torch.device) -> None:
+def check(case: Conv2dCase, dtype: torch.dtype, device: torch.device) -> None:
     values = planes(tensors(case, dtype, device))
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
     assert cuda_candidates.planes_why_not("conv2d", query) == ""
-    output = cuda_conv2d.conv2d(query, name)(input, weight, bias)
+    output = cuda_conv2d.conv2d(query, NAME)(input, weight, bias)
     exact = F.conv2d(input.double(), weight.double(), bias.double())
     assert output.is_contiguous() and torch.equal(output, exact.to(dtype))
     assert cuda_candidates.planes_why_not("conv2d_grad_input", query) == ""
-    grad_input = cuda_conv2d.conv2d_grad_input(query, name)(grad, weight)
+    grad_input = cuda_conv2d.conv2d_grad_input(query, NAME)(grad, weight)
     exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double())
     assert grad_input.is_contiguous() and torch.equal(grad_input, exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype, order", DTYPES, ids=str)
-@pytest.mark.parametrize("name", PLANES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_computes_what_native_does(
-    case: Conv2dCase, name: str, dtype: torch.dtype, order: str, hopper: torch.device,
+    case: Conv2dCase, dtype: torch.dtype, order: str, hopper: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("GDFAST_CUDA_SIMULATOR_ORDER", order)
-    check(case, dtype, name, hopper)
+    check(case, dtype, hopper)
 
 
-@pytest.mark.parametrize("name", PLANES)
 @pytest.mark.parametrize(
     "case",
     [
@@ -73,11 +71,11 @@ def test_it_computes_what_native_does(
     ids=str,
 )
 def test_blocks_go_on_from_tile_to_tile(
-    case: Conv2dCase, name: str, hopper: torch.device, thread_order: str
+    case: Conv2dCase, hopper: torch.device, thread_order: str
 ) -> None:
     # The simulator has three multiprocessors.
     blocks = multiprocessors(hopper) if hopper.type == "cuda" else 3
-    check(replace(case, N=3 * blocks + 1), torch.bfloat16, name, hopper)
+    check(replace(case, N=3 * blocks + 1), torch.bfloat16, hopper)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -92,11 +90,10 @@ def test_activations(activation: str, with_bias: bool, hopper: torch.device) -> 
     expected = ACTIVATIONS[activation](exact).to(torch.bfloat16)
     plainly = {f.name: getattr(query_of(case, values), f.name) for f in fields(Conv2dQuery)}
     query = Conv2dActQuery(**plainly, activation=activation, negative_slope=0.125)
-    for name in PLANES:
-        output = cuda_conv2d.conv2d(query, name)(input, weight, added)
-        # Where float32 and float64 lie on either side of the middle between two bfloat16.
-        bound = 2**-8 if activation == "silu" else 0
-        torch.testing.assert_close(output, expected, rtol=bound, atol=1e-30, equal_nan=True)
+    output = cuda_conv2d.conv2d(query, NAME)(input, weight, added)
+    # Where float32 and float64 lie on either side of the middle between two bfloat16.
+    bound = 2**-8 if activation == "silu" else 0
+    torch.testing.assert_close(output, expected, rtol=bound, atol=1e-30, equal_nan=True)
 
 
 REFUSED = {
@@ -120,14 +117,19 @@ def test_it_takes_no_images_in_channels_last(hopper: torch.device) -> None:
     assert cuda_candidates.planes_why_not("conv2d", query).startswith("it takes input: NCHW")
 
 
-@pytest.mark.parametrize("channels", [64, 128, 200])
-def test_it_is_a_candidate(channels: int, hopper: torch.device) -> None:
-    case = Conv2dCase("1x1", 1, 64, 8, 8, channels, 1, 1)
-    query = query_of(case, planes(tensors(case, torch.bfloat16, hopper)))
-    found = [name for name in cuda_candidates.candidates("conv2d", query) if name in PLANES]
-    # The simulator's times tell nothing.
-    expected = [name for name, tile in PLANES.items() if tile[0] < 2 * channels]
-    assert found == (expected if hopper.type == "cuda" else [])
+def test_it_is_a_candidate(hopper: torch.device) -> None:
+    case = Conv2dCase("1x1", 2, 72, 12, 14, 136, 1, 1)
+    for layout, is_one in ((torch.contiguous_format, True), (torch.channels_last, False)):
+        values = tensors(case, torch.bfloat16, hopper)
+        for name in ("input", "grad"):
+            values[name] = values[name].contiguous(memory_format=layout)
+        query = query_of(case, values)
+        # The simulator's times tell nothing.
+        expected = is_one and hopper.type == "cuda"
+        for op in ("conv2d", "conv2d_grad_input"):
+            assert (cuda_candidates.candidates(op, query)[0] == NAME) == expected
+        found = set(cuda_candidates.candidates("conv2d_grad_weight", query)) & {*PLANES_BLOCKS}
+        assert bool(found) == expected
 
 
 @pytest.mark.parametrize("name", PLANES_BLOCKS)

@@ -151,44 +151,33 @@ void bind_halo(py::module_& m) {
       "As conv2d_grad_input, likewise.");
 }
 
-PlanesTile planes_tile(int channels, int pixels) {
-  const PlanesTile tile{channels, pixels};
-  if (is_planes_tile(tile)) return tile;
-  throw py::value_error("conv2d_planes: tile: expected 64 x 256, 128 x 128 or 256 x 128, got " +
-                        std::to_string(channels) + " x " + std::to_string(pixels));
-}
-
 void bind_planes(py::module_& m) {
   m.def("conv2d_planes_why_not", &conv2d_planes_why_not, py::arg("problem"), py::arg("gradient"),
         "Why conv2d_planes, or its gradient, does not take a problem, or an empty string. "
         "Addresses must be multiples of 16 too.");
   m.def(
       "conv2d_planes",
-      [](const Conv2dProblem& problem, int channels, int pixels, uintptr_t input, uintptr_t weight,
-         uintptr_t bias, uintptr_t output, int device, uintptr_t stream) {
-        const PlanesTile tile = planes_tile(channels, pixels);
+      [](const Conv2dProblem& problem, uintptr_t input, uintptr_t weight, uintptr_t bias,
+         uintptr_t output, int device, uintptr_t stream) {
         launching(problem, [&] {
-          conv2d_planes(problem, tile, pointer(input), pointer(weight), pointer(bias),
-                        pointer(output), {device, stream});
+          conv2d_planes(problem, pointer(input), pointer(weight), pointer(bias), pointer(output),
+                        {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("pixels"), py::arg("input"),
-      py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("device"), py::arg("stream"),
-      "As conv2d, for 1x1 convolutions in NCHW that conv2d_planes_why_not has nothing against, in "
-      "tiles of 64 channels by 256 pixels, or 128 or 256 by 128.");
+      py::arg("problem"), py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("output"),
+      py::arg("device"), py::arg("stream"),
+      "As conv2d, for 1x1 convolutions in NCHW that conv2d_planes_why_not has nothing against.");
   m.def(
       "conv2d_grad_input_planes",
-      [](const Conv2dProblem& problem, int channels, int pixels, uintptr_t grad_output,
-         uintptr_t weight, uintptr_t grad_input, int device, uintptr_t stream) {
-        const PlanesTile tile = planes_tile(channels, pixels);
+      [](const Conv2dProblem& problem, uintptr_t grad_output, uintptr_t weight,
+         uintptr_t grad_input, int device, uintptr_t stream) {
         launching(problem, [&] {
-          conv2d_grad_input_planes(problem, tile, pointer(grad_output), pointer(weight),
+          conv2d_grad_input_planes(problem, pointer(grad_output), pointer(weight),
                                    pointer(grad_input), {device, stream});
         });
       },
-      py::arg("problem"), py::arg("channels"), py::arg("pixels"), py::arg("grad_output"),
-      py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
-      "As conv2d_grad_input, likewise.");
+      py::arg("problem"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"),
+      py::arg("device"), py::arg("stream"), "As conv2d_grad_input, likewise.");
 }
 
 void bind_hopper_grad_weight(py::module_& m) {

@@ -5,7 +5,7 @@
 // 64 channels both ways. Channels are the rows of a product and pixels its columns.
 //
 // The rest is that of conv2d_hopper.cu: persistent blocks, a loader and two consumers that take
-// tiles in turn or share them, weights that stay where there is room, and zeros beyond the last
+// tiles in turn, weights that stay where there is room, and zeros beyond the last
 // pixel and channel.
 #include "conv2d_hopper_images.h"
 #include "conv2d_hopper_plane_maps.h"
@@ -20,8 +20,8 @@ constexpr int kMost = 2147483647;
 int small(int64_t value) { return static_cast<int>(value); }
 
 // Divides a block's memory, and says how many blocks there are, as for conv2d_hopper.cu.
-template <typename Memory>
 int64_t divide_memory(PlanesArguments& a, int64_t multiprocessors) {
+  using Memory = PlanesMemory;
   constexpr int64_t kEnoughStages = 4, kRest = kBlockMemory - Memory::kKept;
   const int64_t same_channels = multiprocessors - multiprocessors % a.tiles_channels.divisor;
   const bool keeps =
@@ -37,10 +37,10 @@ int64_t divide_memory(PlanesArguments& a, int64_t multiprocessors) {
   return a.tiles < blocks ? a.tiles : blocks;
 }
 
-template <typename T, int kMade, int kN, bool kGradient>
+template <typename T, bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const void* image, const void* weight,
          const void* bias, void* output, const Where& where) {
-  using Memory = PlanesMemory<kMade, kN>;
+  using Memory = PlanesMemory;
   HopperImage in{p.N, p.C, p.H, p.W, p.input}, out{p.N, p.K, p.P, p.Q, p.output};
   if (kGradient) std::swap(in, out);
   PlanesArguments a{};
@@ -56,38 +56,22 @@ void run(const char* op, const Conv2dProblem& p, const void* image, const void* 
   a.tiles_pixels = Divisor::of(tiles_pixels), a.tiles_channels = Divisor::of(tiles_channels);
   a.tiles = small(out.N * tiles_pixels * tiles_channels);
   end_with(a, p.activation, p.negative_slope);
-  const int64_t blocks = divide_memory<Memory>(a, multiprocessors(op));
+  const int64_t blocks = divide_memory(a, multiprocessors(op));
   const int64_t bytes =
       Memory::kKept + int64_t{a.kept_steps} * Memory::kWeights + a.stages * a.stage_bytes;
-  launch(op, conv2d_planes_kernel<T, kMade, kN, kGradient>, static_cast<unsigned>(blocks), kThreads,
+  launch(op, conv2d_planes_kernel<T, kGradient>, static_cast<unsigned>(blocks), kThreads,
          static_cast<size_t>(bytes), where.stream, a);
 }
 
 template <bool kGradient>
-void run(const char* op, const Conv2dProblem& p, const PlanesTile& tile, const void* image,
-         const void* weight, const void* bias, void* output, const Where& where) {
+void run_by_dtype(const char* op, const Conv2dProblem& p, const void* image, const void* weight,
+                  const void* bias, void* output, const Where& where) {
   const DeviceGuard guard(op, where.device);
-  const auto of = [&](auto type) {
-    using T = decltype(type);
-    const auto chosen = tile.channels == 64    ? run<T, 64, 256, kGradient>
-                        : tile.channels == 128 ? run<T, 128, 128, kGradient>
-                                               : run<T, 256, 128, kGradient>;
-    chosen(op, p, image, weight, bias, output, where);
-  };
-  if (p.dtype == DType::kFloat16) {
-    of(Half{});
-  } else {
-    of(BFloat16{});
-  }
+  const auto chosen = p.dtype == DType::kFloat16 ? run<Half, kGradient> : run<BFloat16, kGradient>;
+  chosen(op, p, image, weight, bias, output, where);
 }
 
 }  // namespace
-
-bool is_planes_tile(const PlanesTile& tile) {
-  const int channels = tile.channels;
-  return tile.pixels == (channels == 64 ? 256 : 128) &&
-         (channels == 64 || channels == 128 || channels == 256);
-}
 
 std::string conv2d_planes_why_not(const Conv2dProblem& p, bool gradient) {
   const auto takes = [](const std::string& what) { return "it takes " + what; };
@@ -101,15 +85,14 @@ std::string conv2d_planes_why_not(const Conv2dProblem& p, bool gradient) {
   return tiles > kMost / 8 || summed > kMost / 4 ? takes("fewer pixels and channels") : "";
 }
 
-void conv2d_planes(const Conv2dProblem& p, const PlanesTile& tile, const void* input,
-                   const void* weight, const void* bias, void* output, const Where& where) {
-  run<false>("conv2d", p, tile, input, weight, bias, output, where);
+void conv2d_planes(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
+                   void* output, const Where& where) {
+  run_by_dtype<false>("conv2d", p, input, weight, bias, output, where);
 }
 
-void conv2d_grad_input_planes(const Conv2dProblem& p, const PlanesTile& tile,
-                              const void* grad_output, const void* weight, void* grad_input,
-                              const Where& where) {
-  run<true>("conv2d_grad_input", p, tile, grad_output, weight, nullptr, grad_input, where);
+void conv2d_grad_input_planes(const Conv2dProblem& p, const void* grad_output, const void* weight,
+                              void* grad_input, const Where& where) {
+  run_by_dtype<true>("conv2d_grad_input", p, grad_output, weight, nullptr, grad_input, where);
 }
 
 }  // namespace gdfast::cuda

@@ -7,23 +7,15 @@
 
 namespace gdfast::cuda {
 
-// What a block makes at a time: 64 channels by 256 pixels, or 128 or 256 by 128.
-struct PlanesTile {
-  int channels, pixels;
-};
-
-bool is_planes_tile(const PlanesTile& tile);
-
 // Why conv2d_planes, or conv2d_grad_input_planes where `gradient`, does not take a problem, or "".
 // It looks at the geometry, dtype and strides; addresses must be multiples of 16 too.
 std::string conv2d_planes_why_not(const Conv2dProblem& problem, bool gradient);
 
 // output = activation(conv2d(input, weight) + bias); bias may be null.
-void conv2d_planes(const Conv2dProblem& problem, const PlanesTile& tile, const void* input,
-                   const void* weight, const void* bias, void* output, const Where& where);
+void conv2d_planes(const Conv2dProblem& problem, const void* input, const void* weight,
+                   const void* bias, void* output, const Where& where);
 
-void conv2d_grad_input_planes(const Conv2dProblem& problem, const PlanesTile& tile,
-                              const void* grad_output, const void* weight, void* grad_input,
-                              const Where& where);
+void conv2d_grad_input_planes(const Conv2dProblem& problem, const void* grad_output,
+                              const void* weight, void* grad_input, const Where& where);
 
 }  // namespace gdfast::cuda

@@ -30,20 +30,16 @@ struct PlanesArguments {
   float below, most;
 };
 
-// A tile of kMade channels, the rows of its products, by kN pixels.
-template <int kMade, int kN>
-struct PlanesMemory {
-  // A consumer has registers for 128 sums a thread: all of a tile of 128 by 128, and then consumers
-  // take tiles in turn, or half of the channels of a larger one, and then they share each.
-  static constexpr int kSharers = kMade * kN > 128 * 128 ? kConsumers : 1;
-  static constexpr int kTurns = kConsumers / kSharers;
-  static constexpr int kProducts = kMade / 64 / kSharers;
-  static constexpr int kParts = kN / 64;
+// A tile has 128 channels, the rows of its products, by 128 pixels. A consumer has registers for
+// all of its sums; consumers take tiles in turn.
+constexpr int kMade = 128, kN = 128;
+constexpr int kProducts = kMade / 64, kParts = kN / 64;
 
+struct PlanesMemory {
   static constexpr int kPixelBytes = kParts * kPart;  // of one step
   static constexpr int kWeights = kMade * kBoxRow;    // likewise
   static constexpr int kResults = kMade * kN * 2;
-  static constexpr int kBarriers = kTurns * kResults;
+  static constexpr int kBarriers = kConsumers * kResults;
   static constexpr int kKept = kBarriers + kBarrierBytes;  // weights, and then stages
 
 #if defined(GDFAST_HOPPER)
@@ -65,7 +61,7 @@ struct PlanesMemory {
   GDFAST_DEVICE void init_barriers() {
     for (int stage = 0; stage < kMostStages; ++stage) {
       barrier_init(full({stage, 0}), 1);
-      barrier_init(empty({stage, 0}), 4 * kSharers);  // warps
+      barrier_init(empty({stage, 0}), 4);  // warps
     }
     for (int consumer = 0; consumer < kConsumers; ++consumer) barrier_init(turn(consumer), 4);
     barriers_ready();
@@ -80,7 +76,6 @@ struct PlanesPlace {
 };
 
 // Tiles side by side in time have the same pixels.
-template <int kMade, int kN>
 GDFAST_DEVICE PlanesPlace planes_place(const PlanesArguments& a, int index) {
   const Divided channels = divide(index, a.tiles_channels),
                 pixels = divide(channels.quotient, a.tiles_pixels);
@@ -95,12 +90,12 @@ GDFAST_DEVICE void for_each_planes_tile(const PlanesArguments& a, Each&& each) {
   }
 }
 
-template <int kMade, int kN, bool kGradient>
+template <bool kGradient>
 GDFAST_DEVICE void load_planes(const PlanesArguments& a) {
-  using Memory = PlanesMemory<kMade, kN>;
+  using Memory = PlanesMemory;
   Stage stage{0, 0};
   for_each_planes_tile(a, [&](int index) {
-    const PlanesPlace place = planes_place<kMade, kN>(a, index);
+    const PlanesPlace place = planes_place(a, index);
     // Weights that stay come with a block's first tile.
     const bool with_weights = a.kept_steps == 0 || index == static_cast<int>(blockIdx.x);
     for (int sum = 0; sum < a.sums; ++sum, advance(stage, a.stages)) {
@@ -110,7 +105,7 @@ GDFAST_DEVICE void load_planes(const PlanesArguments& a) {
       barrier_wait(Memory::empty(stage), stage.parity ^ 1);
       barrier_arrive_expecting(full, Memory::kPixelBytes + (with_weights ? Memory::kWeights : 0));
 #pragma unroll
-      for (int part = 0; part < Memory::kParts; ++part) {
+      for (int part = 0; part < kParts; ++part) {
         load_box(pixels + part * kPart, a.image,
                  {place.pixel + 64 * part, sum * kChannels, place.n, 0}, full);
       }
@@ -130,7 +125,7 @@ GDFAST_DEVICE void load_planes(const PlanesArguments& a) {
 }
 
 // weights: the first of a consumer's in the stage.
-template <typename T, int kN, bool kGradient, int kProducts>
+template <typename T, bool kGradient>
 GDFAST_DEVICE void multiply_planes(float (&sums)[kProducts][kN / 2], const unsigned char* weights,
                                    const unsigned char* pixels, bool accumulate) {
   constexpr int kStep = 16;  // channels of one instruction
@@ -151,7 +146,7 @@ GDFAST_DEVICE void multiply_planes(float (&sums)[kProducts][kN / 2], const unsig
 
 // Leaves a warp's 16 channels of one product in its boxes of results, 64 pixels each. Of each row
 // four lanes have 16 bytes: no two of a warp's meet in a bank.
-template <typename T, int kN, Ending kEnding>
+template <typename T, Ending kEnding>
 GDFAST_DEVICE void keep_planes(const PlanesArguments& a, const float (&sums)[kN / 2], int channel,
                                unsigned char* results) {
   const int lane = computed_again(warp_lane()), row_of_8 = lane / 4;
@@ -181,23 +176,21 @@ GDFAST_DEVICE void keep_planes(const PlanesArguments& a, const float (&sums)[kN 
 
 // Writes a consumer's part of a tile. The unit goes on writing while it multiplies the next one:
 // memory is the consumer's again when it has been read.
-template <typename T, int kMade, int kN, bool kGradient, int kProducts>
+template <typename T, bool kGradient>
 GDFAST_DEVICE void write_planes(const PlanesArguments& a, int index,
                                 const float (&sums)[kProducts][kN / 2], int consumer) {
-  using Memory = PlanesMemory<kMade, kN>;
-  constexpr int kProductBytes = Memory::kParts * kPart;
+  constexpr int kProductBytes = kParts * kPart;
   unsigned char* const results = shared_memory() + consumer * kProducts * kProductBytes;
   const bool starts = threadIdx.x % kWarpgroup == 0;
   const auto meet = [consumer] { sync_threads_of(1 + consumer, kWarpgroup); };
-  const PlanesPlace place = planes_place<kMade, kN>(a, index);
-  const int first = place.channel + consumer % Memory::kSharers * kProducts * kChannels;
+  const PlanesPlace place = planes_place(a, index);
   if (starts) stores_wait_read<0>();
   meet();
   const auto keep = [&](auto ending) {
 #pragma unroll
     for (int product = 0; product < kProducts; ++product) {
-      keep_planes<T, kN, decltype(ending)::value>(a, sums[product], first + product * kChannels,
-                                                  results + product * kProductBytes);
+      keep_planes<T, decltype(ending)::value>(a, sums[product], place.channel + product * kChannels,
+                                              results + product * kProductBytes);
     }
   };
   if (kGradient || a.ending == Ending::kNone) {
@@ -211,10 +204,10 @@ GDFAST_DEVICE void write_planes(const PlanesArguments& a, int index,
   meet();
   if (!starts) return;
   for (int product = 0; product < kProducts; ++product) {
-    const int channel = first + product * kChannels;
+    const int channel = place.channel + product * kChannels;
     if (channel >= a.channels) continue;
 #pragma unroll
-    for (int part = 0; part < Memory::kParts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
       store_box(a.output, {place.pixel + 64 * part, channel, place.n, 0},
                 results + product * kProductBytes + part * kPart);
     }
@@ -222,61 +215,59 @@ GDFAST_DEVICE void write_planes(const PlanesArguments& a, int index,
   stores_commit();
 }
 
-template <typename T, int kMade, int kN, bool kGradient>
+template <typename T, bool kGradient>
 GDFAST_DEVICE void multiply_planes_tiles(const PlanesArguments& a, int consumer) {
-  using Memory = PlanesMemory<kMade, kN>;
+  using Memory = PlanesMemory;
   const auto arrive = [](uint64_t* barrier) {
     if (warp_lane() == 0) barrier_arrive(barrier);
   };
-  const int mine = consumer / Memory::kSharers;
-  const int first = consumer % Memory::kSharers * Memory::kProducts * kPart;
-  int turn = mine ^ 1;  // who begins has not to wait in the first tile
+  int turn = consumer ^ 1;  // who begins has not to wait in the first tile
   int number = 0;
   Stage stage{0, 0};
-  float sums[Memory::kProducts][kN / 2];
+  float sums[kProducts][kN / 2];
   for_each_planes_tile(a, [&](int index) {
-    if (Memory::kTurns > 1 && (number++ & 1) != mine) return advance(stage, a.stages, a.sums);
+    if ((number++ & 1) != consumer) return advance(stage, a.stages, a.sums);
     // Parities tell one turn of the ring from the next, not from the one after that: stages are
     // waited for in their order, by one consumer after the other.
-    if constexpr (Memory::kTurns > 1) barrier_wait(Memory::turn(consumer), turn);
+    barrier_wait(Memory::turn(consumer), turn);
     turn ^= 1;
     Stage before = stage;
     for (int step = 0; step < a.sums; ++step) {
       barrier_wait(Memory::full(stage), stage.parity);
-      multiply_planes<T, kN, kGradient>(sums, Memory::weights(a, stage, step) + first,
-                                        Memory::pixels(a, stage), step > 0);
+      multiply_planes<T, kGradient>(sums, Memory::weights(a, stage, step), Memory::pixels(a, stage),
+                                    step > 0);
       // The products of the stage before are over when only these are under way.
       warpgroup_wait<1>();
       if (step > 0) arrive(Memory::empty(before));
       before = stage;
       advance(stage, a.stages);
     }
-    if constexpr (Memory::kTurns > 1) arrive(Memory::turn(consumer ^ 1));
+    arrive(Memory::turn(consumer ^ 1));
     warpgroup_wait<0>();
 #pragma unroll
     for (auto& product : sums) warpgroup_take(product);
     arrive(Memory::empty(before));
-    write_planes<T, kMade, kN, kGradient>(a, index, sums, consumer);
+    write_planes<T, kGradient>(a, index, sums, consumer);
   });
   stores_wait<0>();
 }
 
 #endif
 
-template <typename T, int kMade, int kN, bool kGradient>
+template <typename T, bool kGradient>
 GDFAST_KERNEL(kThreads, 1)
 conv2d_planes_kernel(GDFAST_GRID_CONSTANT const PlanesArguments a) {
 #if defined(GDFAST_HOPPER)
-  if (threadIdx.x == 0) PlanesMemory<kMade, kN>::init_barriers();
+  if (threadIdx.x == 0) PlanesMemory::init_barriers();
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warpgroup = shuffle(warp_index() / 4, 0);
   if (warpgroup == 0) {
     give_registers<kLoaderRegisters>();
-    if (threadIdx.x == 0) load_planes<kMade, kN, kGradient>(a);
+    if (threadIdx.x == 0) load_planes<kGradient>(a);
   } else {
     take_registers<kConsumerRegisters>();
-    multiply_planes_tiles<T, kMade, kN, kGradient>(a, warpgroup - 1);
+    multiply_planes_tiles<T, kGradient>(a, warpgroup - 1);
   }
 #endif
 }

@@ -56,8 +56,11 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         return _depthwise_candidates(op, query)
     if _may_turn(op, query):
         # What is written number by number is expected to be slower, but where launches count.
-        there, planes = candidates(op, turned(op, query)), _planes_candidates(op, query)
-        return (*planes, *(name + TURNED for name in there), cuda_tiles.candidates(op, query)[0])
+        direct = cuda_tiles.candidates(op, query)[0]
+        ways = *(way + TURNED for way in candidates(op, turned(op, query))), direct
+        if _has_hopper(query) and not planes_why_not(op, query):
+            return (cuda_hopper_planes.NAME, *ways)
+        return ways
     tiles = cuda_tiles.candidates(op, query)
     if query.device.type == "cuda" and cuda_stem.fits(op, query):
         tiles = (cuda_stem.NAME, *tiles)
@@ -102,15 +105,11 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
             names = *cuda_hopper_grad_weight.planes_candidates(query), *names
         return names
     made = query.geometry.K if op == "conv2d" else query.geometry.C
-    halo = (name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name))
-    return tuple(name + ending for name in (*cuda_hopper.candidates(made), *halo))
-
-
-def _planes_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
-    if not _has_hopper(query) or planes_why_not(op, query):
-        return ()
-    made = query.geometry.K if op == "conv2d" else query.geometry.C
-    return cuda_hopper_planes.candidates(made)
+    halo = [name for name in cuda_hopper_halo.candidates(made) if not halo_why_not(op, query, name)]
+    names = *cuda_hopper.candidates(made), *halo
+    if made <= cuda_hopper_halo.FEW:
+        names = *halo, *cuda_hopper.candidates(made)
+    return tuple(name + ending for name in names)
 
 
 def _has_hopper(query: Conv2dQuery) -> bool:

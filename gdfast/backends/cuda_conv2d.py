@@ -18,6 +18,7 @@ from gdfast.backends import (
     cuda_depthwise,
     cuda_grouped,
     cuda_hopper_float32,
+    cuda_hopper_planes,
     cuda_layout,
     cuda_stem,
     cuda_stream,
@@ -30,7 +31,6 @@ from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_hopper_float32 import HopperFloat32GradWeight
 from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS, HopperGradWeight
 from gdfast.backends.cuda_hopper_halo import HALO
-from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.cuda_problem import TURNED, pad, problem_of, turned
 from gdfast.backends.cuda_tiles import LARGEST, PADDED, SMALLEST, padded_query, splits
 from gdfast.backends.precision import is_strict
@@ -54,8 +54,8 @@ def _kernel(op: str, query: Conv2dQuery, by: str) -> tuple[Callable[..., Any], C
         return getattr(native.cuda, f"{op}_hopper"), lambda: HOPPER[by]
     if by in HALO:
         return getattr(native.cuda, f"{op}_halo"), lambda: (HALO[by],)
-    if by in PLANES:
-        return getattr(native.cuda, f"{op}_planes"), lambda: PLANES[by]
+    if by == cuda_hopper_planes.NAME:
+        return getattr(native.cuda, f"{op}_planes"), lambda: ()
     way = _way(query, by)
     return getattr(native.cuda, op), lambda: (way(),)
 
@@ -92,7 +92,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return _turned_conv2d(conv2d(turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER or by in HALO:
         return Kernel(_hopper_conv2d(query, by))
-    if by in PLANES:
+    if by == cuda_hopper_planes.NAME:
         return _hopper_conv2d_alone(query, by)
     if by in cuda_hopper_float32.TILES:
         problem, (copy_input,) = problem_of(query, "input", by=by)

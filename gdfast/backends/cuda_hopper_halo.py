@@ -7,6 +7,7 @@ from typing import Any
 from gdfast import native
 
 HALO = {"hopper-halo-64": 64, "hopper-halo-128": 128}  # channels of a tile
+FEW = 128  # channels that are made: with more, other tiles are expected to be faster
 
 
 def why_not(op: str, problem: Any, name: str) -> str:

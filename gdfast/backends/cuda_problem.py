@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_grouped, cuda_hopper_float32, cuda_layout, sgd
+from gdfast.backends import (
+    cuda_grouped,
+    cuda_hopper_float32,
+    cuda_hopper_planes,
+    cuda_layout,
+    sgd,
+)
 from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS
 from gdfast.backends.cuda_hopper_halo import HALO
-from gdfast.backends.cuda_hopper_planes import PLANES
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.geometry import dense_strides
 from gdfast.windows import Windows
@@ -35,10 +40,10 @@ READ = {
 }  # fmt: skip
 # Ways that read 16 bytes at a time by the TMA unit, and of those the ones that read NCHW.
 _BY_TMA = {
-    *HOPPER, *HALO, *PLANES, *BLOCKS, *PLANES_BLOCKS, *cuda_hopper_float32.TILES,
+    *HOPPER, *HALO, cuda_hopper_planes.NAME, *BLOCKS, *PLANES_BLOCKS, *cuda_hopper_float32.TILES,
     *cuda_hopper_float32.BLOCKS,
 }  # fmt: skip
-_OF_PLANES = {*PLANES, *PLANES_BLOCKS}
+_OF_PLANES = {cuda_hopper_planes.NAME, *PLANES_BLOCKS}
 _ANY = 2**31  # more channels than there are
 
 
