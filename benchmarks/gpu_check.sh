@@ -215,7 +215,7 @@ fi
 if [[ $built && -z ${GPU_CHECK_ROWS:-} ]]; then
   # A process for each file: what costs one its GPU costs the others nothing.
   for file in $(grep -lE 'mark\.(gpu|cuda_simulator)' tests/test_*.py |
-    grep -vE 'test_triton|_hopper|gpu_check'); do
+    grep -vE 'test_triton|test_cuda_hopper(_grad_weight)?\.py|gpu_check'); do
     name=${file##*/test_}
     launch step "${name%.py}" tests.log 110 "${pytest[@]}" --maxfail=30 -m gpu "$file"
     jobs_running+=($!)

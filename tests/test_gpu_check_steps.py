@@ -38,7 +38,7 @@ def tree(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks").mkdir()
     shutil.copy(BENCHMARKS / "gpu_check.sh", tmp_path / "benchmarks")
     (tmp_path / "tests").mkdir()
-    for name in ("cuda_conv2d", "cuda_hopper", "gpu", "triton_gpu"):
+    for name in ("cuda_conv2d", "cuda_hopper", "cuda_hopper_halo", "gpu", "triton_gpu"):
         (tmp_path / f"tests/test_{name}.py").write_text("pytest.mark.gpu\n")
     (tmp_path / "stubs").mkdir()
     for name, text in STUBS.items():
@@ -74,12 +74,13 @@ def test_hoppers_kernel_is_a_candidate_where_its_tests_passed(tree: Path) -> Non
     assert status == 0, summary
     assert "hopper: its kernels are candidates" in summary and "commit c0ffee" in summary
     assert "hopper=," in only(calls, "test_cuda_hopper.py")
-    tests = [only(calls, f"-m gpu tests/test_{name}.py,") for name in ("cuda_conv2d", "gpu")]
+    names = "cuda_conv2d", "cuda_hopper_halo", "gpu"
+    tests = [only(calls, f"-m gpu tests/test_{name}.py,") for name in names]
     measured = only(calls, "--seconds 4")
     for call in (*tests, measured):
         assert "hopper=, commit=c0ffee, modules=native" in call
         assert calls.index(only(calls, "test_cuda_hopper.py")) < calls.index(call)
-    assert sum("-m gpu" in call for call in calls) == 2
+    assert sum("-m gpu" in call for call in calls) == 3
     # Triton's tests, by part; the last one has all that no other has.
     parts = [c.split(" -k ")[1].split(" tests/")[0] for c in calls if "test_triton_gpu.py" in c]
     rest = max(parts, key=len)
