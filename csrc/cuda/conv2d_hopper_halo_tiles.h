@@ -80,7 +80,8 @@ class HaloPlanner {
     return fits(rows_) && fits(columns_);
   }
 
-  // The plan that is expected to be the fastest.
+  // The plan that is expected to be the fastest. Asked for at every launch: of tiles that fit,
+  // those with less than half as many rows or images are left out.
   HaloPlan best() const {
     HaloPlan best{};
     int64_t least = 0;
@@ -90,9 +91,22 @@ class HaloPlanner {
       const int64_t time = cycles(plan);
       if (best.width == 0 || time < least) best = plan, least = time;
     };
-    const int64_t most = kHaloWidths[std::size(kHaloWidths) - 1];
-    for (int64_t h = 1; h <= out_.H && h <= most; ++h) consider(1, h);
-    for (int64_t n = 2; n <= in_.N && n * out_.H <= most; ++n) consider(n, out_.H);
+    // Calls with(of_tile) for what divides an axis evenly into tiles of at most `most`.
+    const auto for_sizes = [&](int64_t size, int64_t most, auto with) {
+      for (int64_t of_tile = most; of_tile > 0; --of_tile) {
+        of_tile = tiles_for(size, tiles_for(size, of_tile));
+        if (2 * of_tile < most && best.width != 0) return;
+        with(of_tile);
+      }
+    };
+    const HaloPlan row = plan_of(1, 1), images = plan_of(2, out_.H);
+    const int64_t rest = kHaloWidths[std::size(kHaloWidths) - 1] - out_.W;
+    if (rest < 0) return best;
+    for_sizes(out_.H, std::min(out_.H, rest / row.pitch + 1), [&](int64_t h) { consider(1, h); });
+    const int64_t more = rest - (out_.H - 1) * row.pitch;  // beside one image
+    if (more < 0) return best;
+    for_sizes(in_.N, std::min(in_.N, more / (images.box_h * row.pitch) + 1),
+              [&](int64_t n) { consider(n, out_.H); });
     return best;
   }
 
