@@ -245,18 +245,18 @@ int64_t halves_of_slab(const Conv2dProblem& p) { return p.C / p.groups == 32 ? 2
 
 GroupedHopperSplit split_of(const Conv2dProblem& p) {
   const int64_t blocks = ceil_div(p.C, kSlab) * halves_of_slab(p);
-  return grouped_hopper_split(p, grouped_hopper_plan(p), blocks, multiprocessors(kOp));
+  return grouped_hopper_split(p, grouped_hopper_plan(p, true), blocks, multiprocessors(kOp));
 }
 
 template <typename T>
 void start(const Conv2dProblem& p, const void* grad_output, const void* input, float* weight_sums,
            float* bias_sums, int64_t splits, const Where& where) {
-  const GroupedHopperPlan plan = grouped_hopper_plan(p);
+  const GroupedHopperPlan plan = grouped_hopper_plan(p, true);
   GroupedHopperSplit split = split_of(p);
   split.blocks = splits;
   const int64_t row_bytes = plan.columns * kBoxRow, image_bytes = plan.grad_rows * row_bytes;
   const int64_t grad_bytes = plan.images * image_bytes;
-  const GroupedRing ring = grouped_ring<T>(kOp, p, input, split, grad_bytes, 0);
+  const GroupedRing ring = grouped_ring<T>(kOp, p, plan, input, split, grad_bytes, 0);
   const GroupedHopperWeightArguments a{
       ring,
       channels_first<T>(kOp, grad_output, {p.N, p.K, p.P, p.Q, p.output},
