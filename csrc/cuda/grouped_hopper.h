@@ -231,7 +231,8 @@ inline GroupedHopperSplit grouped_hopper_split(const Conv2dProblem& p,
     if (parts > 1 && time >= least) continue;
     least = time, best = bands, strips = all;
   }
-  return {strips < most ? strips : most, best};
+  // No more blocks than take as long: each leaves sums of a weight's gradient to be added up.
+  return {ceil_div(strips, ceil_div(strips, most)), best};
 }
 
 // What lies in slots beside the input, and in memory beside the ring.
