@@ -111,7 +111,8 @@ def test_groups_do_so_on_hopper_from_what_its_tma_unit_copies() -> None:
             assert counts == (2 * pairs * depth * steps, (3 * read + 2 * 9) * steps), code
         else:
             # By 16 filters and nine taps; twice: for tiles some of whose positions do not exist.
-            pairs, read = (7, 9) if code.arguments[1] == "1" else (2, 3)
+            # Of the input there are nine rows of twins, or two pairs of rows for each of these.
+            pairs, read = (7, 9) if code.arguments[1] == "1" else (2, 4)
             assert counts == (2 * 2 * pairs * 9, 2 * (pairs + 3 * read)), code
         assert code.count("UTMALDG"), code
     for code in kernels:

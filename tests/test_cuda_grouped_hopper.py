@@ -53,6 +53,16 @@ def test_small_integers(case: Conv2dCase, hopper: torch.device) -> None:
 
 
 @pytest.mark.parametrize("case", OFTEN, ids=str)
+def test_no_bias(case: Conv2dCase, hopper: torch.device, thread_order: str) -> None:
+    """Twins are not for sums that something is done to."""
+    values = small_integers(case, torch.bfloat16, hopper)
+    input, weight, bias, _ = values.values()
+    output = cuda_conv2d.conv2d(query_of(case, values), HOPPER)(input, weight, None)
+    expected = exact_of(case, values)[0] - bias.double()[:, None, None]
+    assert torch.equal(output, expected.to(output.dtype))
+
+
+@pytest.mark.parametrize("case", OFTEN, ids=str)
 def test_bfloat16(case: Conv2dCase, hopper: torch.device) -> None:
     values = tensors_of(case, torch.bfloat16, True, hopper)
     check(case, values, ours(case, values, HOPPER))

@@ -18,24 +18,37 @@ struct GroupedFilters {
   int32_t row_bytes;                           // of a filter in shared memory
 };
 
+// Where a chunk of a filter lies, from the filter's beginning on.
+GDFAST_DEVICE int64_t chunk_offset(const GroupedFilters& a, const Divided& tap) {
+  const Divided row = divide(tap.quotient, a.columns);
+  return row.quotient * a.weight_bytes.h + row.rest * a.weight_bytes.w;
+}
+
 // Begins to copy the slab's filters: rows of (tap, channel), where groups of less than 8 channels
 // are made up to 8 by zeros in the place of their neighbours.
 template <typename T>
 GDFAST_DEVICE void stage_filters(const GroupedFilters& a, int32_t first_filter,
                                  unsigned char* filters, int threads) {
   const int chunks = static_cast<int>(a.filter_chunks.divisor);
+  const unsigned char* const weight = a.weight + first_filter * a.filter_bytes;
+  if (a.in_chunks) {
+    // A lane has the same chunk of many filters: where it lies is found once.
+    for (int chunk = warp_lane(); chunk < chunks; chunk += kWarp) {
+      const Divided tap = divide(chunk, a.tap_chunks);
+      const unsigned char* const from = weight + (chunk_offset(a, tap) + tap.rest * 16);
+#pragma unroll 4
+      for (int filter = warp_index(); filter < kSlab; filter += threads / kWarp) {
+        cp_async_16(filters + filter * a.row_bytes + chunk * 16, from + filter * a.filter_bytes,
+                    first_filter + filter < a.count);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
   for (int i = this_thread(); i < kSlab * chunks; i += threads) {
     const Divided filter = divide(i, a.filter_chunks), tap = divide(filter.rest, a.tap_chunks);
-    const Divided row = divide(tap.quotient, a.columns);
-    const bool exists = first_filter + filter.quotient < a.count;
     const unsigned char* const from =
-        a.weight + ((first_filter + filter.quotient) * a.filter_bytes +
-                    row.quotient * a.weight_bytes.h + row.rest * a.weight_bytes.w);
-    unsigned char* const to = filters + filter.quotient * a.row_bytes + filter.rest * 16;
-    if (a.in_chunks) {
-      cp_async_16(to, from + tap.rest * 16, exists);
-      continue;
-    }
+        weight + (filter.quotient * a.filter_bytes + chunk_offset(a, tap));
     const int before = a.group < 8 ? filter.quotient % 8 / a.group * a.group : 0;
     union {
       uint16_t elements[8];
@@ -44,11 +57,12 @@ GDFAST_DEVICE void stage_filters(const GroupedFilters& a, int32_t first_filter,
 #pragma unroll
     for (int lane = 0; lane < 8; ++lane) {
       const int channel = tap.rest * 8 + lane - before;
-      const bool valid = exists && channel >= 0 && channel < a.group;
+      const bool valid =
+          first_filter + filter.quotient < a.count && channel >= 0 && channel < a.group;
       values.elements[lane] =
           valid ? *reinterpret_cast<const uint16_t*>(from + channel * a.weight_bytes.outer) : 0;
     }
-    store_16(to, values.pack);
+    store_16(filters + filter.quotient * a.row_bytes + filter.rest * 16, values.pack);
   }
 }
 

@@ -1,5 +1,7 @@
 // The forward pass in groups of few channels on Hopper (grouped_hopper.h), and the gradient in the
-// input, as in grouped.cu. A warp has its filters in registers from beginning to end.
+// input, as in grouped.cu. A warp has its filters in registers from beginning to end. Four warps
+// make the 64 channels of the same pixels: these go to memory by the TMA unit, 128 bytes side by
+// side, which takes a quarter of the requests that warps by themselves would make.
 #include "conv2d.h"
 #include "device.h"
 #include "grouped_filters.h"
@@ -13,7 +15,8 @@ constexpr int kTaps = 9;
 
 struct GroupedHopperArguments {
   GroupedRing ring;
-  int filters_at;  // in shared memory
+  TensorMap results;
+  int results_at, filters_at;  // in shared memory
   GroupedFilters filters;
   GroupedOutput output;
 };
@@ -29,6 +32,8 @@ struct GroupedWarps {
   static constexpr int kThreads = (kConsumers + 1) * kWarp;
 
   using Band = BandShape<kTwins>;
+  static constexpr int kResultBytes = Band::kPairs * 2 * kTileBytes;  // of a tile
+  static constexpr int kResults = 2 * kConsumers / kUnits * kResultBytes;
   using Sums = PairSums[Band::kPairs];
   using Filters = uint32_t[kSteps][kTaps][4];
 };
@@ -40,13 +45,12 @@ GDFAST_DEVICE int step_further(int pixel, int step) { return pixel ^ step * 32; 
 
 // Adds two rows of 8 pixels, by the tap, to 16 channels of them: sums over 16 channels, or of
 // narrower groups over both halves' own 8.
-template <typename T, typename Its>
+template <typename T, bool kWide>
 GDFAST_DEVICE void multiply_tap(PairSums& sums, const uint32_t (&left)[4],
-                                const typename Its::Filters& right, int step, int tap) {
+                                const uint32_t (&filters)[4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint32_t (&filters)[4] = right[step][tap];
-    if constexpr (Its::kWide) {
+    if constexpr (kWide) {
       mma_m16n8k16<T>(sums[half], left, {filters[half * 2], filters[half * 2 + 1]});
     } else {
       mma_m16n8k8<T>(sums[half], {left[half * 2], left[half * 2 + 1]}, filters[half]);
@@ -72,7 +76,7 @@ GDFAST_DEVICE void multiply_twins(typename Its::Sums& sums, const GroupedRing& a
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
           if (h - r < 0 || h - r >= Its::Band::kPairs) continue;
-          multiply_tap<T, Its>(sums[h - r], left, right, step, r * 3 + s);
+          multiply_tap<T, Its::kWide>(sums[h - r], left, right[step][r * 3 + s]);
         }
       }
     }
@@ -80,10 +84,10 @@ GDFAST_DEVICE void multiply_twins(typename Its::Sums& sums, const GroupedRing& a
   }
 }
 
-template <typename T, typename Its, typename Finish>
+template <typename T, typename Its>
 GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
                                  const BandTile& tile, const int (&pixels)[3],
-                                 const typename Its::Filters& right, Finish&& finish) {
+                                 const typename Its::Filters& right) {
   constexpr int kPairs = Its::Band::kPairs;
   const unsigned char* const top = shared_memory() + tile.top;
   const unsigned char* const bottom = shared_memory() + tile.bottom;
@@ -103,9 +107,9 @@ GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
       for (int pair = 0; pair < kPairs; ++pair) {
         const uint32_t (&these)[4] = left[pair], (&next)[4] = left[pair + 1];
         if constexpr (Its::kWide) {
-          multiply_tap<T, Its>(sums[pair], these, right, step, s);
+          multiply_tap<T, true>(sums[pair], these, right[step][s]);
           const uint32_t between[4] = {these[1], next[0], these[3], next[2]};
-          multiply_tap<T, Its>(sums[pair], between, right, step, 3 + s);
+          multiply_tap<T, true>(sums[pair], between, right[step][3 + s]);
         } else {
           // The 8 channels of two rows of the filter are 16 numbers too.
 #pragma unroll
@@ -115,12 +119,10 @@ GDFAST_DEVICE void multiply_rows(typename Its::Sums& sums, const GroupedRing& a,
                             {right[0][s][half], right[0][3 + s][half]});
           }
         }
-        multiply_tap<T, Its>(sums[pair], next, right, step, 6 + s);
+        multiply_tap<T, Its::kWide>(sums[pair], next, right[step][6 + s]);
       }
     }
   }
-#pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) finish(pair);
 }
 
 // One sum over the group's channels alone.
@@ -148,8 +150,6 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
   using Its = GroupedWarps<kGroup, kTwins>;
   const int channel = warp_index() % kUnits * kChannelsOfWarp;
   const int first_of_group = Its::kWide ? channel / kGroup * kGroup : channel;
-  const LaneOutput lane =
-      lane_output(a.output, first_channel + channel, Its::kTwins ? 0 : 1, Its::kTwins ? 1 : 0);
   unsigned char* const filters = shared_memory() + a.filters_at;
   stage_filters<T>(a.filters, first_channel, filters, Its::kConsumers * kWarp);
   cp_async_commit();
@@ -174,32 +174,54 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
     pixels[s] =
         (matrix & 1) * a.ring.pair_bytes + swizzled(line + s, first_of_group / 8 + (matrix >> 1));
   }
-  empty_ring(a.ring, warp_index() / kUnits, Its::kConsumers / kUnits, [&](const BandTile& tile) {
+  // And where it writes results, of its two channels and the first half, to one of two buffers.
+  const int stream = warp_index() / kUnits;
+  const bool leads = warp_index() % kUnits == 0 && warp_lane() == 0;
+  const int written = swizzled(warp_lane() / 4, channel / 8) + warp_lane() % 4 * 4;
+  unsigned char* results = shared_memory() + a.results_at + stream * 2 * Its::kResultBytes;
+  int other = Its::kResultBytes;
+  empty_ring(a.ring, stream, Its::kConsumers / kUnits, [&](const BandTile& tile) {
     typename Its::Sums sums;
 #pragma unroll
-    for (PairSums& pair : sums) {
+    for (float& sum : flat(sums)) sum = 0;
+    const auto write = [&](int pair) {
+      uint32_t words[4];
+      pack_sums<T>(words, sums[pair]);
 #pragma unroll
-      for (float& sum : flat(pair)) sum = 0;
-    }
-    const LaneTile to = lane_tile(a.output, lane, tile.image, tile.row, tile.column);
-    const auto finish = [&](int pair) {
-      const int row = Its::kTwins ? pair : pair * 2;
-      FlatSums& these = flat(sums[pair]);
+      for (int i = 0; i < 4; ++i) {
+        const int second = i >> 1,
+                  row = Its::kTwins ? second * Its::Band::kRows + pair : pair * 2 + second;
+        *reinterpret_cast<uint32_t*>(results + row * kTileBytes + (written ^ (i & 1) * 16)) =
+            words[i];
+      }
+    };
+    if constexpr (Its::kTwins) {
+      multiply_twins<T, Its>(sums, a.ring, tile, pixels, right, write);
+    } else {
+      multiply_rows<T, Its>(sums, a.ring, tile, pixels, right);
       if constexpr (!Its::kWide) {
         if (a.filters.group < 8) {
-          mend(these, [&](int second, int column, int within) {
-            return sum_of_group<T>(a, tile, row + second, column, channel + within);
+          mend(flat(sums), [&](int pair, int second, int column, int within) {
+            return sum_of_group<T>(a, tile, pair * 2 + second, column, channel + within);
           });
         }
       }
-      write_sums<T>(these, a.output, lane, to, row);
-    };
-    if constexpr (Its::kTwins) {
-      multiply_twins<T, Its>(sums, a.ring, tile, pixels, right, finish);
-    } else {
-      multiply_rows<T, Its>(sums, a.ring, tile, pixels, right, finish);
+      end_sums<T>(flat(sums), a.output, first_channel + channel);
+#pragma unroll
+      for (int pair = 0; pair < Its::Band::kPairs; ++pair) write(pair);
     }
+    stores_ready();
+    // Whoever meets here may write to the other buffer: it has been read.
+    if (leads) stores_wait_read<0>();
+    sync_threads_of(2 + stream, kUnits * kWarp);
+    if (leads) {
+      store_box(a.results, {first_channel, tile.column, tile.row, tile.image}, results);
+      stores_commit();
+    }
+    results += other;
+    other = -other;
   });
+  if (leads) stores_wait<0>();
 }
 
 #endif
@@ -223,37 +245,43 @@ grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
 #endif
 }
 
-template <typename T, int kGroup>
-void start(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
-           const void* weight, const void* bias, void* output, const Where& where) {
+template <typename T, int kGroup, bool kTwins>
+void start(const char* op, const Conv2dProblem& p, const GroupedHopperPlan& plan, bool gradient,
+           const void* input, const void* weight, const void* bias, void* output,
+           const Where& where) {
+  using Its = GroupedWarps<kGroup, kTwins>;
   const int64_t slabs = ceil_div(p.C, kSlab), filter_bytes = kSlab * filter_row_bytes(p);
-  const GroupedHopperPlan plan = grouped_hopper_plan(p);
   const GroupedHopperSplit split = grouped_hopper_split(p, plan, slabs, multiprocessors(op));
-  const GroupedRing ring = grouped_ring<T>(op, p, input, split, 0, filter_bytes);
-  const int filters_at = kRingAt + ring.slots * ring.slot_bytes;
-  const GroupedHopperArguments a{ring, filters_at, grouped_filters(p, weight, gradient),
+  const GroupedRing ring =
+      grouped_ring<T>(op, p, plan, input, split, 0, Its::kResults + filter_bytes);
+  const int results_at = kRingAt + ring.slots * ring.slot_bytes;
+  const int filters_at = results_at + Its::kResults;
+  const GroupedHopperArguments a{ring,
+                                 channels_first<T>(op, output, {p.N, p.C, p.P, p.Q, p.output},
+                                                   {plan.images, plan.band_rows, kSide}),
+                                 results_at,
+                                 filters_at,
+                                 grouped_filters(p, weight, gradient),
                                  grouped_output(p, bias, output)};
-  const dim3 grid(static_cast<unsigned>(split.blocks), static_cast<unsigned>(slabs));
-  const auto with = [&](auto kernel, int threads) {
-    launch(op, kernel, grid, static_cast<unsigned>(threads),
-           static_cast<size_t>(filters_at + filter_bytes), where.stream, a);
-  };
-  if constexpr (kGroup >= 16) {
-    if (plan.twins) {
-      return with(grouped_hopper_kernel<T, kGroup, true>, GroupedWarps<kGroup, true>::kThreads);
-    }
-  }
-  with(grouped_hopper_kernel<T, kGroup, false>, GroupedWarps<kGroup, false>::kThreads);
+  launch(op, grouped_hopper_kernel<T, kGroup, kTwins>,
+         dim3(static_cast<unsigned>(split.blocks), static_cast<unsigned>(slabs)),
+         static_cast<unsigned>(Its::kThreads), static_cast<size_t>(filters_at + filter_bytes),
+         where.stream, a);
 }
 
 void run(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
          const void* weight, const void* bias, void* output, const Where& where) {
   const DeviceGuard guard(op, where.device);
   const int64_t group = p.C / p.groups;
+  // Seven times the code of an activation would be in the way.
+  const bool ends = bias != nullptr || p.activation != Activation::kNone;
+  const GroupedHopperPlan plan = grouped_hopper_plan(p, !ends);
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
-    const auto chosen = group == 32 ? start<T, 32> : group == 16 ? start<T, 16> : start<T, 8>;
-    chosen(op, p, gradient, input, weight, bias, output, where);
+    const auto wide = plan.twins ? start<T, 32, true> : start<T, 32, false>;
+    const auto narrow = plan.twins ? start<T, 16, true> : start<T, 16, false>;
+    const auto chosen = group == 32 ? wide : group == 16 ? narrow : start<T, 8, false>;
+    chosen(op, p, plan, gradient, input, weight, bias, output, where);
   };
   p.dtype == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Half{});
 }

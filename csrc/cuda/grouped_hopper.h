@@ -185,7 +185,7 @@ struct GroupedHopperPlan {
 
 inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
-inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p) {
+inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p, bool may_be_twins) {
   constexpr int64_t kMostColumns = 56, kMostWhole = 40 * 1024;
   GroupedHopperPlan plan{};
   plan.column_strips = p.Q <= kMostColumns ? 1 : ceil_div(p.Q, kMostColumns);
@@ -199,7 +199,7 @@ inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p) {
   plan.whole = one && rows * pitch * kBoxRow <= kMostWhole;
   if (plan.whole) plan.pitch = pitch;
   // Narrower groups are not bound by products.
-  const bool worth = p.C / p.groups >= kChannelsOfWarp;
+  const bool worth = may_be_twins && p.C / p.groups >= kChannelsOfWarp;
   const bool twins = worth && plan.whole && p.N > 1 && p.P % TwinBand::kRows == 0;
   plan.twins = twins;
   plan.images = twins ? 2 : 1;
@@ -231,14 +231,15 @@ inline GroupedHopperSplit grouped_hopper_split(const Conv2dProblem& p,
     if (parts > 1 && time >= least) continue;
     least = time, best = bands, strips = all;
   }
-  return {strips < most ? strips : most, best};
+  // No more blocks than take as long: each leaves sums of a weight's gradient to be added up.
+  return {ceil_div(strips, ceil_div(strips, most)), best};
 }
 
 // What lies in slots beside the input, and in memory beside the ring.
 template <typename T>
-GroupedRing grouped_ring(const char* op, const Conv2dProblem& p, const void* input,
-                         const GroupedHopperSplit& split, int64_t more_bytes, int64_t beside) {
-  const GroupedHopperPlan plan = grouped_hopper_plan(p);
+GroupedRing grouped_ring(const char* op, const Conv2dProblem& p, const GroupedHopperPlan& plan,
+                         const void* input, const GroupedHopperSplit& split, int64_t more_bytes,
+                         int64_t beside) {
   const int64_t image_bytes = plan.box_rows * plan.pitch * kBoxRow;
   const int64_t input_bytes = plan.images * image_bytes, slot_bytes = input_bytes + more_bytes;
   const int64_t slots = (kHopperMemory - kRingAt - beside) / slot_bytes;

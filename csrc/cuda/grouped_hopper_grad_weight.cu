@@ -1,7 +1,8 @@
 // The gradients in the weight and the bias in groups of few channels on Hopper (grouped_hopper.h).
-// A warp sums 16 filters by 16 channels by nine taps, over the pixels of every second tile of its
-// block; what its block's warps have summed is one split. Filters and channels of different groups
-// are left out when sums are written, and splits added up as they are for other convolutions.
+// A warp sums 16 filters by 16 channels by nine taps, over the pixels of every second or third
+// tile of its block; what its block's warps have summed is one split. Filters and channels of
+// different groups are left out when sums are written, and splits added up as they are for other
+// convolutions.
 #include "conv2d.h"
 #include "device.h"
 #include "grouped_hopper.h"
@@ -10,17 +11,25 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d_grad_weight";
-constexpr int kTaps = 9, kStreams = 2;
-constexpr int kConsumers = kStreams * kUnits, kThreads = (kConsumers + 1) * kWarp;
-constexpr int kUnitThreads = kUnits * kWarp;
+constexpr int kTaps = 9;
+
+// Sums take 74 registers, and gradients of twins 28. Where a quarter of a multiprocessor has one
+// warp more than these, the loader's, there are 168 or 128 for a thread.
+template <bool kTwins>
+struct WeightWarps {
+  static constexpr int kStreams = kTwins ? 2 : 3;
+  static constexpr int kConsumers = kStreams * kUnits, kThreads = (kConsumers + 1) * kWarp;
+};
 
 struct GroupedHopperWeightArguments {
   GroupedRing ring;
   TensorMap grad;
   int grad_at, grad_row_bytes, grad_pair_bytes, grad_bytes;  // in a slot
   int K, group;
-  float* weight_sums;  // [splits, K, R, S, C / groups]
-  float* bias_sums;    // [splits, K], or null
+  int row_sums;             // of a filter in shared memory
+  Divisor pairs_of_filter;  // of sums
+  float* weight_sums;       // [splits, K, R, S, C / groups]
+  float* bias_sums;         // [splits, K], or null
 };
 
 // The sums of a warp.
@@ -78,106 +87,121 @@ template <typename T, typename Band, bool kSome>
 GDFAST_DEVICE void sum_tile(WeightSums& sums, const GroupedHopperWeightArguments& a,
                             const PixelPlaces& places, const BandTile& tile,
                             const Existing& existing, bool sums_bias) {
-  constexpr int kPairs = Band::kPairs, kStep = Band::kTwins ? 1 : 2;
+  constexpr int kPairs = Band::kPairs;
   const unsigned char* const grad = shared_memory() + tile.slot + a.grad_at +
                                     tile.band * Band::kRows * a.grad_row_bytes +
                                     tile.part * kTileBytes + places.grad;
   const unsigned char* const top = shared_memory() + tile.top;
-  uint32_t grads[kPairs][4];
-#pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    ldmatrix_x4_transposed(grads[pair], grad + pair * kStep * a.grad_row_bytes);
-    if (sums_bias) add_to_bias<T>(sums, grads[pair]);
-  }
+  const auto load_grad = [&](uint32_t (&grads)[4], int row) {
+    ldmatrix_x4_transposed(grads, grad + row * a.grad_row_bytes);
+    if (sums_bias) add_to_bias<T>(sums, grads);
+  };
   const auto load = [&](uint32_t (&pixels)[4], const unsigned char* from) {
     ldmatrix_x4_transposed(pixels, from);
 #pragma unroll
     for (uint32_t& word : pixels) word = kSome ? word & existing.columns : word;
   };
+  const auto multiply = [&](int tap, int half, const uint32_t (&grads)[4], uint32_t upper,
+                            uint32_t lower) {
+    mma_m16n8k16<T>(sums.weight[tap][half], grads, {upper, lower});
+  };
+  if constexpr (Band::kTwins) {
+    uint32_t grads[kPairs][4];
 #pragma unroll
-  for (int s = 0; s < 3; ++s) {
-    const int at = places.input[s];
-    if constexpr (Band::kTwins) {
+    for (int h = 0; h < Band::kRead; ++h) {
+      if (h < kPairs) load_grad(grads[h], h);
 #pragma unroll
-      for (int h = 0; h < Band::kRead; ++h) {
+      for (int s = 0; s < 3; ++s) {
         uint32_t pixels[4];
-        load(pixels, top + h * a.ring.row_bytes + at);
+        load(pixels, top + h * a.ring.row_bytes + places.input[s]);
 #pragma unroll
         for (int r = 0; r < 3; ++r) {
           if (h - r < 0 || h - r >= kPairs) continue;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            mma_m16n8k16<T>(sums.weight[r * 3 + s][half], grads[h - r],
-                            {pixels[half * 2], pixels[half * 2 + 1]});
+            multiply(r * 3 + s, half, grads[h - r], pixels[half * 2], pixels[half * 2 + 1]);
           }
         }
       }
-    } else {
-      uint32_t pixels[Band::kRead][4];
+    }
+  } else {
+    const unsigned char* const bottom = shared_memory() + tile.bottom;
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        load(pixels[pair], top + pair * 2 * a.ring.row_bytes + at);
-      }
-      load(pixels[kPairs], shared_memory() + tile.bottom + at);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (kSome && pair * 2 >= existing.rows) continue;
+      const bool second = !kSome || pair * 2 + 1 < existing.rows;
+      uint32_t grads[4];
+      load_grad(grads, pair * 2);
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        if (kSome && pair * 2 >= existing.rows) continue;
-        const bool second = !kSome || pair * 2 + 1 < existing.rows;
-        const uint32_t (&these)[4] = pixels[pair], (&next)[4] = pixels[pair + 1];
-        const auto multiply = [&](int r, int half, uint32_t upper, uint32_t lower) {
-          mma_m16n8k16<T>(sums.weight[r * 3 + s][half], grads[pair], {upper, second ? lower : 0});
-        };
+      for (int s = 0; s < 3; ++s) {
+        uint32_t these[4], next[4];
+        load(these, top + pair * 2 * a.ring.row_bytes + places.input[s]);
+        const bool is_last = pair + 1 == kPairs;
+        load(next, (is_last ? bottom : top + (pair + 1) * 2 * a.ring.row_bytes) + places.input[s]);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          multiply(0, half, these[half * 2], these[half * 2 + 1]);
-          multiply(1, half, these[half * 2 + 1], next[half * 2]);
-          multiply(2, half, next[half * 2], next[half * 2 + 1]);
+          const int i = half * 2;
+          multiply(s, half, grads, these[i], second ? these[i + 1] : 0);
+          multiply(3 + s, half, grads, these[i + 1], second ? next[i] : 0);
+          multiply(6 + s, half, grads, next[i], second ? next[i + 1] : 0);
         }
       }
     }
   }
 }
 
-// Adds what warps of further streams have summed to the sums of the first one's.
-GDFAST_DEVICE void join_streams(WeightSums& sums, int stream) {
-  FlatSums& flat = reinterpret_cast<FlatSums&>(sums);
-  float* const all =
-      reinterpret_cast<float*>(shared_memory() + kRingAt) + this_thread() % kUnitThreads;
-  for (int other = 1; other < kStreams; ++other) {
-    sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
-    if (stream == other) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) all[i * kUnitThreads] = flat[i];
-    }
-    sync_threads_of(1, kConsumers * kWarp);
-    if (stream == 0) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) flat[i] += all[i * kUnitThreads];
-    }
-  }
+GDFAST_DEVICE int filters_of_block(const GroupedHopperWeightArguments& a) {
+  return a.group > kChannelsOfWarp ? a.group : kSlab;
 }
 
+// Adds up what streams have summed, and writes it in the order in which it lies in shared memory:
+// whole lines.
+template <typename Its>
 GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightArguments& a,
-                              const Unit& unit, int32_t first_channel) {
-  const int64_t split = blockIdx.x;
+                              const Unit& unit, int32_t first_channel, int stream) {
+  constexpr int kStreams = Its::kStreams, kConsumers = Its::kConsumers;
+  const int filters = filters_of_block(a), of_filter = kTaps * a.group;
+  const int first = a.group > kChannelsOfWarp ? static_cast<int>(blockIdx.z) * a.group : 0;
+  float* const all = reinterpret_cast<float*>(shared_memory() + kRingAt);
+  float* const bias = all + kStreams * filters * a.row_sums;
+  sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int filter = unit.filter + row * 8 + warp_lane() / 4;
-    if (first_channel + filter >= a.K) continue;
-    const int64_t index = split * a.K + first_channel + filter;
-    if (unit.sums_bias && warp_lane() % 4 == 0) a.bias_sums[index] = sums.bias[row];
+    const int filter = unit.filter + row * 8 + warp_lane() / 4,
+              at = stream * filters + filter - first;
+    if (unit.sums_bias && warp_lane() % 4 == 0) bias[at] = sums.bias[row];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Two channels side by side are of one group.
       const int channel = unit.channel + half * 8 + warp_lane() % 4 * 2;
       if (channel / a.group != filter / a.group) continue;
-      float* const to = a.weight_sums + (index * kTaps * a.group + channel % a.group);
+      float* const to = all + at * a.row_sums + channel % a.group;
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
         const float (&pair)[4] = sums.weight[tap][half];
         store_values<2>(to + tap * a.group, {pair[row * 2], pair[row * 2 + 1]});
       }
     }
+  }
+  sync_threads_of(1, kConsumers * kWarp);
+  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel + first;
+  const int rest = a.K - first_channel - first, existing = rest < filters ? rest : filters;
+  const auto sum_at = [&](const float* from, int step, float& sum) {
+    sum = from[0];
+#pragma unroll
+    for (int i = 1; i < kStreams; ++i) sum += from[i * step];
+  };
+  for (int i = this_thread(); i < existing * of_filter / 2; i += kConsumers * kWarp) {
+    const Divided filter = divide(i, a.pairs_of_filter);
+    const float* const from = all + filter.quotient * a.row_sums + filter.rest * 2;
+    float two[2];
+    sum_at(from, filters * a.row_sums, two[0]);
+    sum_at(from + 1, filters * a.row_sums, two[1]);
+    store_values<2>(a.weight_sums + (index * of_filter + i * 2), two);
+  }
+  if (a.bias_sums == nullptr) return;
+  for (int i = this_thread(); i < existing; i += kConsumers * kWarp) {
+    sum_at(bias + i, filters, a.bias_sums[index + i]);
   }
 }
 
@@ -195,7 +219,8 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
   WeightSums sums;
 #pragma unroll
   for (float& sum : reinterpret_cast<FlatSums&>(sums)) sum = 0;
-  empty_ring(a.ring, stream, kStreams, [&](const BandTile& tile) {
+  using Its = WeightWarps<Band::kTwins>;
+  empty_ring(a.ring, stream, Its::kStreams, [&](const BandTile& tile) {
     const int rows = a.ring.P - tile.row, left = a.ring.Q - tile.column;
     if ((Band::kTwins || rows >= Band::kRows) && left >= kSide) {
       sum_tile<T, Band, false>(sums, a, places, tile, {}, unit.sums_bias);
@@ -205,8 +230,6 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
       sum_tile<T, Band, true>(sums, a, places, tile, existing, unit.sums_bias);
     }
   });
-  join_streams(sums, stream);
-  if (stream != 0) return;
   if (unit.sums_bias) {
 #pragma unroll
     for (float& sum : sums.bias) {
@@ -214,16 +237,17 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
       sum += shuffle_xor(sum, 2);
     }
   }
-  write_sums(sums, a, unit, first_channel);
+  write_sums<Its>(sums, a, unit, first_channel, stream);
 }
 
 #endif
 
 template <typename T, bool kTwins>
-GDFAST_KERNEL(kThreads, 1)
+GDFAST_KERNEL(WeightWarps<kTwins>::kThreads, 1)
 grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
+  constexpr int kConsumers = WeightWarps<kTwins>::kConsumers;
   if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
   if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kTwins>>(a, first_channel);
@@ -245,18 +269,21 @@ int64_t halves_of_slab(const Conv2dProblem& p) { return p.C / p.groups == 32 ? 2
 
 GroupedHopperSplit split_of(const Conv2dProblem& p) {
   const int64_t blocks = ceil_div(p.C, kSlab) * halves_of_slab(p);
-  return grouped_hopper_split(p, grouped_hopper_plan(p), blocks, multiprocessors(kOp));
+  return grouped_hopper_split(p, grouped_hopper_plan(p, true), blocks, multiprocessors(kOp));
 }
 
-template <typename T>
-void start(const Conv2dProblem& p, const void* grad_output, const void* input, float* weight_sums,
-           float* bias_sums, int64_t splits, const Where& where) {
-  const GroupedHopperPlan plan = grouped_hopper_plan(p);
+template <typename T, bool kTwins>
+void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* grad_output,
+           const void* input, float* weight_sums, float* bias_sums, int64_t splits,
+           const Where& where) {
+  using Its = WeightWarps<kTwins>;
   GroupedHopperSplit split = split_of(p);
   split.blocks = splits;
   const int64_t row_bytes = plan.columns * kBoxRow, image_bytes = plan.grad_rows * row_bytes;
   const int64_t grad_bytes = plan.images * image_bytes;
-  const GroupedRing ring = grouped_ring<T>(kOp, p, input, split, grad_bytes, 0);
+  // Filters that are written at a time lie in different banks.
+  const int64_t group = p.C / p.groups, row_sums = kTaps * group + (group >= 16 ? 8 : 0);
+  const GroupedRing ring = grouped_ring<T>(kOp, p, plan, input, split, grad_bytes, 0);
   const GroupedHopperWeightArguments a{
       ring,
       channels_first<T>(kOp, grad_output, {p.N, p.K, p.P, p.Q, p.output},
@@ -266,17 +293,18 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, f
       small(plan.images > 1 ? image_bytes : row_bytes),
       small(grad_bytes),
       small(p.K),
-      small(p.C / p.groups),
+      small(group),
+      small(row_sums),
+      Divisor::of(kTaps * group / 2),
       weight_sums,
       bias_sums};
   const int64_t in_ring = int64_t{ring.slots} * ring.slot_bytes;
-  constexpr int64_t kJoined = kSums * kUnitThreads * 4;
+  const int64_t joined =
+      Its::kStreams * (group > kChannelsOfWarp ? group : kSlab) * (row_sums + 1) * 4;
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)),
                   static_cast<unsigned>(halves_of_slab(p)));
-  const auto kernel = plan.twins ? grouped_hopper_grad_weight_kernel<T, true>
-                                 : grouped_hopper_grad_weight_kernel<T, false>;
-  launch(kOp, kernel, grid, kThreads,
-         static_cast<size_t>(kRingAt + (in_ring > kJoined ? in_ring : kJoined)), where.stream, a);
+  launch(kOp, grouped_hopper_grad_weight_kernel<T, kTwins>, grid, Its::kThreads,
+         static_cast<size_t>(kRingAt + (in_ring > joined ? in_ring : joined)), where.stream, a);
 }
 
 }  // namespace
@@ -290,8 +318,13 @@ void conv2d_grad_weight_grouped_hopper(const Conv2dProblem& p, const void* grad_
   auto* const weight_sums = static_cast<float*>(workspace);
   auto* const bias_sums =
       grad_bias == nullptr ? nullptr : weight_sums + splits * p.K * kTaps * (p.C / p.groups);
-  const auto chosen = p.dtype == DType::kBFloat16 ? start<BFloat16> : start<Half>;
-  chosen(p, grad_output, input, weight_sums, bias_sums, splits, where);
+  const GroupedHopperPlan plan = grouped_hopper_plan(p, true);
+  const auto with_type = [&](auto zero) {
+    using T = decltype(zero);
+    const auto chosen = plan.twins ? start<T, true> : start<T, false>;
+    chosen(p, plan, grad_output, input, weight_sums, bias_sums, splits, where);
+  };
+  p.dtype == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Half{});
   if (grad_weight == nullptr && grad_bias == nullptr) return;
   const Conv2dWay way{Precision::kIeee, BlockTile::k64x64};
   conv2d_grad_weight(p, way, nullptr, nullptr, grad_weight, grad_bias, workspace, splits, where);

@@ -141,7 +141,7 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
   const int channel = warp_index() % (kSlab / kChannelsOfWarp) * kChannelsOfWarp;
   const int part = warp_index() / (kSlab / kChannelsOfWarp);
   const Operands at = operands_of<kWide>(a, channel, part);
-  const LaneOutput lane = lane_output(a.output, first_channel + channel, kPairs, 0);
+  const LaneOutput lane = lane_output(a.output, first_channel + channel, kPairs);
   stage_filters<T>(a.filters, first_channel, filters, static_cast<int>(blockDim.x));
   walk_tiles(
       a.tiles, a.two_buffers,
@@ -151,31 +151,24 @@ grouped_kernel(GDFAST_GRID_CONSTANT const Arguments a) {
       [&](const GroupedTile& tile, int buffer) {
         const unsigned char* const patch = patches + buffer * a.patch_bytes;
         Sums sums;
+        float (&all)[kPairs * 8] = flat(sums);
 #pragma unroll
-        for (PairSums& pair : sums) {
-#pragma unroll
-          for (float& sum : flat(pair)) sum = 0;
-        }
+        for (float& sum : all) sum = 0;
         if constexpr (kThreeRows) {
           multiply_three_rows<T, kWide>(sums, a, at, patch, filters);
         } else {
           multiply_any_rows<T, kWide>(sums, a, at, patch, filters);
         }
-        const LaneTile to =
-            lane_tile(a.output, lane, tile.image, tile.row, tile.column + part * kSide);
-#pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-          FlatSums& these = flat(sums[pair]);
-          if constexpr (!kWide) {
-            if (a.filters.group < 8) {
-              mend(these, [&](int second, int column, int within) {
-                return sum_of_group<T>(a, pair + second * kPairs, part * kSide + column,
-                                       channel + within, patch, filters);
-              });
-            }
+        if constexpr (!kWide) {
+          if (a.filters.group < 8) {
+            mend(all, [&](int pair, int second, int column, int within) {
+              return sum_of_group<T>(a, pair + second * kPairs, part * kSide + column,
+                                     channel + within, patch, filters);
+            });
           }
-          write_sums<T>(these, a.output, lane, to, pair);
         }
+        end_sums<T>(all, a.output, first_channel + channel);
+        write_sums<T>(sums, a.output, lane, tile.image, tile.row, tile.column + part * kSide);
       });
 }
 
