@@ -9,13 +9,9 @@ namespace {
 constexpr char kOp[] = "conv2d";
 // Blocks of a multiprocessor, as many as registers allow.
 template <typename Tile, int kSize, bool kEnding>
-constexpr int kBlocks = Tile::kPlanes > 2 ? (kSize == 7   ? 1
-                                             : kSize == 5 ? 2
-                                             : kEnding    ? 2
-                                                          : 4)
-                        : kSize == 7      ? 2
-                        : kSize == 5      ? 3
-                                          : 4;
+constexpr int kBlocks = kSize == 7          ? 1
+                        : Tile::kPlanes > 2 ? (kSize == 5 || kEnding ? 2 : 4)
+                                            : (kSize == 5 ? 3 : 4);
 
 // A block. In shared memory: the ring, batches of rows of the input; and twice the outputs that a
 // batch completes, which are written to global memory while the next batch is multiplied. Filters
@@ -120,36 +116,49 @@ GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, 
   }
 }
 
+// What is multiplied by a filter's last column, of which a row has an odd number: pixels of eight
+// and of eight more positions, for each group of channels.
+template <int kGroups>
+using LastColumn = uint32_t[kGroups * 2];
+
 // Adds what a row of pixels gives to the outputs that see it, as row r of the filter those r above.
+// Without pixels there is no such row; what the row before gives by the last column is left.
 template <typename T, int kSize, int kGroups, int kPlane>
-GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u,
-                                const Diagonals<T, kSize, kGroups>& diagonals,
+GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u, LastColumn<kGroups>& before,
+                                const Diagonals<T, kSize, kGroups>& diagonals, bool inside,
                                 const unsigned char* pairs, const unsigned char* last) {
   const auto sums = [&](int group, int r) -> float (&)[4] {
     return *reinterpret_cast<float (*)[4]>(&alive[(u - r + kSize) % kSize][group * 4]);
   };
+  uint32_t now[4] = {0, 0, 0, 0};
+  if (inside) {
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const auto& taps = diagonals.taps[group];
+    for (int group = 0; group < kGroups; ++group) {
+      const auto& taps = diagonals.taps[group];
 #pragma unroll
-    for (int s = 0; s + 1 < kSize; s += 2) {
-      uint32_t pixels[4];
-      ldmatrix_x4(pixels, pairs + group * kPlane + s * 16);
+      for (int s = 0; s + 1 < kSize; s += 2) {
+        uint32_t pixels[4];
+        ldmatrix_x4(pixels, pairs + group * kPlane + s * 16);
 #pragma unroll
-      for (int r = 0; r < kSize; ++r) {
-        mma_m16n8k16<T>(sums(group, r), pixels, {taps[r * kSize + s], taps[r * kSize + s + 1]});
+        for (int r = 0; r < kSize; ++r) {
+          mma_m16n8k16<T>(sums(group, r), pixels, {taps[r * kSize + s], taps[r * kSize + s + 1]});
+        }
       }
     }
+    ldmatrix_x4(now, last);
   }
-  uint32_t pixels[4];
-  ldmatrix_x4(pixels, last);
+  // Two rows of the filter at a time: the upper one's pixels are those of the row before.
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
+    const auto tap = [&](int r) { return diagonals.taps[group][r * kSize + kSize - 1]; };
+    uint32_t *const low = now + group * 2, *const high = before + group * 2;
 #pragma unroll
-    for (int r = 0; r < kSize; ++r) {
-      mma_m16n8k8<T>(sums(group, r), {pixels[group * 2], pixels[group * 2 + 1]},
-                     diagonals.taps[group][r * kSize + kSize - 1]);
+    for (int r = 1; r < kSize; r += 2) {
+      mma_m16n8k16<T>(sums(group, r), {low[0], low[1], high[0], high[1]}, {tap(r), tap(r - 1)});
     }
+    mma_m16n8k8<T>(sums(group, kSize - 1), {low[0], low[1]}, tap(kSize - 1));
+    high[0] = low[0];
+    high[1] = low[1];
   }
 }
 
@@ -272,6 +281,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     T* const first_output = outputs(piece);
     const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
     Sums<kGroups> alive[kSize] = {};
+    LastColumn<kGroups> before = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
@@ -293,10 +303,10 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       const auto multiply = [&](int u) {
 #pragma unroll
         for (float& sum : alive[u]) sum = 0;
-        if (static_cast<unsigned>(h + step + u) >= static_cast<unsigned>(a.H)) return;
+        const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
         const unsigned char* const pixels = batch + u * Its::kRow;
-        multiply_row<T, kSize, kGroups, Its::kPlane>(alive, u, diagonals, pixels + pairs_at,
-                                                     pixels + last_at);
+        multiply_row<T, kSize, kGroups, Its::kPlane>(alive, u, before, diagonals, inside,
+                                                     pixels + pairs_at, pixels + last_at);
       };
       // The output that sees row u last.
       const auto finish = [&](int u, Sums<kGroups>& sums) {
