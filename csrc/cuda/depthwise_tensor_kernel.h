@@ -9,9 +9,9 @@ namespace {
 
 // Blocks of a multiprocessor, as many as registers allow.
 template <typename Tile, int kSize, bool kEnding>
-constexpr int kBlocks = kSize == 7          ? 1
-                        : Tile::kPlanes > 2 ? (kSize == 5 || kEnding ? 2 : 4)
-                                            : (kSize == 5 ? 3 : 4);
+constexpr int kBlocks = kSize == 7           ? 1
+                        : Tile::kPlanes == 2 ? (kSize == 5 ? 2 : 4)
+                                             : (kSize == 5 ? 2 : 4) / (kEnding ? 2 : 1);
 
 // A block. In shared memory: the ring, batches of rows of the input; and twice the outputs that a
 // batch completes, which are written to global memory while the next batch is multiplied. Filters
@@ -19,7 +19,7 @@ constexpr int kBlocks = kSize == 7          ? 1
 template <typename Tile, int kSize>
 struct Block {
   static constexpr int kPlanes = Tile::kPlanes;
-  static constexpr int kGroups = kSize == 7 ? 1 : 2;  // of 8 channels, which a warp multiplies
+  static constexpr int kGroups = kSize >= 5 ? 1 : 2;  // of 8 channels, which a warp multiplies
   static constexpr int kThreads = kPlanes / kGroups * Tile::kWarps * kWarp;
   static constexpr int kBatches = kSize == 7 ? 2 : 3;
   static constexpr int kSlots = Tile::slots(Tile::kPositions + kSize - 1);
@@ -147,16 +147,21 @@ GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u, LastColumn
     }
     ldmatrix_x4(now, last);
   }
-  // Two rows of the filter at a time: the upper one's pixels are those of the row before.
+  // Two rows of the filter at a time: the upper one's pixels are those of the row before. Of 3 x 3
+  // each row alone: products do not bound it, and registers are few.
+  constexpr bool kInPairs = kSize > 3;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const auto tap = [&](int r) { return diagonals.taps[group][r * kSize + kSize - 1]; };
     uint32_t *const low = now + group * 2, *const high = before + group * 2;
 #pragma unroll
-    for (int r = 1; r < kSize; r += 2) {
+    for (int r = 1; kInPairs && r < kSize; r += 2) {
       mma_m16n8k16<T>(sums(group, r), {low[0], low[1], high[0], high[1]}, {tap(r), tap(r - 1)});
     }
-    mma_m16n8k8<T>(sums(group, kSize - 1), {low[0], low[1]}, tap(kSize - 1));
+#pragma unroll
+    for (int r = kInPairs ? kSize - 1 : 0; r < kSize; ++r) {
+      mma_m16n8k8<T>(sums(group, r), {low[0], low[1]}, tap(r));
+    }
     high[0] = low[0];
     high[1] = low[1];
   }
@@ -191,30 +196,29 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
 
   // What is copied next: a batch of a piece, which may be one after that which is multiplied.
-  int ahead = first, ahead_h = 0, ahead_steps = 0, ahead_at = 0;
+  int ahead = first, ahead_h = 0, ahead_steps = 0;
   const T* from = tensors.input;
   Rows rows = Rows::of(a.input, walk);
-  const auto copy_batch = [&] {
+  const auto copy_batch = [&](int to_batch) {
     if (ahead_steps <= 0 && ahead < end) {
       const TensorPiece piece = piece_at(a, walk, ahead, end);
       ahead += piece.rows;
       ahead_h = piece.p - a.pad_h;
       ahead_steps = piece.rows + kSize - 1;
       const int w = piece.q - a.pad_w;
-      Rows::begin(rows, a.N - piece.n, -w, a.W - 1 - w, a.C - first_channel);
+      Rows::begin(rows, walk, a.N - piece.n, -w, a.W - 1 - w, a.C - first_channel);
       from = tensors.input + piece.n * a.input.n + int64_t{ahead_h} * a.input.h +
              int64_t{w} * a.input.w + first_channel;
     }
     Rows::template copy<kSize, Its::kRow>(
-        rows, from, a.input.h, rows_within<kSize>(ahead_h, ahead_steps, a.H), ring + ahead_at);
+        rows, from, a.input.h, rows_within<kSize>(ahead_h, ahead_steps, a.H), ring + to_batch);
     from += int64_t{kSize} * a.input.h;
     cp_async_commit();
     ahead_h += kSize;
     ahead_steps -= kSize;
-    ahead_at = ahead_at + Its::kBatch < Its::kRing ? ahead_at + Its::kBatch : 0;
   };
 #pragma unroll 1
-  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch();
+  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch(i * Its::kBatch);
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
   auto* const filters = reinterpret_cast<T*>(ring + Its::kRing);
@@ -238,7 +242,8 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   const int matrix = warp_lane() / 8, line = warp_lane() % 8;
   const int slot = group * Its::kPlane + (position + matrix % 2 * 8 + line) * 16;
   const int pairs_at = slot + matrix / 2 * 16;
-  const int last_at = slot + (kSize - 1) * 16 + (kGroups > 1 ? matrix / 2 * Its::kPlane : 0);
+  const int last_at = kGroups == 1 ? pairs_at + (kSize - 1) * 16
+                                   : slot + (kSize - 1) * 16 + matrix / 2 * Its::kPlane;
   // Where it puts sums; and of which position and channels this thread writes outputs.
   const int sums_at =
       Its::kRing + (position + warp_lane() / 4) * Its::kPosition + group * 16 + quarter * 4;
@@ -286,7 +291,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
       sync_block();  // and nobody reads the batch before any more
-      copy_batch();
+      copy_batch((at == 0 ? Its::kRing : at) - Its::kBatch);
       write_outputs();
       // Those of this batch.
       to = first_output + int64_t{step - (kSize - 1)} * a.output.h;
