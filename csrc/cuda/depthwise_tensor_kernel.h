@@ -55,13 +55,24 @@ struct Diagonals {
   static constexpr int kTaps = kSize * kSize;
   uint32_t taps[kGroups][kTaps];
 
+  // To shared memory as [channel][tap]; all numbers are on their way at a time.
+  template <int kChannels, int kThreads>
   GDFAST_DEVICE void share(const DepthwiseArguments& a, const T* weight, int first_channel,
-                           int channels, T* filters) {
-    const auto threads = static_cast<int>(blockDim.x);
-    for (int i = static_cast<int>(threadIdx.x); i < channels * kTaps; i += threads) {
-      const int channel = i / kTaps, tap = i % kTaps, k = first_channel + channel;
+                           T* filters) {
+    constexpr int kNumbers = kChannels * kTaps, kEach = (kNumbers - 1) / kThreads + 1;
+    T numbers[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int tap = index % kTaps, k = first_channel + index / kTaps;
       const int at = tap / kSize * a.weight_r + tap % kSize * a.weight_s;
-      filters[i] = k < a.K ? weight[k * a.weight_k + at] : from_float<T>(0.f);
+      const bool exists = index < kNumbers && k < a.K;
+      numbers[i] = exists ? weight[k * a.weight_k + at] : from_float<T>(0.f);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      if (index < kNumbers) filters[index] = numbers[i];
     }
   }
 
@@ -222,7 +233,7 @@ depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
   auto* const filters = reinterpret_cast<T*>(ring + Its::kRing);
-  Filters::share(a, tensors.weight, first_channel, Tile::kSlab, filters);
+  Filters::template share<Tile::kSlab, Its::kThreads>(a, tensors.weight, first_channel, filters);
   sync_block();
   // The channels and positions of this warp, from the block's first ones on.
   const int group = warp_index() / Tile::kWarps * kGroups;
