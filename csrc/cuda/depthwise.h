@@ -3,10 +3,10 @@
 //   output[n, k, p, q] = activation(bias[k] + sum over r, s of weight[k, 0, r, s] *
 //       input[n, c, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
 //
-// Bound by memory but for large filters: a product on tensor cores would be nearly all padding.
 // Common filters have kernels in which a thread makes several outputs, so that registers hold what
-// these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW. The rest
-// has one for every shape, an output per thread.
+// these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW; and
+// depthwise_tensor.h for half types in channels_last on the tensor cores. The rest has one for
+// every shape, an output per thread.
 #pragma once
 
 #include <string>

@@ -42,8 +42,9 @@ using NarrowTile = TensorTile<2, 64>;
 // Images side by side, and the rows of outputs that blocks share: of the first images' first strip
 // of columns from top to bottom, then of the next strip, and at last of the next images.
 struct TensorWalk {
-  int images, pitch, strip;  // an image's slots, and the outputs of a row among them
+  int images, strip;  // outputs of a row of each
   int rows, rows_of_block;
+  Divisor pitch;  // slots of each image
   Divisor high, strips;
 };
 
@@ -66,8 +67,8 @@ struct TensorColumn {
 };
 
 GDFAST_DEVICE TensorColumn column_at(const TensorWalk& walk, int slot) {
-  const int image = slot / walk.pitch;
-  return {image, slot - image * walk.pitch};
+  const Divided image = divide(slot, walk.pitch);
+  return {image.quotient, image.rest};
 }
 
 // Which of a batch's rows there are to be copied: of the next `left` ones from the h-th of an image
@@ -87,35 +88,35 @@ template <int kPlanes, int kSlots, int kThreads>
 struct TensorRows {
   static constexpr int kCount = (kPlanes * kSlots - 1) / kThreads + 1;
   uint32_t offsets[kCount];  // elements from the row's first one
-  uint32_t places[kCount];   // image * 256 + column, or 2^31 where there is no slot
-  uint32_t inside;           // a flag for each: whether a pixel of the piece is there
+  uint32_t exists, inside;   // a flag for each: whether there is a slot, and a pixel of the piece
 
   GDFAST_DEVICE TensorRows of(const ImageStrides& strides, const TensorWalk& walk) {
     TensorRows rows;
-    rows.inside = 0;
+    rows.exists = rows.inside = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int index = static_cast<int>(threadIdx.x) + i * kThreads;
       const TensorColumn at = column_at(walk, index / kPlanes);
       rows.offsets[i] = static_cast<uint32_t>(at.image) * static_cast<uint32_t>(strides.n) +
                         static_cast<uint32_t>(at.column * strides.w + index % kPlanes * 8);
-      // Columns beyond the last output of gradients have no slots.
-      const bool exists = at.image < walk.images && index < kPlanes * kSlots;
-      rows.places[i] = exists ? static_cast<uint32_t>(at.image * 256 + at.column) : 1u << 31;
       opaque(rows.offsets[i]);
-      opaque(rows.places[i]);
+      // Columns beyond the last output of gradients have no slots.
+      if (at.image < walk.images && index < kPlanes * kSlots) rows.exists |= 1u << i;
     }
+    opaque(rows.exists);
     return rows;
   }
 
   // Those inside are so many images, and columns from the first to the last one, of `channels`.
-  GDFAST_DEVICE void begin(TensorRows& rows, int images, int first, int last, int channels) {
+  GDFAST_DEVICE void begin(TensorRows& rows, const TensorWalk& walk, int images, int first,
+                           int last, int channels) {
     rows.inside = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int image = static_cast<int>(rows.places[i] / 256), column = rows.places[i] % 256;
-      const bool inside = image < images && column >= first && column <= last &&
-                          static_cast<int>(threadIdx.x) % kPlanes * 8 < channels;
+      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const TensorColumn at = column_at(walk, index / kPlanes);
+      const bool inside = at.image < images && at.column >= first && at.column <= last &&
+                          index % kPlanes * 8 < channels;
       if (inside) rows.inside |= 1u << i;
     }
   }
@@ -128,7 +129,7 @@ struct TensorRows {
     unsigned char* const first = planes + (thread % kPlanes * kSlots + thread / kPlanes) * 16;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (rows.places[i] >> 31 != 0) continue;
+      if ((rows.exists >> i & 1u) == 0) continue;
       const T* pixel = from + rows.offsets[i];
       const bool inside = (rows.inside >> i & 1u) != 0;
       unsigned char* const to = first + i * (kThreads / kPlanes) * 16;
@@ -142,7 +143,7 @@ struct TensorRows {
 
   // Zeros in the slots behind the images', which nothing is copied to.
   GDFAST_DEVICE void clear(const TensorWalk& walk, unsigned char* planes) {
-    const int used = walk.images * walk.pitch, behind = kSlots - used;
+    const int used = walk.images * static_cast<int>(walk.pitch.divisor), behind = kSlots - used;
     for (int i = static_cast<int>(threadIdx.x); i < kPlanes * behind; i += kThreads) {
       const int slot = i / behind * kSlots + used + i % behind;
       store_16(planes + slot * 16, {{0, 0, 0, 0}});
@@ -160,7 +161,7 @@ TensorWalk tensor_walk(const DepthwiseArguments& a, int64_t blocks) {
   // Offsets among the images side by side have 32 bits.
   const auto reach = [&](const ImageStrides& strides) { return walk.images * strides.n; };
   if (reach(a.input) >= 1 << 30 || reach(a.output) >= 1 << 30) walk.images = 1;
-  walk.pitch = static_cast<int>(pitch);
+  walk.pitch = Divisor::of(pitch);
   walk.strip = static_cast<int>(strip);
   walk.rows = static_cast<int>(ceil_div(a.N, walk.images) * strips * a.P);
   walk.high = Divisor::of(a.P);

@@ -140,11 +140,11 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   const int last = first + walk.rows_of_block, end = last < walk.rows ? last : walk.rows;
 
   // What is copied next: a batch of a piece, which may be one after that which is multiplied.
-  int ahead = first, ahead_h = 0, ahead_rows = 0, ahead_steps = 0, ahead_at = 0;
+  int ahead = first, ahead_h = 0, ahead_rows = 0, ahead_steps = 0;
   const T *pixels_from = tensors.input, *grads_from = tensors.grad_output;
   Pixels pixels = Pixels::of(a.input, walk);
   Gradients grads = Gradients::of(a.output, walk);
-  const auto copy_batch = [&] {
+  const auto copy_batch = [&](int to_batch) {
     if (ahead_steps <= 0 && ahead < end) {
       const TensorPiece piece = piece_at(a, walk, ahead, end);
       ahead += piece.rows;
@@ -153,8 +153,8 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
       ahead_steps = piece.rows + kSize - 1;
       const int w = piece.q - a.pad_w, images = a.N - piece.n, channels = a.C - first_channel;
       const int columns = a.Q - piece.q < walk.strip ? a.Q - piece.q : walk.strip;
-      Pixels::begin(pixels, images, -w, a.W - 1 - w, channels);
-      Gradients::begin(grads, images, 0, columns - 1, channels);
+      Pixels::begin(pixels, walk, images, -w, a.W - 1 - w, channels);
+      Gradients::begin(grads, walk, images, 0, columns - 1, channels);
       pixels_from = tensors.input + piece.n * a.input.n + int64_t{ahead_h} * a.input.h +
                     int64_t{w} * a.input.w + first_channel;
       grads_from = tensors.grad_output + piece.n * a.output.n + int64_t{piece.p} * a.output.h +
@@ -162,20 +162,19 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
     }
     Pixels::template copy<kSize, Its::kRow>(pixels, pixels_from, a.input.h,
                                             rows_within<kSize>(ahead_h, ahead_steps, a.H),
-                                            ring + ahead_at);
+                                            ring + to_batch);
     Gradients::template copy<kSize, Its::kRow>(grads, grads_from, a.output.h,
                                                rows_within<kSize>(0, ahead_rows, kSize),
-                                               ring + ahead_at + Its::kGrad);
+                                               ring + to_batch + Its::kGrad);
     pixels_from += int64_t{kSize} * a.input.h;
     grads_from += int64_t{kSize} * a.output.h;
     cp_async_commit();
     ahead_h += kSize;
     ahead_rows -= kSize;
     ahead_steps -= kSize;
-    ahead_at = ahead_at + Its::kBatch < Its::kBytes ? ahead_at + Its::kBatch : 0;
   };
 #pragma unroll 1
-  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch();
+  for (int i = 0; i < Its::kBatches - 1; ++i) copy_batch(i * Its::kBatch);
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) {
     Pixels::clear(walk, ring + i * Its::kRow);
@@ -202,7 +201,7 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
       sync_block();  // and nobody reads the batch before any more
-      copy_batch();
+      copy_batch((at == 0 ? Its::kBytes : at) - Its::kBatch);
       const unsigned char* const batch = ring + at;
       at = at + Its::kBatch < Its::kBytes ? at + Its::kBatch : 0;
 #pragma unroll
