@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -38,6 +39,22 @@ def test_ordinary_tensors_spare_the_dispatcher() -> None:
     tensor = torch.randn(2, 2, device="cuda")
     assert are_ordinary(tensor, None, torch.nn.Parameter(tensor), tensor.t())
     assert not are_ordinary(torch.view_as_complex(tensor).conj().imag)  # negated
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20"])
+def test_models_under_auto(name: str) -> None:
+    torch.manual_seed(0)
+    model = gdfast.models.create(name, num_classes=10)
+    size = (64, 1, 28, 28) if name == "cnn" else (8, 3, 32, 32)
+    images, labels = torch.randn(size, device="cuda"), torch.arange(size[0], device="cuda") % 10
+    natives = copy.deepcopy(model).cuda()
+    gdfast.restore_(natives)
+    gdfast.swap_(model.cuda(), fuse=True)
+    results = []
+    for each in (model, natives):
+        loss = F.cross_entropy(each(images), labels)
+        results.append((loss.detach(), *torch.autograd.grad(loss, list(each.parameters()))[-2:]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])

@@ -56,6 +56,14 @@ def test_matches_float64(
         assert (ours - right).abs().max() <= 2 * (theirs - right).abs().max() + rounding
 
 
+def test_tensors_elsewhere_are_not_for_the_kernels() -> None:
+    tensors = arguments(64, 5408, 10, torch.float32)
+    assert kernels.fits(*tensors)
+    for index in range(3):
+        moved = [t.to("meta") if i == index else t for i, t in enumerate(tensors)]
+        assert not kernels.fits(*moved)
+
+
 @pytest.mark.kernels
 def test_each_gradient_alone_and_input_rows_apart() -> None:
     wide = torch.randn(40, 300)

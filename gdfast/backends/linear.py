@@ -34,7 +34,9 @@ def fits_layer(in_features: int, out_features: int) -> bool:
 
 
 def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernels take these tensors, which lie on the CPU, and are the faster way."""
+    """Whether the kernels take these tensors, and are the faster way."""
+    if not all(tensor is None or tensor.is_cpu for tensor in (input, weight, bias)):
+        return False
     if input.dim() != 2 or weight.dim() != 2:
         return False
     (N, C), (K, columns) = input.shape, weight.shape
