@@ -6,16 +6,16 @@
 // half types as they are.
 //
 // A block has a slab of channels and some positions side by side: outputs of a row, of several
-// images where rows are short. It walks down their rows. What a row of the image gives to
-// the outputs that see it is added up in registers, where so many rows of sums as the filter has
-// are alive at a time: pixels are loaded from shared memory once for all rows of the filter. A
-// batch of rows is multiplied while the next ones are copied to shared memory.
+// images where rows are short. It walks down their rows. What a row of the image gives to the
+// outputs that see it is added up in registers, where so many rows of sums as the filter has are
+// alive at a time: pixels are loaded from shared memory once for all rows of the filter. A batch of
+// rows is multiplied while the next ones are copied to shared memory.
 //
-//   plane      8 channels of a slab in shared memory
-//   slot       where a plane has a pixel, 16 bytes; images lie `pitch` slots apart, position and
-//   slot of their first column are the same step       a row of the image that a piece's outputs
-//   see, from 0; output p begins at step p batch      kSize steps, after which everything is in the
-//   registers again where it was
+//   plane   8 channels of a slab in shared memory
+//   slot    16 bytes of a plane, a pixel. Images lie `pitch` slots apart; an output's position is
+//           the slot of the first column that it sees
+//   step    a row of the image that a piece's outputs see, from 0; output p begins at step p
+//   batch   kSize steps, after which everything is in the registers again where it was
 #pragma once
 
 #include "depthwise.h"
