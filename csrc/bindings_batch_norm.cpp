@@ -17,9 +17,11 @@ void bind_batch_norm(py::module_& m) {
          uintptr_t mean, uintptr_t invstd, bool training, double momentum, int threads,
          uintptr_t shift, uintptr_t sum, uintptr_t sum_of_squares) {
         check_threads("batch_norm", threads);
-        const BatchNormForward to{pointer(input),    pointer(weight),       pointer(bias),
-                                  pointer(residual), pointer(running_mean), pointer(running_var),
-                                  pointer(output),   pointer(mean),         pointer(invstd)};
+        const BatchNormForward to{pointer(input),        pointer(weight),
+                                  pointer(bias),         pointer(residual),
+                                  pointer(running_mean), pointer(running_var),
+                                  pointer(output),       pointer(mean),
+                                  pointer(invstd),       nullptr};
         const BatchNormSums sums{pointer<double>(shift), pointer<double>(sum),
                                  pointer<double>(sum_of_squares)};
         py::gil_scoped_release release;
