@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,13 @@ from torch import Tensor
 
 import gdfast
 from gdfast import native, optim
-from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_hopper_float32, cuda_problem
+from gdfast.backends import (
+    cuda_candidates,
+    cuda_conv2d,
+    cuda_hopper,
+    cuda_hopper_float32,
+    cuda_problem,
+)
 from gdfast.backends.cuda_hopper_float32 import BLOCKS, TILES
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
@@ -317,6 +323,29 @@ def test_it_takes_float32_alone(op: str, hopper: torch.device) -> None:
     values = tensors_of(CASES[0], torch.bfloat16, True, hopper)
     query = query_of(CASES[0], values)
     assert cuda_candidates.hopper_float32_why_not(op, query) == "it takes float32"
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("channels", [5, 6, 13])
+def test_gradients_of_odd_channels_are_padded(
+    channels: int, layout: torch.memory_format, hopper: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    case = Conv2dCase("odd", 2, channels, 6, 7, 16, 3, 3, padding=(1, 1))
+    values = random(case, hopper)
+    values["input"] = values["input"].contiguous(memory_format=layout)
+    query = query_of(case, values)
+    monkeypatch.setattr(cuda_hopper, "missing", lambda device: "")
+    on_gpu = replace(query, device=torch.device("cuda"))
+    names = cuda_candidates.candidates("conv2d_grad_input", on_gpu)
+    of_parts = [name for name in names if "bf16x6" in name]
+    assert of_parts and all(name.endswith("-padded") for name in of_parts)
+    input, weight, grad = values["input"], values["weight"], values["grad"]
+    exact = torch.nn.grad.conv2d_input(input.shape, weight.double(), grad.double(), **window(case))
+    for name in of_parts:
+        result = cuda_conv2d.conv2d_grad_input(query, name)(grad, weight)
+        assert result.stride() == input.stride()
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_tiles_and_blocks_have_to_be_ones_that_there_are(hopper: torch.device) -> None:

@@ -64,6 +64,14 @@ def test_tensors_elsewhere_are_not_for_the_kernels() -> None:
         assert not kernels.fits(*moved)
 
 
+def test_sparse_tensors_are_natives() -> None:
+    input, weight, bias = (t.detach() for t in arguments(64, 5408, 10, torch.float32))
+    torch.testing.assert_close(
+        ops.linear(input.to_sparse_csr(), weight, bias), F.linear(input, weight, bias),
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
 @pytest.mark.kernels
 def test_each_gradient_alone_and_input_rows_apart() -> None:
     wide = torch.randn(40, 300)

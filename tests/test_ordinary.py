@@ -39,6 +39,10 @@ def test_tensors_with_memory_of_their_own_are() -> None:
     "make",
     [
         lambda: torch.empty(2, device="meta"),
+        lambda: torch.nn.Parameter(torch.empty(2, device="meta")),
+        lambda: torch.nn.Parameter(torch.randn(2, dtype=torch.complex64).conj().imag),
+        lambda: torch.nn.Parameter(torch._efficientzerotensor(2)),
+        lambda: torch._to_functional_tensor(torch.randn(2)),
         lambda: torch.randn(2, dtype=torch.complex64).conj().imag,
         lambda: torch._efficientzerotensor(2),
         lambda: torch.randn(2).as_subclass(_Subclass),
@@ -46,10 +50,30 @@ def test_tensors_with_memory_of_their_own_are() -> None:
         lambda: _left_over(torch.func.grad),
         lambda: _left_over(torch.vmap),
     ],
-    ids=["meta", "negated", "zero", "subclass", "fake", "grad's", "vmap's"],
+    ids=[
+        "meta",
+        "meta parameter",
+        "negated parameter",
+        "zero parameter",
+        "functional",
+        "negated",
+        "zero",
+        "subclass",
+        "fake",
+        "grad's",
+        "vmap's",
+    ],
 )
 def test_others_are_not(make: Callable[[], Tensor]) -> None:
     assert not are_ordinary(torch.randn(2), make())
+
+
+def test_a_negated_parameter_convolves_as_with_native() -> None:
+    filters = torch.randn(4, 3, 3, 3, dtype=torch.complex64)
+    weight, input = torch.nn.Parameter(filters.conj().imag), torch.randn(2, 3, 8, 8)
+    assert weight.is_neg()
+    ours = ops.conv2d(input, weight, backend="cpu")
+    torch.testing.assert_close(ours, F.conv2d(input, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_none_is_where_a_mode_looks_on() -> None:

@@ -96,7 +96,7 @@ def _hopper_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if query.dtype == torch.float32:
         if cuda_hopper_float32.allows_tf32(query) or hopper_float32_why_not(op, query):
             return ()
-        return cuda_hopper_float32.candidates(op, query)
+        return tuple(name + ending for name in cuda_hopper_float32.candidates(op, query))
     if hopper_why_not(op, query):
         return ()
     if is_weight:

@@ -19,7 +19,7 @@ from gdfast import native
 from gdfast.backends import chosen, tuning
 from gdfast.backends.cuda_conv2d import Kernel
 from gdfast.ops.conv2d import (
-    Conv2dFunction,
+    _backward_conv2d,
     _save_conv2d,
     are_tensors,
     autocast,
@@ -113,7 +113,7 @@ class Conv2dMomentsFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 8
-        return Conv2dFunction.backward(ctx, grad_output)
+        return _backward_conv2d(ctx, grad_output)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:

@@ -40,8 +40,8 @@ def _is_ours(input: Any, weight: Any, bias: Any) -> bool:
         and are_tensors(input, weight, bias)
         and are_ordinary(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
+        and not why_native(input, weight)  # sparse tensors have no strides to ask for
         and kernels.fits(input, weight, bias)
-        and not why_native(input, weight)
     )
 
 

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_functional = torch._is_functional_tensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 
@@ -22,17 +23,21 @@ _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 def are_ordinary(*tensors: Any) -> bool:
     """Whether tensors (or None) have memory with their values, and no mode looks at operations.
 
-    Those on the meta device, zero, negated and functorch's tensors, and subclasses' are not
-    ordinary.
+    Those on the meta device, zero and negated ones, wrappers of functorch and of
+    functionalization, and subclasses' are not ordinary.
     """
     if _dispatch_modes():
         return False
     for tensor in tensors:
         kind = type(tensor)
         if kind is Tensor:
-            if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_wrapped(tensor):
+            if _is_wrapped(tensor) or _is_functional(tensor):
                 return False
-        elif kind is not Parameter and tensor is not None:
+        elif tensor is None:
+            continue
+        elif kind is not Parameter:
+            return False
+        if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
 
