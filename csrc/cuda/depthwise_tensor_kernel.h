@@ -193,10 +193,11 @@ GDFAST_DEVICE float sum_of_block(float value, float* shared) {
 
 // kEnding: with a bias or an activation.
 template <typename T, typename Tile, int kSize, bool kEnding>
-GDFAST_KERNEL((Block<Tile, kSize>::kThreads), (kBlocks<Tile, kSize, kEnding>))
-depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
-                        const GDFAST_GRID_CONSTANT TensorWalk walk,
-                        const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
+GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
+                                        (kBlocks<Tile, kSize, kEnding>))
+    depthwise_tensor_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
+                            const GDFAST_GRID_CONSTANT TensorWalk walk,
+                            const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
   using Its = Block<Tile, kSize>;
   constexpr int kGroups = Its::kGroups, kPlanes = Its::kPlanes;
   using Rows = TensorRows<kPlanes, Its::kSlots, Its::kThreads>;

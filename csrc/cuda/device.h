@@ -7,6 +7,9 @@
 //   GDFAST_KERNEL(threads, blocks)         before a kernel, in the place of its return type: how
 //                                          many threads a block has at most, and how many blocks a
 //                                          multiprocessor shall hold
+//   GDFAST_POINTERS_MAY_LEAVE              before that: a pointer may be stepped outside of its
+//   array
+//                                          where nobody reads by it, for want of a register
 //   GDFAST_GRID_CONSTANT                   before a kernel's const argument that is not copied
 //   threadIdx, blockIdx, blockDim, gridDim as in CUDA; blocks have one axis, grids up to three
 //   warp_lane(), warp_index()

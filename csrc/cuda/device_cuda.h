@@ -18,6 +18,7 @@
 #define GDFAST_DEVICE static __device__ __forceinline__
 #define GDFAST_HOST_DEVICE static __host__ __device__ __forceinline__
 #define GDFAST_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define GDFAST_POINTERS_MAY_LEAVE
 #define GDFAST_GRID_CONSTANT __grid_constant__
 
 namespace gdfast::cuda {

@@ -25,6 +25,7 @@
 #define GDFAST_DEVICE static inline
 #define GDFAST_HOST_DEVICE static inline
 #define GDFAST_KERNEL(threads, blocks) void
+#define GDFAST_POINTERS_MAY_LEAVE __attribute__((no_sanitize("pointer-overflow")))
 #define GDFAST_GRID_CONSTANT
 
 namespace gdfast::cuda {
