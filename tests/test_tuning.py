@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from mnist_files import digits, write_pair
 
 import gdfast
-from gdfast import backends, bench, doctor, ops
+from gdfast import backends, doctor, ops
 from gdfast.backends import choices_file, cpu, cpu_algorithms, memory, tuning, tuning_timer
 from gdfast.backends.choices import Choice
+from gdfast.bench import cases, suites
 from gdfast.errors import FallbackWarning
 from gdfast.models import SimpleCNN
 from gdfast.train import Recipe, Settings, checkpoint, resume, train
@@ -564,12 +565,12 @@ class TestTold:
         assert stopwatch.timed == []
 
     def test_a_bench_row_names_what_was_chosen(self, stopwatch: Stopwatch) -> None:
-        layer = bench.cases.SIMPLE_CNN[0].with_batch(8)
+        layer = cases.SIMPLE_CNN[0].with_batch(8)
         names = dict.fromkeys(cpu_algorithms.ALGORITHMS, 1.0)
         for seconds, expected in ((0.1, "reference"), (9.0, "cpu, direct")):
             tuning.forget()
             stopwatch.seconds = {**names, "direct": 0.5, "native": seconds}
-            work = bench.suites.layer_workload(layer, "forward", torch.float32)
+            work = suites.layer_workload(layer, "forward", torch.float32)
             assert work.backend == expected and work.check().ok
 
 
