@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from mnist_files import digits, write_pair
 
 import gdfast
-from gdfast import backends, doctor, ops
+from gdfast import backends, bench, doctor, ops
 from gdfast.backends import choices_file, cpu, cpu_algorithms, memory, tuning, tuning_timer
 from gdfast.backends.choices import Choice
 from gdfast.bench import cases, suites
