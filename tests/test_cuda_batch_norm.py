@@ -123,11 +123,16 @@ def test_parameters_that_are_not_there(missing: tuple[str, ...], cuda_device: to
 @pytest.fixture
 def masks(monkeypatch: pytest.MonkeyPatch, cuda_device: torch.device) -> list[bool]:
     """Of each forward pass by our kernels, whether it wrote a mask."""
+    return given_to_forward(10, monkeypatch)
+
+
+def given_to_forward(position: int, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each launch of the forward kernels from now on, whether it has an address there."""
     seen = []
     run = native.cuda.batch_norm
 
     def spy(*arguments: Any) -> None:
-        seen.append(arguments[10] != 0)
+        seen.append(arguments[position] != 0)
         run(*arguments)
 
     monkeypatch.setattr(native.cuda, "batch_norm", spy)

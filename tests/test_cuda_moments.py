@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cuda_batch_norm import given_to_forward
 from test_cuda_conv2d import BY_NAME, WHOLE, query_of, tensors_of
 from test_norm import NATIVE_ACTS, passes
 from torch import Tensor
@@ -42,15 +43,7 @@ def float32_as_it_is() -> Iterator[None]:
 @pytest.fixture
 def handed_on(monkeypatch: pytest.MonkeyPatch, cuda_device: torch.device) -> list[bool]:
     """Of each batch normalisation by our kernels, whether it was given moments."""
-    seen = []
-    run = native.cuda.batch_norm
-
-    def spy(*arguments: Any) -> None:
-        seen.append(arguments[13] != 0)
-        run(*arguments)
-
-    monkeypatch.setattr(native.cuda, "batch_norm", spy)
-    return seen
+    return given_to_forward(13, monkeypatch)
 
 
 def joined(moments: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -23,7 +23,7 @@ _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 def are_ordinary(*tensors: Any) -> bool:
     """Whether tensors (or None) have memory with their values, and no mode looks at operations.
 
-    Those on the meta device, zero and negated ones, wrappers of functorch and of
+    Sparse tensors, those on the meta device, zero and negated ones, wrappers of functorch and of
     functionalization, and subclasses' are not ordinary.
     """
     if _dispatch_modes():
@@ -37,7 +37,9 @@ def are_ordinary(*tensors: Any) -> bool:
             continue
         elif kind is not Parameter:
             return False
-        if tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor():
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return False
+        if tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
 
@@ -63,5 +65,5 @@ def apply_to_ordinary(function: type[torch.autograd.Function]) -> Callable[..., 
 
     They are no wrappers of functorch, for which torch's own looks at every argument.
     """
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
