@@ -38,6 +38,8 @@ def test_tensors_with_memory_of_their_own_are() -> None:
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: torch.randn(2, 2).to_sparse(),
+        lambda: torch.randn(2, 2).to_sparse_csr(),
         lambda: torch.empty(2, device="meta"),
         lambda: torch.nn.Parameter(torch.empty(2, device="meta")),
         lambda: torch.nn.Parameter(torch.randn(2, dtype=torch.complex64).conj().imag),
@@ -51,6 +53,8 @@ def test_tensors_with_memory_of_their_own_are() -> None:
         lambda: _left_over(torch.vmap),
     ],
     ids=[
+        "sparse",
+        "sparse rows",
         "meta",
         "meta parameter",
         "negated parameter",
