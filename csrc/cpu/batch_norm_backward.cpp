@@ -57,15 +57,12 @@ auto choose_reduce(Activation activation, PreActivation from) {
 }
 
 template <typename T, template <typename> typename Layout>
-auto choose_grad_input(Activation activation, PreActivation from, bool training) {
+auto choose_grad_input(Activation activation, PreActivation from) {
   using A = typename Accumulator<T>::type;
-  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A, bool) const =
-      nullptr;
+  void (Layout<T>::*chosen)(const Region&, const Gradients<T>&, const Factors<A>&, A, bool, bool)
+      const = nullptr;
   with_pre_activation(activation, from, [&](auto tag, auto source) {
-    constexpr Activation kActivation = decltype(tag)::value;
-    constexpr PreActivation kFrom = decltype(source)::value;
-    chosen = training ? &Layout<T>::template grad_input<kActivation, kFrom, true>
-                      : &Layout<T>::template grad_input<kActivation, kFrom, false>;
+    chosen = &Layout<T>::template grad_input<decltype(tag)::value, decltype(source)::value>;
   });
   return chosen;
 }
@@ -124,7 +121,7 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
   const bool reduces = training || written || to.grad_weight != nullptr || to.grad_bias != nullptr;
   const auto reduce = choose_reduce<T, Layout>(p.activation, from);
   const auto grad_input =
-      choose_grad_input<T, Layout>(written ? Activation::kNone : p.activation, from, training);
+      choose_grad_input<T, Layout>(written ? Activation::kNone : p.activation, from);
 
   const bool stream = streams<T>(p, to.grad_input, layout.pitch()) &&
                       streams<T>(p, to.grad_residual, layout.pitch());
@@ -156,7 +153,7 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
       },
       [&](const Region& region) {
         if (to.grad_input == nullptr) return;
-        (layout.*grad_input)(region, second_pass, factors, negative_slope, stream);
+        (layout.*grad_input)(region, second_pass, factors, negative_slope, training, stream);
         if (stream) stream_fence();
       });
 }

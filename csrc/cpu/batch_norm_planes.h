@@ -173,9 +173,9 @@ class Planes {
   }
 
   // Writes grad_input, in evaluation without the share of the statistics.
-  template <Activation kActivation, PreActivation kFrom, bool kTraining>
+  template <Activation kActivation, PreActivation kFrom>
   void grad_input(const Region& g, const Gradients<T>& to, const Factors<A>& factors,
-                  A negative_slope, bool stream) const {
+                  A negative_slope, bool training, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
     for (int64_t c = g.c; c < g.c_end; ++c) {
       const Vec<A> mean = broadcast(factors.mean[c]), scale = broadcast(factors.scale[c]);
@@ -194,7 +194,7 @@ class Planes {
             }
           }
           Vec<A> result = grad * scale;
-          if constexpr (kTraining) result += centred * slope + offset;
+          if (training) result += centred * slope + offset;
           store_result(group, to.grad_input + i, result, stream);
         });
       });

@@ -133,9 +133,9 @@ class Rows {
   }
 
   // Writes grad_input, in evaluation without the share of the statistics.
-  template <Activation kActivation, PreActivation kFrom, bool kTraining>
+  template <Activation kActivation, PreActivation kFrom>
   void grad_input(const Region& g, const Gradients<T>& at, const Factors<A>& factors,
-                  A negative_slope, bool stream) const {
+                  A negative_slope, bool training, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
     for_tables(g, [&](const Region& table) {
       for_bands(table, table.i, table.i_end, true, [&](int64_t row, int64_t row_end) {
@@ -163,7 +163,7 @@ class Rows {
                 }
               }
               Vec<A> result = grad * scale[v];
-              if constexpr (kTraining) result += centred * slope[v] + offset[v];
+              if (training) result += centred * slope[v] + offset[v];
               store_result(group, at.grad_input + here, result, stream);
             }
           }
