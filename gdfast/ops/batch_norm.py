@@ -152,8 +152,17 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
     if grad_output is None:
         return (None,) * 6
     wanted = needs[0], needs[1], needs[2], needs[5]
-    arguments = grad_output, *ctx.saved_tensors, wanted
-    settings = ctx.settings
+    results = norm_gradients(grad_output, *ctx.saved_tensors, wanted, settings=ctx.settings)
+    grad_input, grad_weight, grad_bias, grad_residual = results
+    return grad_input, grad_weight, grad_bias, None, None, grad_residual
+
+
+def norm_gradients(*arguments: Any, settings: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight, bias and residual.
+
+    `arguments` are those of `batch_norm_dispatch.backward` up to `wanted`, `settings` the others.
+    """
+    results: tuple[Tensor | None, ...]
     if torch.compiler.is_compiling():
         results = _backward_op(*arguments, *settings)
     elif torch.is_grad_enabled() or batched_gradients():
@@ -165,8 +174,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = _backward_op(*arguments, *settings)
-    grad_input, grad_weight, grad_bias, grad_residual = results
-    return grad_input, grad_weight, grad_bias, None, None, grad_residual
+    return results
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

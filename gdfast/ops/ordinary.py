@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from gdfast import native
 
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -42,6 +45,41 @@ def are_ordinary(*tensors: Any) -> bool:
         if tensor.is_neg() or tensor._is_zerotensor():
             return False
     return True
+
+
+def _facts_by_methods(*tensors: Any) -> tuple[Any, ...] | None:
+    if not are_ordinary(*tensors):
+        return None
+    return tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors
+    )  # fmt: skip
+
+
+def _facts_function() -> Callable[..., Any]:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native.cpu is None or exchange is None:
+        return _facts_by_methods
+    try:
+        native.cpu.watch_tensors(exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,))
+    except ValueError:  # another version of the interface
+        return _facts_by_methods
+    return native.cpu.tensor_facts  # type: ignore[no-any-return]
+
+
+# What decides which kernel runs on tensors (or None), sizes, strides, dtypes and devices, as a key;
+# None where one of them is not ordinary. It may be None for ordinary ones without elements.
+tensor_facts = _facts_function()
+
+
+def is_watched() -> bool:
+    """Whether something looks at operations on their way, or transforms them."""
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or batched_gradients()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def batched_gradients() -> bool:
