@@ -29,6 +29,8 @@ struct DLPackExchangeApi {
   void (*current_stream)();
 };
 constexpr uint32_t kMajor = 1;
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInteger = 0;
 constexpr int kMostTensors = 16, kMostDimensions = 4, kMostTypes = 4, kMostOddities = 4;
 
 const DLPackExchangeApi* api = nullptr;
@@ -135,11 +137,26 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(facts, end - facts);
 }
 
+// A counter that torch adds one to costs as much as a small layer.
+PyObject* add_one(PyObject*, PyObject* counter) {
+  DLTensor tensor;
+  if (api == nullptr || !is_watched(counter)) Py_RETURN_FALSE;
+  if (api->look_into(counter, &tensor) != 0) {
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+  }
+  const bool is_number = tensor.code == kInteger && tensor.bits == 64 && tensor.ndim == 0;
+  if (tensor.device_type != kCpu || !is_number || tensor.data == nullptr) Py_RETURN_FALSE;
+  ++*static_cast<int64_t*>(tensor.data);
+  Py_RETURN_TRUE;
+}
+
 PyMethodDef methods[] = {
     {"watch_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch_tensors)),
      METH_FASTCALL, "What tensor_facts goes by: an exchange API, types, functions."},
     {"tensor_facts", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_facts)),
      METH_FASTCALL, "What decides which kernel runs on tensors, as bytes, or None."},
+    {"add_one", add_one, METH_O, "Adds 1 to an int64 without axes on the CPU; False for others."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

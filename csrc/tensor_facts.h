@@ -11,6 +11,8 @@ namespace gdfast {
 //       functions, each of which is true of tensors that are not
 //   tensor_facts(*tensors)                     sizes, strides, dtypes and devices of tensors (or
 //       None) as bytes; None where one of them is another object or has no memory of its own
+//   add_one(tensor)                            adds 1 to an int64 on the CPU; False for others,
+//       which stay as they are
 // False with a Python exception set where that fails.
 bool add_tensor_facts(PyObject* module);
 

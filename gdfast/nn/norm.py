@@ -20,6 +20,7 @@ from gdfast.nn.block import (
 )
 from gdfast.nn.conv import Conv2d
 from gdfast.nn.conv_act import padded
+from gdfast.ops.batch_norm import count_batch
 from gdfast.ops.conv2d_norm_act import unit
 
 
@@ -115,7 +116,7 @@ def _next_momentum(norm: Any) -> float:
     if norm.training and norm.track_running_stats:
         batches = _tensors(norm)[-1]
         if batches is not None:
-            batches.add_(1)
+            count_batch(batches)
             if momentum is None:  # the average of all batches so far
                 momentum = 1.0 / float(batches)
     return 0.0 if momentum is None else momentum

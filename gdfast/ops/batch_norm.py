@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from gdfast import native
 from gdfast.backends import chosen, fall_back, resolve
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.backends.batch_norm import gradients
@@ -25,7 +27,12 @@ from gdfast.ops import batch_norm_dispatch
 from gdfast.ops.batch_norm_dispatch import OP, pre_activation
 from gdfast.ops.conv2d import _DTYPES
 from gdfast.ops.conv2d_dispatch import library
-from gdfast.ops.ordinary import apply_to_ordinary, are_ordinary, batched_gradients
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    is_watched,
+)
 
 
 def batch_norm_act(
@@ -89,6 +96,14 @@ def batch_norm_act(
         _dense(input), weight, bias, running_mean, running_var, residual, training, momentum, eps,
         activation, negative_slope, backend, moments if training else None,
     )  # fmt: skip
+
+
+def count_batch(batches: Tensor) -> None:
+    """Adds one to the number of batches that a norm has seen."""
+    if is_watched() or native.cpu is None or not native.cpu.add_one(batches):
+        batches.add_(1)
+    else:
+        increment_version(batches)
 
 
 def _native(

@@ -19,6 +19,7 @@ from gdfast.backends.batch_norm import CudaForward, sum_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import dense_strides, is_channels_last
 from gdfast.ops.conv2d_dispatch import library, units
+from gdfast.ops.ordinary import tensor_facts
 
 OP = "batch_norm_act"
 _SETTINGS = "bool training, float eps, str activation, float negative_slope"
@@ -64,12 +65,6 @@ def _bind(key: tuple[Any, ...], op: str, query: BatchNormQuery, backend: str) ->
     return kernel
 
 
-def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
 def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, residual: Tensor | None, training: bool, momentum: float,
@@ -96,8 +91,8 @@ def forward_kernel(
     """The kernel that `forward` runs; with moments it takes them only if it is a `CudaForward`."""
     backend = chosen(backend)
     key = (
-        _facts(input), _facts(weight), _facts(bias), _facts(running_mean), _facts(running_var),
-        _facts(residual), training, eps, activation, negative_slope, backend, has_moments,
+        tensor_facts(input, weight, bias, running_mean, running_var, residual),
+        training, eps, activation, negative_slope, backend, has_moments,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -129,8 +124,8 @@ def backward_kernel(
     backend = "cuda" if pre_activation == "mask" else chosen(backend)
     param_dtype = _param_dtype(input, weight, bias)
     key = (
-        "backward", input.shape, input.stride(), input.dtype, input.device, param_dtype, training,
-        eps, activation, negative_slope, pre_activation, backend,
+        "backward", tensor_facts(input), param_dtype, training, eps, activation,
+        negative_slope, pre_activation, backend,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:

@@ -24,7 +24,7 @@ from gdfast.ops.batch_norm_dispatch import pre_activation
 from gdfast.ops.conv2d import _layer_key, autocast, conv_gradients, note_sizes, settings
 from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
-from gdfast.ops.ordinary import apply_to_ordinary, is_watched, tensor_facts
+from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual
@@ -89,7 +89,7 @@ class Unit:
         is_known = kernels is not None and self.situation == _situation(self.arguments[-1])
         if not is_known or in_backward.targets or torch.is_grad_enabled() or is_watched():
             return self._learn_gradients(ctx, grad_output, saved)
-        if tensor_facts(grad_output) is None:
+        if ordinary_facts(grad_output) is None:
             return self._learn_gradients(ctx, grad_output, saved)
         input, weight, between, norm_weight, norm_bias, other, mean, invstd = saved
         need_input, _, need_bias, need_norm_weight, need_norm_bias, _, _, need_residual, *_ = (
@@ -118,7 +118,7 @@ class Unit:
         wanted = True, needs[3], needs[4], needs[7]
         grad, *rest = norm_gradients(grad_output, between, *of_norm, wanted, settings=settings)
         gradients = conv_gradients(ctx, grad, input, weight)
-        if tensor_facts(grad_output, grad, input) is not None and not torch.is_grad_enabled():
+        if ordinary_facts(grad_output, grad, input) is not None and not torch.is_grad_enabled():
             self._find_kernels(ctx, grad, input, weight, between, of_norm, settings)
         return *gradients, *rest
 
@@ -163,7 +163,7 @@ def unit(
     if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
         input, weight, bias = autocast(input, weight, bias)
         tensors = input, weight, bias, *rest  # type: ignore[assignment]
-    facts = tensor_facts(*tensors)
+    facts = ordinary_facts(*tensors)
     if facts is None:
         return None
     grads = None

@@ -31,44 +31,57 @@ def are_ordinary(*tensors: Any) -> bool:
     """
     if _dispatch_modes():
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor:
-            if _is_wrapped(tensor) or _is_functional(tensor):
-                return False
-        elif tensor is None:
-            continue
-        elif kind is not Parameter:
+    return _native_facts(*tensors) is not None or all(map(_is_ordinary, tensors))
+
+
+def _is_ordinary(tensor: Any) -> bool:
+    if tensor is None:
+        return True
+    kind = type(tensor)
+    if kind is Tensor:
+        if _is_wrapped(tensor) or _is_functional(tensor):
             return False
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            return False
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    return True
+    elif kind is not Parameter:
+        return False
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
-def _facts_by_methods(*tensors: Any) -> tuple[Any, ...] | None:
-    if not are_ordinary(*tensors):
-        return None
-    return tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors
-    )  # fmt: skip
+def tensor_facts(*tensors: Tensor | None) -> Any:
+    """What decides which kernel runs on tensors, as a key: sizes, strides, dtypes and devices."""
+    facts = _native_facts(*tensors)
+    if facts is not None:
+        return facts
+    return tuple(t is not None and (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
 
 
-def _facts_function() -> Callable[..., Any]:
+def ordinary_facts(*tensors: Any) -> Any:
+    """`tensor_facts` of ordinary tensors (or None), else None."""
+    facts = _native_facts(*tensors)
+    if facts is not None:
+        return facts
+    return tensor_facts(*tensors) if all(map(_is_ordinary, tensors)) else None
+
+
+def _no_facts(*tensors: Any) -> None:
+    """Asks nothing: Python's way is gone then."""
+
+
+def _connect() -> Callable[..., Any]:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if native.cpu is None or exchange is None:
-        return _facts_by_methods
+        return _no_facts
     try:
         native.cpu.watch_tensors(exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,))
     except ValueError:  # another version of the interface
-        return _facts_by_methods
-    return native.cpu.tensor_facts  # type: ignore[no-any-return]
+        return _no_facts
+    facts: Callable[..., Any] = native.cpu.tensor_facts
+    return facts
 
 
-# What decides which kernel runs on tensors (or None), sizes, strides, dtypes and devices, as a key;
-# None where one of them is not ordinary. It may be None for ordinary ones without elements.
-tensor_facts = _facts_function()
+# Of ordinary tensors with elements, in a tenth of the time; None for all others.
+_native_facts = _connect()
 
 
 def is_watched() -> bool:
