@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # Of the tensor core for one product: tf32x3 adds the products of the rounding errors.
 PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
+
+# Unlike `allow_tf32`, its `fp32_precision` can be read whatever else was set. The way to it takes
+# longer than a kernel's launch.
+_conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 
 
 def input_precision(dtype: torch.dtype, strict: bool) -> str:
@@ -16,7 +22,6 @@ def input_precision(dtype: torch.dtype, strict: bool) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    # Unlike `allow_tf32`, it can be read whatever else was set.
-    if torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+    if _conv.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if strict else "tf32x3"

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import gdfast
 from gdfast import ops
+from gdfast.nn import norm
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_registry", "compiled_cpu"),
@@ -54,6 +55,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     for name in ("batch_norm_act", "conv2d_act", "max_pool2d", "conv2d_relu_max_pool2d"):
         monkeypatch.setattr(ops, name, spy(name))
+    known = norm.unit
+
+    def spy_unit(tensors: Any, geometry: Any, settings: Any, takes_moments: bool) -> Any:
+        found = known(tensors, geometry, settings, takes_moments)
+        if found is not None:
+            seen.append(("batch_norm_act", settings[2], tensors[-1] is not None))
+        return found
+
+    monkeypatch.setattr(norm, "unit", spy_unit)
     return seen
 
 
@@ -663,6 +673,7 @@ class TestVerify:
             return output * 1.01 if activation == "leaky_relu" else output
 
         monkeypatch.setattr(ops, "batch_norm_act", wrong)
+        monkeypatch.setattr(norm, "unit", lambda *_: None)
         model = nn.Sequential(nn.BatchNorm2d(3), Yolo()).eval()
         report = gdfast.swap_(model, fuse=True, verify=images(torch.float32))
         errors = [row.errors["output"] for row in report.fused]

@@ -12,8 +12,8 @@ bias and residual, None where not wanted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -70,6 +70,13 @@ def _laid_out(tensor: Tensor, query: BatchNormQuery) -> Tensor:
     return tensor.contiguous(memory_format=format)
 
 
+def _allocator(
+    size: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Callable[[], Tensor]:
+    """What makes fresh tensors: with few arguments for each call."""
+    return partial(torch.empty_strided, size, strides, dtype=dtype, device=device)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -79,30 +86,32 @@ def _packed(param: Tensor | None) -> Tensor | None:
     return None if param is None else param.contiguous()
 
 
-def _written(running: Tensor | None, packed: Tensor | None) -> None:
-    """Lets a running statistic have what a kernel wrote, and autograd know."""
-    if running is None or packed is None:
+def _written(
+    running_mean: Tensor | None, running_var: Tensor | None, packed_mean: Any, packed_var: Any
+) -> None:
+    """Lets the running statistics have what a kernel wrote, and autograd know."""
+    if running_mean is None or running_var is None:
         return
-    if running is packed:
-        increment_version(running)
+    if running_mean is packed_mean and running_var is packed_var:
+        increment_version((running_mean, running_var))
     else:
-        running.copy_(packed)
+        running_mean.copy_(packed_mean)
+        running_var.copy_(packed_var)
 
 
 def cpu(query: BatchNormQuery) -> Forward:
     """The CPU kernel for one shape; input has the strides of the query."""
     assert native.cpu is not None
     run, problem = native.cpu.batch_norm, _problem(query, native.cpu)
-    size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
-    stats_dtype, training = sum_dtype(dtype), query.training
+    training = query.training
+    new_output = memory.allocator(query.size, query.strides, query.dtype)
+    new_statistic = memory.allocator(query.size[1:2], (1,), sum_dtype(query.dtype))
 
     def kernel(
         input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
         running_var: Tensor | None, residual: Tensor | None, momentum: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        output = memory.empty_strided(size, strides, dtype)
-        mean = torch.empty(channels, dtype=stats_dtype)
-        invstd = torch.empty(channels, dtype=stats_dtype)
+        output, mean, invstd = new_output(), new_statistic(), new_statistic()
         if residual is not None:
             residual = _laid_out(residual, query)
         weight, bias = _packed(weight), _packed(bias)
@@ -113,8 +122,7 @@ def cpu(query: BatchNormQuery) -> Forward:
             invstd.data_ptr(), training, momentum, torch.get_num_threads(),
         )  # fmt: skip
         if training:
-            _written(running_mean, packed_mean)
-            _written(running_var, packed_var)
+            _written(running_mean, running_var, packed_mean, packed_var)
         return output, mean, invstd
 
     return kernel
@@ -124,9 +132,10 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
     """The CPU kernel for the gradients; input has the strides of the query."""
     assert native.cpu is not None
     run, problem = native.cpu.batch_norm_backward, _problem(query, native.cpu)
-    size, strides, dtype, channels = query.size, query.strides, query.dtype, query.size[1]
     training, pre_activation = query.training, query.pre_activation
     hands_on = query.activation == "none"
+    new_image = memory.allocator(query.size, query.strides, query.dtype)
+    new_param = memory.allocator(query.size[1:2], (1,), query.param_dtype)
 
     def kernel(
         grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -134,13 +143,10 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         want_input, want_weight, want_bias, want_residual = wanted
         grad = _laid_out(grad_output, query)
-        param_dtype = query.param_dtype
-        grad_input = memory.empty_strided(size, strides, dtype) if want_input else None
-        grad_weight = torch.empty(channels, dtype=param_dtype) if want_weight else None
-        grad_bias = torch.empty(channels, dtype=param_dtype) if want_bias else None
-        grad_residual = None
-        if want_residual and not hands_on:
-            grad_residual = memory.empty_strided(size, strides, dtype)
+        grad_input = new_image() if want_input else None
+        grad_weight = new_param() if want_weight else None
+        grad_bias = new_param() if want_bias else None
+        grad_residual = new_image() if want_residual and not hands_on else None
         if other is not None:
             other = _laid_out(other, query)
         weight, bias = _packed(weight), _packed(bias)
@@ -214,7 +220,10 @@ class CudaForward:
         assert native.cuda is not None
         self._run, self._problem = native.cuda.batch_norm, _problem(query, native.cuda)
         self._query, self._stats_dtype = query, sum_dtype(query.dtype)
-        self._workspace_bytes = native.cuda.batch_norm_workspace_bytes(self._problem)
+        channels, bytes = query.size[1], native.cuda.batch_norm_workspace_bytes(self._problem)
+        self._new_output = _allocator(query.size, query.strides, query.dtype, query.device)
+        self._new_statistic = _allocator((channels,), (1,), self._stats_dtype, query.device)
+        self._new_workspace = _allocator((bytes,), (1,), torch.uint8, query.device)
 
     def new_mask(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """Memory for the mask of an output, or None where these images get none."""
@@ -227,13 +236,10 @@ class CudaForward:
         momentum: float, moments: Tensor | None = None, mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         query, device = self._query, input.device
-        channels = query.size[1]
         if moments is not None:
-            _check_moments(moments, channels, self._stats_dtype, device)
-        output = torch.empty_strided(query.size, query.strides, dtype=query.dtype, device=device)
-        mean = torch.empty(channels, dtype=self._stats_dtype, device=device)
-        invstd = torch.empty_like(mean)
-        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
+            _check_moments(moments, query.size[1], self._stats_dtype, device)
+        output, workspace = self._new_output(), self._new_workspace()
+        mean, invstd = self._new_statistic(), self._new_statistic()
         if residual is not None:
             residual = _laid_out(residual, query)
         weight, bias = _packed(weight), _packed(bias)
@@ -246,8 +252,7 @@ class CudaForward:
             *cuda_stream.current(device),
         )  # fmt: skip
         if query.training:
-            _written(running_mean, packed_mean)
-            _written(running_var, packed_var)
+            _written(running_mean, running_var, packed_mean, packed_var)
         return output, mean, invstd
 
 
@@ -255,16 +260,12 @@ def cuda_backward(query: BatchNormQuery) -> Backward:
     """The CUDA kernels for the gradients; input has the strides of the query."""
     assert native.cuda is not None
     run, problem = native.cuda.batch_norm_backward, _problem(query, native.cuda)
-    size, strides, dtype, device = query.size, query.strides, query.dtype, query.device
-    training, pre_activation = query.training, query.pre_activation
+    device, training, pre_activation = query.device, query.training, query.pre_activation
     hands_on = query.activation == "none"
     workspace_bytes = native.cuda.batch_norm_workspace_bytes(problem)
-
-    def image(wanted: bool) -> Tensor | None:
-        return torch.empty_strided(size, strides, dtype=dtype, device=device) if wanted else None
-
-    def channels(wanted: bool) -> Tensor | None:
-        return torch.empty(size[1], dtype=query.param_dtype, device=device) if wanted else None
+    new_image = _allocator(query.size, query.strides, query.dtype, device)
+    new_param = _allocator(query.size[1:2], (1,), query.param_dtype, device)
+    new_workspace = _allocator((workspace_bytes,), (1,), torch.uint8, device)
 
     def kernel(
         grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -272,9 +273,11 @@ def cuda_backward(query: BatchNormQuery) -> Backward:
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         want_input, want_weight, want_bias, want_residual = wanted
         grad = _laid_out(grad_output, query)
-        grad_input, grad_residual = image(want_input), image(want_residual and not hands_on)
-        grad_weight, grad_bias = channels(want_weight), channels(want_bias)
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        grad_input = new_image() if want_input else None
+        grad_residual = new_image() if want_residual and not hands_on else None
+        grad_weight = new_param() if want_weight else None
+        grad_bias = new_param() if want_bias else None
+        workspace = new_workspace()
         if other is not None and pre_activation != "mask":
             other = _laid_out(other, query)
         weight, bias = _packed(weight), _packed(bias)
@@ -325,8 +328,7 @@ def triton(query: BatchNormQuery) -> Forward:
             input, _packed(weight), _packed(bias), residual, packed_mean, packed_var, momentum
         )
         if training:
-            _written(running_mean, packed_mean)
-            _written(running_var, packed_var)
+            _written(running_mean, running_var, packed_mean, packed_var)
         return results
 
     return kernel

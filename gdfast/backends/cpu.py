@@ -82,11 +82,10 @@ def machine(query: Conv2dQuery) -> str:
 def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     assert native.cpu is not None
     problem, run = _problem(query, by or algorithm("conv2d", query)), native.cpu.conv2d
-    size, strides = query.geometry.output_size, query.strides[2]
-    dtype = query.dtype
+    new_output = memory.allocator(query.geometry.output_size, query.strides[2], query.dtype)
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        output = memory.empty_strided(size, strides, dtype)
+        output = new_output()
         if bias is not None:
             bias = bias.contiguous()
         run(
@@ -102,11 +101,10 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
     assert native.cpu is not None
     problem = _problem(query, by or algorithm("conv2d_grad_input", query))
     run = native.cpu.conv2d_grad_input
-    size, strides = query.geometry.input_size, query.strides[0]
-    dtype = query.dtype
+    new_grad_input = memory.allocator(query.geometry.input_size, query.strides[0], query.dtype)
 
     def kernel(grad_output: Tensor, weight: Tensor) -> Tensor:
-        grad_input = memory.empty_strided(size, strides, dtype)
+        grad_input = new_grad_input()
         run(
             problem, grad_output.data_ptr(), weight.data_ptr(),
             grad_input.data_ptr(), torch.get_num_threads(),
@@ -122,12 +120,13 @@ def conv2d_grad_weight(
     assert native.cpu is not None
     problem = _problem(query, by or algorithm("conv2d_grad_weight", query))
     run = native.cpu.conv2d_grad_weight
-    size, strides = query.geometry.weight_size, query.strides[1]
-    dtype, device = query.dtype, query.device
+    size, dtype = query.geometry.weight_size, query.dtype
+    new_grad_weight = memory.allocator(size, query.strides[1], dtype)
+    new_grad_bias = memory.allocator(size[:1], (1,), dtype)
 
     def kernel(grad_output: Tensor, input: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-        grad_weight = memory.empty_strided(size, strides, dtype)
-        grad_bias = torch.empty(size[0], dtype=dtype, device=device) if bias else None
+        grad_weight = new_grad_weight()
+        grad_bias = new_grad_bias() if bias else None
         run(
             problem, grad_output.data_ptr(), input.data_ptr(),
             grad_weight.data_ptr(), 0 if grad_bias is None else grad_bias.data_ptr(),

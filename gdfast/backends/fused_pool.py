@@ -66,12 +66,12 @@ def cpu(
 ) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
     assert native.cpu is not None
     (conv, pool), run = _problems(query), native.cpu.conv2d_relu_max_pool2d
-    size, strides, dtype = query.pool.output_size, query.strides[2], query.dtype
-    place_strides = dense_strides(size, False)
+    size = query.pool.output_size
+    new_output = memory.allocator(size, query.strides[2], query.dtype)
+    new_argmax = memory.allocator(size, dense_strides(size, False), torch.uint8)
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        output = memory.empty_strided(size, strides, dtype)
-        argmax = memory.empty_strided(size, place_strides, torch.uint8)
+        output, argmax = new_output(), new_argmax()
         if bias is not None:
             bias = bias.contiguous()
         run(
@@ -89,13 +89,15 @@ def cpu_grad_weight(
 ) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]:
     assert native.cpu is not None
     (conv, pool), run = _problems(query), native.cpu.conv2d_relu_max_pool2d_grad_weight
-    size, strides, dtype = query.conv.weight_size, query.strides[1], query.dtype
+    size, dtype = query.conv.weight_size, query.dtype
+    new_grad_weight = memory.allocator(size, query.strides[1], dtype)
+    new_grad_bias = memory.allocator(size[:1], (1,), dtype)
 
     def kernel(
         grad_output: Tensor, argmax: Tensor, input: Tensor, bias: bool
     ) -> tuple[Tensor, Tensor | None]:
-        grad_weight = torch.empty_strided(size, strides, dtype=dtype)
-        grad_bias = torch.empty(size[0], dtype=dtype) if bias else None
+        grad_weight = new_grad_weight()
+        grad_bias = new_grad_bias() if bias else None
         run(
             conv, pool, grad_output.data_ptr(), argmax.data_ptr(), input.data_ptr(),
             grad_weight.data_ptr(), 0 if grad_bias is None else grad_bias.data_ptr(),

@@ -69,14 +69,11 @@ def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     assert native.cpu is not None
     made, run = problem(query, native.cpu), native.cpu.max_pool2d
     size, (_, strides, place_strides) = query.geometry.output_size, query.strides
-    dtype, places = query.dtype, place_dtype(query.geometry)
+    new_output = memory.allocator(size, strides, query.dtype)
+    new_argmax = memory.allocator(size, place_strides, place_dtype(query.geometry))
 
     def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
-        output = memory.empty_strided(size, strides, dtype)
-        if places == torch.uint8:
-            argmax = memory.empty_strided(size, place_strides, places)
-        else:
-            argmax = torch.empty_strided(size, place_strides, dtype=places)
+        output, argmax = new_output(), new_argmax()
         run(made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(), torch.get_num_threads())
         return output, argmax
 
@@ -86,10 +83,10 @@ def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cpu is not None
     made, run = problem(query, native.cpu), native.cpu.max_pool2d_grad
-    size, strides, dtype = query.geometry.input_size, query.strides[0], query.dtype
+    new_grad_input = memory.allocator(query.geometry.input_size, query.strides[0], query.dtype)
 
     def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
-        grad_input = memory.empty_strided(size, strides, dtype)
+        grad_input = new_grad_input()
         run(
             made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
             torch.get_num_threads(),

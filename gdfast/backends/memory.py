@@ -11,8 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
@@ -29,8 +29,11 @@ _DTYPES = {
     torch.float16: "float16",
     torch.uint8: "uint8",
 }
-# The pool costs 3 us more than torch's allocator; 256 KB are 64 pages, whose faults cost 15 us.
-_LEAST_BYTES = 256 * 1024
+# From here on the C library maps blocks anew, and gives back what is free at the end of its heap.
+_LEAST_BYTES = 128 * 1024
+_CPU = torch.device("cpu")
+# Of what `from_dlpack` does, all that a capsule needs.
+_from_capsule: Callable[..., Tensor] = getattr(torch._C, "_from_dlpack", from_dlpack)
 _ENABLED = os.environ.get("GDFAST_POOL", "1") != "0"
 
 
@@ -47,14 +50,26 @@ def empty_strided(size: Sequence[int], strides: Sequence[int], dtype: torch.dtyp
     Large ones come from the pool, and their storage cannot be resized. In deterministic mode, where
     torch fills fresh memory, all come from torch.
     """
-    if (
-        not _ENABLED
-        or prod(size) * dtype.itemsize < _LEAST_BYTES
-        or native.cpu is None
-        or torch.are_deterministic_algorithms_enabled()
-    ):
-        return torch.empty_strided(size, strides, dtype=dtype, device="cpu")
-    return from_dlpack(native.cpu.take_memory(size, strides, _DTYPES[dtype]))
+    return allocator(size, strides, dtype)()
+
+
+def allocator(
+    size: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """`empty_strided` for one size: what a kernel that runs often calls."""
+    plain = partial(torch.empty_strided, size, strides, dtype=dtype, device=_CPU)
+    name = _DTYPES.get(dtype)
+    is_small = prod(size) * dtype.itemsize < _LEAST_BYTES
+    if not _ENABLED or is_small or name is None or native.cpu is None:
+        return plain
+    take = partial(native.cpu.take_memory, size, strides, name)
+
+    def allocate() -> Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            return plain()
+        return _from_capsule(take())
+
+    return allocate
 
 
 def seconds_of_fresh_pages(bytes: int) -> float:

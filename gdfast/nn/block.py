@@ -45,11 +45,15 @@ def same_padding(
 
 def has_hooks(*modules: torch.nn.Module) -> bool:
     """Whether a call of one of the modules would run hooks, or a forward of its own."""
-    return _module._has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or "forward" in vars(m)
-        for m in modules
-    )  # fmt: skip
+    if _module._has_any_global_hook():
+        return True
+    for m in modules:
+        if (
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            or "forward" in vars(m)
+        ):  # fmt: skip
+            return True
+    return False
 
 
 def is_traced(module: torch.nn.Module, input: Any) -> bool:

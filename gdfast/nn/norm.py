@@ -20,6 +20,8 @@ from gdfast.nn.block import (
 )
 from gdfast.nn.conv import Conv2d
 from gdfast.nn.conv_act import padded
+from gdfast.ops.batch_norm import count_batch
+from gdfast.ops.conv2d_norm_act import unit
 
 
 def convolve_for(norm: Any, conv: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,23 +61,65 @@ def normalise(
     """
     if isinstance(input, Tensor) and input.dim() != 4:
         norm._check_input_dim(input)
-    weight, bias, mean, variance, batches = _tensors(norm)
-    training, momentum = norm.training, norm.momentum
+    training, weight, bias, mean, variance = _state(norm)
+    return ops.batch_norm_act(
+        input, weight, bias, mean, variance, residual, training=training,
+        momentum=_next_momentum(norm), eps=norm.eps, activation=activation,
+        negative_slope=negative_slope, moments=moments,
+    )  # fmt: skip
+
+
+def run_as_one(
+    norm: Any, conv: Any, input: Tensor, residual: Tensor | None, activation: str,
+    negative_slope: float,
+) -> Tensor | None:  # fmt: skip
+    """What `convolve_for` and `normalise` give, in one, or None where they have to be called."""
+    if (
+        torch.compiler.is_compiling()
+        or type(conv) is not Conv2d
+        or conv.padding_mode != "zeros"
+        or has_hooks(conv)
+        or "_conv_forward" in vars(conv)
+    ):
+        return None
+    parameters = conv._parameters
+    if "weight" not in parameters or "bias" not in parameters:
+        return None
+    training, *params = _state(norm)
+    found = unit(
+        (input, parameters["weight"], parameters["bias"], *params, residual),
+        (conv.stride, conv.padding, conv.dilation, conv.groups),
+        (training, norm.eps, activation, negative_slope),
+        native.cuda is not None and training,
+    )
+    if found is None:
+        return None
+    run, tensors = found
+    return run(tensors, _next_momentum(norm))
+
+
+def _state(norm: Any) -> tuple[Any, ...]:
+    """Whether the statistics are the batch's; weight, bias and the running statistics in use."""
+    training = norm.training
+    weight, bias, mean, variance, _ = _tensors(norm)
     if training:
-        if norm.track_running_stats:
-            if batches is not None:
-                batches.add_(1)
-                if momentum is None:  # the average of all batches so far
-                    momentum = 1.0 / float(batches)
-        else:
+        if not norm.track_running_stats:
             mean = variance = None
     elif mean is None and variance is None:
         training = True
-    return ops.batch_norm_act(
-        input, weight, bias, mean, variance, residual, training=training,
-        momentum=0.0 if momentum is None else momentum, eps=norm.eps, activation=activation,
-        negative_slope=negative_slope, moments=moments,
-    )  # fmt: skip
+    return training, weight, bias, mean, variance
+
+
+def _next_momentum(norm: Any) -> float:
+    """The momentum of the running statistics for one more batch, which is counted in training."""
+    momentum = norm.momentum
+    if norm.training and norm.track_running_stats:
+        batches = _tensors(norm)[-1]
+        if batches is not None:
+            count_batch(batches)
+            if momentum is None:  # the average of all batches so far
+                momentum = 1.0 / float(batches)
+    return 0.0 if momentum is None else momentum
 
 
 def _tensors(norm: Any) -> tuple[Any, ...]:
@@ -176,7 +220,11 @@ class ConvNormAct(torch.nn.Module):
         conv, norm, act = self.conv, self.norm, self.act
         name = NAMES.get(type(act))
         if name is not None and type(norm) is BatchNorm2d and not has_hooks(norm, act):
-            output, moments = convolve_for(norm, conv, input)
-            return normalise(norm, output, residual, name, slope_of(act), moments)
+            slope = slope_of(act)
+            output = run_as_one(norm, conv, input, residual, name, slope)
+            if output is None:
+                between, moments = convolve_for(norm, conv, input)
+                output = normalise(norm, between, residual, name, slope, moments)
+            return output
         output = norm(conv(input))
         return act(output if residual is None else output + residual)

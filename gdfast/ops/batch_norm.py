@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from gdfast import native
 from gdfast.backends import chosen, fall_back, resolve
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.backends.batch_norm import gradients
@@ -25,7 +27,12 @@ from gdfast.ops import batch_norm_dispatch
 from gdfast.ops.batch_norm_dispatch import OP, pre_activation
 from gdfast.ops.conv2d import _DTYPES
 from gdfast.ops.conv2d_dispatch import library
-from gdfast.ops.ordinary import apply_to_ordinary, are_ordinary, batched_gradients
+from gdfast.ops.ordinary import (
+    apply_to_ordinary,
+    are_ordinary,
+    batched_gradients,
+    is_watched,
+)
 
 
 def batch_norm_act(
@@ -91,6 +98,14 @@ def batch_norm_act(
     )  # fmt: skip
 
 
+def count_batch(batches: Tensor) -> None:
+    """Adds one to the number of batches that a norm has seen."""
+    if is_watched() or native.cpu is None or not native.cpu.add_one(batches):
+        batches.add_(1)
+    else:
+        increment_version(batches)
+
+
 def _native(
     tensors: tuple[Any, ...], training: bool, momentum: float, eps: float, activation: str,
     negative_slope: float,
@@ -152,8 +167,17 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
     if grad_output is None:
         return (None,) * 6
     wanted = needs[0], needs[1], needs[2], needs[5]
-    arguments = grad_output, *ctx.saved_tensors, wanted
-    settings = ctx.settings
+    results = norm_gradients(grad_output, *ctx.saved_tensors, wanted, settings=ctx.settings)
+    grad_input, grad_weight, grad_bias, grad_residual = results
+    return grad_input, grad_weight, grad_bias, None, None, grad_residual
+
+
+def norm_gradients(*arguments: Any, settings: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight, bias and residual.
+
+    `arguments` are those of `batch_norm_dispatch.backward` up to `wanted`, `settings` the others.
+    """
+    results: tuple[Tensor | None, ...]
     if torch.compiler.is_compiling():
         results = _backward_op(*arguments, *settings)
     elif torch.is_grad_enabled() or batched_gradients():
@@ -165,8 +189,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, needs: tuple[bool, ...]) -> 
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = _backward_op(*arguments, *settings)
-    grad_input, grad_weight, grad_bias, grad_residual = results
-    return grad_input, grad_weight, grad_bias, None, None, grad_residual
+    return results
 
 
 def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -18,7 +18,8 @@ from gdfast.backends.activation import ACTIVATIONS, output_tells
 from gdfast.backends.batch_norm import CudaForward, sum_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import dense_strides, is_channels_last
-from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.conv2d_dispatch import library, units
+from gdfast.ops.ordinary import tensor_facts
 
 OP = "batch_norm_act"
 _SETTINGS = "bool training, float eps, str activation, float negative_slope"
@@ -47,6 +48,7 @@ _KERNELS_LIMIT = 4096
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
     _kernels.clear()
+    units.clear()
 
 
 def pre_activation(activation: str, negative_slope: float, residual: Tensor | None) -> str:
@@ -63,12 +65,6 @@ def _bind(key: tuple[Any, ...], op: str, query: BatchNormQuery, backend: str) ->
     return kernel
 
 
-def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
 def forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, residual: Tensor | None, training: bool, momentum: float,
@@ -78,10 +74,25 @@ def forward(
     """Runs a forward pass, running statistics included: output, mean, invstd and, where it is
     wanted and the backend has it, the mask that backward reads in the place of the output.
     """
+    tensors = input, weight, bias, running_mean, running_var, residual
+    settings = training, eps, activation, negative_slope
+    kernel = forward_kernel(*tensors, *settings, backend, moments is not None)
+    if isinstance(kernel, CudaForward):
+        mask = kernel.new_mask(input, residual) if wants_mask else None
+        return *kernel(*tensors, momentum, moments, mask), mask
+    return *kernel(*tensors, momentum), None
+
+
+def forward_kernel(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, residual: Tensor | None, training: bool, eps: float,
+    activation: str, negative_slope: float, backend: str, has_moments: bool,
+) -> Callable[..., Any]:  # fmt: skip
+    """The kernel that `forward` runs; with moments it takes them only if it is a `CudaForward`."""
     backend = chosen(backend)
     key = (
-        _facts(input), _facts(weight), _facts(bias), _facts(running_mean), _facts(running_var),
-        _facts(residual), training, eps, activation, negative_slope, backend, moments is None,
+        tensor_facts(input, weight, bias, running_mean, running_var, residual),
+        training, eps, activation, negative_slope, backend, has_moments,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -89,17 +100,8 @@ def forward(
             input, weight, bias, running_mean, running_var, residual, training, eps, activation,
             negative_slope,
         )  # fmt: skip
-        if moments is not None and resolve(OP, query, backend).name != "cuda":
-            return forward(
-                input, weight, bias, running_mean, running_var, residual, training, momentum, eps,
-                activation, negative_slope, backend,
-            )  # fmt: skip
         kernel = _bind(key, OP, query, backend)
-    tensors = input, weight, bias, running_mean, running_var, residual
-    if isinstance(kernel, CudaForward):
-        mask = kernel.new_mask(input, residual) if wants_mask else None
-        return *kernel(*tensors, momentum, moments, mask), mask
-    return *kernel(*tensors, momentum), None
+    return kernel
 
 
 def backward(
@@ -108,12 +110,22 @@ def backward(
     eps: float, activation: str, negative_slope: float, pre_activation: str, backend: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Runs the backward pass: gradients of input, weight, bias and residual, or None."""
+    settings = training, eps, activation, negative_slope, pre_activation, backend
+    kernel = backward_kernel(input, weight, bias, *settings)
+    return kernel(grad_output, input, weight, bias, other, mean, invstd, wanted)
+
+
+def backward_kernel(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, eps: float,
+    activation: str, negative_slope: float, pre_activation: str, backend: str,
+) -> Callable[..., tuple[Tensor | None, ...]]:  # fmt: skip
+    """The kernel that `backward` runs."""
     # Who wrote a mask reads it, whatever was chosen since.
     backend = "cuda" if pre_activation == "mask" else chosen(backend)
     param_dtype = _param_dtype(input, weight, bias)
     key = (
-        "backward", input.shape, input.stride(), input.dtype, input.device, param_dtype, training,
-        eps, activation, negative_slope, pre_activation, backend,
+        "backward", tensor_facts(input), param_dtype, training, eps, activation,
+        negative_slope, pre_activation, backend,
     )  # fmt: skip
     kernel = _kernels.get(key)
     if kernel is None:
@@ -121,7 +133,7 @@ def backward(
             input, param_dtype, training, eps, activation, negative_slope, pre_activation
         )
         kernel = _bind(key, f"{OP}_backward", query, backend)
-    return kernel(grad_output, input, weight, bias, other, mean, invstd, wanted)
+    return kernel
 
 
 def backward_query(

@@ -34,6 +34,7 @@ from gdfast.ops.ordinary import (
     are_ordinary,
     batched_gradients,
     run_operation,
+    tensor_facts,
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -269,8 +270,7 @@ def _layer_key(
 ) -> tuple[Any, ...]:
     stride, padding, dilation, groups, _ = arguments
     return (
-        input.shape, input.stride(), input.dtype, input.device, weight.shape, weight.stride(),
-        has_bias,
+        tensor_facts(input, weight), has_bias,
         *stride, *padding, *dilation, groups, tuning.situation(),
     )  # fmt: skip
 

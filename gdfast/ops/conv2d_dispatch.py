@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from gdfast.backends import Conv2dQuery, chosen, tuning
 from gdfast.errors import mismatch
 from gdfast.geometry import Conv2dGeometry, conv2d_is_channels_last, dense_strides
+from gdfast.ops.ordinary import tensor_facts
 
 Strides = tuple[int, ...]
 _ARGUMENTS = "int[] stride, int[] padding, int[] dilation, int groups, str backend"
@@ -46,11 +47,13 @@ KERNELS_LIMIT = 4096
 # own operator does what takes three through us: after a large kernel, with cold caches, each of
 # these costs 50 to 200 us more.
 all_native: dict[tuple[Any, ...], bool] = {}
+# What `ops.conv2d_norm_act` knows of convolutions with the batch normalisations behind them.
+units: dict[tuple[Any, ...], Any] = {}
 
 
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
-    for known in (_kernels, _native, all_native):
+    for known in (_kernels, _native, all_native, units):
         known.clear()
 
 
@@ -83,9 +86,7 @@ def conv2d_key(
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the kernel of a forward pass is kept by."""
     return (
-        input.shape, input.stride(), input.dtype, input.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        tensor_facts(input, weight, bias),
         *stride, *padding, *dilation, groups, backend, tuning.situation(),
     )  # fmt: skip
 
@@ -97,8 +98,7 @@ def conv2d_grad_input_key(
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the kernel of a gradient in the input is kept by."""
     return (
-        "input", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
+        "input", tensor_facts(grad_output, weight),
         *input_size, channels_last, *stride, *padding, *dilation, groups, backend,
         tuning.situation(),
     )  # fmt: skip
@@ -111,8 +111,7 @@ def conv2d_grad_weight_key(
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the kernel of the gradients in the weight and the bias is kept by."""
     return (
-        "weight", grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
-        input.shape, input.stride(), input.dtype, input.device,
+        "weight", tensor_facts(grad_output, input),
         *weight_size, channels_last, *stride, *padding, *dilation, groups, backend,
         tuning.situation(),
     )  # fmt: skip

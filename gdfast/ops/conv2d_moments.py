@@ -63,7 +63,7 @@ def conv2d_moments(
     of its input. They are None where no tile of the cuda backend runs the convolution, and in
     compiled code.
     """
-    if not _may_have_moments(input, weight, bias, backend):
+    if not may_have_moments(input, weight, bias, backend):
         output = conv2d(input, weight, bias, stride, padding, dilation, groups, backend=backend)
         return output, None
     if torch._C._is_any_autocast_enabled():
@@ -80,7 +80,8 @@ def conv2d_moments(
     return results
 
 
-def _may_have_moments(input: Any, weight: Any, bias: Any, backend: str) -> bool:
+def may_have_moments(input: Any, weight: Any, bias: Any, backend: str) -> bool:
+    """Whether `conv2d_moments` runs a convolution in a kernel that may take moments."""
     return (
         native.cuda is not None
         and not torch.compiler.is_compiling()

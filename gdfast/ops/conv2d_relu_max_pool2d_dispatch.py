@@ -26,6 +26,7 @@ from gdfast.geometry import (
 )
 from gdfast.ops.conv2d_dispatch import check_alike, check_bias, library
 from gdfast.ops.max_pool2d_dispatch import bind, known_kernel
+from gdfast.ops.ordinary import tensor_facts
 
 _OP = "conv2d_relu_max_pool2d"
 _ARGUMENTS = (
@@ -51,9 +52,7 @@ def conv2d_relu_max_pool2d(
     """Runs a forward pass; returns the pooled output and its argmax."""
     backend = chosen(backend)
     key = (
-        _OP, input.shape, input.stride(), input.dtype, input.device,
-        weight.shape, weight.stride(), weight.dtype, weight.device,
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        _OP, tensor_facts(input, weight, bias),
         *stride, *padding, *dilation, groups, *pool_size, *pool_stride, backend,
     )  # fmt: skip
     run = known_kernel(key)
@@ -76,9 +75,7 @@ def conv2d_relu_max_pool2d_grad_weight(
     backend = chosen(backend)
     op = f"{_OP}_grad_weight"
     key = (
-        op, grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.device,
-        argmax.shape, argmax.stride(), argmax.dtype, argmax.device,
-        input.shape, input.stride(), input.dtype, input.device,
+        op, tensor_facts(grad_output, argmax, input),
         *weight_size, channels_last, *stride, *padding, *dilation, groups, *pool_size,
         *pool_stride, backend,
     )  # fmt: skip

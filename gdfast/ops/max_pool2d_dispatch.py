@@ -17,6 +17,7 @@ from gdfast.backends.max_pool2d import MaxPool2dQuery, place_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import MaxPool2dGeometry, dense_strides, is_channels_last
 from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.ordinary import tensor_facts
 
 _ARGUMENTS = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
@@ -56,7 +57,7 @@ def max_pool2d(
     """Runs a forward pass on the backend that takes it; see torch.ops.gdfast.max_pool2d."""
     backend = chosen(backend)
     key = (
-        "max_pool2d", input.shape, input.stride(), input.dtype, input.device,
+        "max_pool2d", tensor_facts(input),
         *kernel, *stride, *padding, *dilation, ceil_mode, relu, backend,
     )  # fmt: skip
     run = known_kernel(key)
@@ -75,9 +76,8 @@ def max_pool2d_grad(
     """Runs the gradient in the input on the backend that takes it."""
     backend = chosen(backend)
     key = (
-        "max_pool2d_grad", grad_output.shape, grad_output.stride(), grad_output.dtype,
-        grad_output.device, argmax.shape, argmax.stride(), argmax.dtype, argmax.device, *input_size,
-        channels_last, *kernel, *stride, *padding, *dilation, ceil_mode, backend,
+        "max_pool2d_grad", tensor_facts(grad_output, argmax), *input_size, channels_last, *kernel,
+        *stride, *padding, *dilation, ceil_mode, backend,
     )  # fmt: skip
     run = known_kernel(key)
     if run is None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+from gdfast import native
 
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -28,20 +31,68 @@ def are_ordinary(*tensors: Any) -> bool:
     """
     if _dispatch_modes():
         return False
-    for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor:
-            if _is_wrapped(tensor) or _is_functional(tensor):
-                return False
-        elif tensor is None:
-            continue
-        elif kind is not Parameter:
+    return _native_facts(*tensors) is not None or all(map(_is_ordinary, tensors))
+
+
+def _is_ordinary(tensor: Any) -> bool:
+    if tensor is None:
+        return True
+    kind = type(tensor)
+    if kind is Tensor:
+        if _is_wrapped(tensor) or _is_functional(tensor):
             return False
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            return False
-        if tensor.is_neg() or tensor._is_zerotensor():
-            return False
-    return True
+    elif kind is not Parameter:
+        return False
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
+def tensor_facts(*tensors: Tensor | None) -> Any:
+    """What decides which kernel runs on tensors, as a key: sizes, strides, dtypes and devices."""
+    facts = _native_facts(*tensors)
+    if facts is not None:
+        return facts
+    return tuple(t is not None and (t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def ordinary_facts(*tensors: Any) -> Any:
+    """`tensor_facts` of ordinary tensors (or None), else None."""
+    facts = _native_facts(*tensors)
+    if facts is not None:
+        return facts
+    return tensor_facts(*tensors) if all(map(_is_ordinary, tensors)) else None
+
+
+def _no_facts(*tensors: Any) -> None:
+    """Asks nothing: Python's way is gone then."""
+
+
+def _connect() -> Callable[..., Any]:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native.cpu is None or exchange is None:
+        return _no_facts
+    try:
+        native.cpu.watch_tensors(exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,))
+    except ValueError:  # another version of the interface
+        return _no_facts
+    facts: Callable[..., Any] = native.cpu.tensor_facts
+    return facts
+
+
+# Of ordinary tensors with elements, in a tenth of the time; None for all others.
+_native_facts = _connect()
+
+
+def is_watched() -> bool:
+    """Whether something looks at operations on their way, or transforms them."""
+    return (
+        torch.compiler.is_compiling()
+        or _dispatch_modes() > 0
+        or batched_gradients()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def batched_gradients() -> bool:

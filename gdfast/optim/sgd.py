@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as _optimizer
 from torch.optim.optimizer import ParamsT
 
 from gdfast import ops
@@ -145,13 +146,27 @@ class SGD(torch.optim.SGD):
         """Sets the gradients to None, or to zero."""
         if self.in_backward:
             self._backward.refuse_unfinished()
-        super().zero_grad(set_to_none)
+        if not set_to_none or _is_watched():
+            super().zero_grad(set_to_none)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates all parameters that have a gradient.
 
         `closure` reevaluates the model and returns the loss, which is returned.
         """
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        if hooks or _has_global_hooks() or _is_watched():
+            return _hooked_step(self, closure)
+        return self._step(closure)
+
+    # What torch would put around it takes longer than an update of a small model.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -273,3 +288,16 @@ class SGD(torch.optim.SGD):
                 p.copy_(new)
                 if buffer is not None:
                     state["momentum_buffer"] = buffer
+
+
+_hooked_step = torch.optim.Optimizer.profile_hook_step(SGD._step)
+
+
+def _has_global_hooks() -> bool:
+    """Whether there are hooks for the steps of all optimizers."""
+    return bool(_optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or a compiler looks at what runs."""
+    return torch.compiler.is_compiling() or torch.autograd._profiler_enabled()

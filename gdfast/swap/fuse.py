@@ -19,7 +19,7 @@ from gdfast.swap.match import (
     Group,
     Matcher,
     drop_identities,
-    hand_on_moments,
+    join_convolutions,
     rewrite,
 )
 from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked, uncarry
@@ -163,7 +163,7 @@ def _fuse_parent(
         if "forward" in vars(module) and not carries_fused(module):
             raise Untraceable(f"the forward of {path} was replaced on the instance")
     rewrite(traced.graph, groups)
-    hand_on_moments(traced.graph, modules)
+    join_convolutions(traced.graph, modules)
     install(root, traced, {path: type(modules[path]) in _LAYERS for path in (*bypassed, *inlined)})
     return groups, inlined
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gdfast import ops
 from gdfast.backends.activation import activate
 from gdfast.nn.conv_act import convolve, padded
-from gdfast.nn.norm import normalise
+from gdfast.nn.norm import convolve_for, normalise, run_as_one
 
 
 def norm_act(
@@ -41,6 +41,23 @@ def norm_act(
     output = normalise(norm, input, None, "none", slope, moments)
     output = output.add_(residual) if in_place else output + residual
     return activate(output, activation, slope)
+
+
+def conv_norm_act(
+    conv: Any,
+    norm: Any,
+    input: Tensor,
+    residual: Any = None,
+    activation: str = "none",
+    slope: Any = None,
+    in_place: bool = False,
+) -> Tensor:
+    """activation(norm(conv(input)) + residual); arguments as in `norm_act`, any module as conv."""
+    output = run_as_one(norm, conv, input, residual, activation, _number(slope))
+    if output is not None:
+        return output
+    between, moments = convolve_for(norm, conv, input)
+    return norm_act(norm, between, residual, activation, slope, in_place, moments)
 
 
 def conv_act(

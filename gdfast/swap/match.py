@@ -294,8 +294,11 @@ class Matcher:
         return _is_in_place(node)
 
 
-def hand_on_moments(graph: Graph, modules: Modules) -> None:
-    """Lets the convolution in front of a fused norm give it the moments of what it computes."""
+def join_convolutions(graph: Graph, modules: Modules) -> None:
+    """Joins fused norms with the convolution in front of them.
+
+    Where anything else runs between the two, it only gives the norm the moments of its output.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target is not layers.norm_act:
             continue
@@ -308,11 +311,25 @@ def hand_on_moments(graph: Graph, modules: Modules) -> None:
         ):  # fmt: skip
             continue
         with graph.inserting_before(convolution):
-            parts = (graph.create_node("get_attr", n.target) for n in (norm, convolution))
-            both = graph.call_function(convolve_for, (*parts, input))
-            output, moments = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
-        node.args = norm, output, *rest, moments
+            paths = convolution.target, norm.target
+            conv, own_norm = (graph.create_node("get_attr", str(path)) for path in paths)
+            if _follows(node, convolution):
+                node.target, node.args = layers.conv_norm_act, (conv, own_norm, input, *rest)
+            else:
+                both = graph.call_function(convolve_for, (own_norm, conv, input))
+                output, moments = (
+                    graph.call_function(operator.getitem, (both, i)) for i in range(2)
+                )
+                node.args = norm, output, *rest, moments
         graph.erase_node(convolution)
+
+
+def _follows(node: Node, other: Node) -> bool:
+    """Whether nothing is computed between a node and another one before it."""
+    between = node.prev
+    while between.op == "get_attr":
+        between = between.prev
+    return between is other
 
 
 def drop_identities(graph: Graph, modules: Modules) -> list[str]:

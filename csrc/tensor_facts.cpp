@@ -1,0 +1,166 @@
+// Asks tensors by the C interface of DLPack 1.2, which needs nothing of torch to compile: a call by
+// Python's own methods takes a tenth of a microsecond for each fact.
+#include "tensor_facts.h"
+
+#include <cstdint>
+#include <cstring>
+
+namespace gdfast {
+namespace {
+
+// https://dmlc.github.io/dlpack/latest/c_api.html: structures and their meaning.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchangeApi {
+  uint32_t major, minor;
+  void* previous;
+  void (*allocate)();
+  void (*from_object)();
+  void (*to_object)();
+  int (*look_into)(void* object, DLTensor* tensor);  // null where it is not provided
+  void (*current_stream)();
+};
+constexpr uint32_t kMajor = 1;
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInteger = 0;
+constexpr int kMostTensors = 16, kMostDimensions = 4, kMostTypes = 4, kMostOddities = 4;
+
+const DLPackExchangeApi* api = nullptr;
+PyObject* types[kMostTypes];
+PyObject* oddities[kMostOddities];
+Py_ssize_t number_of_types = 0, number_of_oddities = 0;
+
+// Copies a tuple's items, which then live as long as the process.
+bool keep(PyObject* tuple, PyObject** items, Py_ssize_t most, Py_ssize_t* number) {
+  const Py_ssize_t count = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : most + 1;
+  if (count > most) {
+    PyErr_SetString(PyExc_ValueError, "watch_tensors: types, oddities: expected short tuples");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(items[i] = PyTuple_GET_ITEM(tuple, i));
+  *number = count;
+  return true;
+}
+
+PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "watch_tensors: expected exchange, types, oddities");
+    return nullptr;
+  }
+  const auto* exchange = static_cast<const DLPackExchangeApi*>(
+      PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
+  if (exchange == nullptr) return nullptr;
+  if (exchange->major != kMajor || exchange->look_into == nullptr) {
+    PyErr_SetString(PyExc_ValueError, "watch_tensors: exchange: expected DLPack 1, with non-owning "
+                                      "access to tensors");
+    return nullptr;
+  }
+  if (!keep(arguments[1], types, kMostTypes, &number_of_types) ||
+      !keep(arguments[2], oddities, kMostOddities, &number_of_oddities)) {
+    return nullptr;
+  }
+  api = exchange;
+  Py_RETURN_NONE;
+}
+
+bool is_watched(PyObject* object) {
+  for (Py_ssize_t i = 0; i < number_of_types; ++i) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == types[i]) return true;
+  }
+  return false;
+}
+
+// 1 for a tensor that one of the functions is true of, 0 for others, -1 with an exception.
+int is_odd(PyObject* tensor) {
+  for (Py_ssize_t i = 0; i < number_of_oddities; ++i) {
+    PyObject* const answer = PyObject_Vectorcall(oddities[i], &tensor, 1, nullptr);
+    if (answer == nullptr) return -1;
+    const int odd = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (odd != 0) return odd;
+  }
+  return 0;
+}
+
+PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  struct Head {
+    int16_t ndim;  // -1 for None
+    int16_t device_type;
+    int32_t device_id;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int32_t unused;
+  };
+  char facts[kMostTensors * (sizeof(Head) + 2 * kMostDimensions * sizeof(int64_t))];
+  if (api == nullptr || count > kMostTensors) Py_RETURN_NONE;
+  char* end = facts;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Head head{-1, 0, 0, 0, 0, 0, 0};
+    if (tensors[i] == Py_None) {
+      std::memcpy(end, &head, sizeof head);
+      end += sizeof head;
+      continue;
+    }
+    if (!is_watched(tensors[i])) Py_RETURN_NONE;
+    DLTensor tensor;
+    // Fails for what has no memory: sparse tensors, wrappers, those on the meta device.
+    if (api->look_into(tensors[i], &tensor) != 0) {
+      PyErr_Clear();
+      Py_RETURN_NONE;
+    }
+    // Zero tensors and those without elements.
+    if (tensor.data == nullptr || tensor.ndim > kMostDimensions) Py_RETURN_NONE;
+    const int odd = is_odd(tensors[i]);
+    if (odd < 0) return nullptr;
+    if (odd) Py_RETURN_NONE;
+    head.ndim = static_cast<int16_t>(tensor.ndim);
+    head.device_type = static_cast<int16_t>(tensor.device_type);
+    head.device_id = tensor.device_id;
+    head.code = tensor.code;
+    head.bits = tensor.bits;
+    head.lanes = tensor.lanes;
+    std::memcpy(end, &head, sizeof head);
+    end += sizeof head;
+    const size_t bytes = tensor.ndim * sizeof(int64_t);
+    std::memcpy(end, tensor.shape, bytes);
+    std::memcpy(end + bytes, tensor.strides, bytes);
+    end += 2 * bytes;
+  }
+  return PyBytes_FromStringAndSize(facts, end - facts);
+}
+
+// A counter that torch adds one to costs as much as a small layer.
+PyObject* add_one(PyObject*, PyObject* counter) {
+  DLTensor tensor;
+  if (api == nullptr || !is_watched(counter)) Py_RETURN_FALSE;
+  if (api->look_into(counter, &tensor) != 0) {
+    PyErr_Clear();
+    Py_RETURN_FALSE;
+  }
+  const bool is_number = tensor.code == kInteger && tensor.bits == 64 && tensor.ndim == 0;
+  if (tensor.device_type != kCpu || !is_number || tensor.data == nullptr) Py_RETURN_FALSE;
+  ++*static_cast<int64_t*>(tensor.data);
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"watch_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch_tensors)),
+     METH_FASTCALL, "What tensor_facts goes by: an exchange API, types, functions."},
+    {"tensor_facts", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_facts)),
+     METH_FASTCALL, "What decides which kernel runs on tensors, as bytes, or None."},
+    {"add_one", add_one, METH_O, "Adds 1 to an int64 without axes on the CPU; False for others."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_tensor_facts(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
+
+}  // namespace gdfast

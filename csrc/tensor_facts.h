@@ -1,0 +1,19 @@
+// What decides which kernel runs on some tensors, as bytes to look it up by.
+#pragma once
+
+#include <Python.h>
+
+namespace gdfast {
+
+// Adds to a module
+//   watch_tensors(exchange, types, oddities)   what `tensor_facts` goes by: the capsule
+//       __dlpack_c_exchange_api__ of a class of tensors, the types that are looked into, and
+//       functions, each of which is true of tensors that are not
+//   tensor_facts(*tensors)                     sizes, strides, dtypes and devices of tensors (or
+//       None) as bytes; None where one of them is another object or has no memory of its own
+//   add_one(tensor)                            adds 1 to an int64 on the CPU; False for others,
+//       which stay as they are
+// False with a Python exception set where that fails.
+bool add_tensor_facts(PyObject* module);
+
+}  // namespace gdfast

@@ -1,0 +1,271 @@
+"""A convolution and the batch normalisation behind it as one node of autograd's graph.
+
+They are `conv2d` (or `conv2d_moments`) and `batch_norm_act`, and their kernels run as those would
+run them. But what stands before the kernels, in Python, takes as long as they do where images are
+small or the GPU is fast: here it is gone through once for both, and looked up in later calls. Only
+what both operations have run before is known, so that checks, errors and choices are theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from gdfast.backends import chosen, tuning
+from gdfast.backends.batch_norm import CudaForward
+from gdfast.backends.cuda_conv2d import Kernel
+from gdfast.backends.registry import AUTO, REFERENCE
+from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
+from gdfast.ops.batch_norm import norm_gradients
+from gdfast.ops.batch_norm_dispatch import pre_activation
+from gdfast.ops.conv2d import _layer_key, autocast, conv_gradients, note_sizes, settings
+from gdfast.ops.conv2d_moments import OP as MOMENTS
+from gdfast.ops.conv2d_moments import may_have_moments
+from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
+
+# input, weight and bias of the convolution; weight, bias, running mean and running variance of the
+# norm; residual
+Tensors = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+    Tensor | None,
+]  # fmt: skip
+
+
+class Unit:
+    """A convolution and a norm on tensors of certain sizes: their kernels.
+
+    Those of the norm, and of the backward pass, are found when they first run.
+    """
+
+    def __init__(
+        self, conv: Any, arguments: tuple[Any, ...], norm: tuple[Any, ...], situation: Any
+    ) -> None:
+        self.arguments, self.norm, self.situation = arguments, norm, situation
+        self._has_moments = isinstance(conv, Kernel)
+        self._conv = conv.with_moments if self._has_moments else conv
+        self._norm: Any = None
+        self._backward: dict[str, tuple[Any, Any, Any]] = {}  # by pre_activation
+
+    def __call__(self, tensors: Tensors, momentum: float) -> Tensor:
+        """activation(norm(conv(input)) + residual), with the running statistics updated."""
+        if torch.is_grad_enabled():
+            output: Tensor = _apply_to_ordinary(*tensors, self, momentum)
+            return output
+        return self.forward(tensors, momentum, False)[0]
+
+    def forward(
+        self, tensors: Tensors, momentum: float, wants_mask: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Gives output, the convolution's output, mean, invstd, and the mask if there is one."""
+        input, weight, bias, *params, residual = tensors
+        moments = mask = None
+        if self._has_moments:
+            between, moments = self._conv(input, weight, bias)
+        else:
+            between = self._conv(input, weight, bias)
+        norm = self._norm
+        if norm is None:
+            norm = self._norm = batch_norm_dispatch.forward_kernel(
+                between, *params, residual, *self.norm, self.arguments[-1], moments is not None
+            )
+        if isinstance(norm, CudaForward):
+            if wants_mask:
+                mask = norm.new_mask(between, residual)
+            results = norm(between, *params, residual, momentum, moments, mask)
+        else:
+            results = norm(between, *params, residual, momentum)
+        output, mean, invstd = results
+        return output, between, mean, invstd, mask
+
+    def gradients(
+        self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
+        source = ctx.source
+        kernels = self._backward.get(source)
+        is_known = kernels is not None and self.situation == _situation(self.arguments[-1])
+        if not is_known or in_backward.targets or torch.is_grad_enabled() or is_watched():
+            return self._learn_gradients(ctx, grad_output, saved)
+        if ordinary_facts(grad_output) is None:
+            return self._learn_gradients(ctx, grad_output, saved)
+        input, weight, between, norm_weight, norm_bias, other, mean, invstd = saved
+        need_input, _, need_bias, need_norm_weight, need_norm_bias, _, _, need_residual, *_ = (
+            ctx.needs_input_grad
+        )
+        norm, conv_input, conv_weight = kernels  # type: ignore[misc]
+        grad, *of_norm = norm(
+            grad_output, between, norm_weight, norm_bias, other, mean, invstd,
+            (True, need_norm_weight, need_norm_bias, need_residual),
+        )  # fmt: skip
+        grad_input = conv_input(grad, weight) if need_input else None
+        grad_weight, grad_bias = conv_weight(grad, input, need_bias)
+        return grad_input, grad_weight, grad_bias, *of_norm
+
+    def _learn_gradients(
+        self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The same by the operations, and what kernels they run."""
+        input, weight, between, *of_norm = saved
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            between = _Known.apply(input, ctx.weight, ctx.bias, between, self)
+        ctx.arguments = list(self.arguments)
+        note_sizes(ctx, input, ctx.weight)
+        settings = *self.norm, ctx.source, self.arguments[-1]
+        wanted = True, needs[3], needs[4], needs[7]
+        grad, *rest = norm_gradients(grad_output, between, *of_norm, wanted, settings=settings)
+        gradients = conv_gradients(ctx, grad, input, weight)
+        if ordinary_facts(grad_output, grad, input) is not None and not torch.is_grad_enabled():
+            self._find_kernels(ctx, grad, input, weight, between, of_norm, settings)
+        return *gradients, *rest
+
+    def _find_kernels(
+        self, ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, between: Tensor,
+        of_norm: list[Any], settings: tuple[Any, ...],
+    ) -> None:  # fmt: skip
+        if self.situation != _situation(self.arguments[-1]):
+            return
+        known, dispatch = conv2d_dispatch.known_kernel, conv2d_dispatch
+        norm_weight, norm_bias, *_ = of_norm
+        needs, conv_input = ctx.needs_input_grad, None
+        if needs[0]:
+            conv_input = known(
+                dispatch.conv2d_grad_input_key(
+                    grad, weight, ctx.input_size, ctx.input_channels_last, *_chosen(ctx.arguments)
+                )
+            )
+        conv_weight = known(
+            dispatch.conv2d_grad_weight_key(
+                grad, input, ctx.weight_size, ctx.weight_channels_last, needs[2],
+                *_chosen(ctx.arguments),
+            )
+        )  # fmt: skip
+        norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
+        if conv_weight is not None and (conv_input is not None or not needs[0]):
+            self._backward[ctx.source] = norm, conv_input, conv_weight
+
+
+def unit(
+    tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...], takes_moments: bool
+) -> tuple[Unit, Tensors] | None:
+    """What runs a convolution with the norm behind it, and the tensors to call it with; or None,
+    where the two operations do.
+
+    `geometry` is stride, padding, dilation and groups, `norm` training, eps, activation and
+    negative_slope; `takes_moments` tells whether `conv2d_moments` is the convolution.
+    """
+    input, weight, bias, *rest = tensors
+    if is_watched() or has_torch_function_variadic(*tensors):
+        return None
+    if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
+        input, weight, bias = autocast(input, weight, bias)
+        tensors = input, weight, bias, *rest  # type: ignore[assignment]
+    facts = ordinary_facts(*tensors)
+    if facts is None:
+        return None
+    grads = None
+    if torch.is_grad_enabled():
+        if not weight.requires_grad:
+            return None  # what its gradients need might not be kept
+        grads = input.requires_grad, bias is not None and bias.requires_grad
+    backend = chosen()
+    key = facts, *geometry, *norm, takes_moments, grads, backend, tuning.situation()
+    found = conv2d_dispatch.units.get(key)
+    if found is None:
+        found = _find(key, tensors, geometry, norm, takes_moments, backend)
+    return (found, tensors) if found else None
+
+
+def _find(
+    key: tuple[Any, ...], tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...],
+    takes_moments: bool, backend: str,
+) -> Unit | None:  # fmt: skip
+    input, weight, bias, *_, residual = tensors
+    if input.dim() != 4 or 0 in input.shape or backend == REFERENCE:
+        return None
+    arguments = *settings("conv2d", weight, *geometry), backend
+    query = conv2d_dispatch.conv2d_query("conv2d", input, weight, bias, *arguments[:-1])
+    size = query.geometry.output_size
+    if residual is not None and (residual.shape != size or residual.dtype != input.dtype):
+        return None
+    conv_key = conv2d_dispatch.conv2d_key(input, weight, bias, *arguments)
+    if takes_moments and may_have_moments(input, weight, bias, AUTO):
+        conv_key = MOMENTS, *conv_key
+    elif torch.is_grad_enabled() and input.requires_grad and backend == AUTO:
+        layer = _layer_key(input, weight, bias is not None, arguments)
+        # Before its first backward pass nobody knows whether native's own operator is better.
+        if conv2d_dispatch.all_native.get(layer) is not False:
+            return None
+    conv = conv2d_dispatch.known_kernel(conv_key)
+    if conv is None:
+        return None  # not run yet, or in a recording
+    units = conv2d_dispatch.units
+    if len(units) >= conv2d_dispatch.KERNELS_LIMIT:
+        units.clear()
+    found = units[key] = Unit(conv, arguments, norm, _situation(backend))
+    return found
+
+
+def _situation(backend: str) -> tuple[str, int]:
+    return chosen(backend), tuning.situation()
+
+
+def _chosen(arguments: list[Any]) -> tuple[Any, ...]:
+    return *arguments[:-1], chosen(arguments[-1])
+
+
+class _UnitFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, unit, momentum = inputs
+        input, weight, bias, norm_weight, norm_bias, _, _, residual = tensors
+        _, _, activation, slope = unit.norm
+        source = pre_activation(activation, slope, residual)
+        output, between, mean, invstd, mask = unit.forward(tensors, momentum, source == "output")
+        if mask is not None:
+            source, other = "mask", mask
+        elif source == "input":
+            other = None
+        else:
+            other = residual if source == "residual" else output
+        ctx.unit, ctx.source = unit, source
+        ctx.weight, ctx.bias = weight, bias  # for graphs of gradients
+        # As the two operations save them, in that order: checkpointing compares.
+        ctx.save_for_backward(
+            input, weight if ctx.needs_input_grad[0] else None,
+            between, norm_weight, norm_bias, other, mean, invstd,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 10
+        saved = ctx.saved_tensors  # once: checkpointing allows no second time
+        *gradients, residual = ctx.unit.gradients(ctx, grad_output, saved)
+        return *gradients, None, None, residual, None, None
+
+
+class _Known(torch.autograd.Function):
+    """A convolution's output, given beside its operands, for a graph of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input, weight, _, output, unit = inputs
+        need_input, need_weight, _ = ctx.needs_input_grad[:3]
+        ctx.arguments = list(unit.arguments)
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        note_sizes(ctx, input, weight)
+        detached: Tensor = output.detach()
+        return detached
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *conv_gradients(ctx, grad_output, *ctx.saved_tensors), None, None
+
+
+_apply_to_ordinary = apply_to_ordinary(_UnitFunction)
