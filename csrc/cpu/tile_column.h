@@ -1,6 +1,6 @@
 // A column of tiles: the rows of a block times one panel, in one call.
 //
-//   out[i][column + j] (+)= start[j] + sum over x of rows[i][x] * panel[x * width + j]
+//   out[i][column + j] (+)= start[j] + sum over x of rows[i][x * row_step] * panel[x * width + j]
 //
 // and the activation of that. It is what multiply_tile does, for the simplest of its cases: where
 // sums are of 64 or 128 products, setting it up for every tile takes a tenth of the time.
@@ -14,9 +14,10 @@ namespace {
 template <typename T>
 struct ColumnArgs {
   const T* const* rows;   // [tiles][kTileRows]
-  const T* const* ahead;  // [tiles][kTileRows], what to fetch into L1 meanwhile; or null
+  const T* const* ahead;  // [tiles][kTileRows], what to fetch meanwhile as rows are read; or null
   T* const* out;          // [tiles][kTileRows]
   int64_t column;         // of out, where the panel's sums begin
+  int64_t row_step = 1;
   int64_t tiles, length;
   const T* panel;
   const T* start;  // [width], or null to add to what out holds
@@ -26,8 +27,8 @@ struct ColumnArgs {
 template <typename T, int kVectors>
 void multiply_column(const ColumnArgs<T>& args) {
   constexpr int kWidth = kLanes<T>;
-  constexpr int64_t kStretch = 64 / sizeof(T);  // a cache line of a row
-  const int64_t length = args.length, column = args.column;
+  constexpr int64_t kStretch = 64 / sizeof(T);  // steps, for a cache line of a row
+  const int64_t length = args.length, row_step = args.row_step, column = args.column;
   for (int64_t first = 0; first < args.tiles * kTileRows; first += kTileRows) {
     const T* const* ahead = args.ahead == nullptr ? nullptr : args.ahead + first;
     T* const* out = args.out + first;
@@ -36,30 +37,35 @@ void multiply_column(const ColumnArgs<T>& args) {
     for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[first + i];
     const T* panel = args.panel;
     Vec<T> sum[kTileRows][kVectors] = {};
-    const auto step = [&](int64_t x) __attribute__((always_inline)) {
+    int64_t at = 0;
+    const auto step = [&]() __attribute__((always_inline)) {
       Vec<T> line[kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
 #pragma GCC unroll 6
       for (int i = 0; i < kTileRows; ++i) {
-        Vec<T> value = broadcast(row[i][x]);
+        Vec<T> value = broadcast(row[i][at]);
         keep_in_register<T>(value);  // see multiply_tile
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
       }
+      at += row_step;
       panel += kVectors * kWidth;
     };
     for (int64_t x = 0; x < length;) {
       if (ahead != nullptr) {
 #pragma GCC unroll 6
-        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + x);
+        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + at);
       }
       const int64_t end = min_of(x + kStretch, length);
       for (; x + 2 <= end; x += 2) {
-        step(x);
-        step(x + 1);
+        step();
+        step();
       }
-      if (x < end) step(x++);
+      if (x < end) {
+        step();
+        ++x;
+      }
     }
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) {
