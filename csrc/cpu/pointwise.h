@@ -32,6 +32,8 @@ class Pointwise {
   static constexpr int64_t kBlockBytes = 128 * 1024;
   // Tiles of a block: enough for a panel's part to be used often, once L1 has it.
   static constexpr int64_t kLeastTiles = 16, kMostTiles = 64;
+  // Panels packed together, so that half a kilobyte is read in a row.
+  static constexpr int64_t kPanelsAtOnce = 512 / (kMaxVectors * kVectorBytes);
   // Pixels whose lines lie further apart, in bytes, are copied.
   static constexpr int64_t kMostStep = 1024;
 
@@ -45,7 +47,8 @@ class Pointwise {
         dest_(dest),
         threads_(threads),
         vectors_(ceil_div(conv.produced, kLanes<T>)),
-        panels_(ceil_div(vectors_, kMaxVectors)),
+        panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
+        panels_(ceil_div(vectors_, panel_vectors_)),
         parts_(ceil_div(conv.reduced, kDepth)),
         depth_(ceil_div(conv.reduced, parts_)),
         tiles_(ceil_div(conv.pixels(), kTileRows)) {
@@ -70,7 +73,11 @@ class Pointwise {
           starts_ = carver.template take<T>(vectors_ * kLanes<T>);
         },
         [&](Carver& carver) { carve(carver); });
-    parallel_for(panels_, threads_, [&](int64_t panel, int) { pack(panel); });
+    const int64_t packs = ceil_div(panels_, kPanelsAtOnce);
+    parallel_for(packs, threads_, [&](int64_t index, int) {
+      const int64_t first = index * kPanelsAtOnce;
+      pack(first, min_of(first + kPanelsAtOnce, panels_));
+    });
     parallel_for(blocks_ * panel_groups_, threads_, [&](int64_t index, int thread) {
       Carver carver = scratch.of(thread);
       block(index / panel_groups_, index % panel_groups_, carve(carver));
@@ -100,18 +107,42 @@ class Pointwise {
     return own;
   }
 
-  // Panels are as equal in width as whole vectors allow.
-  int64_t first_vector(int64_t panel) const { return vectors_ * panel / panels_; }
-  int64_t first_channel(int64_t panel) const { return first_vector(panel) * kLanes<T>; }
-  int64_t vectors(int64_t panel) const { return first_vector(panel + 1) - first_vector(panel); }
+  // All panels but the last have one width.
+  int64_t first_channel(int64_t panel) const {
+    return min_of(panel * panel_vectors_, vectors_) * kLanes<T>;
+  }
+  int64_t vectors(int64_t panel) const {
+    return min_of(panel_vectors_, vectors_ - panel * panel_vectors_);
+  }
   T* packed(int64_t panel) const { return packed_ + first_channel(panel) * conv_.reduced; }
   bool ends_whole() const { return conv_.produced % kLanes<T> == 0; }
 
-  void pack(int64_t panel) {
-    const int64_t first = first_channel(panel), width = vectors(panel) * kLanes<T>;
-    pack_weight_panel(conv_, weight_, first, width, packed(panel));
-    for (int64_t o = first; o < first + width; ++o) {
+  void pack(int64_t panel, int64_t end) {
+    const int64_t first = first_channel(panel), channels = first_channel(end) - first;
+    for (int64_t o = first; o < first + channels; ++o) {
       starts_[o] = bias_ != nullptr && o < conv_.produced ? bias_[o] : T(0);
+    }
+    if (conv_.weight_produced == 1 && first + channels <= conv_.produced) {
+      copy_panels(panel, end);
+      return;
+    }
+    for (; panel < end; ++panel) {
+      pack_weight_panel(conv_, weight_, first_channel(panel), vectors(panel) * kLanes<T>,
+                        packed(panel));
+    }
+  }
+
+  // Of weights whose output channels lie side by side, as in grad_input.
+  void copy_panels(int64_t panel0, int64_t end) {
+    const T* line = weight_ + conv_.taps[0].weight + first_channel(panel0);
+    for (int64_t c = 0; c < conv_.reduced; ++c, line += conv_.weight_reduced) {
+      const T* from = line;
+      for (int64_t panel = panel0; panel < end; ++panel) {
+        const int64_t width = vectors(panel) * kLanes<T>;
+        T* to = packed(panel) + c * width;
+        for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to + j, load(from + j));
+        from += width;
+      }
     }
   }
 
@@ -203,7 +234,7 @@ class Pointwise {
   const T* bias_;
   T* dest_;
   int threads_;
-  int64_t vectors_, panels_;
+  int64_t vectors_, panel_vectors_, panels_;
   int64_t parts_, depth_;  // of the channels
   int64_t tiles_, blocks_, panel_groups_, most_pixels_;
   bool copied_;

@@ -47,7 +47,7 @@ void multiply_column(const ColumnArgs<T>& args) {
         Vec<T> value = broadcast(row[i][at]);
         keep_in_register<T>(value);  // see multiply_tile
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+        for (int j = 0; j < kVectors; ++j) add_product<T>(sum[i][j], value, line[j]);
       }
       at += row_step;
       panel += kVectors * kWidth;
