@@ -87,19 +87,6 @@ GDFAST_INLINE void keep_in_register(Vec<T>& value) {
 #endif
 }
 
-// sum += a * b, in place. Left to itself the compiler may write the sum to where a or b was: with
-// all registers in use it then moves them about, or spills some.
-template <typename T>
-GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
-#if defined(__FMA__) && !defined(GDFAST_EMULATE_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return;
-  }
-#endif
-  sum += a * b;
-}
-
 // Transposes a square of kLanes x kLanes values held in kLanes vectors: log2(kLanes) rounds, each
 // of which interleaves the upper half of the rows with the lower half.
 template <typename T>

@@ -6,10 +6,24 @@
 // sums are of 64 or 128 products, setting it up for every tile takes a tenth of the time.
 #pragma once
 
+#include "pack.h"
 #include "tile.h"
 
 namespace gdfast::cpu {
 namespace {
+
+// sum += a * b, in place. Left to itself the compiler may write the sum to where a or b was: with
+// all registers in use it then moves them about, or spills some.
+template <typename T>
+GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__) && !defined(GDFAST_EMULATE_AVX512)
+  if constexpr (kSame<T, float>) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return;
+  }
+#endif
+  sum += a * b;
+}
 
 template <typename T>
 struct ColumnArgs {
