@@ -376,8 +376,8 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
         }
       }
       if constexpr (kSame<T, float>) {
-        if (grad_bias == nullptr && is_pointwise_grad_weight(p)) {
-          PointwiseGradWeight(p, grad_output, input, grad_weight, threads).run();
+        if (is_pointwise_grad_weight(p)) {
+          PointwiseGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
           return;
         }
       }

@@ -34,12 +34,14 @@ class PointwiseGradWeight {
   static constexpr int64_t kPanelsAtOnce = 8;  // in copying, so that 512 bytes are read in a row
 
  public:
+  // grad_bias may be null.
   PointwiseGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
-                      int threads)
+                      T* grad_bias, int threads)
       : p_(p),
         grad_output_(grad_output),
         input_(input),
         grad_weight_(grad_weight),
+        grad_bias_(grad_bias),
         threads_(threads),
         pixels_(p.N * p.P * p.Q),
         tiles_(ceil_div(p.K, kTileRows)),
@@ -68,6 +70,7 @@ class PointwiseGradWeight {
         threads_,
         [&](Carver& carver) {
           sums_ = carver.template take<T>(in_place_ ? 0 : shares_ * p_.K * width_);
+          bias_sums_ = carver.template take<T>(shares_ * p_.K);
           zeros_ = carver.template take<T>(kPanelWidth<T>);
         },
         [&](Carver& carver) { carve(carver); });
@@ -76,6 +79,7 @@ class PointwiseGradWeight {
       Carver carver = scratch.of(thread);
       task(index / shares_, index % shares_, carve(carver));
     });
+    if (grad_bias_ != nullptr) write_bias();
     if (in_place_) return;
     const int64_t pieces = min_of(p_.K, 8 * threads_);
     parallel_for(pieces, threads_, [&](int64_t index, int) {
@@ -135,6 +139,10 @@ class PointwiseGradWeight {
       for (int64_t tile = tile0; tile < tile_end; tile += block_tiles_) {
         args.tiles = min_of(block_tiles_, tile_end - tile);
         pack_rows(tile, args.tiles, pixels, own);
+        if (grad_bias_ != nullptr) {
+          const int64_t k_end = min_of((tile + args.tiles) * kTileRows, p_.K);
+          add_bias(tile * kTileRows, k_end, pixels, first == begin, bias_sums_ + share * p_.K, own);
+        }
         point_out(tile, args.tiles, share, own);
         for (int64_t panel = 0; panel < panels_; ++panel) {
           args.ahead = fetch(ahead, pixels, args.tiles, own);
@@ -262,6 +270,49 @@ class PointwiseGradWeight {
     }
   }
 
+  // sums[k] += the chunk's grad_output, or =, where nothing came before.
+  void add_bias(int64_t k, int64_t end, int64_t pixels, bool starts, T* sums,
+                const Own& own) const {
+    for (; k + kLanes<T> <= end; k += kLanes<T>) {
+      const Vec<T> sum = sum_of_lines<Vec<T>>(k, pixels, own);
+      store<T>(sums + k, starts ? sum : load(sums + k) + sum);
+    }
+    for (; k < end; ++k) {
+      const T sum = sum_of_lines<T>(k, pixels, own);
+      sums[k] = starts ? sum : sums[k] + sum;
+    }
+  }
+
+  // Of numbers, or of vectors of them. One sum would wait for itself at every pixel, and its error
+  // would grow with each: several run side by side and are added up in pairs.
+  template <typename V>
+  V sum_of_lines(int64_t k, int64_t pixels, const Own& own) const {
+    constexpr int kParts = 8;
+    V part[kParts] = {};
+    const auto add = [&](int i, int64_t x) {
+      V value;
+      std::memcpy(&value, own.grad_output[x] + k, sizeof value);
+      part[i] += value;
+    };
+    int64_t x = 0;
+    for (; x + kParts <= pixels; x += kParts) {
+      for (int i = 0; i < kParts; ++i) add(i, x + i);
+    }
+    for (int i = 0; x < pixels; ++i, ++x) add(i, x);
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    }
+    return part[0];
+  }
+
+  void write_bias() const {
+    for (int64_t k = 0; k < p_.K; ++k) {
+      T sum = bias_sums_[k];
+      for (int64_t share = 1; share < shares_; ++share) sum += bias_sums_[share * p_.K + k];
+      grad_bias_[k] = sum;
+    }
+  }
+
   // Adds up the shares of rows [k, end).
   void write(int64_t k, int64_t end) const {
     for (; k < end; ++k) {
@@ -278,11 +329,13 @@ class PointwiseGradWeight {
   const T* grad_output_;
   const T* input_;
   T* grad_weight_;
+  T* grad_bias_;
   int threads_;
   int64_t pixels_, tiles_, vectors_, panel_vectors_, panels_, width_;
   int64_t shares_, ranges_, chunk_, block_tiles_;
   bool in_place_;
   T* sums_;
+  T* bias_sums_;
   T* zeros_;
 };
 
