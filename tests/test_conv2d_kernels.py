@@ -196,6 +196,8 @@ def test_three_passes(case: Conv2dCase, dtype: torch.dtype, layout: str, isa: st
 BLOCKS = (
     Conv2dCase("blocks-3x3", 3, 70, 14, 17, 132, 3, 3, padding=(1, 1)),
     Conv2dCase("blocks-1x1", 5, 300, 7, 9, 260, 1, 1),
+    Conv2dCase("blocks-1x1-pixels", 4, 24, 19, 17, 40, 1, 1),
+    Conv2dCase("blocks-1x1-stride-2", 3, 530, 21, 17, 47, 1, 1, stride=(2, 1)),
     Conv2dCase("blocks-stem", 2, 3, 37, 71, 64, 7, 7, stride=(2, 2), padding=(3, 3)),
     # Few channels: the taps of a line are read as one, and windows hang over every edge.
     Conv2dCase("blocks-lines", 2, 3, 9, 11, 32, 3, 5, stride=(1, 2), padding=(2, 4)),

@@ -15,6 +15,7 @@
 #include "few_grad_weight.h"
 #include "kernels.h"
 #include "pack.h"
+#include "pointwise_grad_weight.h"
 #include "tile.h"
 #include "weight_rows.h"
 #include "winograd_grad_weight.h"
@@ -371,6 +372,12 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
         FewGradWeight<T> few(p, conv, grad_output, input, grad_weight, grad_bias, threads);
         if (few.fits()) {
           few.run();
+          return;
+        }
+      }
+      if constexpr (kSame<T, float>) {
+        if (is_pointwise_grad_weight(p)) {
+          PointwiseGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
           return;
         }
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "depthwise.h"
+#include "pointwise.h"
 #include "tap_conv_channels.h"
 #include "tap_conv_few.h"
 #include "tap_conv_pixels.h"
@@ -39,6 +40,12 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
     PlaneTiles<T> planes(conv, source, weight, bias, dest, threads);
     if (planes.image_bytes() <= kMostPlaneBytes) {
       planes.run();
+      return;
+    }
+  }
+  if constexpr (kSame<T, float>) {
+    if (is_pointwise(conv) && channels_fill_lanes) {
+      Pointwise(conv, source, weight, bias, dest, threads).run();
       return;
     }
   }

@@ -1,0 +1,246 @@
+// 1x1 convolutions of float32 whose channels lie side by side on both sides: a matrix product.
+//
+//   dest[pixel, o] = activation(start[o] + sum over c of source[pixel, c] * weight[o, c])
+//
+// The weights are packed once per call into panels of up to kPanelWidth output channels. A task
+// takes a block of pixels and walks the channels in parts, short enough for the panel's part to
+// stay in L1 while all of the block's pixels pass by; those stay in L2. The first panel to need a
+// part of the pixels fetches them, tile by tile, while it multiplies the tile before. Pixels that
+// lie far apart would meet in few sets of the caches: they are copied side by side on the way.
+#pragma once
+
+#include "pack.h"
+#include "tap_conv.h"
+#include "tap_conv_pixels.h"
+#include "tile_column.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// Whether a TapConv of float32 is one of these.
+inline bool is_pointwise(const TapConv& conv) {
+  return conv.tap_count == 1 && conv.groups == 1 && conv.source.c == 1 && conv.dest.c == 1 &&
+         conv.taps[0].dh == 0 && conv.taps[0].dw == 0 &&
+         (conv.height - 1) * conv.step_h < conv.source_height &&
+         (conv.width - 1) * conv.step_w < conv.source_width;
+}
+
+class Pointwise {
+  using T = float;
+  // Bytes of pixels in a block's part: a quarter of the smallest L2 in question, 512 KB, which
+  // holds what they were copied from and their sums too.
+  static constexpr int64_t kBlockBytes = 128 * 1024;
+  // Tiles of a block: enough for a panel's part to be used often, once L1 has it.
+  static constexpr int64_t kLeastTiles = 16, kMostTiles = 64;
+  // Panels packed together, so that half a kilobyte is read in a row.
+  static constexpr int64_t kPanelsAtOnce = 512 / (kMaxVectors * kVectorBytes);
+  // Pixels whose lines lie further apart, in bytes, are copied.
+  static constexpr int64_t kMostStep = 1024;
+
+ public:
+  Pointwise(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
+            int threads)
+      : conv_(conv),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        threads_(threads),
+        vectors_(ceil_div(conv.produced, kLanes<T>)),
+        panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
+        panels_(ceil_div(vectors_, panel_vectors_)),
+        parts_(ceil_div(conv.reduced, kDepth)),
+        depth_(ceil_div(conv.reduced, parts_)),
+        tiles_(ceil_div(conv.pixels(), kTileRows)) {
+    const int64_t step = conv.step_w * conv.source.w * static_cast<int64_t>(sizeof(T));
+    copied_ = parts_ > 1 || step > kMostStep;
+    const int64_t fitting = kBlockBytes / (kTileRows * depth_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = min_of(max_of(fitting, kLeastTiles), kMostTiles);
+    // Blocks of equal size, so that the threads end together; where that would make them small,
+    // the threads share out the panels instead.
+    blocks_ = ceil_div(tiles_, most);
+    if (tiles_ >= threads * kLeastTiles / 2) blocks_ = round_up(blocks_, threads);
+    blocks_ = min_of(blocks_, tiles_);
+    panel_groups_ = min_of(ceil_div(threads, blocks_), panels_);
+    most_pixels_ = ceil_div(tiles_, blocks_) * kTileRows;
+  }
+
+  void run() {
+    ThreadScratch scratch(
+        threads_,
+        [&](Carver& carver) {
+          packed_ = carver.template take<T>(vectors_ * kLanes<T> * conv_.reduced);
+          starts_ = carver.template take<T>(vectors_ * kLanes<T>);
+        },
+        [&](Carver& carver) { carve(carver); });
+    const int64_t packs = ceil_div(panels_, kPanelsAtOnce);
+    parallel_for(packs, threads_, [&](int64_t index, int) {
+      const int64_t first = index * kPanelsAtOnce;
+      pack(first, min_of(first + kPanelsAtOnce, panels_));
+    });
+    parallel_for(blocks_ * panel_groups_, threads_, [&](int64_t index, int thread) {
+      Carver carver = scratch.of(thread);
+      block(index / panel_groups_, index % panel_groups_, carve(carver));
+    });
+  }
+
+ private:
+  struct Own {
+    const T** source;  // [pixels], and a tile more: where a part of each pixel lies
+    const T** rows;    // [pixels], the same or its copy
+    T** out;           // [pixels]
+    T* copy;           // [pixels][depth]
+    T* narrow;         // [pixels][kPanelWidth], sums of a panel that dest has no whole vectors for
+    T** narrow_out;    // [pixels], its lines
+    T* unused;         // a line of dest, for pixels past the end
+  };
+
+  Own carve(Carver& carver) const {
+    Own own;
+    own.source = carver.template take<const T*>(most_pixels_ + kTileRows);
+    own.rows = carver.template take<const T*>(most_pixels_);
+    own.out = carver.template take<T*>(most_pixels_);
+    own.copy = carver.template take<T>(copied_ ? most_pixels_ * depth_ : 0);
+    own.narrow = carver.template take<T>(ends_whole() ? 0 : most_pixels_ * kPanelWidth<T>);
+    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_);
+    own.unused = carver.template take<T>(vectors_ * kLanes<T>);
+    return own;
+  }
+
+  // All panels but the last have one width.
+  int64_t first_channel(int64_t panel) const {
+    return min_of(panel * panel_vectors_, vectors_) * kLanes<T>;
+  }
+  int64_t vectors(int64_t panel) const {
+    return min_of(panel_vectors_, vectors_ - panel * panel_vectors_);
+  }
+  T* packed(int64_t panel) const { return packed_ + first_channel(panel) * conv_.reduced; }
+  bool ends_whole() const { return conv_.produced % kLanes<T> == 0; }
+
+  void pack(int64_t panel, int64_t end) {
+    const int64_t first = first_channel(panel), channels = first_channel(end) - first;
+    for (int64_t o = first; o < first + channels; ++o) {
+      starts_[o] = bias_ != nullptr && o < conv_.produced ? bias_[o] : T(0);
+    }
+    if (conv_.weight_produced == 1 && first + channels <= conv_.produced) {
+      copy_panels(panel, end);
+      return;
+    }
+    for (; panel < end; ++panel) {
+      pack_weight_panel(conv_, weight_, first_channel(panel), vectors(panel) * kLanes<T>,
+                        packed(panel));
+    }
+  }
+
+  // Of weights whose output channels lie side by side, as in grad_input.
+  void copy_panels(int64_t panel0, int64_t end) {
+    const T* line = weight_ + conv_.taps[0].weight + first_channel(panel0);
+    for (int64_t c = 0; c < conv_.reduced; ++c, line += conv_.weight_reduced) {
+      const T* from = line;
+      for (int64_t panel = panel0; panel < end; ++panel) {
+        const int64_t width = vectors(panel) * kLanes<T>;
+        T* to = packed(panel) + c * width;
+        for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to + j, load(from + j));
+        from += width;
+      }
+    }
+  }
+
+  void block(int64_t index, int64_t panel_group, const Own& own) const {
+    const int64_t first = tiles_ * index / blocks_ * kTileRows;
+    const int64_t end = min_of(tiles_ * (index + 1) / blocks_ * kTileRows, conv_.pixels());
+    const int64_t pixels = end - first, tiles = ceil_div(pixels, kTileRows);
+    const int64_t panel0 = panels_ * panel_group / panel_groups_;
+    const int64_t panel_end = panels_ * (panel_group + 1) / panel_groups_;
+    point_out(first, pixels, own);
+    for (int64_t part = 0; part < parts_; ++part) {
+      const int64_t channel = part * depth_;
+      ColumnArgs<T> args;
+      args.length = min_of(depth_, conv_.reduced - channel);
+      if (part == parts_ - 1) args.ending = Ending<T>::of(conv_);
+      point_rows(first, pixels, channel, own);
+      for (int64_t panel = panel0; panel < panel_end; ++panel) {
+        const bool narrow = !ends_whole() && panel == panels_ - 1;
+        args.column = narrow ? 0 : first_channel(panel);
+        args.panel = packed(panel) + channel * vectors(panel) * kLanes<T>;
+        args.start = part == 0 ? starts_ + first_channel(panel) : nullptr;
+        args.rows = own.rows;
+        args.out = narrow ? own.narrow_out : own.out;
+        if (panel == panel0) {
+          multiply_fetching(args, tiles, vectors(panel), own);
+        } else {
+          args.ahead = nullptr;
+          args.tiles = tiles;
+          multiply_column(vectors(panel), args);
+        }
+      }
+    }
+    if (!ends_whole() && panel_end == panels_) write_narrow(pixels, own);
+  }
+
+  // A column whose rows nobody has read before.
+  void multiply_fetching(ColumnArgs<T>& args, int64_t tiles, int64_t vectors,
+                         const Own& own) const {
+    args.tiles = 1;
+    args.ahead = own.source;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      if (copied_) {
+        for (int64_t x = tile * kTileRows; x < (tile + 1) * kTileRows; ++x) {
+          std::memcpy(own.copy + x * depth_, own.source[x], args.length * sizeof(T));
+        }
+      }
+      args.ahead += kTileRows;
+      multiply_column(vectors, args);
+      args.rows += kTileRows;
+      args.out += kTileRows;
+    }
+  }
+
+  void point_rows(int64_t first, int64_t pixels, int64_t channel, const Own& own) const {
+    GridPoint at = GridPoint::at(conv_, first);
+    for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
+      own.source[x] = source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
+                      at.j * conv_.step_w * conv_.source.w + channel;
+    }
+    // Pixels past the end are computed like the last one, and stored where nobody looks.
+    const int64_t padded = round_up(pixels, kTileRows);
+    for (int64_t x = pixels; x < padded + kTileRows; ++x) own.source[x] = own.source[x - 1];
+    for (int64_t x = 0; x < padded; ++x) {
+      own.rows[x] = copied_ ? own.copy + x * depth_ : own.source[x];
+    }
+  }
+
+  void point_out(int64_t first, int64_t pixels, const Own& own) const {
+    GridPoint at = GridPoint::at(conv_, first);
+    for (int64_t x = 0; x < round_up(pixels, kTileRows); ++x) {
+      own.out[x] = x < pixels
+                       ? dest_ + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w
+                       : own.unused;
+      if (!ends_whole()) own.narrow_out[x] = own.narrow + x * kPanelWidth<T>;
+      at.advance(conv_);
+    }
+  }
+
+  void write_narrow(int64_t pixels, const Own& own) const {
+    const int64_t first = first_channel(panels_ - 1);
+    for (int64_t x = 0; x < pixels; ++x) {
+      std::memcpy(own.out[x] + first, own.narrow_out[x], (conv_.produced - first) * sizeof(T));
+    }
+  }
+
+  const TapConv& conv_;
+  const T* source_;
+  const T* weight_;
+  const T* bias_;
+  T* dest_;
+  int threads_;
+  int64_t vectors_, panel_vectors_, panels_;
+  int64_t parts_, depth_;  // of the channels
+  int64_t tiles_, blocks_, panel_groups_, most_pixels_;
+  bool copied_;
+  T* packed_;
+  T* starts_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu

@@ -1,0 +1,343 @@
+// grad_weight of 1x1 convolutions of float32 whose channels lie side by side: a matrix product
+// whose reduction runs over the pixels.
+//
+//   grad_weight[k, c] = sum over pixels of grad_output[pixel, k] * input[pixel, c]
+//
+// A tile is rows k x columns c. Pixels are taken in chunks, of which both operands are copied into
+// the order that the micro-kernel reads: as they lie in memory, one step of it would go from one
+// pixel to the next, to another page each time. A panel of the input's chunk stays in L1 while a
+// block of k passes by, which stays in L2.
+//
+// A task owns a range of k and a share of the pixels. Shares are added up in a fixed order: the
+// result depends on their number, which shape and threads decide, and never on timing.
+#pragma once
+
+#include "pack.h"
+#include "tile_column.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// Whether a gradient in the weight of float32 is one of these.
+inline bool is_pointwise_grad_weight(const Conv2dProblem& p) {
+  return p.R == 1 && p.S == 1 && p.groups == 1 && p.pad_h == 0 && p.pad_w == 0 && p.input.c == 1 &&
+         p.output.c == 1 && p.weight.c == 1 && p.N > 0 && (p.P - 1) * p.stride_h < p.H &&
+         (p.Q - 1) * p.stride_w < p.W;
+}
+
+class PointwiseGradWeight {
+  using T = float;
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  static constexpr int64_t kChunkPixels = 128;
+  // Tiles of a block: 128 KB of a chunk's pixels.
+  static constexpr int64_t kMostTiles = 128 * 1024 / (kChunkPixels * kTileRows * sizeof(T));
+  static constexpr int64_t kPanelsAtOnce = 8;  // in copying, so that 512 bytes are read in a row
+
+ public:
+  // grad_bias may be null.
+  PointwiseGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
+                      T* grad_bias, int threads)
+      : p_(p),
+        grad_output_(grad_output),
+        input_(input),
+        grad_weight_(grad_weight),
+        grad_bias_(grad_bias),
+        threads_(threads),
+        pixels_(p.N * p.P * p.Q),
+        tiles_(ceil_div(p.K, kTileRows)),
+        vectors_(ceil_div(p.C, kLanes<T>)),
+        panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
+        panels_(ceil_div(vectors_, panel_vectors_)) {
+    // A share more costs three passes over the weights, a range more one over the input.
+    const int64_t most_shares = ceil_div(pixels_, kChunkPixels);
+    if (pixels_ >= 3 * p.K) {
+      shares_ = min_of(threads, most_shares);
+      ranges_ = min_of(ceil_div(threads, shares_), tiles_);
+    } else {
+      ranges_ = min_of(threads, tiles_);
+      shares_ = min_of(ceil_div(threads, ranges_), most_shares);
+    }
+    const int64_t share = ceil_div(pixels_, shares_);
+    chunk_ = ceil_div(share, ceil_div(share, kChunkPixels));
+    const int64_t range = ceil_div(tiles_, ranges_);
+    block_tiles_ = ceil_div(range, ceil_div(range, kMostTiles));
+    in_place_ = shares_ == 1 && p.C % kLanes<T> == 0;
+    width_ = vectors_ * kLanes<T>;
+  }
+
+  void run() {
+    ThreadScratch scratch(
+        threads_,
+        [&](Carver& carver) {
+          sums_ = carver.template take<T>(in_place_ ? 0 : shares_ * p_.K * width_);
+          bias_sums_ = carver.template take<T>(shares_ * p_.K);
+          zeros_ = carver.template take<T>(kPanelWidth<T>);
+        },
+        [&](Carver& carver) { carve(carver); });
+    std::memset(zeros_, 0, kPanelWidth<T> * sizeof(T));
+    parallel_for(ranges_ * shares_, threads_, [&](int64_t index, int thread) {
+      Carver carver = scratch.of(thread);
+      task(index / shares_, index % shares_, carve(carver));
+    });
+    if (grad_bias_ != nullptr) write_bias();
+    if (in_place_) return;
+    const int64_t pieces = min_of(p_.K, 8 * threads_);
+    parallel_for(pieces, threads_, [&](int64_t index, int) {
+      write(p_.K * index / pieces, p_.K * (index + 1) / pieces);
+    });
+  }
+
+ private:
+  struct Own {
+    T* rows;                // [block tiles][chunk pixels][kTileRows] of grad_output
+    T* panels;              // [panels][chunk pixels][panel width] of the input
+    const T** row;          // [block tiles][kTileRows]
+    const T** ahead;        // [block tiles][kTileRows]
+    T** out;                // [block tiles][kTileRows]
+    const T** grad_output;  // [chunk pixels]
+    const T** input;        // [chunk pixels]
+    T* unused;              // a line of sums, for rows past the last k
+  };
+
+  Own carve(Carver& carver) const {
+    Own own;
+    own.rows = carver.template take<T>(block_tiles_ * (chunk_ * kTileRows + kLine));
+    own.panels = carver.template take<T>(panels_ * (panel_vectors_ * kLanes<T> * chunk_ + kLine));
+    own.row = carver.template take<const T*>(block_tiles_ * kTileRows);
+    own.ahead = carver.template take<const T*>(block_tiles_ * kTileRows);
+    own.out = carver.template take<T*>(block_tiles_ * kTileRows);
+    own.grad_output = carver.template take<const T*>(chunk_);
+    own.input = carver.template take<const T*>(chunk_);
+    own.unused = carver.template take<T>(width_);
+    return own;
+  }
+
+  // All panels but the last have one width.
+  int64_t first_channel(int64_t panel) const { return panel * panel_vectors_ * kLanes<T>; }
+  int64_t vectors(int64_t panel) const {
+    return min_of(panel_vectors_, vectors_ - panel * panel_vectors_);
+  }
+  // Where a panel begins: a line more than it has, or many would meet in one set of L1.
+  T* panel_of(int64_t panel, int64_t pixels, const Own& own) const {
+    return own.panels + panel * (pixels * panel_vectors_ * kLanes<T> + kLine);
+  }
+
+  void task(int64_t range, int64_t share, const Own& own) const {
+    const int64_t tile0 = tiles_ * range / ranges_, tile_end = tiles_ * (range + 1) / ranges_;
+    const int64_t begin = pixels_ * share / shares_, end = pixels_ * (share + 1) / shares_;
+    for (int64_t first = begin; first < end; first += chunk_) {
+      const int64_t pixels = min_of(chunk_, end - first);
+      point(first, pixels, own);
+      pack_panels(pixels, own);
+      ColumnArgs<T> args;
+      args.rows = own.row;
+      Ahead ahead = ahead_of(first + pixels, end, own);
+      args.out = own.out;
+      args.row_step = kTileRows;
+      args.length = pixels;
+      args.start = first == begin ? zeros_ : nullptr;
+      for (int64_t tile = tile0; tile < tile_end; tile += block_tiles_) {
+        args.tiles = min_of(block_tiles_, tile_end - tile);
+        pack_rows(tile, args.tiles, pixels, own);
+        if (grad_bias_ != nullptr) {
+          const int64_t k_end = min_of((tile + args.tiles) * kTileRows, p_.K);
+          add_bias(tile * kTileRows, k_end, pixels, first == begin, bias_sums_ + share * p_.K, own);
+        }
+        point_out(tile, args.tiles, share, own);
+        for (int64_t panel = 0; panel < panels_; ++panel) {
+          args.ahead = fetch(ahead, pixels, args.tiles, own);
+          args.panel = panel_of(panel, pixels, own);
+          args.column = first_channel(panel);
+          multiply_column(vectors(panel), args);
+        }
+      }
+    }
+  }
+
+  // What the next chunk reads, as two stretches of memory. With a stride it would be many, but of
+  // more bytes each: those come quickly enough by themselves.
+  struct Ahead {
+    const T *input, *input_end;
+    const T *grad_output, *grad_output_end;
+  };
+
+  Ahead ahead_of(int64_t first, int64_t end, const Own& own) const {
+    if (first >= end || p_.stride_h != 1 || p_.stride_w != 1 || p_.Q != p_.W) return {};
+    const int64_t pixels = min_of(chunk_, end - first), last = chunk_ - 1;
+    const T* input = own.input[last] + p_.C;
+    // With several ranges of k each thread needs a part of every line.
+    const T* grad_output = own.grad_output[last] + p_.K;
+    const int64_t count = ranges_ == 1 ? pixels * p_.K : 0;
+    return {input, input + pixels * p_.C, grad_output, grad_output + count};
+  }
+
+  // A column's share of that: as a tile's rows of the chunk are read, so many bytes are fetched.
+  const T* const* fetch(Ahead& ahead, int64_t pixels, int64_t tiles, const Own& own) const {
+    const bool input = ahead.input < ahead.input_end;
+    const T*& from = input ? ahead.input : ahead.grad_output;
+    const T* end = input ? ahead.input_end : ahead.grad_output_end;
+    if (from >= end) return nullptr;
+    for (int64_t i = 0; i < tiles * kTileRows; i += kTileRows) {
+      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = from + j * kLine;
+      if (from < end) from += round_up(pixels, kLine) * kTileRows;
+    }
+    return own.ahead;
+  }
+
+  void point(int64_t first, int64_t pixels, const Own& own) const {
+    int64_t q = first % p_.Q, p = first / p_.Q % p_.P, n = first / p_.Q / p_.P;
+    for (int64_t x = 0; x < pixels; ++x) {
+      own.grad_output[x] = grad_output_ + n * p_.output.n + p * p_.output.h + q * p_.output.w;
+      own.input[x] =
+          input_ + n * p_.input.n + p * p_.stride_h * p_.input.h + q * p_.stride_w * p_.input.w;
+      if (++q < p_.Q) continue;
+      q = 0;
+      if (++p < p_.P) continue;
+      p = 0;
+      ++n;
+    }
+  }
+
+  void pack_panels(int64_t pixels, const Own& own) const {
+    const int64_t whole = p_.C / (panel_vectors_ * kLanes<T>);
+    for (int64_t panel = 0; panel < whole; panel += kPanelsAtOnce) {
+      const int64_t count = min_of(kPanelsAtOnce, whole - panel);
+      switch (panel_vectors_) {
+        case 1:
+          copy_panels<1>(panel, count, pixels, own);
+          break;
+        case 2:
+          copy_panels<2>(panel, count, pixels, own);
+          break;
+        case 3:
+          copy_panels<3>(panel, count, pixels, own);
+          break;
+        case 4:
+          copy_panels<4>(panel, count, pixels, own);
+          break;
+      }
+    }
+    if (whole == panels_) return;
+    const int64_t channel = first_channel(whole), width = vectors(whole) * kLanes<T>;
+    T* to = panel_of(whole, pixels, own);
+    for (int64_t x = 0; x < pixels; ++x, to += width) {
+      for (int64_t j = 0; j < width; ++j) {
+        to[j] = channel + j < p_.C ? own.input[x][channel + j] : T(0);
+      }
+    }
+  }
+
+  template <int kVectors>
+  void copy_panels(int64_t panel, int64_t count, int64_t pixels, const Own& own) const {
+    constexpr int64_t kWidth = kVectors * kLanes<T>;
+    const int64_t step = pixels * kWidth + kLine;
+    T* line = panel_of(panel, pixels, own);
+    for (int64_t x = 0; x < pixels; ++x, line += kWidth) {
+      const T* from = own.input[x] + first_channel(panel);
+      T* to = line;
+      for (int64_t i = 0; i < count; ++i, from += kWidth, to += step) {
+        for (int j = 0; j < kVectors; ++j) {
+          store<T>(to + j * kLanes<T>, load(from + j * kLanes<T>));
+        }
+      }
+    }
+  }
+
+  void pack_rows(int64_t tile0, int64_t tiles, int64_t pixels, const Own& own) const {
+    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
+      own.row[i] = own.rows + i / kTileRows * (pixels * kTileRows + kLine) + i % kTileRows;
+    }
+    const int64_t whole = min_of(tiles, p_.K / kTileRows - tile0);
+    for (int64_t x = 0; x < pixels; ++x) {
+      const T* from = own.grad_output[x] + tile0 * kTileRows;
+      T* to = own.rows + x * kTileRows;
+      for (int64_t tile = 0; tile < whole; ++tile) {
+        std::memcpy(to, from, kTileRows * sizeof(T));
+        from += kTileRows;
+        to += pixels * kTileRows + kLine;
+      }
+      if (whole == tiles) continue;
+      for (int64_t i = 0; i < kTileRows; ++i) to[i] = i < p_.K % kTileRows ? from[i] : T(0);
+    }
+  }
+
+  void point_out(int64_t tile0, int64_t tiles, int64_t share, const Own& own) const {
+    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
+      const int64_t k = tile0 * kTileRows + i;
+      own.out[i] = k >= p_.K   ? own.unused
+                   : in_place_ ? grad_weight_ + k * p_.weight.n
+                               : sums_ + (share * p_.K + k) * width_;
+    }
+  }
+
+  // sums[k] += the chunk's grad_output, or =, where nothing came before.
+  void add_bias(int64_t k, int64_t end, int64_t pixels, bool starts, T* sums,
+                const Own& own) const {
+    for (; k + kLanes<T> <= end; k += kLanes<T>) {
+      const Vec<T> sum = sum_of_lines<Vec<T>>(k, pixels, own);
+      store<T>(sums + k, starts ? sum : load(sums + k) + sum);
+    }
+    for (; k < end; ++k) {
+      const T sum = sum_of_lines<T>(k, pixels, own);
+      sums[k] = starts ? sum : sums[k] + sum;
+    }
+  }
+
+  // Of numbers, or of vectors of them. One sum would wait for itself at every pixel, and its error
+  // would grow with each: several run side by side and are added up in pairs.
+  template <typename V>
+  V sum_of_lines(int64_t k, int64_t pixels, const Own& own) const {
+    constexpr int kParts = 8;
+    V part[kParts] = {};
+    const auto add = [&](int i, int64_t x) {
+      V value;
+      std::memcpy(&value, own.grad_output[x] + k, sizeof value);
+      part[i] += value;
+    };
+    int64_t x = 0;
+    for (; x + kParts <= pixels; x += kParts) {
+      for (int i = 0; i < kParts; ++i) add(i, x + i);
+    }
+    for (int i = 0; x < pixels; ++i, ++x) add(i, x);
+    for (int half = kParts / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    }
+    return part[0];
+  }
+
+  void write_bias() const {
+    for (int64_t k = 0; k < p_.K; ++k) {
+      T sum = bias_sums_[k];
+      for (int64_t share = 1; share < shares_; ++share) sum += bias_sums_[share * p_.K + k];
+      grad_bias_[k] = sum;
+    }
+  }
+
+  // Adds up the shares of rows [k, end).
+  void write(int64_t k, int64_t end) const {
+    for (; k < end; ++k) {
+      T* sums = sums_ + k * width_;
+      for (int64_t share = 1; share < shares_; ++share) {
+        const T* more = sums + share * p_.K * width_;
+        for (int64_t c = 0; c < width_; ++c) sums[c] += more[c];
+      }
+      std::memcpy(grad_weight_ + k * p_.weight.n, sums, p_.C * sizeof(T));
+    }
+  }
+
+  const Conv2dProblem& p_;
+  const T* grad_output_;
+  const T* input_;
+  T* grad_weight_;
+  T* grad_bias_;
+  int threads_;
+  int64_t pixels_, tiles_, vectors_, panel_vectors_, panels_, width_;
+  int64_t shares_, ranges_, chunk_, block_tiles_;
+  bool in_place_;
+  T* sums_;
+  T* bias_sums_;
+  T* zeros_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu

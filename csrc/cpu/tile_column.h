@@ -1,0 +1,124 @@
+// A column of tiles: the rows of a block times one panel, in one call.
+//
+//   out[i][column + j] (+)= start[j] + sum over x of rows[i][x * row_step] * panel[x * width + j]
+//
+// and the activation of that. It is what multiply_tile does, for the simplest of its cases: where
+// sums are of 64 or 128 products, setting it up for every tile takes a tenth of the time.
+#pragma once
+
+#include "pack.h"
+#include "tile.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// sum += a * b, in place. Left to itself the compiler may write the sum to where a or b was: with
+// all registers in use it then moves them about, or spills some.
+template <typename T>
+GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__) && !defined(GDFAST_EMULATE_AVX512)
+  if constexpr (kSame<T, float>) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return;
+  }
+#endif
+  sum += a * b;
+}
+
+template <typename T>
+struct ColumnArgs {
+  const T* const* rows;   // [tiles][kTileRows]
+  const T* const* ahead;  // [tiles][kTileRows], what to fetch meanwhile as rows are read; or null
+  T* const* out;          // [tiles][kTileRows]
+  int64_t column;         // of out, where the panel's sums begin
+  int64_t row_step = 1;
+  int64_t tiles, length;
+  const T* panel;
+  const T* start;  // [width], or null to add to what out holds
+  Ending<T> ending;
+};
+
+template <typename T, int kVectors>
+void multiply_column(const ColumnArgs<T>& args) {
+  constexpr int kWidth = kLanes<T>;
+  constexpr int64_t kStretch = 64 / sizeof(T);  // steps, for a cache line of a row
+  const int64_t length = args.length, row_step = args.row_step, column = args.column;
+  for (int64_t first = 0; first < args.tiles * kTileRows; first += kTileRows) {
+    const T* const* ahead = args.ahead == nullptr ? nullptr : args.ahead + first;
+    T* const* out = args.out + first;
+    const T* row[kTileRows];
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[first + i];
+    const T* panel = args.panel;
+    Vec<T> sum[kTileRows][kVectors] = {};
+    int64_t at = 0;
+    const auto step = [&]() __attribute__((always_inline)) {
+      Vec<T> line[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) {
+        Vec<T> value = broadcast(row[i][at]);
+        keep_in_register<T>(value);  // see multiply_tile
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) add_product<T>(sum[i][j], value, line[j]);
+      }
+      at += row_step;
+      panel += kVectors * kWidth;
+    };
+    for (int64_t x = 0; x < length;) {
+      if (ahead != nullptr) {
+#pragma GCC unroll 6
+        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + at);
+      }
+      const int64_t end = min_of(x + kStretch, length);
+      for (; x + 2 <= end; x += 2) {
+        step();
+        step();
+      }
+      if (x < end) {
+        step();
+        ++x;
+      }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        const T* from = args.start == nullptr ? out[i] + column : args.start;
+        sum[i][j] += load(from + j * kWidth);
+      }
+    }
+    finish_sums<kTileRows, kVectors>(args.ending, sum);
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) store<T>(out[i] + column + j * kWidth, sum[i][j]);
+    }
+    if (args.ending.activation == Activation::kSilu) {
+      T* sums[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) sums[i] = out[i] + column;
+      silu_rows(sums, kTileRows, kVectors * kWidth);
+    }
+  }
+}
+
+// Calls the column of the given number of vectors, 1 to kMaxVectors.
+template <typename T>
+GDFAST_INLINE void multiply_column(int64_t vectors, const ColumnArgs<T>& args) {
+  switch (vectors) {
+    case 1:
+      return multiply_column<T, 1>(args);
+    case 2:
+      return multiply_column<T, 2>(args);
+    case 3:
+      if constexpr (kMaxVectors >= 3) multiply_column<T, 3>(args);
+      return;
+    case 4:
+      if constexpr (kMaxVectors >= 4) multiply_column<T, 4>(args);
+      return;
+  }
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
