@@ -39,6 +39,7 @@ class TapRows {
     if (!beside || !has_shape) columns = 1;
     rows = columns == 0 ? 0 : conv.tap_count / columns;
     spacing = columns == 1 ? step : 1;
+    ahead = kBlockPixels * step * conv.source.w;
   }
 
   // The tap that sees the given column of a row.
@@ -83,6 +84,7 @@ class TapRows {
 
   int64_t rows = 0, columns = 0;
   int64_t spacing = 1;  // columns of the image between two pixels that are seen
+  int64_t ahead;        // elements of the image between what two neighbouring blocks see
 
  private:
   const TapConv& conv_;
@@ -110,10 +112,24 @@ GDFAST_INLINE void for_tap_rows(int64_t rows, const Visit& visit) {
   }
 }
 
+// Channels [c, c + lanes) of a pixel that the block sees. The next block sees what lies `ahead` of
+// it: of the rows that were not there for the line above, it is fetched now.
+template <typename T, typename Shape>
+GDFAST_INLINE Vec<T> load_seen(const T* const* seen, int64_t row, int x, int64_t c, int64_t ahead) {
+  const T* const from = seen[row * Shape::kSeen + x] + c;
+  if constexpr (Shape::kRows == 3) {
+    const bool is_new = row + Shape::kStep >= Shape::kRows;
+    if (is_new && x >= Shape::kSeen - Shape::kPixels * Shape::kStep) {
+      __builtin_prefetch(from + ahead);
+    }
+  }
+  return load(from);
+}
+
 // The sums of a block: to[x] = starts + weights * seen. Weights lie [vector][tap][lane].
 template <typename T, typename Shape>
 void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* starts,
-                int64_t channels, Ending<T> ending, T* const* to) {
+                int64_t channels, int64_t ahead, Ending<T> ending, T* const* to) {
   constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
   constexpr int kWidth = kLanes<T>;
   const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
@@ -125,7 +141,7 @@ void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* s
     for_tap_rows<Shape::kRows>(rows, [&](int64_t row) {
       Vec<T> pixels[kSeen];
 #pragma GCC unroll 16
-      for (int x = 0; x < kSeen; ++x) pixels[x] = load(seen[row * kSeen + x] + c);
+      for (int x = 0; x < kSeen; ++x) pixels[x] = load_seen<T, Shape>(seen, row, x, c, ahead);
 #pragma GCC unroll 8
       for (int s = 0; s < kColumns; ++s) {
         const Vec<T> weight = load(weights + (v * taps + row * kColumns + s) * kWidth);
@@ -144,7 +160,7 @@ void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* s
 // sums += grads * seen, for each tap; sums lie as weights do.
 template <typename T, typename Shape>
 void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, int64_t channels,
-                    T* sums) {
+                    int64_t ahead, T* sums) {
   constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
   constexpr int kWidth = kLanes<T>;
   const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
@@ -160,7 +176,7 @@ void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, i
       for (int s = 0; s < kColumns; ++s) sum[s] = load(to + s * kWidth);
 #pragma GCC unroll 16
       for (int x = 0; x < kSeen; ++x) {
-        const Vec<T> pixel = load(seen[row * kSeen + x] + c);
+        const Vec<T> pixel = load_seen<T, Shape>(seen, row, x, c, ahead);
 #pragma GCC unroll 4
         for (int p = 0; p < kPixels; ++p) {
           const int s = x - p * Shape::kStep;
@@ -196,8 +212,8 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
   const TapRows taps(conv);
   const int64_t channels = conv.groups, size = round_up(channels, kLanes<T>);
   int most_seen = 0;
-  void (*run)(const T* const*, const T*, int64_t, const T*, int64_t, Ending<T>, T* const*) =
-      nullptr;
+  void (*run)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
+              T* const*) = nullptr;
   taps.with_shape([&](auto shape) {
     most_seen = decltype(shape)::kSeen;
     run = block_sums<T, decltype(shape)>;
@@ -247,7 +263,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
           to[x] = x < count ? line + (j + x) * conv.dest.w : scratch.unused;
         }
         taps.find(source + n * conv.source.n, i, j, most_seen, zeros, scratch.seen);
-        run(scratch.seen, weights, taps.rows, starts, channels, ending, to);
+        run(scratch.seen, weights, taps.rows, starts, channels, taps.ahead, ending, to);
         finish_rows(ending, to, count, channels);
       }
     }

@@ -89,7 +89,7 @@ void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& 
   const int64_t lines = conv.batch * conv.height;
   const int64_t shares = max_of(1, min_of(2 * threads, lines));
   int most_seen = 0;
-  void (*run)(const T* const*, const T* const*, int64_t, int64_t, T*) = nullptr;
+  void (*run)(const T* const*, const T* const*, int64_t, int64_t, int64_t, T*) = nullptr;
   taps.with_shape([&](auto shape) {
     most_seen = decltype(shape)::kSeen;
     run = block_tap_sums<T, decltype(shape)>;
@@ -129,7 +129,7 @@ void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& 
           grads[x] = j + x < conv.width ? grad_line + (j + x) * conv.dest.w : zeros;
         }
         taps.find(input + n * conv.source.n, i, j, most_seen, zeros, scratch.seen);
-        run(scratch.seen, grads, taps.rows, channels, scratch.sums);
+        run(scratch.seen, grads, taps.rows, channels, taps.ahead, scratch.sums);
         if (grad_bias == nullptr) continue;
         for_channel_vectors<T>(channels, [&](int64_t c, int64_t v) {
           T* to = scratch.sums + all_taps + v * kWidth;
