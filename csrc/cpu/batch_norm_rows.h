@@ -19,10 +19,9 @@ class Rows {
   explicit Rows(const BatchNormProblem& p) : channels_(p.C) {
     const int64_t pixels = p.N * p.S;
     int64_t repeats = 1;
-    // Sixteen vectors a row at least, that the sums of one row need not wait for those of the row
-    // before; but no rows of very many vectors.
+    // Four vectors a row at least, unless that makes rows of many vectors.
     while (repeats < kWidth && (p.C * repeats % kWidth != 0)) repeats *= 2;
-    while (p.C * repeats < 16 * kWidth) repeats *= 2;
+    while (p.C * repeats < 4 * kWidth) repeats *= 2;
     if (p.C >= kWidth && p.C * repeats > kMostColumns) repeats = 1;
     columns_ = p.C * repeats;
     rows_ = pixels / repeats;
@@ -64,22 +63,27 @@ class Rows {
         // The mean of the first rows, which stay in the first-level cache for the sums about it.
         const int64_t near_end = min_of(begin + kNearRows, end);
         const A share = A(1) / static_cast<A>(near_end - begin);
-        for_vectors(table, begin, near_end, [=](auto group, int64_t row, int64_t c) {
-          Vec<A> sum = load_group(group, input + row * columns + c);
-          if (row != begin) sum += load_group(group, shift + c);
-          if (row + 1 == near_end) sum = finite<A>(sum * share);
+        for_vectors(table, begin, near_end, [=](auto group, auto count, int64_t row, int64_t c) {
+          Vec<A> sum = row == begin ? Vec<A>{} : load_group(group, shift + c);
+          for_rows(count,
+                   [&](int i) { sum += load_group(group, input + (row + i) * columns + c); });
+          if (row + count == near_end) sum = finite<A>(sum * share);
           store_group(group, shift + c, sum);
         });
-        for_vectors(table, begin, end, [=](auto group, int64_t row, int64_t c) {
-          const Vec<A> d =
-              load_group(group, input + row * columns + c) - load_group(group, shift + c);
+        for_vectors(table, begin, end, [=](auto group, auto count, int64_t row, int64_t c) {
+          const Vec<A> near = load_group(group, shift + c);
           Vec<A> sum{}, squares{};
           if (row != begin) {
             sum = load_group(group, first + c);
             squares = load_group(group, second + c);
           }
-          store_group(group, first + c, Vec<A>(sum + d));
-          store_group(group, second + c, Vec<A>(squares + d * d));
+          for_rows(count, [&](int i) {
+            const Vec<A> d = load_group(group, input + (row + i) * columns + c) - near;
+            sum += d;
+            squares += d * d;
+          });
+          store_group(group, first + c, sum);
+          store_group(group, second + c, squares);
         });
         // About another origin: sum of (v + d) and of (v + d)^2 over n values, d = shift - origin.
         const double n = static_cast<double>(end - begin);
@@ -99,13 +103,16 @@ class Rows {
     const Factors<A> factors = given;
     const int64_t columns = columns_;
     for_tables_backwards(g, [&](const Region& table) {
-      for_vectors(table, table.i, table.i_end, [=](auto group, int64_t row, int64_t c) {
-        const int64_t here = row * columns + c;
-        Vec<A> z = (load_group(group, input + here) - load_group(group, factors.mean + c)) *
-                       load_group(group, factors.scale + c) +
-                   load_group(group, factors.bias + c);
-        if (kResidual) z += load_group(group, residual + here);
-        store_result(group, output + here, activate<kActivation, A>(z, slope), stream);
+      for_vectors(table, table.i, table.i_end, [=](auto group, auto count, int64_t row, int64_t c) {
+        const Vec<A> mean = load_group(group, factors.mean + c);
+        const Vec<A> scale = load_group(group, factors.scale + c);
+        const Vec<A> bias = load_group(group, factors.bias + c);
+        for_rows(count, [&](int i) {
+          const int64_t here = (row + i) * columns + c;
+          Vec<A> z = (load_group(group, input + here) - mean) * scale + bias;
+          if (kResidual) z += load_group(group, residual + here);
+          store_result(group, output + here, activate<kActivation, A>(z, slope), stream);
+        });
       });
     });
   }
@@ -123,19 +130,25 @@ class Rows {
     for_tables(g, [&](const Region& table) {
       for (int64_t begin = table.i; begin < table.i_end; begin += kSumLength) {
         const int64_t end = min_of(begin + kSumLength, table.i_end);
-        for_vectors(table, begin, end, [=](auto group, int64_t row, int64_t c) {
-          const int64_t here = row * columns + c;
-          const Vec<A> centred =
-              load_group(group, at.input + here) - load_group(group, factors.mean + c);
-          const Vec<A> grad =
-              grad_at<kActivation, kFrom>(group, at, factors, here, c, centred, leak, stream);
+        for_vectors(table, begin, end, [=](auto group, auto count, int64_t row, int64_t c) {
+          const Vec<A> mean = load_group(group, factors.mean + c);
+          const Vec<A> scale = load_group(group, factors.scale + c);
+          const Vec<A> bias = load_group(group, factors.bias + c);
           Vec<A> sum{}, products{};
           if (row != begin) {
             sum = load_group(group, first + c);
             products = load_group(group, second + c);
           }
-          store_group(group, first + c, Vec<A>(sum + grad));
-          store_group(group, second + c, Vec<A>(products + grad * centred));
+          for_rows(count, [&](int i) {
+            const int64_t here = (row + i) * columns + c;
+            const Vec<A> centred = load_group(group, at.input + here) - mean;
+            const Vec<A> grad =
+                grad_at<kActivation, kFrom>(group, at, here, centred, scale, bias, leak, stream);
+            sum += grad;
+            products += grad * centred;
+          });
+          store_group(group, first + c, sum);
+          store_group(group, second + c, products);
         });
         for (int64_t c = table.c; c < table.c_end; ++c) {
           sums.first[c] += first[c];
@@ -154,18 +167,21 @@ class Rows {
     const Factors<A> factors = given;
     const int64_t columns = columns_;
     for_tables_backwards(g, [&](const Region& table) {
-      for_vectors(table, table.i, table.i_end, [=](auto group, int64_t row, int64_t c) {
-        const int64_t here = row * columns + c;
-        const Vec<A> centred =
-            load_group(group, at.input + here) - load_group(group, factors.mean + c);
-        Vec<A> result =
-            grad_at<kActivation, kFrom>(group, at, factors, here, c, centred, leak, stream) *
-            load_group(group, factors.scale + c);
-        if (training) {
-          result += centred * load_group(group, factors.slope + c) +
-                    load_group(group, factors.offset + c);
-        }
-        store_result(group, at.grad_input + here, result, stream);
+      for_vectors(table, table.i, table.i_end, [=](auto group, auto count, int64_t row, int64_t c) {
+        const Vec<A> mean = load_group(group, factors.mean + c);
+        const Vec<A> scale = load_group(group, factors.scale + c);
+        const Vec<A> bias = load_group(group, factors.bias + c);
+        const Vec<A> slope = load_group(group, factors.slope + c);
+        const Vec<A> offset = load_group(group, factors.offset + c);
+        for_rows(count, [&](int i) {
+          const int64_t here = (row + i) * columns + c;
+          const Vec<A> centred = load_group(group, at.input + here) - mean;
+          Vec<A> result =
+              grad_at<kActivation, kFrom>(group, at, here, centred, scale, bias, leak, stream) *
+              scale;
+          if (training) result += centred * slope + offset;
+          store_result(group, at.grad_input + here, result, stream);
+        });
       });
     });
   }
@@ -175,23 +191,30 @@ class Rows {
   static constexpr int64_t kMostColumns = 4096;
   // Rows whose mean the sums are taken about, of kSumLength.
   static constexpr int64_t kNearRows = 8;
+  static constexpr int kRowsAtOnce = 4;
+  static constexpr int64_t kShortRow = 256;  // bytes
   // The second pass goes backwards in steps of so much, each of them forwards.
   static constexpr int64_t kBandBytes = 64 * 1024;
 
   // The gradient in front of the activation, written for the residual too where that is wanted.
   template <Activation kActivation, PreActivation kFrom, typename G>
-  GDFAST_INLINE static Vec<A> grad_at(const G& group, const Gradients<T>& at,
-                                      const Factors<A>& factors, int64_t here, int64_t c,
-                                      Vec<A> centred, Vec<A> leak, bool stream) {
+  GDFAST_INLINE static Vec<A> grad_at(const G& group, const Gradients<T>& at, int64_t here,
+                                      Vec<A> centred, Vec<A> scale, Vec<A> bias, Vec<A> leak,
+                                      bool stream) {
     Vec<A> other{};
     if (kFrom != PreActivation::kInput) other = load_group(group, at.other + here);
-    const Vec<A> grad = grad_before<kActivation, kFrom, A>(
-        load_group(group, at.grad_output + here), centred, other,
-        load_group(group, factors.scale + c), load_group(group, factors.bias + c), leak);
+    const Vec<A> grad = grad_before<kActivation, kFrom, A>(load_group(group, at.grad_output + here),
+                                                           centred, other, scale, bias, leak);
     if constexpr (kFrom != PreActivation::kInput) {
       if (at.grad_residual != nullptr) store_result(group, at.grad_residual + here, grad, stream);
     }
     return grad;
+  }
+
+  template <typename Count, typename Visit>
+  GDFAST_INLINE static void for_rows(Count, const Visit& visit) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Count::value; ++i) visit(i);
   }
 
   // The region itself, and the short row where the region has the last of the others.
@@ -217,18 +240,30 @@ class Rows {
     });
   }
 
-  // visit(group, row, c) for each vector of the rows, in the order of memory: with more than one
-  // row at a time the processor was measured to foresee less of what is read next. What the visit
-  // reads it should have as values of its own: anything else might change with each store.
+  // visit(group, count, row, c) for each vector of columns, of `count` rows at a time. Memory is
+  // read in order: short rows several at a time, which share their factors, long ones one by one,
+  // since the processor foresees what is read next in a few places only. What the visit reads it
+  // should have as values of its own: anything else might change with each store.
   template <typename Visit>
-  GDFAST_INLINE static void for_vectors(const Region& table, int64_t begin, int64_t end,
-                                        Visit visit) {
+  GDFAST_INLINE void for_vectors(const Region& table, int64_t begin, int64_t end,
+                                 Visit visit) const {
+    using Several = std::integral_constant<int, kRowsAtOnce>;
+    using One = std::integral_constant<int, 1>;
     const int64_t first = table.c, last = table.c_end;
     const int64_t whole = first + (last - first) / kWidth * kWidth;
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t c = first; c < whole; c += kWidth) visit(Group<1, true>{kWidth}, row, c);
-      if (whole < last) visit(Group<1, false>{last - whole}, row, whole);
+    int64_t row = begin;
+    if ((last - first) * static_cast<int64_t>(sizeof(T)) <= kShortRow) {
+      for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+        for (int64_t c = first; c < whole; c += kWidth) {
+          visit(Group<1, true>{kWidth}, Several(), row, c);
+        }
+      }
     }
+    for (; row < end; ++row) {
+      for (int64_t c = first; c < whole; c += kWidth) visit(Group<1, true>{kWidth}, One(), row, c);
+    }
+    if (whole == last) return;
+    for (row = begin; row < end; ++row) visit(Group<1, false>{last - whole}, One(), row, whole);
   }
 
   int64_t channels_, columns_, rows_, short_row_;
