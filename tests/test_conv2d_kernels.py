@@ -205,6 +205,7 @@ BLOCKS = (
     Conv2dCase(
         "blocks-depthwise", 3, 96, 29, 31, 96, 3, 3, stride=(1, 2), padding=(1, 1), groups=96
     ),
+    Conv2dCase("blocks-depthwise-5x5", 2, 40, 23, 26, 40, 5, 5, padding=(2, 2), groups=40),
 )
 
 

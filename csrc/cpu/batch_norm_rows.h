@@ -38,14 +38,8 @@ class Rows {
   int64_t scratch() const { return 3 * columns_; }
 
   Cut cut(int64_t streams, int threads) const {
-    const int64_t column_bytes = rows_ * static_cast<int64_t>(sizeof(T)) * streams;
-    const int64_t bytes = columns_ * column_bytes;
+    const int64_t bytes = columns_ * rows_ * static_cast<int64_t>(sizeof(T)) * streams;
     const int64_t most = max_of(1, bytes / kBytesPerRegion);
-    if (columns_ == channels_) {
-      const int64_t share = ceil_div(columns_, min_of(most, 2 * threads));
-      const int64_t slice = min_of(kCacheBytes / column_bytes, share) / kWidth * kWidth;
-      if (slice >= kLeastSlice) return {true, ceil_div(columns_, slice), slice};
-    }
     // Fewer pixels than a row has are one region without rows, whose end is the short row.
     const int64_t height = max_of(1, ceil_div(rows_, min_of(most, kRegionsPerThread * threads)));
     return {false, max_of(1, ceil_div(rows_, height)), height};
@@ -53,7 +47,6 @@ class Rows {
 
   Region region(const Cut& cut, int64_t index) const {
     const int64_t begin = index * cut.step, end = begin + cut.step;
-    if (cut.by_channel) return {begin, min_of(end, columns_), 0, rows_, 0, 0};
     return {0, columns_, begin, min_of(end, rows_), 0, 0};
   }
 
@@ -63,13 +56,34 @@ class Rows {
     A* const shift = scratch;
     A* const first = scratch + columns_;
     A* const second = scratch + 2 * columns_;
+    const int64_t columns = columns_;
     for_tables(g, [&](const Region& table) {
       for (int64_t begin = table.i; begin < table.i_end; begin += kSumLength) {
         const int64_t end = min_of(begin + kSumLength, table.i_end);
-        for_bands(table, begin, end, false, [&](int64_t row, int64_t row_end) {
-          for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
-            statistics_of(group, input, row, row_end, row == begin, c, shift, first, second);
+        // The mean of the first rows, which stay in the first-level cache for the sums about it.
+        const int64_t near_end = min_of(begin + kNearRows, end);
+        const A share = A(1) / static_cast<A>(near_end - begin);
+        for_vectors(table, begin, near_end, [=](auto group, auto count, int64_t row, int64_t c) {
+          Vec<A> sum = row == begin ? Vec<A>{} : load_group(group, shift + c);
+          for_rows(count,
+                   [&](int i) { sum += load_group(group, input + (row + i) * columns + c); });
+          if (row + count == near_end) sum = finite<A>(sum * share);
+          store_group(group, shift + c, sum);
+        });
+        for_vectors(table, begin, end, [=](auto group, auto count, int64_t row, int64_t c) {
+          const Vec<A> near = load_group(group, shift + c);
+          Vec<A> sum{}, squares{};
+          if (row != begin) {
+            sum = load_group(group, first + c);
+            squares = load_group(group, second + c);
+          }
+          for_rows(count, [&](int i) {
+            const Vec<A> d = load_group(group, input + (row + i) * columns + c) - near;
+            sum += d;
+            squares += d * d;
           });
+          store_group(group, first + c, sum);
+          store_group(group, second + c, squares);
         });
         // About another origin: sum of (v + d) and of (v + d)^2 over n values, d = shift - origin.
         const double n = static_cast<double>(end - begin);
@@ -83,27 +97,21 @@ class Rows {
   }
 
   template <Activation kActivation, bool kResidual>
-  void apply(const Region& g, const T* input, const T* residual, const Factors<A>& factors,
+  void apply(const Region& g, const T* input, const T* residual, const Factors<A>& given,
              A negative_slope, T* output, bool stream) const {
     const Vec<A> slope = broadcast(negative_slope);
-    for_tables(g, [&](const Region& table) {
-      for_bands(table, table.i, table.i_end, true, [&](int64_t row, int64_t row_end) {
-        for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
-          constexpr int kVectors = decltype(group)::kVectors;
-          Vec<A> mean[kVectors], scale[kVectors], bias[kVectors];
-          load_all(group, factors.mean + c, mean);
-          load_all(group, factors.scale + c, scale);
-          load_all(group, factors.bias + c, bias);
-          for (int64_t r = row; r < row_end; ++r) {
-            const int64_t at = r * columns_ + c;
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t here = at + v * kWidth;
-              Vec<A> z = (load_group(group, input + here) - mean[v]) * scale[v] + bias[v];
-              if (kResidual) z += load_group(group, residual + here);
-              store_result(group, output + here, activate<kActivation, A>(z, slope), stream);
-            }
-          }
+    const Factors<A> factors = given;
+    const int64_t columns = columns_;
+    for_tables_backwards(g, [&](const Region& table) {
+      for_vectors(table, table.i, table.i_end, [=](auto group, auto count, int64_t row, int64_t c) {
+        const Vec<A> mean = load_group(group, factors.mean + c);
+        const Vec<A> scale = load_group(group, factors.scale + c);
+        const Vec<A> bias = load_group(group, factors.bias + c);
+        for_rows(count, [&](int i) {
+          const int64_t here = (row + i) * columns + c;
+          Vec<A> z = (load_group(group, input + here) - mean) * scale + bias;
+          if (kResidual) z += load_group(group, residual + here);
+          store_result(group, output + here, activate<kActivation, A>(z, slope), stream);
         });
       });
     });
@@ -111,18 +119,36 @@ class Rows {
 
   // Adds to sums: the gradient before the activation, and its products with input - mean.
   template <Activation kActivation, PreActivation kFrom>
-  void reduce(const Region& g, const Gradients<T>& at, const Factors<A>& factors, A negative_slope,
+  void reduce(const Region& g, const Gradients<T>& to, const Factors<A>& given, A negative_slope,
               bool stream, A* scratch, const Sums& sums) const {
     A* const first = scratch;
     A* const second = scratch + columns_;
+    const Vec<A> leak = broadcast(negative_slope);
+    const Gradients<T> at = to;
+    const Factors<A> factors = given;
+    const int64_t columns = columns_;
     for_tables(g, [&](const Region& table) {
       for (int64_t begin = table.i; begin < table.i_end; begin += kSumLength) {
         const int64_t end = min_of(begin + kSumLength, table.i_end);
-        for_bands(table, begin, end, false, [&](int64_t row, int64_t row_end) {
-          for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
-            reduce_of<kActivation, kFrom>(group, at, row, row_end, row == begin, c, factors,
-                                          negative_slope, stream, first, second);
+        for_vectors(table, begin, end, [=](auto group, auto count, int64_t row, int64_t c) {
+          const Vec<A> mean = load_group(group, factors.mean + c);
+          const Vec<A> scale = load_group(group, factors.scale + c);
+          const Vec<A> bias = load_group(group, factors.bias + c);
+          Vec<A> sum{}, products{};
+          if (row != begin) {
+            sum = load_group(group, first + c);
+            products = load_group(group, second + c);
+          }
+          for_rows(count, [&](int i) {
+            const int64_t here = (row + i) * columns + c;
+            const Vec<A> centred = load_group(group, at.input + here) - mean;
+            const Vec<A> grad =
+                grad_at<kActivation, kFrom>(group, at, here, centred, scale, bias, leak, stream);
+            sum += grad;
+            products += grad * centred;
           });
+          store_group(group, first + c, sum);
+          store_group(group, second + c, products);
         });
         for (int64_t c = table.c; c < table.c_end; ++c) {
           sums.first[c] += first[c];
@@ -134,153 +160,110 @@ class Rows {
 
   // Writes grad_input, in evaluation without the share of the statistics.
   template <Activation kActivation, PreActivation kFrom>
-  void grad_input(const Region& g, const Gradients<T>& at, const Factors<A>& factors,
+  void grad_input(const Region& g, const Gradients<T>& to, const Factors<A>& given,
                   A negative_slope, bool training, bool stream) const {
     const Vec<A> leak = broadcast(negative_slope);
-    for_tables(g, [&](const Region& table) {
-      for_bands(table, table.i, table.i_end, true, [&](int64_t row, int64_t row_end) {
-        for_groups<A, 4>(table.c, table.c_end, [&](auto group, int64_t c) {
-          constexpr int kVectors = decltype(group)::kVectors;
-          Vec<A> mean[kVectors], scale[kVectors], bias[kVectors], slope[kVectors], offset[kVectors];
-          load_all(group, factors.mean + c, mean);
-          load_all(group, factors.scale + c, scale);
-          load_all(group, factors.bias + c, bias);
-          load_all(group, factors.slope + c, slope);
-          load_all(group, factors.offset + c, offset);
-          for (int64_t r = row; r < row_end; ++r) {
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              const int64_t here = r * columns_ + c + v * kWidth;
-              const Vec<A> centred = load_group(group, at.input + here) - mean[v];
-              Vec<A> other{};
-              if (kFrom != PreActivation::kInput) other = load_group(group, at.other + here);
-              const Vec<A> grad =
-                  grad_before<kActivation, kFrom, A>(load_group(group, at.grad_output + here),
-                                                     centred, other, scale[v], bias[v], leak);
-              if constexpr (kFrom != PreActivation::kInput) {
-                if (at.grad_residual != nullptr) {
-                  store_result(group, at.grad_residual + here, grad, stream);
-                }
-              }
-              Vec<A> result = grad * scale[v];
-              if (training) result += centred * slope[v] + offset[v];
-              store_result(group, at.grad_input + here, result, stream);
-            }
-          }
+    const Gradients<T> at = to;
+    const Factors<A> factors = given;
+    const int64_t columns = columns_;
+    for_tables_backwards(g, [&](const Region& table) {
+      for_vectors(table, table.i, table.i_end, [=](auto group, auto count, int64_t row, int64_t c) {
+        const Vec<A> mean = load_group(group, factors.mean + c);
+        const Vec<A> scale = load_group(group, factors.scale + c);
+        const Vec<A> bias = load_group(group, factors.bias + c);
+        const Vec<A> slope = load_group(group, factors.slope + c);
+        const Vec<A> offset = load_group(group, factors.offset + c);
+        for_rows(count, [&](int i) {
+          const int64_t here = (row + i) * columns + c;
+          const Vec<A> centred = load_group(group, at.input + here) - mean;
+          Vec<A> result =
+              grad_at<kActivation, kFrom>(group, at, here, centred, scale, bias, leak, stream) *
+              scale;
+          if (training) result += centred * slope + offset;
+          store_result(group, at.grad_input + here, result, stream);
         });
       });
     });
   }
 
  private:
-  static constexpr int64_t kMostColumns = 4096;
-  static constexpr int64_t kLeastSlice = 4 * kWidth;
   static constexpr int64_t kRegionsPerThread = 4;
-  static constexpr int64_t kBandBytes = 16 * 1024;
+  static constexpr int64_t kMostColumns = 4096;
+  // Rows whose mean the sums are taken about, of kSumLength.
+  static constexpr int64_t kNearRows = 8;
+  static constexpr int kRowsAtOnce = 4;
+  static constexpr int64_t kShortRow = 256;  // bytes
+  // The second pass goes backwards in steps of so much, each of them forwards.
+  static constexpr int64_t kBandBytes = 64 * 1024;
 
-  template <typename G>
-  GDFAST_INLINE static void load_all(const G& group, const A* from, Vec<A> (&to)[G::kVectors]) {
+  // The gradient in front of the activation, written for the residual too where that is wanted.
+  template <Activation kActivation, PreActivation kFrom, typename G>
+  GDFAST_INLINE static Vec<A> grad_at(const G& group, const Gradients<T>& at, int64_t here,
+                                      Vec<A> centred, Vec<A> scale, Vec<A> bias, Vec<A> leak,
+                                      bool stream) {
+    Vec<A> other{};
+    if (kFrom != PreActivation::kInput) other = load_group(group, at.other + here);
+    const Vec<A> grad = grad_before<kActivation, kFrom, A>(load_group(group, at.grad_output + here),
+                                                           centred, other, scale, bias, leak);
+    if constexpr (kFrom != PreActivation::kInput) {
+      if (at.grad_residual != nullptr) store_result(group, at.grad_residual + here, grad, stream);
+    }
+    return grad;
+  }
+
+  template <typename Count, typename Visit>
+  GDFAST_INLINE static void for_rows(Count, const Visit& visit) {
 #pragma GCC unroll 4
-    for (int v = 0; v < G::kVectors; ++v) to[v] = load_group(group, from + v * kWidth);
+    for (int i = 0; i < Count::value; ++i) visit(i);
   }
 
   // The region itself, and the short row where the region has the last of the others.
   template <typename Table>
-  void for_tables(const Region& g, const Table& table) const {
+  GDFAST_INLINE void for_tables(const Region& g, const Table& table) const {
     const bool has_short_row = short_row_ != 0 && g.i_end == rows_;
     const Region tables[] = {g, {0, short_row_, rows_, rows_ + 1, 0, 0}};
     for (int t = 0; t < (has_short_row ? 2 : 1); ++t) table(tables[t]);
   }
 
-  // Bands of rows that stay in the first-level cache while the groups of columns go over them.
-  template <typename Band>
-  GDFAST_INLINE void for_bands(const Region& table, int64_t begin, int64_t end, bool backwards,
-                               const Band& band) const {
-    const int64_t row_bytes = (table.c_end - table.c) * static_cast<int64_t>(sizeof(T));
-    const int64_t height = max_of(1, min_of(kSumLength, kBandBytes / row_bytes));
-    const int64_t count = ceil_div(end - begin, height);
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t row = begin + (backwards ? count - 1 - b : b) * height;
-      band(row, min_of(row + height, end));
-    }
+  // The same in bands of rows, the last one first.
+  template <typename Table>
+  GDFAST_INLINE void for_tables_backwards(const Region& g, const Table& table) const {
+    const int64_t row_bytes = columns_ * static_cast<int64_t>(sizeof(T));
+    const int64_t height = max_of(1, kBandBytes / row_bytes);
+    for_tables(g, [&](const Region& whole) {
+      Region band = whole;
+      for (int64_t b = ceil_div(whole.i_end - whole.i, height); b-- > 0;) {
+        band.i = whole.i + b * height;
+        band.i_end = min_of(band.i + height, whole.i_end);
+        table(band);
+      }
+    });
   }
 
-  template <typename G>
-  GDFAST_INLINE void statistics_of(const G& group, const T* input, int64_t row, int64_t row_end,
-                                   bool begins, int64_t c, A* shifts, A* firsts, A* seconds) const {
-    constexpr int kVectors = G::kVectors;
-    Vec<A> shift[kVectors], first[kVectors], second[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t column = c + v * kWidth;
-      if (begins) {
-        // The mean of the band, which stays in the first-level cache for the sums about it.
-        Vec<A> sum{};
-        for (int64_t r = row; r < row_end; ++r) {
-          sum += load_group(group, input + r * columns_ + column);
+  // visit(group, count, row, c) for each vector of columns, of `count` rows at a time. Memory is
+  // read in order: short rows several at a time, which share their factors, long ones one by one,
+  // since the processor foresees what is read next in a few places only. What the visit reads it
+  // should have as values of its own: anything else might change with each store.
+  template <typename Visit>
+  GDFAST_INLINE void for_vectors(const Region& table, int64_t begin, int64_t end,
+                                 Visit visit) const {
+    using Several = std::integral_constant<int, kRowsAtOnce>;
+    using One = std::integral_constant<int, 1>;
+    const int64_t first = table.c, last = table.c_end;
+    const int64_t whole = first + (last - first) / kWidth * kWidth;
+    int64_t row = begin;
+    if ((last - first) * static_cast<int64_t>(sizeof(T)) <= kShortRow) {
+      for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+        for (int64_t c = first; c < whole; c += kWidth) {
+          visit(Group<1, true>{kWidth}, Several(), row, c);
         }
-        shift[v] = finite<A>(sum * (A(1) / static_cast<A>(row_end - row)));
-        first[v] = second[v] = Vec<A>{};
-        store_group(group, shifts + column, shift[v]);
-      } else {
-        shift[v] = load_group(group, shifts + column);
-        first[v] = load_group(group, firsts + column);
-        second[v] = load_group(group, seconds + column);
       }
     }
-    for (int64_t r = row; r < row_end; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const Vec<A> d = load_group(group, input + r * columns_ + c + v * kWidth) - shift[v];
-        first[v] += d;
-        second[v] += d * d;
-      }
+    for (; row < end; ++row) {
+      for (int64_t c = first; c < whole; c += kWidth) visit(Group<1, true>{kWidth}, One(), row, c);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      store_group(group, firsts + c + v * kWidth, first[v]);
-      store_group(group, seconds + c + v * kWidth, second[v]);
-    }
-  }
-
-  template <Activation kActivation, PreActivation kFrom, typename G>
-  GDFAST_INLINE void reduce_of(const G& group, const Gradients<T>& at, int64_t row, int64_t row_end,
-                               bool begins, int64_t c, const Factors<A>& factors, A negative_slope,
-                               bool stream, A* firsts, A* seconds) const {
-    constexpr int kVectors = G::kVectors;
-    const Vec<A> leak = broadcast(negative_slope);
-    Vec<A> mean[kVectors], scale[kVectors], bias[kVectors], first[kVectors], second[kVectors];
-    load_all(group, factors.mean + c, mean);
-    load_all(group, factors.scale + c, scale);
-    load_all(group, factors.bias + c, bias);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      first[v] = begins ? Vec<A>{} : load_group(group, firsts + c + v * kWidth);
-      second[v] = begins ? Vec<A>{} : load_group(group, seconds + c + v * kWidth);
-    }
-    for (int64_t r = row; r < row_end; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t here = r * columns_ + c + v * kWidth;
-        const Vec<A> centred = load_group(group, at.input + here) - mean[v];
-        Vec<A> other{};
-        if (kFrom != PreActivation::kInput) other = load_group(group, at.other + here);
-        const Vec<A> grad = grad_before<kActivation, kFrom, A>(
-            load_group(group, at.grad_output + here), centred, other, scale[v], bias[v], leak);
-        if constexpr (kFrom != PreActivation::kInput) {
-          if (at.grad_residual != nullptr) {
-            store_result(group, at.grad_residual + here, grad, stream);
-          }
-        }
-        first[v] += grad;
-        second[v] += grad * centred;
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      store_group(group, firsts + c + v * kWidth, first[v]);
-      store_group(group, seconds + c + v * kWidth, second[v]);
-    }
+    if (whole == last) return;
+    for (row = begin; row < end; ++row) visit(Group<1, false>{last - whole}, One(), row, whole);
   }
 
   int64_t channels_, columns_, rows_, short_row_;

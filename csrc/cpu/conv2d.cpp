@@ -6,6 +6,7 @@ namespace gdfast::cpu::GDFAST_ISA {
 
 void conv2d(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
             void* output, int threads) {
+  if (p.is_depthwise()) return depthwise(p, input, weight, bias, output, threads);
   Workspace tap_memory(p.R * p.S * sizeof(Tap));
   const TapConv conv = forward_tap_conv(p, reinterpret_cast<Tap*>(tap_memory.data()));
   with_dtype(p.dtype, [&](auto zero) {

@@ -8,6 +8,7 @@ namespace gdfast::cpu::GDFAST_ISA {
 void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const void* weight,
                        void* grad_input, int threads) {
   if (p.N == 0) return;
+  if (p.is_depthwise()) return depthwise_grad_input(p, grad_output, weight, grad_input, threads);
   Workspace tap_memory(p.R * p.S * sizeof(Tap));
   for_each_phase(p, reinterpret_cast<Tap*>(tap_memory.data()),
                  [&](const TapConv& conv, int64_t offset) {

@@ -11,7 +11,6 @@
 // A task owns a panel of k, a block of rows and a share of the output's lines. Shares are added up
 // afterwards in a fixed order: the result depends on their number, which shape and threads decide,
 // and never on timing.
-#include "depthwise_grad_weight.h"
 #include "few_grad_weight.h"
 #include "kernels.h"
 #include "pack.h"
@@ -353,13 +352,12 @@ class GradWeight {
 
 void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const void* input,
                         void* grad_weight, void* grad_bias, int threads) {
+  if (p.is_depthwise()) {
+    return depthwise_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
+  }
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
-      if (p.groups > 1 && p.C == p.groups && p.K == p.groups) {
-        run_depthwise_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
-        return;
-      }
       if constexpr (kSame<T, float>) {
         if (p.algorithm == Algorithm::kWinograd && p.N > 0 && winograd_grad_weight_fits<T>(p)) {
           WinogradGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();

@@ -1,13 +1,13 @@
 // Depthwise convolution: every channel sees only itself, so there is no product of matrices.
 //
 // Memory is the limit, not arithmetic, and the two layouts want different loops:
-//   ChannelLines  channels side by side: vectors run over channels, images are read in place.
+//   ChannelLines  channels side by side: vectors run over channels, images are read in place
+//                 (depthwise_channel_lines.h).
 //   Planes        anything else: a band of one plane is copied once, widened, with a border of
 //                 zeros and its columns sorted by w % step; vectors then run along the line.
 #pragma once
 
-#include "band.h"
-#include "ending.h"
+#include "depthwise_channel_lines.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -131,110 +131,6 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
         finish_rows(ending, &line, 1, conv.width - rest);
         copy_narrowed(line, conv.width - rest, to + rest * conv.dest.w, conv.dest.w);
       }
-    }
-  });
-}
-
-// Channels [c, c + lanes) of kPixels neighbouring dest pixels.
-template <typename T, int kPixels>
-GDFAST_INLINE void channel_sums(const T* const* at, const T* weights, int64_t weight_step,
-                                const int64_t* order, int64_t taps, int64_t pixel_step, int64_t c,
-                                Vec<T> start, const Ending<T>& ending, T* to, int64_t to_step) {
-  Vec<T> sum[kPixels];
-#pragma GCC unroll 8
-  for (int x = 0; x < kPixels; ++x) sum[x] = start;
-  for (int64_t t = 0; t < taps; ++t) {
-    const Vec<T> weight = load(weights + order[t] * weight_step + c);
-    const T* from = at[t] + c;
-#pragma GCC unroll 8
-    for (int x = 0; x < kPixels; ++x) sum[x] += weight * load(from + x * pixel_step);
-  }
-  finish_sums<1, kPixels>(ending, &sum);
-#pragma GCC unroll 8
-  for (int x = 0; x < kPixels; ++x) store<T>(to + x * to_step + c, sum[x]);
-}
-
-// float and double with channels side by side in source and dest, at least one vector of them.
-template <typename T>
-void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
-                             T* dest, int threads) {
-  constexpr int kPixels = 4;
-  const int64_t channels = conv.groups;
-  const Ending<T> ending = Ending<T>::of(conv);
-  struct Scratch {
-    const T** at;
-    int64_t* order;
-  };
-  Carver carver;
-  const auto carve_shared = [&](Carver& c) {
-    return c.template take<T>((conv.tap_count + 1) * channels);
-  };
-  const auto carve_scratch = [&](Carver& c) {
-    return Scratch{c.template take<const T*>(conv.tap_count),
-                   c.template take<int64_t>(conv.tap_count)};
-  };
-  carve_shared(carver);
-  const int64_t shared = carver.used();
-  carve_scratch(carver);
-  const int64_t each = carver.used() - shared;
-  Workspace workspace(shared + each * threads);
-  Carver shared_carver(workspace.data());
-  // [tap][channel], then the bias.
-  T* weights = carve_shared(shared_carver);
-  T* starts = weights + conv.tap_count * channels;
-  for (int64_t t = 0; t < conv.tap_count; ++t) {
-    copy_widened(weight + conv.taps[t].weight, conv.weight_group, channels, weights + t * channels);
-  }
-  for (int64_t c = 0; c < channels; ++c) starts[c] = bias == nullptr ? T(0) : bias[c];
-
-  int64_t low = 0, high = 0;
-  for (int64_t t = 0; t < conv.tap_count; ++t) {
-    low = min_of(low, conv.taps[t].dw);
-    high = max_of(high, conv.taps[t].dw);
-  }
-  // Grid points [inner, inner_end) see the image through every tap.
-  const int64_t inner = min_of(conv.width, ceil_div(-low, conv.step_w));
-  const int64_t inner_end =
-      max_of(inner, min_of(conv.width, floor_div(conv.source_width - 1 - high, conv.step_w) + 1));
-
-  parallel_for(conv.batch * conv.height, threads, [&](int64_t line, int thread) {
-    Carver own(workspace.data() + shared + each * thread);
-    const Scratch scratch = carve_scratch(own);
-    const int64_t n = line / conv.height, i = line % conv.height;
-    const T* image = source + n * conv.source.n;
-    T* to = dest + n * conv.dest.n + i * conv.dest.h;
-    const int64_t step = conv.step_w * conv.source.w;
-
-    // Taps that see the image from grid point j.
-    const auto find_taps = [&](int64_t j) {
-      int64_t taps = 0;
-      for (int64_t t = 0; t < conv.tap_count; ++t) {
-        const int64_t h = i * conv.step_h + conv.taps[t].dh;
-        const int64_t w = j * conv.step_w + conv.taps[t].dw;
-        if (h < 0 || h >= conv.source_height || w < 0 || w >= conv.source_width) continue;
-        scratch.at[taps] = image + h * conv.source.h + w * conv.source.w;
-        scratch.order[taps++] = t;
-      }
-      return taps;
-    };
-    for (int64_t j = 0; j < conv.width;) {
-      const int64_t taps = find_taps(j);
-      const int64_t count = j >= inner && j + kPixels <= inner_end ? kPixels : 1;
-      for (int64_t c = 0; c < channels; c += kLanes<T>) {
-        // The last vector ends at the last channel, and computes some channels again.
-        const int64_t first = min_of(c, channels - kLanes<T>);
-        const Vec<T> start = load(starts + first);
-        T* out = to + j * conv.dest.w;
-        if (count == kPixels) {
-          channel_sums<T, kPixels>(scratch.at, weights, channels, scratch.order, taps, step, first,
-                                   start, ending, out, conv.dest.w);
-        } else {
-          channel_sums<T, 1>(scratch.at, weights, channels, scratch.order, taps, step, first, start,
-                             ending, out, conv.dest.w);
-        }
-      }
-      finish_rows<kPixels>(ending, to + j * conv.dest.w, conv.dest.w, count, channels);
-      j += count;
     }
   });
 }

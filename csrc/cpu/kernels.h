@@ -29,6 +29,13 @@ namespace gdfast::cpu {
 #define GDFAST_DECLARE_KERNELS(isa)                                                                \
   GDFAST_DECLARE_CONV2D(isa)                                                                       \
   namespace isa {                                                                                  \
+  /* The passes of conv2d for a problem that is_depthwise(). */                                    \
+  void depthwise(const Conv2dProblem& problem, const void* input, const void* weight,              \
+                 const void* bias, void* output, int threads);                                     \
+  void depthwise_grad_input(const Conv2dProblem& problem, const void* grad_output,                 \
+                            const void* weight, void* grad_input, int threads);                    \
+  void depthwise_grad_weight(const Conv2dProblem& problem, const void* grad_output,                \
+                             const void* input, void* grad_weight, void* grad_bias, int threads);  \
   /* output = max_pool2d(input), and where in its window each value was. */                        \
   void max_pool2d(const MaxPool2dProblem& problem, const void* input, void* output, void* argmax,  \
                   int threads);                                                                    \

@@ -1,8 +1,11 @@
 // Picks the algorithm for a TapConv, from its shape and layout alone.
 #pragma once
 
+<<<<<<< HEAD
 #include "depthwise.h"
 #include "pointwise.h"
+=======
+>>>>>>> mobile
 #include "tap_conv_channels.h"
 #include "tap_conv_few.h"
 #include "tap_conv_pixels.h"
@@ -17,10 +20,6 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
                   const T* bias, T* dest, int threads) {
   using A = typename Accumulator<T>::type;
   if (conv.pixels() == 0) return;
-  if (conv.reduced == 1 && conv.produced == 1 && conv.groups > 1) {
-    run_depthwise(conv, source, weight, bias, dest, threads);
-    return;
-  }
   if constexpr (kSame<T, float>) {
     if (algorithm == Algorithm::kWinograd && winograd_fits<T>(conv)) {
       WinogradTiles(conv, source, weight, bias, dest, threads).run();

@@ -242,6 +242,7 @@ ODD: tuple[Conv2dCase, ...] = (
     Conv2dCase("groups-5-1x1", 2, 15, 5, 6, 10, 1, 1, groups=5),
     Conv2dCase("depthwise", 2, 17, 8, 9, 17, 3, 3, padding=(1, 1), groups=17),
     Conv2dCase("depthwise-stride-2", 2, 33, 9, 10, 33, 5, 3, (2, 1), (2, 0), (1, 2), groups=33),
+    Conv2dCase("depthwise-3x3-stride-2", 2, 19, 10, 13, 19, 3, 3, (2, 2), (1, 1), groups=19),
     Conv2dCase("depthwise-5x5", 1, 20, 9, 12, 20, 5, 5, padding=(2, 2), groups=20),
     Conv2dCase("depthwise-7x7-stride-2", 1, 18, 11, 9, 18, 7, 7, (2, 2), (3, 3), groups=18),
     Conv2dCase("depthwise-multiplier-2", 2, 9, 7, 8, 18, 3, 2, (1, 2), (1, 1), groups=9),

@@ -1,0 +1,274 @@
+// Depthwise convolution where channels lie side by side: vectors run over them, and images are read
+// in place.
+//
+// A block of neighbouring pixels goes along the channels, so that memory is read in order. For each
+// row of taps there is a list of the pixels of the image that the block sees through it: each is
+// loaded once for all pixels of the block, and beyond the border there are zeros.
+#pragma once
+
+#include "band.h"
+#include "ending.h"
+#include "parallel.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// What kernels are compiled for: rows of taps (0: as many as there are) that see kColumns columns
+// side by side, and columns from one pixel to the next. With one column, these may be any number.
+template <int kTheRows, int kTheColumns, int kTheStep>
+struct TapShape {
+  static constexpr int kRows = kTheRows, kColumns = kTheColumns, kStep = kTheStep;
+  static constexpr int kPixels = 4;  // of a block
+  static constexpr int kSeen = (kPixels - 1) * kStep + kColumns;
+};
+
+constexpr int kBlockPixels = TapShape<0, 1, 1>::kPixels;
+
+// The taps as rows of neighbouring columns where `step` allows for it, else each tap as a row.
+class TapRows {
+ public:
+  TapRows(const TapConv& conv) : conv_(conv) {
+    while (columns < conv.tap_count && conv.taps[columns].dh == conv.taps[0].dh) ++columns;
+    const int64_t apart = columns > 1 ? conv.taps[1].dw - conv.taps[0].dw : 1;
+    reversed_ = apart < 0;
+    const bool beside = apart == 1 || apart == -1;
+    const int64_t step = conv.step_w;
+    const bool has_shape = (step == 1 && columns <= 5) ||
+                           ((step == 1 || step == 2) && columns == 7) ||
+                           (step == 2 && (columns == 3 || columns == 5));
+    if (!beside || !has_shape) columns = 1;
+    rows = columns == 0 ? 0 : conv.tap_count / columns;
+    spacing = columns == 1 ? step : 1;
+    ahead = kBlockPixels * step * conv.source.w;
+  }
+
+  // The tap that sees the given column of a row.
+  const Tap& tap(int64_t row, int64_t column) const {
+    return conv_.taps[row * columns + (reversed_ ? columns - 1 - column : column)];
+  }
+
+  // Calls run(shape).
+  template <typename Run>
+  void with_shape(const Run& run) const {
+    const int64_t step = columns == 1 ? 1 : conv_.step_w;
+    if (columns <= 1)
+      return rows == 1   ? run(TapShape<1, 1, 1>())
+             : rows == 2 ? run(TapShape<2, 1, 1>())
+                         : run(TapShape<0, 1, 1>());
+    if (step == 1 && columns == 2)
+      return rows == 2 ? run(TapShape<2, 2, 1>()) : run(TapShape<0, 2, 1>());
+    if (step == 1 && columns == 3)
+      return rows == 3 ? run(TapShape<3, 3, 1>()) : run(TapShape<0, 3, 1>());
+    if (step == 1 && columns == 4) return run(TapShape<0, 4, 1>());
+    if (step == 1 && columns == 5) return run(TapShape<0, 5, 1>());
+    if (step == 1) return run(TapShape<0, 7, 1>());
+    if (columns == 3) return rows == 3 ? run(TapShape<3, 3, 2>()) : run(TapShape<0, 3, 2>());
+    if (columns == 5) return run(TapShape<0, 5, 2>());
+    run(TapShape<0, 7, 2>());
+  }
+
+  // Writes which pixels dest pixels [j, j + kBlockPixels) of line i see: `seen` for each row.
+  template <typename T>
+  void find(const T* image, int64_t i, int64_t j, int seen, const T* zeros, const T** to) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      const Tap& first = tap(row, 0);
+      const int64_t h = i * conv_.step_h + first.dh;
+      const bool inside = h >= 0 && h < conv_.source_height;
+      int64_t w = j * conv_.step_w + first.dw;
+      const T* at = image + h * conv_.source.h + w * conv_.source.w;
+      for (int x = 0; x < seen; ++x, w += spacing, at += spacing * conv_.source.w) {
+        *to++ = inside && w >= 0 && w < conv_.source_width ? at : zeros;
+      }
+    }
+  }
+
+  int64_t rows = 0, columns = 0;
+  int64_t spacing = 1;  // columns of the image between two pixels that are seen
+  int64_t ahead;        // elements of the image between what two neighbouring blocks see
+
+ private:
+  const TapConv& conv_;
+  bool reversed_ = false;
+};
+
+// Calls each(c, v) for the vectors of channels, of which c is the first one. The last vector ends
+// at the last channel: some of its lanes may be those of the vector before.
+template <typename T, typename Each>
+GDFAST_INLINE void for_channel_vectors(int64_t channels, const Each& each) {
+  constexpr int64_t kWidth = kLanes<T>;
+  int64_t v = 0;
+  for (; (v + 1) * kWidth <= channels; ++v) each(v * kWidth, v);
+  if (v * kWidth < channels) each(channels - kWidth, v);
+}
+
+// Calls visit(row) for the rows of taps.
+template <int kRows, typename Visit>
+GDFAST_INLINE void for_tap_rows(int64_t rows, const Visit& visit) {
+  if constexpr (kRows == 0) {
+    for (int64_t row = 0; row < rows; ++row) visit(row);
+  } else {
+#pragma GCC unroll 3
+    for (int64_t row = 0; row < kRows; ++row) visit(row);
+  }
+}
+
+// Channels [c, c + lanes) of a pixel that the block sees. The next block sees what lies `ahead` of
+// it: of the rows that were not there for the line above, it is fetched now.
+template <typename T, typename Shape>
+GDFAST_INLINE Vec<T> load_seen(const T* const* seen, int64_t row, int x, int64_t c, int64_t ahead) {
+  const T* const from = seen[row * Shape::kSeen + x] + c;
+  if constexpr (Shape::kRows == 3) {
+    const bool is_new = row + Shape::kStep >= Shape::kRows;
+    if (is_new && x >= Shape::kSeen - Shape::kPixels * Shape::kStep) {
+      __builtin_prefetch(from + ahead);
+    }
+  }
+  return load(from);
+}
+
+// The sums of a block: to[x] = starts + weights * seen. Weights lie [vector][tap][lane].
+template <typename T, typename Shape>
+void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* starts,
+                int64_t channels, int64_t ahead, Ending<T> ending, T* const* to) {
+  constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
+  constexpr int kWidth = kLanes<T>;
+  const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
+  T *const to0 = to[0], *const to1 = to[1], *const to2 = to[2], *const to3 = to[3];
+  for_channel_vectors<T>(channels, [=](int64_t c, int64_t v) {
+    Vec<T> sums[kPixels];
+#pragma GCC unroll 4
+    for (int x = 0; x < kPixels; ++x) sums[x] = load(starts + v * kWidth);
+    for_tap_rows<Shape::kRows>(rows, [&](int64_t row) {
+      Vec<T> pixels[kSeen];
+#pragma GCC unroll 16
+      for (int x = 0; x < kSeen; ++x) pixels[x] = load_seen<T, Shape>(seen, row, x, c, ahead);
+#pragma GCC unroll 8
+      for (int s = 0; s < kColumns; ++s) {
+        const Vec<T> weight = load(weights + (v * taps + row * kColumns + s) * kWidth);
+#pragma GCC unroll 4
+        for (int x = 0; x < kPixels; ++x) sums[x] += weight * pixels[x * Shape::kStep + s];
+      }
+    });
+    finish_sums<1, kPixels>(ending, &sums);
+    store<T>(to0 + c, sums[0]);
+    store<T>(to1 + c, sums[1]);
+    store<T>(to2 + c, sums[2]);
+    store<T>(to3 + c, sums[3]);
+  });
+}
+
+// sums += grads * seen, for each tap; sums lie as weights do.
+template <typename T, typename Shape>
+void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, int64_t channels,
+                    int64_t ahead, T* sums) {
+  constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
+  constexpr int kWidth = kLanes<T>;
+  const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
+  const T *const grad0 = grads[0], *const grad1 = grads[1];
+  const T *const grad2 = grads[2], *const grad3 = grads[3];
+  for_channel_vectors<T>(channels, [=](int64_t c, int64_t v) {
+    const Vec<T> grad[kPixels] = {load(grad0 + c), load(grad1 + c), load(grad2 + c),
+                                  load(grad3 + c)};
+    for_tap_rows<Shape::kRows>(rows, [&](int64_t row) {
+      T* const to = sums + (v * taps + row * kColumns) * kWidth;
+      Vec<T> sum[kColumns];
+#pragma GCC unroll 8
+      for (int s = 0; s < kColumns; ++s) sum[s] = load(to + s * kWidth);
+#pragma GCC unroll 16
+      for (int x = 0; x < kSeen; ++x) {
+        const Vec<T> pixel = load_seen<T, Shape>(seen, row, x, c, ahead);
+#pragma GCC unroll 4
+        for (int p = 0; p < kPixels; ++p) {
+          const int s = x - p * Shape::kStep;
+          if (s >= 0 && s < kColumns) sum[s] += grad[p] * pixel;
+        }
+      }
+#pragma GCC unroll 8
+      for (int s = 0; s < kColumns; ++s) store<T>(to + s * kWidth, sum[s]);
+    });
+  });
+}
+
+// Between one value for each channel, `step` apart, and vectors, `pitch` apart.
+template <typename T>
+void spread_channels(const T* from, int64_t step, int64_t channels, T* to, int64_t pitch) {
+  for_channel_vectors<T>(channels, [&](int64_t c, int64_t v) {
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) to[v * pitch + lane] = from[(c + lane) * step];
+  });
+}
+template <typename T>
+void gather_channels(const T* from, int64_t pitch, int64_t channels, T* to, int64_t step) {
+  for_channel_vectors<T>(channels, [&](int64_t c, int64_t v) {
+    for (int64_t lane = v * kLanes<T> - c; lane < kLanes<T>; ++lane) {
+      to[(c + lane) * step] = from[v * pitch + lane];
+    }
+  });
+}
+
+// float and double with channels side by side in source and dest, at least one vector of them.
+template <typename T>
+void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
+                             T* dest, int threads) {
+  const TapRows taps(conv);
+  const int64_t channels = conv.groups, size = round_up(channels, kLanes<T>);
+  int most_seen = 0;
+  void (*run)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
+              T* const*) = nullptr;
+  taps.with_shape([&](auto shape) {
+    most_seen = decltype(shape)::kSeen;
+    run = block_sums<T, decltype(shape)>;
+  });
+  T *weights, *starts, *zeros;
+  struct Scratch {
+    const T** seen;
+    T* unused;
+  };
+  const auto carve = [&](Carver& carver) {
+    return Scratch{carver.template take<const T*>(taps.rows * most_seen),
+                   carver.template take<T>(channels)};
+  };
+  const ThreadScratch memory(
+      threads,
+      [&](Carver& carver) {
+        weights = carver.template take<T>(conv.tap_count * size);
+        starts = carver.template take<T>(size);
+        zeros = carver.template take<T>(channels);
+      },
+      carve);
+  const int64_t pitch = conv.tap_count * kLanes<T>;
+  for (int64_t row = 0; row < taps.rows; ++row) {
+    for (int64_t s = 0; s < taps.columns; ++s) {
+      spread_channels(weight + taps.tap(row, s).weight, conv.weight_group, channels,
+                      weights + (row * taps.columns + s) * kLanes<T>, pitch);
+    }
+  }
+  std::memset(zeros, 0, channels * sizeof(T));
+  std::memset(starts, 0, size * sizeof(T));
+  if (bias != nullptr) spread_channels(bias, 1, channels, starts, kLanes<T>);
+
+  const Ending<T> ending = Ending<T>::of(conv);
+  // Neighbouring lines see the same lines of the image: one thread takes a few of them.
+  const int64_t together = max_of(1, min_of(8, conv.batch * conv.height / (8 * threads)));
+  const int64_t runs = ceil_div(conv.height, together);
+  parallel_for(conv.batch * runs, threads, [&](int64_t index, int thread) {
+    Carver own = memory.of(thread);
+    const Scratch scratch = carve(own);
+    const int64_t n = index / runs, i0 = index % runs * together;
+    for (int64_t i = i0; i < min_of(i0 + together, conv.height); ++i) {
+      T* line = dest + n * conv.dest.n + i * conv.dest.h;
+      for (int64_t j = 0; j < conv.width; j += kBlockPixels) {
+        const int64_t count = min_of(kBlockPixels, conv.width - j);
+        T* to[kBlockPixels];
+        for (int x = 0; x < kBlockPixels; ++x) {
+          to[x] = x < count ? line + (j + x) * conv.dest.w : scratch.unused;
+        }
+        taps.find(source + n * conv.source.n, i, j, most_seen, zeros, scratch.seen);
+        run(scratch.seen, weights, taps.rows, starts, channels, taps.ahead, ending, to);
+        finish_rows(ending, to, count, channels);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
