@@ -1,0 +1,556 @@
+// Winograd's way through a dense 3x3 kernel with stride 2, forward and for grad_input: 49 products
+// where the direct way has 81; see winograd_stride2_transforms.h.
+//
+// A grid of 3x3 points, outputs of the forward pass and 2x2 pixels of grad_input, is one tile. What
+// it sees is transformed, multiplied as independent products of matrices (tiles x channels by
+// channels x outputs), of which those with one sum are a single one, and transformed back:
+//
+//   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side
+//   weights [part][49][channels of the part][width]
+//   sums    [25 or 49][tiles][width]                   of one panel of output channels
+//
+// The schedules are those of winograd.h. Few channels: weights are transformed once and shared, a
+// task takes a block of tiles whose image and sums stay in L2. Many: the image is transformed for
+// all panels, a round of tiles at a time, and a task transforms a part of its panel's weights just
+// before use.
+#pragma once
+
+#include "tap_conv_pixels.h"
+#include "winograd_stride2_transforms.h"
+#include "winograd_tiles.h"
+
+namespace gdfast::cpu {
+namespace {
+
+inline bool winograd_stride2_fits(const Conv2dProblem& p) {
+  return p.dtype == DType::kFloat32 && p.N > 0 && p.R == 3 && p.S == 3 && p.stride_h == 2 &&
+         p.stride_w == 2 && p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+// Which products go into which sum, and where a tile's image keeps them: those of one sum side by
+// side, of the products that have been numbered row by row.
+struct Stride2Order {
+  int count;                                                              // of sums
+  int first[Stride2::kProducts] = {}, products[Stride2::kProducts] = {};  // of a sum
+  int place[Stride2::kProducts] = {}, product[Stride2::kProducts] = {};  // of a product, at a place
+  bool last_row[Stride2::kProducts] = {}, last_column[Stride2::kProducts] = {};
+
+  // Along one axis, sum_of[product] of `sums`; from `last` on only whole tiles need them.
+  constexpr Stride2Order(const int (&sum_of)[Stride2::kAxis], int sums, int last)
+      : count(sums * sums) {
+    int next = 0;
+    for (int sum = 0; sum < count; ++sum) {
+      first[sum] = next;
+      last_row[sum] = sum / sums >= last;
+      last_column[sum] = sum % sums >= last;
+      for (int number = 0; number < Stride2::kProducts; ++number) {
+        const int i = number / Stride2::kAxis, j = number % Stride2::kAxis;
+        if (sum_of[i] * sums + sum_of[j] != sum) continue;
+        place[number] = next;
+        product[next++] = number;
+      }
+      products[sum] = next - first[sum];
+    }
+  }
+};
+
+// The points of the tile are outputs, and it sees 7x7 pixels of the input.
+struct Stride2Forward {
+  static constexpr int kStep = 2, kPixels = 1;  // pixels of a point, seen and written, on each axis
+  static constexpr Stride2Order kOrder{Stride2::kSumOf, Stride2::kAxisSums, Stride2::kLastSum};
+  static constexpr int64_t kMostTiles = 132;  // of a block that transforms weights for itself
+
+  // Calls put(i, j, sum) for each output.
+  template <typename Sum, typename Put>
+  static GDFAST_INLINE void transform_sums(const Sum& sum, int, int, const Put& put) {
+    constexpr int kAxis = Stride2::kAxisSums;
+    const auto back = [](Vec<float>(&s)[kAxis], Vec<float>(&out)[3]) GDFAST_INLINE_LAMBDA {
+      const Vec<float> even[4] = {s[0], s[1], s[2], s[4]};
+      transform_even_sums<float>(even, out);
+      out[1] += s[3];
+    };
+    Vec<float> half[3][kAxis], out[3];
+#pragma GCC unroll 5
+    for (int j = 0; j < kAxis; ++j) {
+      Vec<float> column[kAxis];
+#pragma GCC unroll 5
+      for (int i = 0; i < kAxis; ++i) column[i] = sum(i * kAxis + j);
+      back(column, out);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) half[i][j] = out[i];
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      back(half[i], out);
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) put(i, j, out[j]);
+    }
+  }
+};
+
+// The points of the tile are 2x2 pixels of grad_input, and it sees 4x4 of grad_output.
+struct Stride2GradInput {
+  static constexpr int kStep = 1, kPixels = 2;
+  static constexpr int kOwn[Stride2::kAxis] = {0, 1, 2, 3, 4, 5, 6};
+  static constexpr Stride2Order kOrder{kOwn, Stride2::kAxis, Stride2::kLastProduct};
+  static constexpr int64_t kMostTiles = 72;
+
+  // Calls put(i, j, sum) for each pixel; the even ones begin at even_h, even_w of a point.
+  template <typename Sum, typename Put>
+  static GDFAST_INLINE void transform_sums(const Sum& sum, int even_h, int even_w, const Put& put) {
+    using S = Stride2;
+    // The pixels of one line of products.
+    const auto line = [&](int row, const auto& product) GDFAST_INLINE_LAMBDA {
+      Vec<float> even[4], out[3];
+#pragma GCC unroll 4
+      for (int j = 0; j < S::kEven; ++j) even[j] = product(S::kEvenAt[j]);
+      transform_even_sums<float>(even, out);
+#pragma GCC unroll 3
+      for (int j = 0; j < S::kOut; ++j) {
+        put(row, 2 * j + even_w, out[j]);
+        put(row, 2 * j + 1 - even_w, product(S::kOddAt[j]));
+      }
+    };
+    Vec<float> half[S::kOut][S::kAxis];
+#pragma GCC unroll 7
+    for (int j = 0; j < S::kAxis; ++j) {
+      Vec<float> even[4], out[3];
+#pragma GCC unroll 4
+      for (int i = 0; i < S::kEven; ++i) even[i] = sum(S::kEvenAt[i] * S::kAxis + j);
+      transform_even_sums<float>(even, out);
+#pragma GCC unroll 3
+      for (int i = 0; i < S::kOut; ++i) half[i][j] = out[i];
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < S::kOut; ++i) {
+      line(2 * i + even_h, [&](int j) GDFAST_INLINE_LAMBDA { return half[i][j]; });
+      line(2 * i + 1 - even_h,
+           [&](int j) GDFAST_INLINE_LAMBDA { return sum(S::kOddAt[i] * S::kAxis + j); });
+    }
+  }
+};
+
+// What a pass reads and writes, beside the pointers.
+struct Stride2Problem {
+  int64_t groups, reduced, produced;  // channels of one group
+  int64_t source_height, source_width, dest_height, dest_width;
+  Strides4 source, dest;
+  int64_t low_h, low_w;  // of the source, where the tile at the first point begins
+  int odd_h, odd_w;      // pixels of a tile before the first odd one
+  int even_h, even_w;    // pixels of a point before the first even one
+  Tap taps[9];           // (a, b, c) down and across
+  int64_t weight_reduced, weight_produced, weight_group;
+  Ending<float> ending;
+
+  static Stride2Problem forward(const Conv2dProblem& p) {
+    Stride2Problem to = {};
+    to.groups = p.groups;
+    to.reduced = p.C / p.groups;
+    to.produced = p.K / p.groups;
+    to.source_height = p.H;
+    to.source_width = p.W;
+    to.dest_height = p.P;
+    to.dest_width = p.Q;
+    to.source = p.input;
+    to.dest = p.output;
+    to.low_h = -p.pad_h;
+    to.low_w = -p.pad_w;
+    to.odd_h = to.odd_w = 1;
+    for (int t = 0; t < 9; ++t) to.taps[t].weight = t / 3 * p.weight.h + t % 3 * p.weight.w;
+    to.weight_reduced = p.weight.c;
+    to.weight_produced = p.weight.n;
+    to.weight_group = to.produced * p.weight.n;
+    to.ending = {p.activation, static_cast<float>(p.negative_slope)};
+    return to;
+  }
+
+  // With an even padding, the first pixel of a point is an even one, and its taps see outputs i - 1
+  // and i; else it is an odd one, whose tap sees output i.
+  static Stride2Problem grad_input(const Conv2dProblem& p) {
+    Stride2Problem to = {};
+    to.groups = p.groups;
+    to.reduced = p.K / p.groups;
+    to.produced = p.C / p.groups;
+    to.source_height = p.P;
+    to.source_width = p.Q;
+    to.dest_height = p.H;
+    to.dest_width = p.W;
+    to.source = p.output;
+    to.dest = p.input;
+    to.low_h = (p.pad_h + 1) / 2 - 1;
+    to.low_w = (p.pad_w + 1) / 2 - 1;
+    to.even_h = static_cast<int>(p.pad_h % 2);
+    to.even_w = static_cast<int>(p.pad_w % 2);
+    to.odd_h = 1 - to.even_h;
+    to.odd_w = 1 - to.even_w;
+    for (int t = 0; t < 9; ++t) {
+      to.taps[t].weight = (2 - t / 3) * p.weight.h + (2 - t % 3) * p.weight.w;
+    }
+    to.weight_reduced = p.weight.n;
+    to.weight_produced = p.weight.c;
+    to.weight_group = to.reduced * p.weight.n;
+    return to;
+  }
+};
+
+template <typename Pass>
+class Stride2Tiles {
+  using T = float;
+  using Grid = TileGridOf<Stride2::kOut>;
+  using Reader = TileReader<Stride2::kOut * Pass::kStep + 1, Stride2::kOut, Pass::kStep>;
+  static constexpr int kWidth = kLanes<T>;
+  static constexpr int kProducts = Stride2::kProducts;
+  static constexpr const Stride2Order& kOrder = Pass::kOrder;
+  static constexpr int kTilePixels = Stride2::kOut * Pass::kPixels;  // along one axis
+  // Columns of the stage for what is written.
+  static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
+  // Channels of a part of the reduction: 49 x 64 x 16 x 4 bytes = 200 KB of weights on AVX2.
+  static constexpr int64_t kPartChannels = 64;
+
+ public:
+  Stride2Tiles(const Stride2Problem& problem, int64_t batch, const T* source, const T* weight,
+               const T* bias, T* dest, int threads)
+      : p_(problem),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        threads_(threads),
+        grid_(batch, ceil_div(p_.dest_height, Pass::kPixels),
+              ceil_div(p_.dest_width, Pass::kPixels)),
+        panels_(p_.produced),
+        channels_(round_up(p_.reduced, kWidth)) {
+    stretch_ = channels_ % 32 == 0 ? 32 : channels_ % 16 == 0 ? 16 : kWidth;
+    part_channels_ = min_of(channels_, kPartChannels);
+    parts_ = ceil_div(channels_, part_channels_);
+    shared_weights_ = channels_ * p_.produced <= 128 * 128;
+    // The image of a block takes about 380 KB.
+    const int64_t most = shared_weights_ ? max_of(24, 1920 / channels_) : Pass::kMostTiles;
+    round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
+    int64_t blocks = ceil_div(round_tiles_, most);
+    if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
+    block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
+    image_tiles_ = round_up(round_tiles_, kTileRows);
+  }
+
+  void run() {
+    Workspace workspace(carve(Carver()));
+    carve(Carver(workspace.data()));
+    for (int64_t group = 0; group < p_.groups; ++group) run_group(group);
+  }
+
+ private:
+  struct Scratch {
+    T* image;    // of a block, where weights are shared
+    T* weights;  // of one part and panel, where they are not
+    T* packed;   // [9][part_channels][width]: weights before they are transformed
+    T* sums;     // [sum][block_tiles][width]
+    T* stage;    // pixels whose channels are brought side by side, or apart
+  };
+
+  // Where the weights of a sum begin; a vector more than they are from each to the next, so that
+  // they spread over the sets of the cache.
+  int64_t weights_at(int sum) const {
+    return kOrder.first[sum] * part_channels_ * panels_.width + sum * kWidth;
+  }
+  int64_t weights_size() const {
+    return kProducts * part_channels_ * panels_.width + kOrder.count * kWidth;
+  }
+  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
+  int64_t zeros_size() const { return max_of(channels_, kTileRows); }
+  // The image of one tile: an odd number of lines, so that the same product of neighbouring tiles
+  // spreads over the sets of the cache.
+  int64_t tile_size() const { return channels_ * kProducts + kWidth; }
+  static constexpr int64_t kStageSize = Reader::kStageSize > kTilePixels * kRunOut * kWidth
+                                            ? Reader::kStageSize
+                                            : kTilePixels * kRunOut * kWidth;
+
+  int64_t carve(Carver carver) {
+    weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
+    image_ = carver.take<T>(shared_weights_ ? 0 : image_tiles_ * tile_size());
+    zeros_ = carver.take<T>(zeros_size());
+    biases_ = carver.take<T>(panels_.count * panels_.width);
+    const int64_t before = carver.used();
+    scratch_.image = carver.take<T>(shared_weights_ ? tiles_ * tile_size() : 0);
+    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
+    scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
+    scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
+    scratch_.stage = carver.take<T>(kStageSize);
+    scratch_bytes_ = carver.used() - before;
+    return before + scratch_bytes_ * threads_;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
+            move(scratch_.sums), move(scratch_.stage)};
+  }
+
+  void run_group(int64_t group) {
+    const T* source = source_ + group * p_.reduced * p_.source.c;
+    const T* weight = weight_ + group * p_.weight_group;
+    T* dest = dest_ + group * p_.produced * p_.dest.c;
+    std::memset(zeros_, 0, zeros_size() * sizeof(T));
+    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+      const bool has = bias_ != nullptr && o < p_.produced;
+      biases_[o] = has ? bias_[group * p_.produced + o] : T(0);
+    }
+    if (shared_weights_) {
+      parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
+        transform_weights(weight, index / parts_, index % parts_, scratch_of(thread).packed,
+                          weights_ + index * weights_size());
+      });
+      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+        const Scratch scratch = scratch_of(thread);
+        const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+        transform_tiles(source, first, end, scratch, scratch.image);
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          for (int64_t part = 0; part < parts_; ++part) {
+            multiply(scratch.image, first, end - first, part,
+                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
+          }
+          write_tiles(panel, first, end, scratch, dest);
+        }
+      });
+      return;
+    }
+    for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
+      run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
+    }
+  }
+
+  // Tiles [first, end) of a convolution with many channels.
+  void run_round(const T* source, const T* weight, int64_t first, int64_t end, T* dest) {
+    parallel_for(ceil_div(end - first, kTileRows), threads_, [&](int64_t index, int thread) {
+      const int64_t tile = first + index * kTileRows;
+      transform_tiles(source, tile, min_of(tile + kTileRows, end), scratch_of(thread),
+                      image_ + (tile - first) * tile_size());
+    });
+    const int64_t blocks = ceil_div(end - first, tiles_);
+    parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
+      const int64_t tile_end = min_of(tile + tiles_, end);
+      for (int64_t part = 0; part < parts_; ++part) {
+        transform_weights(weight, panel, part, scratch.packed, scratch.weights);
+        multiply(image_ + (tile - first) * tile_size(), tile, tile_end - tile, part,
+                 scratch.weights, scratch.sums);
+      }
+      write_tiles(panel, tile, tile_end, scratch, dest);
+    });
+  }
+
+  // The weights of one part and of the outputs of one panel, those of a sum as the image has them:
+  // to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
+  void transform_weights(const T* weight, int64_t panel, int64_t part, T* packed, T* to) const {
+    const int64_t width = panels_.width, first = part * part_channels_;
+    const int64_t channels = min_of(part_channels_, channels_ - first);
+    TapConv conv = {};
+    conv.taps = p_.taps;
+    conv.tap_count = 9;
+    conv.reduced = min_of(channels, p_.reduced - first);
+    conv.produced = p_.produced;
+    conv.weight_reduced = p_.weight_reduced;
+    conv.weight_produced = p_.weight_produced;
+    pack_weight_panel(conv, weight + first * conv.weight_reduced, panel * width, width, packed);
+    for (int64_t begin = 0; begin < channels; begin += stretch_) {
+      T* lines[kProducts];
+      for (int sum = 0; sum < kOrder.count; ++sum) {
+        for (int i = 0; i < kOrder.products[sum]; ++i) {
+          lines[kOrder.first[sum] + i] =
+              to + weights_at(sum) + (begin * kOrder.products[sum] + i * stretch_) * width;
+        }
+      }
+      for (int64_t x = 0; x < stretch_ * width; x += kWidth) {
+        const int64_t c = begin + x / width, o = x % width;
+        Vec<T> tap[9], half[3 * Stride2::kAxisFilters], filter[Stride2::kFilters];
+        for (int t = 0; t < 9; ++t) {
+          tap[t] = c < conv.reduced ? load(packed + (t * conv.reduced + c) * width + o) : Vec<T>{};
+        }
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
+#pragma GCC unroll 5
+        for (int i = 0; i < Stride2::kAxisFilters; ++i) {
+          transform_stride2_filter<T>(half + i * 3, 1, filter + i * Stride2::kAxisFilters, 1);
+        }
+#pragma GCC unroll 49
+        for (int i = 0; i < kProducts; ++i) {
+          store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
+        }
+      }
+    }
+  }
+
+  // Transforms what tiles [first, end) see; tile `first` goes to column 0 of `to`. Columns up to a
+  // multiple of kTileRows are left as they are: their sums are never looked at.
+  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
+                       T* to) const {
+    const Reader reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width,
+                        p_.low_h, p_.low_w);
+    // As constants where they are the same for all problems.
+    const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
+    const int64_t stretch = stretch_;
+    reader.read(
+        first, end, zeros_, scratch.stage,
+        [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+          T* line =
+              to + (tile - first) * tile_size() + c / stretch * stretch * kProducts + c % stretch;
+          transform_stride2_tile<Pass::kStep>(
+              from, offset, odd_h, odd_w, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                store<T>(line + kOrder.place[product] * stretch, value);
+              });
+        });
+  }
+
+  // The sums of tiles [first, first + tiles), each of those that need it: sums (+)= image x weights
+  // over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, const T* weights,
+                T* sums) const {
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    const int64_t width = panels_.width;
+    TileArgs<T> args;
+    args.row_step = 1;
+    args.segment_step = kProducts * stretch_;
+    args.panel_step = width;
+    args.segments = channels / stretch_;
+    args.start = zeros_;
+    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
+    const T* rows[2][kTileRows];
+    T* out[kTileRows];
+    args.out = out;
+    const auto point = [&](int sum, int64_t tile, int64_t end, const T** to) {
+      const T* from = image + part * part_channels_ * kProducts + kOrder.first[sum] * stretch_;
+      for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_size();
+    };
+    for (int sum = 0; sum < kOrder.count; ++sum) {
+      args.length = kOrder.products[sum] * stretch_;
+      args.panel = weights + weights_at(sum);
+      T* to = sums + sum * block_tiles_ * width;
+      for (const TileRange& range :
+           grid_.needing(kOrder.last_row[sum], kOrder.last_column[sum]).part) {
+        const TileRange own = range.within(first, first + tiles);
+        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
+          const int64_t end = own.end - first;
+          const bool more = tile + kTileRows < end;
+          point(sum, tile, end, rows[0]);
+          point(more || sum + 1 == kOrder.count ? sum : sum + 1, more ? tile + kTileRows : 0, tiles,
+                rows[1]);
+          for (int i = 0; i < kTileRows; ++i) {
+            // Rows past the end are computed like the last one, and stored where nobody looks.
+            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
+          }
+          args.rows = rows[0];
+          args.rows_ahead = rows[1];
+          multiply_tile<T>(panels_.vectors, args);
+        }
+      }
+    }
+  }
+
+  // Transforms the sums of tiles [first, end) back and writes their pixels.
+  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch,
+                   T* dest) const {
+    const int64_t width = panels_.width;
+    const int64_t outputs = min_of(width, p_.produced - panel * width);
+    const T* biases = biases_ + panel * width;
+    dest += panel * width * p_.dest.c;
+    const int64_t in_place = p_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
+    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
+      const Pixels at = pixels_of(tile);
+      T* to = dest + at.n * p_.dest.n + at.h * p_.dest.h + at.w * p_.dest.w;
+      for (int64_t o = 0; o < in_place; o += kWidth) {
+        write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at, to + o,
+                     p_.dest.h, p_.dest.w);
+      }
+    }
+    for (int64_t o = in_place; o < outputs; o += kWidth) {
+      for (int64_t tile = first; tile < end;) {
+        const Pixels begin = pixels_of(tile);
+        const int64_t run = grid_.run_from(tile, end);
+        int64_t columns = 0;
+        for (int64_t x = 0; x < run; ++x, ++tile) {
+          const Pixels at = pixels_of(tile);
+          write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at,
+                       scratch.stage + (at.w - begin.w) * kWidth, kRunOut * kWidth, kWidth);
+          columns = at.w - begin.w + at.columns;
+        }
+        unstage(scratch.stage, min_of(kWidth, outputs - o), begin, columns, dest + o * p_.dest.c);
+      }
+    }
+  }
+
+  // The pixels of a tile that lie within the image.
+  struct Pixels {
+    int64_t n, h, w, rows, columns;
+  };
+  Pixels pixels_of(int64_t tile) const {
+    const typename Grid::At at = grid_.at(tile);
+    const int64_t h = at.h * Pass::kPixels, w = at.w * Pass::kPixels;
+    return {at.n, h, w, min_of(at.rows * Pass::kPixels, p_.dest_height - h),
+            min_of(at.columns * Pass::kPixels, p_.dest_width - w)};
+  }
+
+  void write_pixels(const T* from, Vec<T> bias, const Pixels& at, T* to, int64_t row_step,
+                    int64_t step) const {
+    const int64_t sum_step = block_tiles_ * panels_.width;
+    const auto sum = [&](int number)
+                         GDFAST_INLINE_LAMBDA { return load(from + number * sum_step); };
+    const auto put = [&](int i, int j, Vec<T> value) GDFAST_INLINE_LAMBDA {
+      if (i < at.rows && j < at.columns) store<T>(to + i * row_step + j * step, value);
+    };
+    if constexpr (Pass::kPixels > 1) {
+      Pass::transform_sums(sum, p_.even_h, p_.even_w, put);
+    } else {
+      constexpr int kOut = Stride2::kOut;
+      Vec<T> out[1][kOut * kOut];
+      Pass::transform_sums(sum, 0, 0, [&](int i, int j, Vec<T> value) GDFAST_INLINE_LAMBDA {
+        out[0][i * kOut + j] = value + bias;
+      });
+      finish_sums<1, kOut * kOut>(p_.ending, out);
+      T* values = reinterpret_cast<T*>(out);
+      finish_rows(p_.ending, &values, 1, kOut * kOut * kWidth);
+#pragma GCC unroll 9
+      for (int i = 0; i < kOut * kOut; ++i) put(i / kOut, i % kOut, out[0][i]);
+    }
+  }
+
+  // Writes staged pixels [i][x][lane] of a run of tiles.
+  void unstage(const T* stage, int64_t channels, const Pixels& at, int64_t columns, T* dest) const {
+    for (int64_t i = 0; i < at.rows; ++i, stage += kRunOut * kWidth) {
+      T* to = dest + at.n * p_.dest.n + (at.h + i) * p_.dest.h + at.w * p_.dest.w;
+      if (p_.dest.w == 1) {
+        transpose_widened(stage, kWidth, channels, columns, columns, to, p_.dest.c);
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          copy_narrowed(stage + x * kWidth, channels, to + x * p_.dest.w, p_.dest.c);
+        }
+      }
+    }
+  }
+
+  const Stride2Problem p_;
+  const T* source_;
+  const T* weight_;
+  const T* bias_;
+  T* dest_;
+  int threads_;
+  Grid grid_;
+  Panels<T> panels_;
+  int64_t channels_;  // reduced ones, padded to whole vectors
+  int64_t stretch_;
+  int64_t part_channels_, parts_;
+  bool shared_weights_;
+  int64_t tiles_;                      // of a block
+  int64_t round_tiles_;                // of a round, in which the image is transformed at once
+  int64_t block_tiles_, image_tiles_;  // of a block and of a round, padded
+  T* weights_;
+  T* image_;
+  T* zeros_;
+  T* biases_;
+  Scratch scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu
