@@ -5,7 +5,8 @@
 // it sees is transformed, multiplied as independent products of matrices (tiles x channels by
 // channels x outputs), of which those with one sum are a single one, and transformed back:
 //
-//   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side
+//   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side, or
+//           [49][tiles][channels]                      for many channels of grad_input
 //   weights [part][49][channels of the part][width]
 //   sums    [25 or 49][tiles][width]                   of one panel of output channels
 //
@@ -30,14 +31,15 @@ inline bool winograd_stride2_fits(const Conv2dProblem& p) {
 // Which products go into which sum, and where a tile's image keeps them: those of one sum side by
 // side, of the products that have been numbered row by row.
 struct Stride2Order {
-  int count;                                                              // of sums
-  int first[Stride2::kProducts] = {}, products[Stride2::kProducts] = {};  // of a sum
+  int axis, count;  // of sums, along one axis and in all
+  int first[Stride2::kProducts + 1] = {}, products[Stride2::kProducts] = {};  // of a sum
   int place[Stride2::kProducts] = {}, product[Stride2::kProducts] = {};  // of a product, at a place
+  int sum_of[Stride2::kProducts] = {};
   bool last_row[Stride2::kProducts] = {}, last_column[Stride2::kProducts] = {};
 
-  // Along one axis, sum_of[product] of `sums`; from `last` on only whole tiles need them.
-  constexpr Stride2Order(const int (&sum_of)[Stride2::kAxis], int sums, int last)
-      : count(sums * sums) {
+  // Along one axis, axis_sum_of[product] of `sums`; from `last` on only whole tiles need them.
+  constexpr Stride2Order(const int (&axis_sum_of)[Stride2::kAxis], int sums, int last)
+      : axis(sums), count(sums * sums) {
     int next = 0;
     for (int sum = 0; sum < count; ++sum) {
       first[sum] = next;
@@ -45,12 +47,14 @@ struct Stride2Order {
       last_column[sum] = sum % sums >= last;
       for (int number = 0; number < Stride2::kProducts; ++number) {
         const int i = number / Stride2::kAxis, j = number % Stride2::kAxis;
-        if (sum_of[i] * sums + sum_of[j] != sum) continue;
+        if (axis_sum_of[i] * sums + axis_sum_of[j] != sum) continue;
+        sum_of[number] = sum;
         place[number] = next;
         product[next++] = number;
       }
       products[sum] = next - first[sum];
     }
+    first[count] = next;
   }
 };
 
@@ -58,7 +62,11 @@ struct Stride2Order {
 struct Stride2Forward {
   static constexpr int kStep = 2, kPixels = 1;  // pixels of a point, seen and written, on each axis
   static constexpr Stride2Order kOrder{Stride2::kSumOf, Stride2::kAxisSums, Stride2::kLastSum};
-  static constexpr int64_t kMostTiles = 132;  // of a block that transforms weights for itself
+  // Sums are taken in so many steps, for the weights of one step to stay in L2, and over parts of
+  // so many channels, for those of one sum to stay in L1: here each channel has up to 4 lines of
+  // them.
+  static constexpr int kSteps = 1;
+  static constexpr int64_t kPartChannels = kDepth / 4;
 
   // Calls put(i, j, sum) for each output.
   template <typename Sum, typename Put>
@@ -93,7 +101,8 @@ struct Stride2GradInput {
   static constexpr int kStep = 1, kPixels = 2;
   static constexpr int kOwn[Stride2::kAxis] = {0, 1, 2, 3, 4, 5, 6};
   static constexpr Stride2Order kOrder{kOwn, Stride2::kAxis, Stride2::kLastProduct};
-  static constexpr int64_t kMostTiles = 72;
+  static constexpr int kSteps = Stride2::kAxis;
+  static constexpr int64_t kPartChannels = kDepth;
 
   // Calls put(i, j, sum) for each pixel; the even ones begin at even_h, even_w of a point.
   template <typename Sum, typename Put>
@@ -204,8 +213,9 @@ class Stride2Tiles {
   static constexpr int kTilePixels = Stride2::kOut * Pass::kPixels;  // along one axis
   // Columns of the stage for what is written.
   static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
-  // Channels of a part of the reduction: 49 x 64 x 16 x 4 bytes = 200 KB of weights on AVX2.
-  static constexpr int64_t kPartChannels = 64;
+  // Channels times tiles of a block: an image of 150 KB on AVX2.
+  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 1920 : 768;
+  static constexpr int kStepSums = kOrder.count / Pass::kSteps;
 
  public:
   Stride2Tiles(const Stride2Problem& problem, int64_t batch, const T* source, const T* weight,
@@ -220,18 +230,27 @@ class Stride2Tiles {
               ceil_div(p_.dest_width, Pass::kPixels)),
         panels_(p_.produced),
         channels_(round_up(p_.reduced, kWidth)) {
-    stretch_ = channels_ % 32 == 0 ? 32 : channels_ % 16 == 0 ? 16 : kWidth;
-    part_channels_ = min_of(channels_, kPartChannels);
+    stretch_ = 32;
+    while (channels_ % stretch_ != 0) stretch_ /= 2;
+    part_channels_ = min_of(channels_, Pass::kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
     shared_weights_ = channels_ * p_.produced <= 128 * 128;
-    // The image of a block takes about 380 KB.
-    const int64_t most = shared_weights_ ? max_of(24, 1920 / channels_) : Pass::kMostTiles;
+    const int64_t most = shared_weights_ ? max_of(12, kBlockChannels / channels_) : 132;
     round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
     int64_t blocks = ceil_div(round_tiles_, most);
     if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
     block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
-    image_tiles_ = round_up(round_tiles_, kTileRows);
+    // An odd number of lines from one tile, or product, to the next, so that they spread over the
+    // sets of the cache.
+    tile_step_ = channels_ * kProducts + 16;
+    place_step_ = stretch_;
+    stretch_step_ = kProducts * stretch_;
+    if (!shared_weights_ && Pass::kPixels > 1) {
+      tile_step_ = channels_;
+      place_step_ = (ceil_div(round_up(round_tiles_, kTileRows) * channels_, 16) | 1) * 16;
+      stretch_ = stretch_step_ = parts_ == 1 ? part_channels_ : stretch_;
+    }
   }
 
   void run() {
@@ -243,7 +262,7 @@ class Stride2Tiles {
  private:
   struct Scratch {
     T* image;    // of a block, where weights are shared
-    T* weights;  // of one part and panel, where they are not
+    T* weights;  // of one part, panel and step, where they are not
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [sum][block_tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
@@ -254,26 +273,25 @@ class Stride2Tiles {
   int64_t weights_at(int sum) const {
     return kOrder.first[sum] * part_channels_ * panels_.width + sum * kWidth;
   }
-  int64_t weights_size() const {
-    return kProducts * part_channels_ * panels_.width + kOrder.count * kWidth;
-  }
+  int64_t weights_size() const { return weights_at(kOrder.count); }
   // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
   int64_t zeros_size() const { return max_of(channels_, kTileRows); }
-  // The image of one tile: an odd number of lines, so that the same product of neighbouring tiles
-  // spreads over the sets of the cache.
-  int64_t tile_size() const { return channels_ * kProducts + kWidth; }
+  int64_t image_size() const {
+    const int64_t tiles = shared_weights_ ? tiles_ : round_up(round_tiles_, kTileRows);
+    return max_of(tiles * tile_step_, kProducts * place_step_);
+  }
   static constexpr int64_t kStageSize = Reader::kStageSize > kTilePixels * kRunOut * kWidth
                                             ? Reader::kStageSize
                                             : kTilePixels * kRunOut * kWidth;
 
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
-    image_ = carver.take<T>(shared_weights_ ? 0 : image_tiles_ * tile_size());
+    image_ = carver.take<T>(shared_weights_ ? 0 : image_size());
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(shared_weights_ ? tiles_ * tile_size() : 0);
-    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
+    scratch_.image = carver.take<T>(shared_weights_ ? image_size() : 0);
+    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_at(kStepSums));
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
     scratch_.stage = carver.take<T>(kStageSize);
@@ -298,8 +316,13 @@ class Stride2Tiles {
     }
     if (shared_weights_) {
       parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
-        transform_weights(weight, index / parts_, index % parts_, scratch_of(thread).packed,
-                          weights_ + index * weights_size());
+        T* packed = scratch_of(thread).packed;
+        pack_weights(weight, index / parts_, index % parts_, packed);
+        for_each_step([&](auto step) {
+          transform_weights<step.value>(
+              packed, index % parts_,
+              weights_ + index * weights_size() + weights_at(step.value * kStepSums));
+        });
       });
       parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
@@ -307,7 +330,7 @@ class Stride2Tiles {
         transform_tiles(source, first, end, scratch, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, first, end - first, part,
+            multiply(scratch.image, first, end - first, part, 0, kOrder.count,
                      weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
           }
           write_tiles(panel, first, end, scratch, dest);
@@ -325,7 +348,7 @@ class Stride2Tiles {
     parallel_for(ceil_div(end - first, kTileRows), threads_, [&](int64_t index, int thread) {
       const int64_t tile = first + index * kTileRows;
       transform_tiles(source, tile, min_of(tile + kTileRows, end), scratch_of(thread),
-                      image_ + (tile - first) * tile_size());
+                      image_ + (tile - first) * tile_step_);
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
     parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
@@ -333,53 +356,75 @@ class Stride2Tiles {
       const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
-        transform_weights(weight, panel, part, scratch.packed, scratch.weights);
-        multiply(image_ + (tile - first) * tile_size(), tile, tile_end - tile, part,
-                 scratch.weights, scratch.sums);
+        pack_weights(weight, panel, part, scratch.packed);
+        for_each_step([&](auto step) {
+          constexpr int kFirst = step.value * kStepSums;
+          transform_weights<step.value>(scratch.packed, part, scratch.weights);
+          multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
+                   kFirst + kStepSums, scratch.weights, scratch.sums);
+        });
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
     });
   }
 
-  // The weights of one part and of the outputs of one panel, those of a sum as the image has them:
-  // to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
-  void transform_weights(const T* weight, int64_t panel, int64_t part, T* packed, T* to) const {
-    const int64_t width = panels_.width, first = part * part_channels_;
-    const int64_t channels = min_of(part_channels_, channels_ - first);
+  // packed[tap][c][o] for the channels of one part and the outputs of one panel.
+  void pack_weights(const T* weight, int64_t panel, int64_t part, T* packed) const {
     TapConv conv = {};
     conv.taps = p_.taps;
     conv.tap_count = 9;
-    conv.reduced = min_of(channels, p_.reduced - first);
+    conv.reduced = valid_channels(part);
     conv.produced = p_.produced;
     conv.weight_reduced = p_.weight_reduced;
     conv.weight_produced = p_.weight_produced;
-    pack_weight_panel(conv, weight + first * conv.weight_reduced, panel * width, width, packed);
-    for (int64_t begin = 0; begin < channels; begin += stretch_) {
+    pack_weight_panel(conv, weight + part * part_channels_ * conv.weight_reduced,
+                      panel * panels_.width, panels_.width, packed);
+  }
+  int64_t valid_channels(int64_t part) const {
+    return min_of(part_channels_, p_.reduced - part * part_channels_);
+  }
+
+  // The weights of one step's sums, as the image has their products; from the step's first sum on
+  //   to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
+  template <int kStep>
+  void transform_weights(const T* packed, int64_t part, T* to) const {
+    constexpr int kFirst = kStep * kStepSums, kAxis = Stride2::kAxisFilters;
+    const int64_t width = panels_.width, size = stretch_ * width;
+    const int64_t valid = valid_channels(part) * width;
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    for (int64_t begin = 0; begin < channels * width; begin += size) {
       T* lines[kProducts];
-      for (int sum = 0; sum < kOrder.count; ++sum) {
+      for (int sum = kFirst; sum < kFirst + kStepSums; ++sum) {
         for (int i = 0; i < kOrder.products[sum]; ++i) {
           lines[kOrder.first[sum] + i] =
-              to + weights_at(sum) + (begin * kOrder.products[sum] + i * stretch_) * width;
+              to + weights_at(sum) - weights_at(kFirst) + begin * kOrder.products[sum] + i * size;
         }
       }
-      for (int64_t x = 0; x < stretch_ * width; x += kWidth) {
-        const int64_t c = begin + x / width, o = x % width;
-        Vec<T> tap[9], half[3 * Stride2::kAxisFilters], filter[Stride2::kFilters];
+      for (int64_t x = 0; x < size; x += kWidth) {
+        Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
         for (int t = 0; t < 9; ++t) {
-          tap[t] = c < conv.reduced ? load(packed + (t * conv.reduced + c) * width + o) : Vec<T>{};
+          tap[t] = begin + x < valid ? load(packed + t * valid + begin + x) : Vec<T>{};
         }
 #pragma GCC unroll 3
         for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
 #pragma GCC unroll 5
-        for (int i = 0; i < Stride2::kAxisFilters; ++i) {
-          transform_stride2_filter<T>(half + i * 3, 1, filter + i * Stride2::kAxisFilters, 1);
+        for (int i = 0; i < kAxis; ++i) {
+          transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
         }
 #pragma GCC unroll 49
         for (int i = 0; i < kProducts; ++i) {
-          store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
+          if (kOrder.sum_of[i] / kStepSums == kStep) {
+            store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
+          }
         }
       }
     }
+  }
+
+  template <int kStep = 0, typename Use>
+  static GDFAST_INLINE void for_each_step(const Use& use) {
+    use(std::integral_constant<int, kStep>());
+    if constexpr (kStep + 1 < Pass::kSteps) for_each_step<kStep + 1>(use);
   }
 
   // Transforms what tiles [first, end) see; tile `first` goes to column 0 of `to`. Columns up to a
@@ -390,58 +435,58 @@ class Stride2Tiles {
                         p_.low_h, p_.low_w);
     // As constants where they are the same for all problems.
     const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
-    const int64_t stretch = stretch_;
-    reader.read(
-        first, end, zeros_, scratch.stage,
-        [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-          T* line =
-              to + (tile - first) * tile_size() + c / stretch * stretch * kProducts + c % stretch;
-          transform_stride2_tile<Pass::kStep>(
-              from, offset, odd_h, odd_w, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                store<T>(line + kOrder.place[product] * stretch, value);
-              });
-        });
+    const int64_t place_step = place_step_;
+    reader.read(first, end, zeros_, scratch.stage,
+                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                  T* line = to + (tile - first) * tile_step_ + c / stretch_ * stretch_step_ +
+                            c % stretch_;
+                  const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                    store<T>(line + kOrder.place[product] * place_step, value);
+                  };
+                  transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
+                });
   }
 
-  // The sums of tiles [first, first + tiles), each of those that need it: sums (+)= image x weights
-  // over the channels of one part.
-  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, const T* weights,
-                T* sums) const {
+  // Sums [first_sum, end_sum) of tiles [first, first + tiles), each of those that need it: sums
+  // (+)= image x weights over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_sum,
+                int end_sum, const T* weights, T* sums) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
     TileArgs<T> args;
     args.row_step = 1;
-    args.segment_step = kProducts * stretch_;
+    args.segment_step = stretch_step_;
     args.panel_step = width;
     args.segments = channels / stretch_;
     args.start = zeros_;
     args.how = part == 0 ? Start::kRows : Start::kAccumulate;
-    const T* rows[2][kTileRows];
+    const T* rows[2][kTileRows];  // of this call and of the next
     T* out[kTileRows];
     args.out = out;
-    const auto point = [&](int sum, int64_t tile, int64_t end, const T** to) {
-      const T* from = image + part * part_channels_ * kProducts + kOrder.first[sum] * stretch_;
-      for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_size();
-    };
-    for (int sum = 0; sum < kOrder.count; ++sum) {
+    image += part * part_channels_ / stretch_ * stretch_step_;
+    for (int sum = first_sum; sum < end_sum; ++sum) {
+      const T* from = image + kOrder.first[sum] * place_step_;
+      const auto point = [&](int64_t tile, int64_t end, const T** to) {
+        for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_step_;
+      };
       args.length = kOrder.products[sum] * stretch_;
-      args.panel = weights + weights_at(sum);
+      args.panel = weights + weights_at(sum) - weights_at(first_sum);
       T* to = sums + sum * block_tiles_ * width;
       for (const TileRange& range :
            grid_.needing(kOrder.last_row[sum], kOrder.last_column[sum]).part) {
         const TileRange own = range.within(first, first + tiles);
-        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
-          const int64_t end = own.end - first;
+        const int64_t end = own.end - first;
+        int now = 0;
+        if (!own.empty()) point(own.begin - first, end, rows[now]);
+        for (int64_t tile = own.begin - first; tile < end; tile += kTileRows, now = 1 - now) {
           const bool more = tile + kTileRows < end;
-          point(sum, tile, end, rows[0]);
-          point(more || sum + 1 == kOrder.count ? sum : sum + 1, more ? tile + kTileRows : 0, tiles,
-                rows[1]);
+          if (more) point(tile + kTileRows, end, rows[1 - now]);
           for (int i = 0; i < kTileRows; ++i) {
             // Rows past the end are computed like the last one, and stored where nobody looks.
             out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
           }
-          args.rows = rows[0];
-          args.rows_ahead = rows[1];
+          args.rows = rows[now];
+          args.rows_ahead = more ? rows[1 - now] : nullptr;
           multiply_tile<T>(panels_.vectors, args);
         }
       }
@@ -541,9 +586,10 @@ class Stride2Tiles {
   int64_t stretch_;
   int64_t part_channels_, parts_;
   bool shared_weights_;
-  int64_t tiles_;                      // of a block
-  int64_t round_tiles_;                // of a round, in which the image is transformed at once
-  int64_t block_tiles_, image_tiles_;  // of a block and of a round, padded
+  int64_t tiles_;        // of a block
+  int64_t round_tiles_;  // of a round, in which the image is transformed at once
+  int64_t block_tiles_;  // padded
+  int64_t tile_step_, stretch_step_, place_step_;  // of the image
   T* weights_;
   T* image_;
   T* zeros_;

@@ -52,9 +52,9 @@ class Stride2GradWeight {
         rows_(round_up(channels_, kTaskChannels)) {
     by_shares_ = channels_ * produced_ <= 64 * 64;
     const int64_t together = channels_ + panels_.count * panels_.width;
-    // Image and grads of a block take about 400 KB.
+    // Image and grads of a block take about 800 KB.
     const int64_t most =
-        by_shares_ ? max_of(24, 102400 / (kProducts * channels_ + Stride2::kSums * panels_.width))
+        by_shares_ ? max_of(24, 204800 / (kProducts * channels_ + Stride2::kSums * panels_.width))
                    : 64;
     shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
     round_tiles_ = by_shares_ ? grid_.count : image_round_tiles(grid_.count, together);
@@ -188,14 +188,14 @@ class Stride2GradWeight {
     const Reader reader(grid_, input_ + group * reduced_ * p_.input.c, p_.input, reduced_, p_.H,
                         p_.W, -p_.pad_h, -p_.pad_w);
     const int64_t product_step = tile_step_ * kWidth;
-    reader.read(first, end, zeros_, stage,
-                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  T* line = to + c * kProducts * tile_step_ + (tile - first) * kWidth;
-                  transform_stride2_tile<2>(
-                      from, offset, 1, 1, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                        store<T>(line + kOrder.place[product] * product_step, value);
-                      });
-                });
+    reader.read<4>(first, end, zeros_, stage,
+                   [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                     T* line = to + c * kProducts * tile_step_ + (tile - first) * kWidth;
+                     transform_stride2_tile<2>(
+                         from, offset, 1, 1, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                           store<T>(line + kOrder.place[product] * product_step, value);
+                         });
+                   });
   }
 
   // The 25 sums of the tiles of one panel's outputs, transposed, and the plain ones for the bias.

@@ -140,25 +140,22 @@ class TileReader {
         low_w_(low_w) {}
 
   // Calls use(from, offset, c, tile) for tiles [first, end) and each vector of channels: the
-  // vectors lie at from[i * kSize + j] + offset. zeros holds as many as there are channels, padded.
-  template <typename Use>
+  // vectors lie at from[i * kSize + j] + offset. kTogether tiles take turns at each vector where
+  // that is how their results lie. zeros holds as many as there are channels, padded.
+  template <int kTogether = 1, typename Use>
   void read(int64_t first, int64_t end, const T* zeros, T* stage, const Use& use) const {
     const T* from[kSize * kSize];
     // Whole vectors of channels are read where they lie.
     const int64_t in_place = strides_.c == 1 ? channels_ / kWidth * kWidth : 0;
-    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
-      const At at = grid_.at(tile);
-      const T* image = data_ + at.n * strides_.n;
-      for (int i = 0; i < kSize; ++i) {
-        const int64_t h = at.h * kStep + low_h_ + i;
-        const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
-        for (int j = 0; j < kSize; ++j) {
-          const int64_t w = at.w * kStep + low_w_ + j;
-          const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
-          from[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
+    if (in_place > 0) {
+      const T* pixels[kTogether][kSize * kSize];
+      for (int64_t tile = first; tile < end; tile += kTogether) {
+        const int64_t count = min_of(kTogether, end - tile);
+        for (int64_t x = 0; x < count; ++x) point(tile + x, zeros, pixels[x]);
+        for (int64_t c = 0; c < in_place; c += kWidth) {
+          for (int64_t x = 0; x < count; ++x) use(pixels[x], c, c, tile + x);
         }
       }
-      for (int64_t c = 0; c < in_place; c += kWidth) use(from, c, c, tile);
     }
     for (int64_t c = in_place; c < channels_; c += kWidth) {
       for (int64_t tile = first; tile < end;) {
@@ -184,6 +181,21 @@ class TileReader {
   // Images overlap; of kOut x kOut pixels each belongs to one tile, and is zero for the others.
   static bool own_row(const At& at, int i) { return kSize != kOut || i < at.rows; }
   static bool own_column(const At& at, int j) { return kSize != kOut || j < at.columns; }
+
+  // Points to the pixels of one tile, or to zeros.
+  void point(int64_t tile, const T* zeros, const T** pixels) const {
+    const At at = grid_.at(tile);
+    const T* image = data_ + at.n * strides_.n;
+    for (int i = 0; i < kSize; ++i) {
+      const int64_t h = at.h * kStep + low_h_ + i;
+      const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
+      for (int j = 0; j < kSize; ++j) {
+        const int64_t w = at.w * kStep + low_w_ + j;
+        const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
+        pixels[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
+      }
+    }
+  }
 
   // stage[i][x][lane]: what a run of tiles sees of channels [c, c + lanes), `columns` pixels of it.
   void fill(int64_t c, At at, int64_t columns, T* stage) const {
