@@ -253,7 +253,7 @@ class WinogradTiles {
     for (int product = 0; product < kProducts; ++product) {
       args.panel = weights + product * weights_step();
       T* to = sums + product * block_tiles_ * width;
-      for (const TileRange& range : tiles_needing(grid_, product).part) {
+      for (const TileRange& range : grid_.needing(product).part) {
         const TileRange own = range.within(first, first + tiles);
         for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
           const int64_t end = own.end - first;

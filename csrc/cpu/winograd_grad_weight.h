@@ -272,7 +272,7 @@ class WinogradGradWeight {
           multiply_tile<T>(panels_.vectors, args);
         }
       };
-      for (const TileRange& range : tiles_needing(grid_, product).part) {
+      for (const TileRange& range : grid_.needing(product).part) {
         const TileRange own = range.within(first, first + tiles);
         for (int64_t tile = own.begin; tile < own.end; tile += kStepTiles) {
           run(tile - first, min_of(kStepTiles, own.end - tile));

@@ -82,6 +82,12 @@ struct TileGridOf {
     return {{{0, last_row ? kinds_[2].first : count}, {count, count}}};
   }
 
+  // Those that need one of the products of a 3x3 kernel with stride 1.
+  Ranges needing(int product) const {
+    constexpr int kIn = kOut + 2;
+    return needing(product / kIn == kIn - 1, product % kIn == kIn - 1);
+  }
+
  private:
   struct Kind {
     int64_t row, rows, column, columns;  // of every image: lines [row, row + rows) of tiles
@@ -97,11 +103,6 @@ struct TileGridOf {
 };
 
 using TileGrid = TileGridOf<kTileOut>;
-
-// The tiles that need one of the 36 products.
-inline TileGrid::Ranges tiles_needing(const TileGrid& grid, int product) {
-  return grid.needing(product / kTileIn == kTileIn - 1, product % kTileIn == kTileIn - 1);
-}
 
 // Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
 // so that the 36 products of one tile spread over all sets of the cache.
