@@ -2,6 +2,7 @@
 #include "grad_input_phases.h"
 #include "kernels.h"
 #include "run_tap_conv.h"
+#include "winograd_stride2.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 
@@ -9,6 +10,13 @@ void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const vo
                        void* grad_input, int threads) {
   if (p.N == 0) return;
   if (p.is_depthwise()) return depthwise_grad_input(p, grad_output, weight, grad_input, threads);
+  if (p.algorithm == Algorithm::kWinograd && winograd_stride2_fits(p)) {
+    Stride2Tiles<Stride2GradInput>(
+        Stride2Problem::grad_input(p), p.N, static_cast<const float*>(grad_output),
+        static_cast<const float*>(weight), nullptr, static_cast<float*>(grad_input), threads)
+        .run();
+    return;
+  }
   Workspace tap_memory(p.R * p.S * sizeof(Tap));
   for_each_phase(p, reinterpret_cast<Tap*>(tap_memory.data()),
                  [&](const TapConv& conv, int64_t offset) {

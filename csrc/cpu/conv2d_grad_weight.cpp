@@ -18,6 +18,7 @@
 #include "tile.h"
 #include "weight_rows.h"
 #include "winograd_grad_weight.h"
+#include "winograd_stride2_grad_weight.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -361,6 +362,10 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
       if constexpr (kSame<T, float>) {
         if (p.algorithm == Algorithm::kWinograd && p.N > 0 && winograd_grad_weight_fits<T>(p)) {
           WinogradGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
+          return;
+        }
+        if (p.algorithm == Algorithm::kWinograd && winograd_stride2_fits(p)) {
+          Stride2GradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
           return;
         }
       }

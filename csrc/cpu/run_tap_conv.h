@@ -1,11 +1,7 @@
 // Picks the algorithm for a TapConv, from its shape and layout alone.
 #pragma once
 
-<<<<<<< HEAD
-#include "depthwise.h"
 #include "pointwise.h"
-=======
->>>>>>> mobile
 #include "tap_conv_channels.h"
 #include "tap_conv_few.h"
 #include "tap_conv_pixels.h"

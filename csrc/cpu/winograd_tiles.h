@@ -9,18 +9,19 @@
 namespace gdfast::cpu {
 namespace {
 
-// A line of pixels cut into `count` tiles: `whole` of 4, then tiles of at most 3. Of a tile with at
-// most 3 outputs the product at infinity, the last one, is never needed: it goes into the fourth
-// output alone. 14 pixels are 4 + 4 + 3 + 3, not 4 + 4 + 4 + 2, which drops more of them.
-struct TileLine {
+// A line of pixels cut into `count` tiles: `whole` of kOut, then tiles of at most one less. Of
+// those the product at infinity, the last one, is never needed: it goes into the last output alone.
+// In fours 14 pixels are 4 + 4 + 3 + 3, not 4 + 4 + 4 + 2, which drops more of them.
+template <int kOut>
+struct TileLineOf {
   int64_t size, count, whole;
 
-  explicit TileLine(int64_t size)
-      : size(size), count(ceil_div(size, kTileOut)), whole(max_of(0, size - 3 * count)) {}
+  explicit TileLineOf(int64_t size)
+      : size(size), count(ceil_div(size, kOut)), whole(max_of(0, size - (kOut - 1) * count)) {}
 
-  int64_t begin(int64_t tile) const { return tile * kTileOut - max_of(0, tile - whole); }
+  int64_t begin(int64_t tile) const { return tile * kOut - max_of(0, tile - whole); }
   int64_t length(int64_t tile) const {
-    return tile < whole ? kTileOut : min_of(kTileOut - 1, size - begin(tile));
+    return tile < whole ? kOut : min_of(kOut - 1, size - begin(tile));
   }
 };
 
@@ -35,13 +36,14 @@ struct TileRange {
 };
 
 // The tiles of a grid of pixels, all images of a batch. They are counted by their kind, so that the
-// tiles that need a product follow each other: 4x4 outputs, 4x3, 3x3, 3x4 (rows x columns); within
-// a kind image by image and line by line.
-struct TileGrid {
-  TileLine down, across;
+// tiles that need a product follow each other: 4x4 outputs, 4x3, 3x3, 3x4 (rows x columns, where
+// kOut is 4); within a kind image by image and line by line.
+template <int kOut>
+struct TileGridOf {
+  TileLineOf<kOut> down, across;
   int64_t count;
 
-  TileGrid(int64_t batch, int64_t height, int64_t width)
+  TileGridOf(int64_t batch, int64_t height, int64_t width)
       : down(height), across(width), count(batch * down.count * across.count) {
     const int64_t high = down.whole, wide = across.whole;
     const int64_t low = down.count - high, narrow = across.count - wide;
@@ -70,16 +72,20 @@ struct TileGrid {
     return min_of(kRun, min_of(end - tile, in_line));
   }
 
-  // The tiles that need a product, as two ranges of which each may be empty.
+  // The tiles that need what goes into the last row or column of outputs alone, or into neither;
+  // as two ranges of which each may be empty.
   struct Ranges {
     TileRange part[2];
   };
+  Ranges needing(bool last_row, bool last_column) const {
+    if (last_column) return {{{0, kinds_[1].first}, {last_row ? count : kinds_[3].first, count}}};
+    return {{{0, last_row ? kinds_[2].first : count}, {count, count}}};
+  }
+
+  // Those that need one of the products of a 3x3 kernel with stride 1.
   Ranges needing(int product) const {
-    const bool fourth_row = product / kTileIn == kTileIn - 1;
-    const bool fourth_column = product % kTileIn == kTileIn - 1;
-    if (fourth_column)
-      return {{{0, kinds_[1].first}, {fourth_row ? count : kinds_[3].first, count}}};
-    return {{{0, fourth_row ? kinds_[2].first : count}, {count, count}}};
+    constexpr int kIn = kOut + 2;
+    return needing(product / kIn == kIn - 1, product % kIn == kIn - 1);
   }
 
  private:
@@ -96,6 +102,8 @@ struct TileGrid {
   Kind kinds_[4];
 };
 
+using TileGrid = TileGridOf<kTileOut>;
+
 // Tiles of one block or task, and how far apart their vectors lie: an odd number of cache lines,
 // so that the 36 products of one tile spread over all sets of the cache.
 inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
@@ -107,18 +115,21 @@ inline int64_t image_round_tiles(int64_t tiles, int64_t channels) {
   return round_up(ceil_div(tiles, ceil_div(tiles, most)), kTileRows);
 }
 
-// Reads, for every tile of a grid, the kSize x kSize pixels from (h + low_h, w + low_w) on as
-// vectors of channels: where they lie, or from a stage that brings channels side by side.
-template <int kSize>
+// Reads, for every tile of a grid, the kSize x kSize pixels from (h * kStep + low_h, w * kStep +
+// low_w) on as vectors of channels: where they lie, or from a stage that brings channels side by
+// side.
+template <int kSize, int kOut = kTileOut, int kStep = 1>
 class TileReader {
   using T = float;
+  using Grid = TileGridOf<kOut>;
+  using At = typename Grid::At;
   static constexpr int kWidth = kLanes<T>;
-  static constexpr int64_t kColumns = TileGrid::kRun * kTileOut + kSize - kTileOut;
+  static constexpr int64_t kColumns = (Grid::kRun - 1) * kOut * kStep + kSize;
 
  public:
   static constexpr int64_t kStageSize = kSize * kColumns * kWidth;
 
-  TileReader(const TileGrid& grid, const T* data, const Strides4& strides, int64_t channels,
+  TileReader(const Grid& grid, const T* data, const Strides4& strides, int64_t channels,
              int64_t height, int64_t width, int64_t low_h, int64_t low_w)
       : grid_(grid),
         data_(data),
@@ -130,38 +141,35 @@ class TileReader {
         low_w_(low_w) {}
 
   // Calls use(from, offset, c, tile) for tiles [first, end) and each vector of channels: the
-  // vectors lie at from[i * kSize + j] + offset. zeros holds as many as there are channels, padded.
-  template <typename Use>
+  // vectors lie at from[i * kSize + j] + offset. kTogether tiles take turns at each vector where
+  // that is how their results lie. zeros holds as many as there are channels, padded.
+  template <int kTogether = 1, typename Use>
   void read(int64_t first, int64_t end, const T* zeros, T* stage, const Use& use) const {
     const T* from[kSize * kSize];
     // Whole vectors of channels are read where they lie.
     const int64_t in_place = strides_.c == 1 ? channels_ / kWidth * kWidth : 0;
-    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
-      const TileGrid::At at = grid_.at(tile);
-      const T* image = data_ + at.n * strides_.n;
-      for (int i = 0; i < kSize; ++i) {
-        const int64_t h = at.h + low_h_ + i;
-        const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
-        for (int j = 0; j < kSize; ++j) {
-          const int64_t w = at.w + low_w_ + j;
-          const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
-          from[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
+    if (in_place > 0) {
+      const T* pixels[kTogether][kSize * kSize];
+      for (int64_t tile = first; tile < end; tile += kTogether) {
+        const int64_t count = min_of(kTogether, end - tile);
+        for (int64_t x = 0; x < count; ++x) point(tile + x, zeros, pixels[x]);
+        for (int64_t c = 0; c < in_place; c += kWidth) {
+          for (int64_t x = 0; x < count; ++x) use(pixels[x], c, c, tile + x);
         }
       }
-      for (int64_t c = 0; c < in_place; c += kWidth) use(from, c, c, tile);
     }
     for (int64_t c = in_place; c < channels_; c += kWidth) {
       for (int64_t tile = first; tile < end;) {
-        const TileGrid::At begin = grid_.at(tile);
+        const At begin = grid_.at(tile);
         const int64_t run = grid_.run_from(tile, end);
-        fill(c, begin, grid_.at(tile + run - 1).w - begin.w + kSize, stage);
+        fill(c, begin, (grid_.at(tile + run - 1).w - begin.w) * kStep + kSize, stage);
         for (int64_t x = 0; x < run; ++x, ++tile) {
-          const TileGrid::At at = grid_.at(tile);
+          const At at = grid_.at(tile);
           for (int i = 0; i < kSize; ++i) {
             for (int j = 0; j < kSize; ++j) {
               const bool own = own_row(at, i) && own_column(at, j);
               from[i * kSize + j] =
-                  own ? stage + (i * kColumns + at.w - begin.w + j) * kWidth : zeros;
+                  own ? stage + (i * kColumns + (at.w - begin.w) * kStep + j) * kWidth : zeros;
             }
           }
           use(from, 0, c, tile);
@@ -171,20 +179,33 @@ class TileReader {
   }
 
  private:
-  // Images overlap; of 4x4 pixels each belongs to one tile, and is zero for the others.
-  static bool own_row(const TileGrid::At& at, int i) { return kSize != kTileOut || i < at.rows; }
-  static bool own_column(const TileGrid::At& at, int j) {
-    return kSize != kTileOut || j < at.columns;
+  // Images overlap; of kOut x kOut pixels each belongs to one tile, and is zero for the others.
+  static bool own_row(const At& at, int i) { return kSize != kOut || i < at.rows; }
+  static bool own_column(const At& at, int j) { return kSize != kOut || j < at.columns; }
+
+  // Points to the pixels of one tile, or to zeros.
+  void point(int64_t tile, const T* zeros, const T** pixels) const {
+    const At at = grid_.at(tile);
+    const T* image = data_ + at.n * strides_.n;
+    for (int i = 0; i < kSize; ++i) {
+      const int64_t h = at.h * kStep + low_h_ + i;
+      const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
+      for (int j = 0; j < kSize; ++j) {
+        const int64_t w = at.w * kStep + low_w_ + j;
+        const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
+        pixels[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
+      }
+    }
   }
 
   // stage[i][x][lane]: what a run of tiles sees of channels [c, c + lanes), `columns` pixels of it.
-  void fill(int64_t c, TileGrid::At at, int64_t columns, T* stage) const {
+  void fill(int64_t c, At at, int64_t columns, T* stage) const {
     const int64_t channels = min_of(kWidth, channels_ - c);
-    const int64_t w0 = at.w + low_w_;
+    const int64_t w0 = at.w * kStep + low_w_;
     const int64_t begin = min_of(columns, max_of(0, -w0));
     const int64_t end = max_of(begin, min_of(columns, width_ - w0));
     for (int i = 0; i < kSize; ++i, stage += kColumns * kWidth) {
-      const int64_t h = at.h + low_h_ + i;
+      const int64_t h = at.h * kStep + low_h_ + i;
       if (h < 0 || h >= height_ || begin == end) {
         std::memset(stage, 0, columns * kWidth * sizeof(T));
         continue;
@@ -205,7 +226,7 @@ class TileReader {
     }
   }
 
-  const TileGrid& grid_;
+  const Grid& grid_;
   const T* data_;
   Strides4 strides_;
   int64_t channels_, height_, width_, low_h_, low_w_;

@@ -37,7 +37,7 @@ def _winograd_applies(op: str, query: Conv2dQuery) -> bool:
 
 
 def _fits_winograd(g: Conv2dGeometry) -> bool:
-    dense = (g.R, g.S) == (3, 3) and g.stride == (1, 1) and g.dilation == (1, 1)
+    dense = (g.R, g.S) == (3, 3) and g.stride in ((1, 1), (2, 2)) and g.dilation == (1, 1)
     return dense and max(g.padding) <= 2 and min(g.C, g.K) // g.groups >= 8 and g.N > 0
 
 
@@ -63,11 +63,13 @@ def why_no_bf16() -> str:
 # All that there are, in order of preference where they are equally fast.
 ALGORITHMS = {
     DIRECT: Algorithm(lambda op, query: True),
-    # Measured up to 1.1e-6 for sums that do not cancel: docs/cpu.md.
+    # Measured up to 1.1e-6 for sums that do not cancel, 6e-7 with stride 2: docs/cpu.md.
     WINOGRAD: Algorithm(_winograd_applies, stated_error=1.5e-6, strict=False),
     # The instruction takes subnormal numbers for 0.
     BF16: Algorithm(bf16_applies, strict=False),
 }
+# Of Winograd's way through a stride of 2, whose points are fewer and smaller.
+STRIDE2_STATED_ERROR = 6e-7
 STATED_ERROR = {name: algorithm.stated_error for name, algorithm in ALGORITHMS.items()}
 
 
@@ -99,6 +101,8 @@ def choose(op: str, geometry: Conv2dGeometry, isa: str) -> str:
     g = geometry
     if not _fits_winograd(g):
         return DIRECT
+    if g.stride == (2, 2):
+        return WINOGRAD if _stride2_cost(op, g, _LANES[isa]) < 1 else DIRECT
     reduced, produced = g.C // g.groups, g.K // g.groups
     lanes = _LANES[isa]
     if op == "conv2d_grad_input":
@@ -129,3 +133,46 @@ def _needed(pixels: int) -> float:
     tiles = ceil(pixels / 4)
     whole = max(0, pixels - 3 * tiles)
     return (6 * whole + 5 * (tiles - whole)) / (6 * tiles)
+
+
+# The same for stride 2, fitted on AVX2. By operation: how well the direct kernels do, the sums of a
+# tile of 3x3 outputs, and what a tile costs for each vector of channels reduced and produced.
+_STRIDE2 = {
+    "conv2d": (0.88, 25, 200.0, 100.0),
+    "conv2d_grad_input": (0.88, 49, 150.0, 170.0),
+    "conv2d_grad_weight": (0.55, 25, 350.0, 150.0),
+}
+_STRIDE2_PRODUCT_EFFICIENCY = 0.77
+_STRIDE2_CALL = 30.0  # for each vector of channels produced
+_STRIDE2_WEIGHT = 60.0
+_STRIDE2_MARGIN = 0.95  # it is about as exact as the direct kernels
+
+
+def _stride2_cost(op: str, g: Conv2dGeometry, lanes: int) -> float:
+    """Winograd's cost for 3x3 kernels with stride 2; below 1 where it is to be preferred."""
+    efficiency, sums, image_tile, output_tile = _STRIDE2[op]
+    reduced, produced = g.C // g.groups, g.K // g.groups
+    if op == "conv2d_grad_input":
+        reduced, produced = produced, reduced
+        height, width = ceil(g.H / 2), ceil(g.W / 2)
+    else:
+        height, width = g.P, g.Q
+    inputs, outputs = ceil(reduced / lanes), ceil(produced / lanes)
+    tiles = g.N * ceil(height / 3) * ceil(width / 3)
+    direct = g.N * g.P * g.Q * 9 * reduced * outputs / efficiency
+    calls = ceil(tiles / 6)
+    products = tiles if op == "conv2d_grad_weight" else 6 * calls
+    needed = _stride2_products(height) * _stride2_products(width) / tiles * g.N
+    winograd = (
+        needed * products * inputs * lanes * outputs / _STRIDE2_PRODUCT_EFFICIENCY
+        + sums * calls * outputs * _STRIDE2_CALL
+        + tiles * (inputs * image_tile + outputs * output_tile)
+        + reduced * outputs * _STRIDE2_WEIGHT
+    )
+    return winograd / (_STRIDE2_MARGIN * direct)
+
+
+def _stride2_products(pixels: int) -> int:
+    """Products along one axis of outputs: 7 for a tile of 3, 5 for one of 2."""
+    tiles = ceil(pixels / 3)
+    return 5 * tiles + 2 * max(0, pixels - 2 * tiles)

@@ -1,0 +1,423 @@
+// Winograd's way through a dense 3x3 kernel with stride 2, forward and for grad_input: 49 products
+// where the direct way has 81; see winograd_stride2_transforms.h.
+//
+// A grid of 3x3 points, outputs of the forward pass and 2x2 pixels of grad_input, is one tile. What
+// it sees is transformed, multiplied as independent products of matrices (tiles x channels by
+// channels x outputs), of which those with one sum are a single one, and transformed back:
+//
+//   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side, or
+//           [49][tiles][channels]                      for many channels of grad_input
+//   weights [part][49][channels of the part][width]
+//   sums    [25 or 49][tiles][width]                   of one panel of output channels
+//
+// The schedules are those of winograd.h. Few channels: weights are transformed once and shared, a
+// task takes a block of tiles whose image and sums stay in L2. Many: the image is transformed for
+// all panels, a round of tiles at a time, and a task transforms a part of its panel's weights just
+// before use.
+#pragma once
+
+#include "tap_conv_pixels.h"
+#include "winograd_stride2_passes.h"
+#include "winograd_tiles.h"
+
+namespace gdfast::cpu {
+namespace {
+
+template <typename Pass>
+class Stride2Tiles {
+  using T = float;
+  using Grid = TileGridOf<Stride2::kOut>;
+  using Reader = TileReader<Stride2::kOut * Pass::kStep + 1, Stride2::kOut, Pass::kStep>;
+  static constexpr int kWidth = kLanes<T>;
+  static constexpr int kProducts = Stride2::kProducts;
+  static constexpr const Stride2Order& kOrder = Pass::kOrder;
+  static constexpr int kTilePixels = Stride2::kOut * Pass::kPixels;  // along one axis
+  // Columns of the stage for what is written.
+  static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
+  // Channels times tiles of a block: an image of 150 KB on AVX2.
+  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 1920 : 768;
+  static constexpr int kStepSums = kOrder.count / Pass::kSteps;
+
+ public:
+  Stride2Tiles(const Stride2Problem& problem, int64_t batch, const T* source, const T* weight,
+               const T* bias, T* dest, int threads)
+      : p_(problem),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        threads_(threads),
+        grid_(batch, ceil_div(p_.dest_height, Pass::kPixels),
+              ceil_div(p_.dest_width, Pass::kPixels)),
+        panels_(p_.produced),
+        channels_(round_up(p_.reduced, kWidth)) {
+    stretch_ = 32;
+    while (channels_ % stretch_ != 0) stretch_ /= 2;
+    part_channels_ = min_of(channels_, Pass::kPartChannels);
+    parts_ = ceil_div(channels_, part_channels_);
+    shared_weights_ = channels_ * p_.produced <= 128 * 128;
+    const int64_t most = shared_weights_ ? max_of(12, kBlockChannels / channels_) : 132;
+    round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
+    int64_t blocks = ceil_div(round_tiles_, most);
+    if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
+    block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
+    // An odd number of lines from one tile, or product, to the next, so that they spread over the
+    // sets of the cache.
+    tile_step_ = channels_ * kProducts + 16;
+    place_step_ = stretch_;
+    stretch_step_ = kProducts * stretch_;
+    if (!shared_weights_ && Pass::kPixels > 1) {
+      tile_step_ = channels_;
+      place_step_ = (ceil_div(round_up(round_tiles_, kTileRows) * channels_, 16) | 1) * 16;
+      stretch_ = stretch_step_ = parts_ == 1 ? part_channels_ : stretch_;
+    }
+  }
+
+  void run() {
+    Workspace workspace(carve(Carver()));
+    carve(Carver(workspace.data()));
+    for (int64_t group = 0; group < p_.groups; ++group) run_group(group);
+  }
+
+ private:
+  struct Scratch {
+    T* image;    // of a block, where weights are shared
+    T* weights;  // of one part, panel and step, where they are not
+    T* packed;   // [9][part_channels][width]: weights before they are transformed
+    T* sums;     // [sum][block_tiles][width]
+    T* stage;    // pixels whose channels are brought side by side, or apart
+  };
+
+  // Where the weights of a sum begin; a vector more than they are from each to the next, so that
+  // they spread over the sets of the cache.
+  int64_t weights_at(int sum) const {
+    return kOrder.first[sum] * part_channels_ * panels_.width + sum * kWidth;
+  }
+  int64_t weights_size() const { return weights_at(kOrder.count); }
+  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
+  int64_t zeros_size() const { return max_of(channels_, kTileRows); }
+  int64_t image_size() const {
+    const int64_t tiles = shared_weights_ ? tiles_ : round_up(round_tiles_, kTileRows);
+    return max_of(tiles * tile_step_, kProducts * place_step_);
+  }
+  static constexpr int64_t kStageSize = Reader::kStageSize > kTilePixels * kRunOut * kWidth
+                                            ? Reader::kStageSize
+                                            : kTilePixels * kRunOut * kWidth;
+
+  int64_t carve(Carver carver) {
+    weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
+    image_ = carver.take<T>(shared_weights_ ? 0 : image_size());
+    zeros_ = carver.take<T>(zeros_size());
+    biases_ = carver.take<T>(panels_.count * panels_.width);
+    const int64_t before = carver.used();
+    scratch_.image = carver.take<T>(shared_weights_ ? image_size() : 0);
+    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_at(kStepSums));
+    scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
+    scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
+    scratch_.stage = carver.take<T>(kStageSize);
+    scratch_bytes_ = carver.used() - before;
+    return before + scratch_bytes_ * threads_;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
+            move(scratch_.sums), move(scratch_.stage)};
+  }
+
+  void run_group(int64_t group) {
+    const T* source = source_ + group * p_.reduced * p_.source.c;
+    const T* weight = weight_ + group * p_.weight_group;
+    T* dest = dest_ + group * p_.produced * p_.dest.c;
+    std::memset(zeros_, 0, zeros_size() * sizeof(T));
+    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+      const bool has = bias_ != nullptr && o < p_.produced;
+      biases_[o] = has ? bias_[group * p_.produced + o] : T(0);
+    }
+    if (shared_weights_) {
+      parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
+        T* packed = scratch_of(thread).packed;
+        pack_weights(weight, index / parts_, index % parts_, packed);
+        for_each_step([&](auto step) {
+          transform_weights<step.value>(
+              packed, index % parts_,
+              weights_ + index * weights_size() + weights_at(step.value * kStepSums));
+        });
+      });
+      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+        const Scratch scratch = scratch_of(thread);
+        const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+        transform_tiles(source, first, end, scratch, scratch.image);
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          for (int64_t part = 0; part < parts_; ++part) {
+            multiply(scratch.image, first, end - first, part, 0, kOrder.count,
+                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
+          }
+          write_tiles(panel, first, end, scratch, dest);
+        }
+      });
+      return;
+    }
+    for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
+      run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
+    }
+  }
+
+  // Tiles [first, end) of a convolution with many channels.
+  void run_round(const T* source, const T* weight, int64_t first, int64_t end, T* dest) {
+    parallel_for(ceil_div(end - first, kTileRows), threads_, [&](int64_t index, int thread) {
+      const int64_t tile = first + index * kTileRows;
+      transform_tiles(source, tile, min_of(tile + kTileRows, end), scratch_of(thread),
+                      image_ + (tile - first) * tile_step_);
+    });
+    const int64_t blocks = ceil_div(end - first, tiles_);
+    parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
+      const int64_t tile_end = min_of(tile + tiles_, end);
+      for (int64_t part = 0; part < parts_; ++part) {
+        pack_weights(weight, panel, part, scratch.packed);
+        for_each_step([&](auto step) {
+          constexpr int kFirst = step.value * kStepSums;
+          transform_weights<step.value>(scratch.packed, part, scratch.weights);
+          multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
+                   kFirst + kStepSums, scratch.weights, scratch.sums);
+        });
+      }
+      write_tiles(panel, tile, tile_end, scratch, dest);
+    });
+  }
+
+  // packed[tap][c][o] for the channels of one part and the outputs of one panel.
+  void pack_weights(const T* weight, int64_t panel, int64_t part, T* packed) const {
+    TapConv conv = {};
+    conv.taps = p_.taps;
+    conv.tap_count = 9;
+    conv.reduced = valid_channels(part);
+    conv.produced = p_.produced;
+    conv.weight_reduced = p_.weight_reduced;
+    conv.weight_produced = p_.weight_produced;
+    pack_weight_panel(conv, weight + part * part_channels_ * conv.weight_reduced,
+                      panel * panels_.width, panels_.width, packed);
+  }
+  int64_t valid_channels(int64_t part) const {
+    return min_of(part_channels_, p_.reduced - part * part_channels_);
+  }
+
+  // The weights of one step's sums, as the image has their products; from the step's first sum on
+  //   to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
+  template <int kStep>
+  void transform_weights(const T* packed, int64_t part, T* to) const {
+    constexpr int kFirst = kStep * kStepSums, kAxis = Stride2::kAxisFilters;
+    const int64_t width = panels_.width, size = stretch_ * width;
+    const int64_t valid = valid_channels(part) * width;
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    for (int64_t begin = 0; begin < channels * width; begin += size) {
+      T* lines[kProducts];
+      for (int sum = kFirst; sum < kFirst + kStepSums; ++sum) {
+        for (int i = 0; i < kOrder.products[sum]; ++i) {
+          lines[kOrder.first[sum] + i] =
+              to + weights_at(sum) - weights_at(kFirst) + begin * kOrder.products[sum] + i * size;
+        }
+      }
+      for (int64_t x = 0; x < size; x += kWidth) {
+        Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
+        for (int t = 0; t < 9; ++t) {
+          tap[t] = begin + x < valid ? load(packed + t * valid + begin + x) : Vec<T>{};
+        }
+#pragma GCC unroll 3
+        for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
+#pragma GCC unroll 5
+        for (int i = 0; i < kAxis; ++i) {
+          transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
+        }
+#pragma GCC unroll 49
+        for (int i = 0; i < kProducts; ++i) {
+          if (kOrder.sum_of[i] / kStepSums == kStep) {
+            store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
+          }
+        }
+      }
+    }
+  }
+
+  template <int kStep = 0, typename Use>
+  static GDFAST_INLINE void for_each_step(const Use& use) {
+    use(std::integral_constant<int, kStep>());
+    if constexpr (kStep + 1 < Pass::kSteps) for_each_step<kStep + 1>(use);
+  }
+
+  // Transforms what tiles [first, end) see; tile `first` goes to column 0 of `to`. Columns up to a
+  // multiple of kTileRows are left as they are: their sums are never looked at.
+  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
+                       T* to) const {
+    const Reader reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width,
+                        p_.low_h, p_.low_w);
+    // As constants where they are the same for all problems.
+    const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
+    const int64_t place_step = place_step_;
+    reader.read(first, end, zeros_, scratch.stage,
+                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                  T* line = to + (tile - first) * tile_step_ + c / stretch_ * stretch_step_ +
+                            c % stretch_;
+                  const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                    store<T>(line + kOrder.place[product] * place_step, value);
+                  };
+                  transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
+                });
+  }
+
+  // Sums [first_sum, end_sum) of tiles [first, first + tiles), each of those that need it: sums
+  // (+)= image x weights over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_sum,
+                int end_sum, const T* weights, T* sums) const {
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    const int64_t width = panels_.width;
+    TileArgs<T> args;
+    args.row_step = 1;
+    args.segment_step = stretch_step_;
+    args.panel_step = width;
+    args.segments = channels / stretch_;
+    args.start = zeros_;
+    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
+    const T* rows[2][kTileRows];  // of this call and of the next
+    T* out[kTileRows];
+    args.out = out;
+    image += part * part_channels_ / stretch_ * stretch_step_;
+    for (int sum = first_sum; sum < end_sum; ++sum) {
+      const T* from = image + kOrder.first[sum] * place_step_;
+      const auto point = [&](int64_t tile, int64_t end, const T** to) {
+        for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_step_;
+      };
+      args.length = kOrder.products[sum] * stretch_;
+      args.panel = weights + weights_at(sum) - weights_at(first_sum);
+      T* to = sums + sum * block_tiles_ * width;
+      for (const TileRange& range :
+           grid_.needing(kOrder.last_row[sum], kOrder.last_column[sum]).part) {
+        const TileRange own = range.within(first, first + tiles);
+        const int64_t end = own.end - first;
+        int now = 0;
+        if (!own.empty()) point(own.begin - first, end, rows[now]);
+        for (int64_t tile = own.begin - first; tile < end; tile += kTileRows, now = 1 - now) {
+          const bool more = tile + kTileRows < end;
+          if (more) point(tile + kTileRows, end, rows[1 - now]);
+          for (int i = 0; i < kTileRows; ++i) {
+            // Rows past the end are computed like the last one, and stored where nobody looks.
+            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
+          }
+          args.rows = rows[now];
+          args.rows_ahead = more ? rows[1 - now] : nullptr;
+          multiply_tile<T>(panels_.vectors, args);
+        }
+      }
+    }
+  }
+
+  // Transforms the sums of tiles [first, end) back and writes their pixels.
+  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch,
+                   T* dest) const {
+    const int64_t width = panels_.width;
+    const int64_t outputs = min_of(width, p_.produced - panel * width);
+    const T* biases = biases_ + panel * width;
+    dest += panel * width * p_.dest.c;
+    const int64_t in_place = p_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
+    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
+      const Pixels at = pixels_of(tile);
+      T* to = dest + at.n * p_.dest.n + at.h * p_.dest.h + at.w * p_.dest.w;
+      for (int64_t o = 0; o < in_place; o += kWidth) {
+        write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at, to + o,
+                     p_.dest.h, p_.dest.w);
+      }
+    }
+    for (int64_t o = in_place; o < outputs; o += kWidth) {
+      for (int64_t tile = first; tile < end;) {
+        const Pixels begin = pixels_of(tile);
+        const int64_t run = grid_.run_from(tile, end);
+        int64_t columns = 0;
+        for (int64_t x = 0; x < run; ++x, ++tile) {
+          const Pixels at = pixels_of(tile);
+          write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at,
+                       scratch.stage + (at.w - begin.w) * kWidth, kRunOut * kWidth, kWidth);
+          columns = at.w - begin.w + at.columns;
+        }
+        unstage(scratch.stage, min_of(kWidth, outputs - o), begin, columns, dest + o * p_.dest.c);
+      }
+    }
+  }
+
+  // The pixels of a tile that lie within the image.
+  struct Pixels {
+    int64_t n, h, w, rows, columns;
+  };
+  Pixels pixels_of(int64_t tile) const {
+    const typename Grid::At at = grid_.at(tile);
+    const int64_t h = at.h * Pass::kPixels, w = at.w * Pass::kPixels;
+    return {at.n, h, w, min_of(at.rows * Pass::kPixels, p_.dest_height - h),
+            min_of(at.columns * Pass::kPixels, p_.dest_width - w)};
+  }
+
+  void write_pixels(const T* from, Vec<T> bias, const Pixels& at, T* to, int64_t row_step,
+                    int64_t step) const {
+    const int64_t sum_step = block_tiles_ * panels_.width;
+    const auto sum = [&](int number)
+                         GDFAST_INLINE_LAMBDA { return load(from + number * sum_step); };
+    const auto put = [&](int i, int j, Vec<T> value) GDFAST_INLINE_LAMBDA {
+      if (i < at.rows && j < at.columns) store<T>(to + i * row_step + j * step, value);
+    };
+    if constexpr (Pass::kPixels > 1) {
+      Pass::transform_sums(sum, p_.even_h, p_.even_w, put);
+    } else {
+      constexpr int kOut = Stride2::kOut;
+      Vec<T> out[1][kOut * kOut];
+      Pass::transform_sums(sum, 0, 0, [&](int i, int j, Vec<T> value) GDFAST_INLINE_LAMBDA {
+        out[0][i * kOut + j] = value + bias;
+      });
+      finish_sums<1, kOut * kOut>(p_.ending, out);
+      T* values = reinterpret_cast<T*>(out);
+      finish_rows(p_.ending, &values, 1, kOut * kOut * kWidth);
+#pragma GCC unroll 9
+      for (int i = 0; i < kOut * kOut; ++i) put(i / kOut, i % kOut, out[0][i]);
+    }
+  }
+
+  // Writes staged pixels [i][x][lane] of a run of tiles.
+  void unstage(const T* stage, int64_t channels, const Pixels& at, int64_t columns, T* dest) const {
+    for (int64_t i = 0; i < at.rows; ++i, stage += kRunOut * kWidth) {
+      T* to = dest + at.n * p_.dest.n + (at.h + i) * p_.dest.h + at.w * p_.dest.w;
+      if (p_.dest.w == 1) {
+        transpose_widened(stage, kWidth, channels, columns, columns, to, p_.dest.c);
+      } else {
+        for (int64_t x = 0; x < columns; ++x) {
+          copy_narrowed(stage + x * kWidth, channels, to + x * p_.dest.w, p_.dest.c);
+        }
+      }
+    }
+  }
+
+  const Stride2Problem p_;
+  const T* source_;
+  const T* weight_;
+  const T* bias_;
+  T* dest_;
+  int threads_;
+  Grid grid_;
+  Panels<T> panels_;
+  int64_t channels_;  // reduced ones, padded to whole vectors
+  int64_t stretch_;
+  int64_t part_channels_, parts_;
+  bool shared_weights_;
+  int64_t tiles_;        // of a block
+  int64_t round_tiles_;  // of a round, in which the image is transformed at once
+  int64_t block_tiles_;  // padded
+  int64_t tile_step_, stretch_step_, place_step_;  // of the image
+  T* weights_;
+  T* image_;
+  T* zeros_;
+  T* biases_;
+  Scratch scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu
