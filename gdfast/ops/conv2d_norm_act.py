@@ -44,6 +44,7 @@ class Unit:
         self.arguments, self.norm, self.situation = arguments, norm, situation
         self._conv, self._has_moments = conv, has_moments
         self._norm: Any = None
+        self._is_cuda = False
         # By pre_activation, and which gradients of the convolution are asked for.
         self._backward: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
@@ -59,24 +60,22 @@ class Unit:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Gives output, the convolution's output, mean, invstd, and the mask if there is one."""
         input, weight, bias, *others = tensors
-        of_norm: Any = others
-        moments = mask = None
+        of_norm, moments, mask = tuple(others), None, None
         if self._has_moments:
             between, moments = self._conv(input, weight, bias)
         else:
             between = self._conv(input, weight, bias)
-        norm = self._norm
-        if norm is None:
-            norm = self._norm = batch_norm_dispatch.forward_kernel(
-                between, *of_norm, *self.norm, self.arguments[-1], moments is not None
-            )
-        results: Any
-        if isinstance(norm, CudaForward):
+        if self._norm is None:
+            find: Any = batch_norm_dispatch.forward_kernel
+            settings = *self.norm, self.arguments[-1], moments is not None
+            self._norm = find(between, *of_norm, *settings)
+            self._is_cuda = isinstance(self._norm, CudaForward)
+        if self._is_cuda:
             if wants_mask:
-                mask = norm.new_mask(between, of_norm[-1])
-            results = norm(between, *of_norm, momentum, moments, mask)
+                mask = self._norm.new_mask(between, of_norm[-1])
+            results = self._norm(between, *of_norm, momentum, moments, mask)
         else:
-            results = norm(between, *of_norm, momentum)
+            results = self._norm(between, *of_norm, momentum)
         output, mean, invstd = results
         return output, between, mean, invstd, mask
 
@@ -205,7 +204,7 @@ def _find(
         # Before its first backward pass nobody knows whether native's own operator is better.
         if conv2d_dispatch.all_native.get(layer) is not False:
             return None
-    conv = conv2d_dispatch.known_kernel(conv_key)
+    conv: Any = conv2d_dispatch.known_kernel(conv_key)
     if conv is None:
         return None  # not run yet, or in a recording
     has_moments = has_moments and isinstance(conv, Kernel)
