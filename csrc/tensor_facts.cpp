@@ -59,8 +59,9 @@ PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count)
       PyCapsule_GetPointer(arguments[0], "dlpack_exchange_api"));
   if (exchange == nullptr) return nullptr;
   if (exchange->major != kMajor || exchange->look_into == nullptr) {
-    PyErr_SetString(PyExc_ValueError, "watch_tensors: exchange: expected DLPack 1, with non-owning "
-                                      "access to tensors");
+    PyErr_SetString(PyExc_ValueError,
+                    "watch_tensors: exchange: expected DLPack 1, with non-owning "
+                    "access to tensors");
     return nullptr;
   }
   if (!keep(arguments[1], types, kMostTypes, &number_of_types) ||

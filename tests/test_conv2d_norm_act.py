@@ -275,3 +275,19 @@ def test_without_gradients_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) 
         apart(monkeypatch)
         same([ours], [twin(batch)])
     assert ours.grad_fn is None
+
+
+def test_some_of_the_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def each_alone(layer: nn.ConvNormAct) -> list[Tensor]:
+        return [
+            torch.autograd.grad(layer(batch).square().sum(), [each])[0]
+            for _ in range(3)
+            for each in (batch, *layer.parameters())
+        ]
+
+    layer, batch = block(bias=True), images()
+    run(layer, batch)
+    run(layer, batch)
+    ours = each_alone(layer)
+    apart(monkeypatch)
+    same(ours, each_alone(layer))

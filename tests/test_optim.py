@@ -450,3 +450,33 @@ def test_many_threads_and_one_give_the_same(threads: None) -> None:
         optim.SGD(params, lr=LR, momentum=0.9).step()
         results.append(torch.cat([p.detach() for p in params]))
     assert torch.equal(*results)
+
+
+class _WithStep(gdfast.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [gdfast.optim.SGD, _WithStep])
+def test_hooks_around_a_step_run_once(cls: type[gdfast.optim.SGD]) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    gdfast.optim.SGD([weight])  # torch looks at a class's step with its first optimizer
+    optimizer, seen = cls([weight], lr=0.5), []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert seen == ["before", "after"]
+    assert weight.tolist() == [0.5] * 3
+
+
+def test_profilers_see_steps_and_zero_grad() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = gdfast.optim.SGD([weight])
+    weight.grad = torch.ones(3)
+    with torch.profiler.profile() as profiled:
+        optimizer.step()
+        optimizer.zero_grad()
+    names = {event.key for event in profiled.key_averages()}
+    assert {"Optimizer.step#SGD.step", "Optimizer.zero_grad#SGD.zero_grad"} <= names
+    assert weight.grad is None

@@ -28,10 +28,7 @@ from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual
-Tensors = tuple[
-    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None,
-    Tensor | None,
-]  # fmt: skip
+Tensors = tuple[Any, ...]
 
 
 class Unit:
@@ -41,13 +38,15 @@ class Unit:
     """
 
     def __init__(
-        self, conv: Any, arguments: tuple[Any, ...], norm: tuple[Any, ...], situation: Any
-    ) -> None:
+        self, conv: Any, has_moments: bool, arguments: tuple[Any, ...], norm: tuple[Any, ...],
+        situation: Any,
+    ) -> None:  # fmt: skip
         self.arguments, self.norm, self.situation = arguments, norm, situation
-        self._has_moments = isinstance(conv, Kernel)
-        self._conv = conv.with_moments if self._has_moments else conv
+        self._conv, self._has_moments = conv, has_moments
         self._norm: Any = None
-        self._backward: dict[str, tuple[Any, Any, Any]] = {}  # by pre_activation
+        self._is_cuda = False
+        # By pre_activation, and which gradients of the convolution are asked for.
+        self._backward: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
     def __call__(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
@@ -60,23 +59,23 @@ class Unit:
         self, tensors: Tensors, momentum: float, wants_mask: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Gives output, the convolution's output, mean, invstd, and the mask if there is one."""
-        input, weight, bias, *params, residual = tensors
-        moments = mask = None
+        input, weight, bias, *others = tensors
+        of_norm, moments, mask = tuple(others), None, None
         if self._has_moments:
             between, moments = self._conv(input, weight, bias)
         else:
             between = self._conv(input, weight, bias)
-        norm = self._norm
-        if norm is None:
-            norm = self._norm = batch_norm_dispatch.forward_kernel(
-                between, *params, residual, *self.norm, self.arguments[-1], moments is not None
-            )
-        if isinstance(norm, CudaForward):
+        if self._norm is None:
+            find: Any = batch_norm_dispatch.forward_kernel
+            settings = *self.norm, self.arguments[-1], moments is not None
+            self._norm = find(between, *of_norm, *settings)
+            self._is_cuda = isinstance(self._norm, CudaForward)
+        if self._is_cuda:
             if wants_mask:
-                mask = norm.new_mask(between, residual)
-            results = norm(between, *params, residual, momentum, moments, mask)
+                mask = self._norm.new_mask(between, of_norm[-1])
+            results = self._norm(between, *of_norm, momentum, moments, mask)
         else:
-            results = norm(between, *params, residual, momentum)
+            results = self._norm(between, *of_norm, momentum)
         output, mean, invstd = results
         return output, between, mean, invstd, mask
 
@@ -84,24 +83,23 @@ class Unit:
         self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
-        source = ctx.source
-        kernels = self._backward.get(source)
-        is_known = kernels is not None and self.situation == _situation(self.arguments[-1])
-        if not is_known or in_backward.targets or torch.is_grad_enabled() or is_watched():
+        needs = ctx.needs_input_grad
+        kernels = self._backward.get((ctx.source, *needs[:3]))
+        if (
+            kernels is None
+            or self.situation != _situation(self.arguments[-1])
+            or in_backward.targets
+            or torch.is_grad_enabled()
+            or is_watched()
+            or ordinary_facts(grad_output) is None
+        ):
             return self._learn_gradients(ctx, grad_output, saved)
-        if ordinary_facts(grad_output) is None:
-            return self._learn_gradients(ctx, grad_output, saved)
-        input, weight, between, norm_weight, norm_bias, other, mean, invstd = saved
-        need_input, _, need_bias, need_norm_weight, need_norm_bias, _, _, need_residual, *_ = (
-            ctx.needs_input_grad
-        )
-        norm, conv_input, conv_weight = kernels  # type: ignore[misc]
-        grad, *of_norm = norm(
-            grad_output, between, norm_weight, norm_bias, other, mean, invstd,
-            (True, need_norm_weight, need_norm_bias, need_residual),
-        )  # fmt: skip
-        grad_input = conv_input(grad, weight) if need_input else None
-        grad_weight, grad_bias = conv_weight(grad, input, need_bias)
+        norm, conv_input, conv_weight = kernels
+        input, weight, between, *of_norm = saved
+        wanted = True, needs[3], needs[4], needs[7]
+        grad, *of_norm = norm(grad_output, between, *of_norm, wanted)
+        grad_input = conv_input(grad, weight) if needs[0] else None
+        grad_weight, grad_bias = conv_weight(grad, input, needs[2])
         return grad_input, grad_weight, grad_bias, *of_norm
 
     def _learn_gradients(
@@ -116,36 +114,42 @@ class Unit:
         note_sizes(ctx, input, ctx.weight)
         settings = *self.norm, ctx.source, self.arguments[-1]
         wanted = True, needs[3], needs[4], needs[7]
-        grad, *rest = norm_gradients(grad_output, between, *of_norm, wanted, settings=settings)
+        results: Any = norm_gradients(grad_output, between, *of_norm, wanted, settings=settings)
+        grad, *rest = results
         gradients = conv_gradients(ctx, grad, input, weight)
-        if ordinary_facts(grad_output, grad, input) is not None and not torch.is_grad_enabled():
-            self._find_kernels(ctx, grad, input, weight, between, of_norm, settings)
+        if (
+            needs[1]
+            and not (torch.is_grad_enabled() or is_watched())
+            and ordinary_facts(grad_output, grad, input) is not None
+        ):
+            self._find_kernels(ctx, grad, saved)
         return *gradients, *rest
 
-    def _find_kernels(
-        self, ctx: Any, grad: Tensor, input: Tensor, weight: Tensor | None, between: Tensor,
-        of_norm: list[Any], settings: tuple[Any, ...],
-    ) -> None:  # fmt: skip
+    def _find_kernels(self, ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> None:
+        """Notes the kernels that the operations ran; grad is that of the convolution's output."""
         if self.situation != _situation(self.arguments[-1]):
             return
-        known, dispatch = conv2d_dispatch.known_kernel, conv2d_dispatch
-        norm_weight, norm_bias, *_ = of_norm
-        needs, conv_input = ctx.needs_input_grad, None
+        input, weight, between, norm_weight, norm_bias, *_ = saved
+        arguments, needs = self.arguments, ctx.needs_input_grad
+        arguments = *arguments[:-1], chosen(arguments[-1])
+        dispatch, conv_input = conv2d_dispatch, None
+        conv_weight = dispatch.known_kernel(
+            dispatch.conv2d_grad_weight_key(
+                grad, input, ctx.weight_size, ctx.weight_channels_last, needs[2], *arguments
+            )
+        )
         if needs[0]:
-            conv_input = known(
+            conv_input = dispatch.known_kernel(
                 dispatch.conv2d_grad_input_key(
-                    grad, weight, ctx.input_size, ctx.input_channels_last, *_chosen(ctx.arguments)
+                    grad, weight, ctx.input_size, ctx.input_channels_last, *arguments
                 )
             )
-        conv_weight = known(
-            dispatch.conv2d_grad_weight_key(
-                grad, input, ctx.weight_size, ctx.weight_channels_last, needs[2],
-                *_chosen(ctx.arguments),
-            )
-        )  # fmt: skip
+        if conv_weight is None or (needs[0] and conv_input is None):
+            return  # in a recording
+        settings = *self.norm, ctx.source, arguments[-1]
         norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
-        if conv_weight is not None and (conv_input is not None or not needs[0]):
-            self._backward[ctx.source] = norm, conv_input, conv_weight
+        key = ctx.source, *needs[:3]
+        self._backward[key] = norm, conv_input, conv_weight
 
 
 def unit(
@@ -162,7 +166,7 @@ def unit(
         return None
     if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
         input, weight, bias = autocast(input, weight, bias)
-        tensors = input, weight, bias, *rest  # type: ignore[assignment]
+        tensors = input, weight, bias, *rest
     facts = ordinary_facts(*tensors)
     if facts is None:
         return None
@@ -192,29 +196,29 @@ def _find(
     if residual is not None and (residual.shape != size or residual.dtype != input.dtype):
         return None
     conv_key = conv2d_dispatch.conv2d_key(input, weight, bias, *arguments)
-    if takes_moments and may_have_moments(input, weight, bias, AUTO):
+    has_moments = takes_moments and may_have_moments(input, weight, bias, AUTO)
+    if has_moments:
         conv_key = MOMENTS, *conv_key
     elif torch.is_grad_enabled() and input.requires_grad and backend == AUTO:
         layer = _layer_key(input, weight, bias is not None, arguments)
         # Before its first backward pass nobody knows whether native's own operator is better.
         if conv2d_dispatch.all_native.get(layer) is not False:
             return None
-    conv = conv2d_dispatch.known_kernel(conv_key)
+    conv: Any = conv2d_dispatch.known_kernel(conv_key)
     if conv is None:
         return None  # not run yet, or in a recording
+    has_moments = has_moments and isinstance(conv, Kernel)
+    if has_moments:
+        conv = conv.with_moments
     units = conv2d_dispatch.units
     if len(units) >= conv2d_dispatch.KERNELS_LIMIT:
         units.clear()
-    found = units[key] = Unit(conv, arguments, norm, _situation(backend))
+    found = units[key] = Unit(conv, has_moments, arguments, norm, _situation(backend))
     return found
 
 
 def _situation(backend: str) -> tuple[str, int]:
     return chosen(backend), tuning.situation()
-
-
-def _chosen(arguments: list[Any]) -> tuple[Any, ...]:
-    return *arguments[:-1], chosen(arguments[-1])
 
 
 class _UnitFunction(torch.autograd.Function):

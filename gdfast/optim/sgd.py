@@ -158,13 +158,22 @@ class SGD(torch.optim.SGD):
 
         `closure` reevaluates the model and returns the loss, which is returned.
         """
-        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
-        if hooks or _has_global_hooks() or _is_watched():
+        # Around a subclass's own step torch puts it.
+        if type(self).step is SGD.step and self._is_observed():
             return _hooked_step(self, closure)
         return self._step(closure)
 
     # What torch would put around it takes longer than an update of a small model.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _is_observed(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _optimizer._global_optimizer_pre_hooks
+            or _optimizer._global_optimizer_post_hooks
+            or _is_watched()
+        )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -291,11 +300,6 @@ class SGD(torch.optim.SGD):
 
 
 _hooked_step = torch.optim.Optimizer.profile_hook_step(SGD._step)
-
-
-def _has_global_hooks() -> bool:
-    """Whether there are hooks for the steps of all optimizers."""
-    return bool(_optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks)
 
 
 def _is_watched() -> bool:

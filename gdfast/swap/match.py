@@ -99,11 +99,11 @@ class Matcher:
             return None
         input = _only_input(norm)
         user = self._only_user(norm)
-        if input is None or user is None:
+        if input is None:
             return None
         nodes, at, residual = [norm], norm, None
-        added = self._added(norm, user)
-        if added is not None and self._may_wait(norm, input, user):
+        added = None if user is None else self._added(norm, user)
+        if user is not None and added is not None and self._may_wait(norm, input, user):
             residual = added
             nodes.append(user)
             at, user = user, self._only_user(user)
@@ -113,7 +113,9 @@ class Matcher:
             name, slope, paths = activation
             nodes.append(user)
             bypassed += paths
-        if len(nodes) == 1:
+        if len(nodes) == 1 and not (
+            self._is_fresh_of_ours(input) and len(input.users) == 1 and _follows(norm, input)
+        ):
             return None
         op = "batch_norm_act" + _braces(residual is not None and "residual", name)
         in_place = residual is not None and _is_in_place(at)
@@ -287,6 +289,9 @@ class Matcher:
         return node.op == "call_module" and type(self._modules[str(node.target)]) in (
             torch.nn.Conv2d, nn.Conv2d, torch.nn.Linear,
         )  # fmt: skip
+
+    def _is_fresh_of_ours(self, node: Node) -> bool:
+        return node.op == "call_module" and type(self._modules[str(node.target)]) is CONVOLUTION
 
     def _may_mutate(self, node: Node) -> bool:
         if node.op == "call_module":
