@@ -40,7 +40,7 @@ CASES = (
 STRIDE2_CASES = (
     Conv2dCase("stride2-one-tile", 1, 8, 6, 6, 8, 3, 3, (2, 2), (1, 1)),
     Conv2dCase("stride2-less-than-a-tile", 2, 9, 3, 2, 11, 3, 3, (2, 2), (1, 1)),
-    Conv2dCase("stride2-one-pixel", 1, 40, 1, 1, 24, 3, 3, (2, 2), (1, 1)),
+    Conv2dCase("stride2-one-output", 1, 40, 1, 2, 24, 3, 3, (2, 2), (1, 1)),
     Conv2dCase("stride2-few-channels", 2, 3, 9, 10, 4, 3, 3, (2, 2), (1, 1)),
     Conv2dCase("stride2-no-padding", 3, 16, 10, 15, 32, 3, 3, (2, 2)),
     Conv2dCase("stride2-padding-0-2", 3, 17, 14, 9, 37, 3, 3, (2, 2), (0, 2)),
