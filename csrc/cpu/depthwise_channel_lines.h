@@ -20,14 +20,31 @@ struct TapShape {
   static constexpr int kRows = kTheRows, kColumns = kTheColumns, kStep = kTheStep;
   static constexpr int kPixels = 4;  // of a block
   static constexpr int kSeen = (kPixels - 1) * kStep + kColumns;
+  static constexpr bool kCareful = false;
 };
 
 constexpr int kBlockPixels = TapShape<0, 1, 1>::kPixels;
 
+// For what is not finite, times which zeros beyond the border would be NaN: they are left out, and
+// no address stands for them.
+struct CarefulShape : TapShape<0, 1, 1> {
+  static constexpr bool kCareful = true;
+};
+
+// Whether `count` values, `step` apart, are.
+template <typename T>
+bool all_finite(const T* values, int64_t count, int64_t step) {
+  bool other = false;
+  for (int64_t i = 0; i < count; ++i) {
+    other |= !(values[i * step] - values[i * step] == T(0));
+  }
+  return !other;
+}
+
 // The taps as rows of neighbouring columns where `step` allows for it, else each tap as a row.
 class TapRows {
  public:
-  TapRows(const TapConv& conv) : conv_(conv) {
+  TapRows(const TapConv& conv, bool careful) : conv_(conv), careful_(careful) {
     while (columns < conv.tap_count && conv.taps[columns].dh == conv.taps[0].dh) ++columns;
     const int64_t apart = columns > 1 ? conv.taps[1].dw - conv.taps[0].dw : 1;
     reversed_ = apart < 0;
@@ -36,7 +53,7 @@ class TapRows {
     const bool has_shape = (step == 1 && columns <= 5) ||
                            ((step == 1 || step == 2) && columns == 7) ||
                            (step == 2 && (columns == 3 || columns == 5));
-    if (!beside || !has_shape) columns = 1;
+    if (careful || !beside || !has_shape) columns = min_of(columns, 1);
     rows = columns == 0 ? 0 : conv.tap_count / columns;
     spacing = columns == 1 ? step : 1;
     ahead = kBlockPixels * step * conv.source.w;
@@ -50,6 +67,7 @@ class TapRows {
   // Calls run(shape).
   template <typename Run>
   void with_shape(const Run& run) const {
+    if (careful_) return run(CarefulShape());
     const int64_t step = columns == 1 ? 1 : conv_.step_w;
     if (columns <= 1)
       return rows == 1   ? run(TapShape<1, 1, 1>())
@@ -77,7 +95,9 @@ class TapRows {
       int64_t w = j * conv_.step_w + first.dw;
       const T* at = image + h * conv_.source.h + w * conv_.source.w;
       for (int x = 0; x < seen; ++x, w += spacing, at += spacing * conv_.source.w) {
-        *to++ = inside && w >= 0 && w < conv_.source_width ? at : zeros;
+        *to++ = inside && w >= 0 && w < conv_.source_width && !(careful_ && j + x >= conv_.width)
+                    ? at
+                    : zeros;
       }
     }
   }
@@ -88,7 +108,7 @@ class TapRows {
 
  private:
   const TapConv& conv_;
-  bool reversed_ = false;
+  bool careful_, reversed_ = false;
 };
 
 // Calls each(c, v) for the vectors of channels, of which c is the first one. The last vector ends
@@ -139,6 +159,14 @@ void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* s
 #pragma GCC unroll 4
     for (int x = 0; x < kPixels; ++x) sums[x] = load(starts + v * kWidth);
     for_tap_rows<Shape::kRows>(rows, [&](int64_t row) {
+      if constexpr (Shape::kCareful) {
+        const Vec<T> weight = load(weights + (v * taps + row) * kWidth);
+        for (int x = 0; x < kPixels; ++x) {
+          const T* const from = seen[row * kSeen + x];
+          if (from != nullptr) sums[x] += weight * load(from + c);
+        }
+        return;
+      }
       Vec<T> pixels[kSeen];
 #pragma GCC unroll 16
       for (int x = 0; x < kSeen; ++x) pixels[x] = load_seen<T, Shape>(seen, row, x, c, ahead);
@@ -171,6 +199,15 @@ void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, i
                                   load(grad3 + c)};
     for_tap_rows<Shape::kRows>(rows, [&](int64_t row) {
       T* const to = sums + (v * taps + row * kColumns) * kWidth;
+      if constexpr (Shape::kCareful) {
+        Vec<T> sum = load(to);
+        for (int x = 0; x < kPixels; ++x) {
+          const T* const from = seen[row * kSeen + x];
+          if (from != nullptr) sum += grad[x] * load(from + c);
+        }
+        store<T>(to, sum);
+        return;
+      }
       Vec<T> sum[kColumns];
 #pragma GCC unroll 8
       for (int s = 0; s < kColumns; ++s) sum[s] = load(to + s * kWidth);
@@ -209,7 +246,11 @@ void gather_channels(const T* from, int64_t pitch, int64_t channels, T* to, int6
 template <typename T>
 void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
                              T* dest, int threads) {
-  const TapRows taps(conv);
+  bool finite = true;
+  for (int64_t t = 0; t < conv.tap_count && finite; ++t) {
+    finite = all_finite(weight + conv.taps[t].weight, conv.groups, conv.weight_group);
+  }
+  const TapRows taps(conv, !finite);
   const int64_t channels = conv.groups, size = round_up(channels, kLanes<T>);
   int most_seen = 0;
   void (*run)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
@@ -246,6 +287,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
   std::memset(starts, 0, size * sizeof(T));
   if (bias != nullptr) spread_channels(bias, 1, channels, starts, kLanes<T>);
 
+  const T* const beyond = finite ? zeros : nullptr;
   const Ending<T> ending = Ending<T>::of(conv);
   // Neighbouring lines see the same lines of the image: one thread takes a few of them.
   const int64_t together = max_of(1, min_of(8, conv.batch * conv.height / (8 * threads)));
@@ -262,7 +304,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
         for (int x = 0; x < kBlockPixels; ++x) {
           to[x] = x < count ? line + (j + x) * conv.dest.w : scratch.unused;
         }
-        taps.find(source + n * conv.source.n, i, j, most_seen, zeros, scratch.seen);
+        taps.find(source + n * conv.source.n, i, j, most_seen, beyond, scratch.seen);
         run(scratch.seen, weights, taps.rows, starts, channels, taps.ahead, ending, to);
         finish_rows(ending, to, count, channels);
       }

@@ -79,11 +79,11 @@ void depthwise_grad_weight_planes(const Conv2dProblem& p, const TapConv& conv, c
 template <typename T>
 void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& conv,
                                          const T* grad_output, const T* input, T* grad_weight,
-                                         T* grad_bias, int threads) {
+                                         T* grad_bias, int threads, bool careful = false) {
   // So many pixels are added up before they go to the totals, lest the error grow with each.
   constexpr int64_t kSumLength = 128;
   constexpr int kWidth = kLanes<T>;
-  const TapRows taps(conv);
+  const TapRows taps(conv, careful);
   const int64_t channels = conv.groups, padded = round_up(channels, kWidth);
   const int64_t all_taps = conv.tap_count * padded, size = all_taps + padded;
   const int64_t lines = conv.batch * conv.height;
@@ -128,7 +128,8 @@ void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& 
         for (int x = 0; x < kBlockPixels; ++x) {
           grads[x] = j + x < conv.width ? grad_line + (j + x) * conv.dest.w : zeros;
         }
-        taps.find(input + n * conv.source.n, i, j, most_seen, zeros, scratch.seen);
+        taps.find(input + n * conv.source.n, i, j, most_seen, careful ? nullptr : zeros,
+                  scratch.seen);
         run(scratch.seen, grads, taps.rows, channels, taps.ahead, scratch.sums);
         if (grad_bias == nullptr) continue;
         for_channel_vectors<T>(channels, [&](int64_t c, int64_t v) {
@@ -148,6 +149,10 @@ void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& 
 
   for (int64_t share = 1; share < shares; ++share) {
     for (int64_t x = 0; x < size; ++x) totals[x] += totals[share * size + x];
+  }
+  if (!careful && !all_finite(totals, all_taps, 1)) {
+    return depthwise_grad_weight_channel_lines(p, conv, grad_output, input, grad_weight, grad_bias,
+                                               threads, true);
   }
   for (int64_t row = 0; row < taps.rows; ++row) {
     for (int64_t s = 0; s < taps.columns; ++s) {
