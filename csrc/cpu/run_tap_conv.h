@@ -18,7 +18,7 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
   if (conv.pixels() == 0) return;
   if constexpr (kSame<T, float>) {
     if (algorithm == Algorithm::kWinograd && winograd_fits<T>(conv)) {
-      WinogradTiles(conv, source, weight, bias, dest, threads).run();
+      run_winograd(conv, source, weight, bias, dest, threads);
       return;
     }
   }

@@ -2,26 +2,22 @@
 // multiplications of the direct way.
 //
 // A grid of 4x4 outputs sees 6x6 image values. Image and weights are transformed, multiplied as 36
-// independent products of matrices (tiles x channels by channels x outputs), and transformed back:
+// independent products of matrices (tiles x channels by channels x outputs), and transformed back.
+// Few channels: winograd_blocks.h. Many: the transformed weights are four times as large as the
+// weights, too large to be written and read back; the image is transformed for all panels, a round
+// of tiles at a time, and a task transforms a part of its panel's weights just before use:
 //
 //   image   [tiles][channels / lanes][36][lanes]   one vector for each tile, lane group and product
 //   weights [part][36][channels of the part][width]
 //   sums    [36][tiles][width]                      of one panel of output channels
-//
-// Two schedules. Few channels: the transformed weights are small, made once and shared; a task
-// takes a block of tiles, whose image and sums stay in L2. Many channels: the transformed weights
-// are four times as large as the weights, too large to be written and read back; the image is
-// transformed for all panels, a round of tiles at a time, and a task transforms a part of its
-// panel's weights just before use.
 #pragma once
 
-#include "tap_conv_pixels.h"
-#include "winograd_tiles.h"
+#include "winograd_blocks.h"
 
 namespace gdfast::cpu {
 namespace {
 
-// Whether a TapConv is one that WinogradTiles takes.
+// Whether a TapConv is one that run_winograd takes.
 template <typename T>
 bool winograd_fits(const TapConv& conv) {
   if (!kSame<T, float> || conv.tap_count != 9 || conv.step_h != 1 || conv.step_w != 1) return false;
@@ -39,17 +35,16 @@ bool winograd_fits(const TapConv& conv) {
   return true;
 }
 
-class WinogradTiles {
+class WinogradRounds {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
-  // Columns of the stage for outputs.
-  static constexpr int64_t kRunOut = TileGrid::kRun * kTileOut;
   // Channels of a part of the reduction: 36 x 64 x 64 x 4 bytes = 590 KB of weights.
   static constexpr int64_t kPartChannels = 64;
+  static constexpr int64_t kMostTiles = 132;  // of a block
 
  public:
-  WinogradTiles(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
-                int threads)
+  WinogradRounds(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
+                 int threads)
       : conv_(conv),
         source_(source),
         weight_(weight),
@@ -57,23 +52,14 @@ class WinogradTiles {
         dest_(dest),
         threads_(threads),
         ending_(Ending<T>::of(conv)),
+        taps_(conv),
         grid_(conv.batch, conv.height, conv.width),
         panels_(conv.produced),
         channels_(round_up(conv.reduced, kWidth)) {
-    low_h_ = conv.taps[0].dh;
-    low_w_ = conv.taps[0].dw;
-    for (int t = 1; t < 9; ++t) {
-      low_h_ = min_of(low_h_, conv.taps[t].dh);
-      low_w_ = min_of(low_w_, conv.taps[t].dw);
-    }
     part_channels_ = min_of(channels_, kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
-    shared_weights_ = channels_ * conv.produced <= 160 * 160;
-    // Image and sums of a block take 440 KB each at 64 channels.
-    const int64_t most = shared_weights_ ? max_of(48, 3072 / channels_) : 132;
-    round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
-    int64_t blocks = ceil_div(round_tiles_, most);
-    if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    round_tiles_ = image_round_tiles(grid_.count, channels_);
+    const int64_t blocks = ceil_div(round_tiles_, kMostTiles);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
     block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
     image_tiles_ = round_up(round_tiles_, kTileRows);
@@ -87,8 +73,7 @@ class WinogradTiles {
 
  private:
   struct Scratch {
-    T* image;    // [channels][36][block_tiles], where weights are shared
-    T* weights;  // of one part and panel, where they are not
+    T* weights;  // of one part and panel
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [36][block_tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
@@ -106,24 +91,22 @@ class WinogradTiles {
   int64_t tile_size() const { return channels_ * kProducts + kWidth; }
 
   int64_t carve(Carver carver) {
-    weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
-    image_ = carver.take<T>(shared_weights_ ? 0 : image_tiles_ * tile_size());
+    image_ = carver.take<T>(image_tiles_ * tile_size());
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(shared_weights_ ? tiles_ * tile_size() : 0);
-    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_size());
+    scratch_.weights = carver.take<T>(weights_size());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
-    scratch_.stage = carver.take<T>(ImageReader::kStageSize);
+    scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
     const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
-    return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
-            move(scratch_.sums), move(scratch_.stage)};
+    return {move(scratch_.weights), move(scratch_.packed), move(scratch_.sums),
+            move(scratch_.stage)};
   }
 
   void run_group(int64_t group) {
@@ -135,25 +118,6 @@ class WinogradTiles {
       const bool has = bias_ != nullptr && o < conv_.produced;
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
-    if (shared_weights_) {
-      parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
-        transform_weights(weight, index / parts_, index % parts_, scratch_of(thread).packed,
-                          weights_ + index * weights_size());
-      });
-      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
-        const Scratch scratch = scratch_of(thread);
-        const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
-        transform_tiles(source, first, end, scratch, scratch.image);
-        for (int64_t panel = 0; panel < panels_.count; ++panel) {
-          for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, first, end - first, part,
-                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
-          }
-          write_tiles(panel, first, end, scratch, dest);
-        }
-      });
-      return;
-    }
     for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
       run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
     }
@@ -164,7 +128,7 @@ class WinogradTiles {
     constexpr int64_t kStep = 2 * kTileRows;
     parallel_for(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
       const int64_t tile = first + index * kStep;
-      transform_tiles(source, tile, min_of(tile + kStep, end), scratch_of(thread),
+      transform_tiles(source, tile, min_of(tile + kStep, end), scratch_of(thread).stage,
                       image_ + (tile - first) * tile_size());
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
@@ -173,60 +137,29 @@ class WinogradTiles {
       const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
-        transform_weights(weight, panel, part, scratch.packed, scratch.weights);
+        const int64_t c = part * part_channels_;
+        transform_weights(conv_, taps_, weight, panels_, panel, c,
+                          min_of(part_channels_, channels_ - c), scratch.packed, scratch.weights,
+                          weights_step());
         multiply(image_ + (tile - first) * tile_size(), tile, tile_end - tile, part,
                  scratch.weights, scratch.sums);
       }
-      write_tiles(panel, tile, tile_end, scratch, dest);
+      const int64_t output = panel * panels_.width;
+      write_tiles(grid_, tile, tile_end, scratch.sums, panels_.width, block_tiles_ * panels_.width,
+                  min_of(panels_.width, conv_.produced - output), biases_ + output, ending_,
+                  scratch.stage, conv_.dest, dest + output * conv_.dest.c);
     });
-  }
-
-  // to[product][c][o] for the channels of one part and the outputs of one panel.
-  void transform_weights(const T* weight, int64_t panel, int64_t part, T* packed, T* to) const {
-    const int64_t width = panels_.width, first = part * part_channels_;
-    const int64_t channels = min_of(part_channels_, channels_ - first);
-    // The taps in the order of the 3x3 grid, whichever way this pass runs over it.
-    Tap taps[9];
-    for (int t = 0; t < 9; ++t) {
-      const Tap& tap = conv_.taps[t];
-      taps[(tap.dh - low_h_) * 3 + tap.dw - low_w_] = tap;
-    }
-    TapConv conv = conv_;
-    conv.taps = taps;
-    conv.reduced = min_of(channels, conv_.reduced - first);
-    pack_weight_panel(conv, weight + first * conv.weight_reduced, panel * width, width, packed);
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t o = 0; o < width; o += kWidth) {
-        Vec<T> filter[9], half[18], line[kTileIn];
-        for (int t = 0; t < 9; ++t) {
-          filter[t] =
-              c < conv.reduced ? load(packed + (t * conv.reduced + c) * width + o) : Vec<T>{};
-        }
-#pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) transform_filter<T>(filter + s, 3, half + s, 3);
-#pragma GCC unroll 6
-        for (int i = 0; i < kTileIn; ++i) {
-          transform_filter<T>(half + i * 3, 1, line, 1);
-#pragma GCC unroll 6
-          for (int j = 0; j < kTileIn; ++j) {
-            store<T>(to + (i * kTileIn + j) * weights_step() + c * width + o, line[j]);
-          }
-        }
-      }
-    }
   }
 
   // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
   // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
-  void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
-                       T* to) const {
-    const ImageReader reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
-                             conv_.source_width, low_h_, low_w_);
-    reader.read(first, end, zeros_, scratch.stage,
-                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  transform_image_tile(from, offset,
-                                       to + (tile - first) * tile_size() + c * kProducts, kWidth);
-                });
+  void transform_tiles(const T* source, int64_t first, int64_t end, T* stage, T* to) const {
+    const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
+                                    conv_.source_width, taps_.low_h, taps_.low_w);
+    reader.read(first, end, zeros_, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
+      transform_image_run(run, to + (tile - first) * tile_size() + c * kProducts, tile_size(),
+                          kWidth);
+    });
   }
 
   // The 36 products of tiles [first, first + tiles), each of those that need it: sums (+)= image x
@@ -272,88 +205,6 @@ class WinogradTiles {
     }
   }
 
-  // Transforms the sums of tiles [first, end) back and writes their 4x4 outputs.
-  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch,
-                   T* dest) const {
-    const int64_t width = panels_.width;
-    const int64_t outputs = min_of(width, conv_.produced - panel * width);
-    const T* biases = biases_ + panel * width;
-    dest += panel * width * conv_.dest.c;
-    const int64_t in_place =
-        conv_.dest.c == 1 ? outputs / kWidth * kWidth : static_cast<int64_t>(0);
-    for (int64_t tile = first; in_place > 0 && tile < end; ++tile) {
-      const TileGrid::At at = grid_.at(tile);
-      T* to = dest + at.n * conv_.dest.n + at.h * conv_.dest.h + at.w * conv_.dest.w;
-      for (int64_t o = 0; o < in_place; o += kWidth) {
-        Outputs out;
-        transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
-        for (int64_t i = 0; i < at.rows; ++i) {
-          for (int64_t j = 0; j < at.columns; ++j) {
-            store<T>(to + i * conv_.dest.h + j * conv_.dest.w + o, out[i * kTileOut + j]);
-          }
-        }
-      }
-    }
-    for (int64_t o = in_place; o < outputs; o += kWidth) {
-      for (int64_t tile = first; tile < end;) {
-        const TileGrid::At begin = grid_.at(tile);
-        const int64_t run = grid_.run_from(tile, end);
-        int64_t columns = 0;
-        for (int64_t x = 0; x < run; ++x, ++tile) {
-          const TileGrid::At at = grid_.at(tile);
-          Outputs out;
-          transform_sums(scratch.sums + (tile - first) * width + o, load(biases + o), out);
-          for (int64_t i = 0; i < at.rows; ++i) {
-            for (int64_t j = 0; j < at.columns; ++j) {
-              store<T>(scratch.stage + (i * kRunOut + at.w - begin.w + j) * kWidth,
-                       out[i * kTileOut + j]);
-            }
-          }
-          columns = at.w - begin.w + at.columns;
-        }
-        unstage(scratch.stage, min_of(kWidth, outputs - o), begin, columns,
-                dest + o * conv_.dest.c);
-      }
-    }
-  }
-
-  // Writes staged outputs [i][x][lane] of a run of tiles.
-  void unstage(const T* stage, int64_t channels, TileGrid::At at, int64_t columns, T* dest) const {
-    for (int64_t i = 0; i < at.rows; ++i, stage += kRunOut * kWidth) {
-      T* to = dest + at.n * conv_.dest.n + (at.h + i) * conv_.dest.h + at.w * conv_.dest.w;
-      if (conv_.dest.w == 1) {
-        transpose_widened(stage, kWidth, channels, columns, columns, to, conv_.dest.c);
-      } else {
-        for (int64_t x = 0; x < columns; ++x) {
-          copy_narrowed(stage + x * kWidth, channels, to + x * conv_.dest.w, conv_.dest.c);
-        }
-      }
-    }
-  }
-
-  using Outputs = Vec<T>[kTileOut * kTileOut];
-
-  GDFAST_INLINE void transform_sums(const T* from, Vec<T> bias, Outputs& out) const {
-    const int64_t product_step = block_tiles_ * panels_.width;
-    Vec<T> half[kTileOut * kTileIn];
-#pragma GCC unroll 6
-    for (int j = 0; j < kTileIn; ++j) {
-      Vec<T> column[kTileIn];
-#pragma GCC unroll 6
-      for (int i = 0; i < kTileIn; ++i) column[i] = load(from + (i * kTileIn + j) * product_step);
-      transform_output<T>(column, 1, half + j, kTileIn);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kTileOut; ++i) {
-      transform_output<T>(half + i * kTileIn, 1, out + i * kTileOut, 1);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileOut; ++j) out[i * kTileOut + j] += bias;
-    }
-    finish_sums<1, kTileOut * kTileOut>(ending_, &out);
-    T* values = reinterpret_cast<T*>(out);
-    finish_rows(ending_, &values, 1, kTileOut * kTileOut * kWidth);
-  }
-
   const TapConv& conv_;
   const T* source_;
   const T* weight_;
@@ -361,22 +212,30 @@ class WinogradTiles {
   T* dest_;
   int threads_;
   Ending<T> ending_;
+  TapGrid taps_;
   TileGrid grid_;
   Panels<T> panels_;
   int64_t channels_;  // reduced ones, padded to whole vectors
-  int64_t low_h_, low_w_;
   int64_t part_channels_, parts_;
-  bool shared_weights_;
   int64_t tiles_;                      // of a block
   int64_t round_tiles_;                // of a round, in which the image is transformed at once
   int64_t block_tiles_, image_tiles_;  // of a block and of a round, padded
-  T* weights_;
   T* image_;
   T* zeros_;
   T* biases_;
   Scratch scratch_;
   int64_t scratch_bytes_;
 };
+
+// conv, which winograd_fits.
+inline void run_winograd(const TapConv& conv, const float* source, const float* weight,
+                         const float* bias, float* dest, int threads) {
+  if (WinogradBlocks::fits(conv)) {
+    WinogradBlocks(conv, source, weight, bias, dest, threads).run();
+  } else {
+    WinogradRounds(conv, source, weight, bias, dest, threads).run();
+  }
+}
 
 }  // namespace
 }  // namespace gdfast::cpu

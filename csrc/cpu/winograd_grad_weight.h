@@ -2,21 +2,22 @@
 //
 //   grad_weight[k, c] = G^T [ sum over tiles of (B^T image[c] B) * (A grad_output[k] A^T) ] G
 //
-// The sum over tiles is 36 products of matrices whose reduction runs over the tiles:
-//   image  [channels / lanes][36][tiles][lanes]     rows of a tile of the product: channels
-//   grads  [panel][36][tiles][width]                its columns: outputs
-//   sums   [36][channels][width]
+// The sum over tiles is 36 products of matrices whose reduction runs over the tiles: sums
+// [36][channels][width], for each panel of outputs. Two schedules.
 //
-// Two schedules. Few channels: each thread owns a share of the tiles and goes through it block by
-// block, image and grads staying in L2; the shares are added up in their order. Many channels:
-// image and grads are transformed a round of tiles at a time, and a task owns some channels of a
-// panel for all tiles of the round, so that its sums never leave L2. G^T x G being linear, rounds
-// are added up as weights.
+// Few channels: each thread owns a share of the tiles and goes through it block by block, image
+// [36][tiles][channels] and grads [36][tiles][outputs] staying in L2; the shares are added up in
+// their order.
+//
+// Many channels: image [channels / lanes][36][tiles][lanes] and grads [panel][36][tiles][width] are
+// transformed a round of tiles at a time, and a task owns some channels of a panel for all tiles of
+// the round, so that its sums never leave L2. G^T x G being linear, rounds are added up as weights.
 #pragma once
 
 #include "tap_conv_pixels.h"
 #include "weight_rows.h"
-#include "winograd_tiles.h"
+#include "winograd_products.h"
+#include "winograd_runs.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -30,7 +31,8 @@ bool winograd_grad_weight_fits(const Conv2dProblem& p) {
 class WinogradGradWeight {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
-  using GradReader = TileReader<kTileOut>;
+  // Of image and grads of a block, where threads own shares.
+  static constexpr int64_t kBlockBytes = 400 << 10;
   // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
   static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
   // Channels of a task, whole tiles and whole vectors: 36 x 48 x 64 x 4 bytes = 442 KB of sums.
@@ -55,15 +57,14 @@ class WinogradGradWeight {
         rows_(round_up(channels_, kTaskChannels)) {
     by_shares_ = channels_ * produced_ <= 128 * 128;
     const int64_t together = channels_ + panels_.count * panels_.width;
-    // Image and grads of a block take about 640 KB.
-    const int64_t most = by_shares_ ? max_of(24, 4544 / together) : 64;
+    const int64_t most = by_shares_ ? max_of(24, kBlockBytes / (kProducts * 4) / together) : 64;
     shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
     round_tiles_ = by_shares_ ? grid_.count : image_round_tiles(grid_.count, together);
     rounds_ = ceil_div(grid_.count, round_tiles_);
     const int64_t share_tiles = ceil_div(round_tiles_, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
     blocks_ = ceil_div(round_tiles_, block_tiles_);
-    tile_step_ = padded_tiles(by_shares_ ? block_tiles_ : round_tiles_);
+    tile_step_ = padded_tiles(round_tiles_);
   }
 
   void run() {
@@ -93,6 +94,11 @@ class WinogradGradWeight {
   int64_t zeros_size() const {
     return max_of(kTileRows, max_of(channels_, panels_.count * panels_.width));
   }
+  int64_t outputs() const { return panels_.count * panels_.width; }
+  // From one product of a block to the next: a cache line more than there is, so that the same
+  // place of all products spreads over the cache.
+  int64_t image_step() const { return block_tiles_ * channels_ + 16; }
+  int64_t grads_step() const { return block_tiles_ * outputs() + 16; }
   int64_t image_size() const { return channels_ * kProducts * tile_step_; }
   int64_t grads_size() const { return kProducts * tile_step_ * panels_.width; }
   // From the sums of one product to those of the next; odd lines again.
@@ -111,11 +117,11 @@ class WinogradGradWeight {
     grads_ = carver.take<T>(by_shares_ ? 0 : panels_.count * grads_size());
     totals_ = carver.take<T>(rounds_ > 1 ? panels_.count * rows_ * 9 * panels_.width : 0);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(by_shares_ ? image_size() : 0);
-    scratch_.grads = carver.take<T>(by_shares_ ? grads_size() : 0);
+    scratch_.image = carver.take<T>(by_shares_ ? kProducts * image_step() : 0);
+    scratch_.grads = carver.take<T>(by_shares_ ? kProducts * grads_step() : 0);
     scratch_.sums = carver.take<T>(by_shares_ ? 0 : sums_size());
     scratch_.lines = carver.take<T>(kTaskChannels * 9 * panels_.width);
-    scratch_.stage = carver.take<T>(ImageReader::kStageSize);
+    scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
@@ -134,15 +140,17 @@ class WinogradGradWeight {
       std::memset(bias_sums, 0, panels_.count * panels_.width * sizeof(T));
       const int64_t begin = grid_.count * share / shares_;
       const int64_t end = grid_.count * (share + 1) / shares_;
+      // Lanes past the last output: their products must not be left to chance.
+      if (outputs() > round_up(produced_, kWidth)) {
+        std::memset(scratch.grads, 0, kProducts * grads_step() * sizeof(T));
+      }
       for (int64_t first = begin; first < end; first += block_tiles_) {
         const int64_t last = min_of(first + block_tiles_, end);
-        transform_input(group, first, last, scratch.stage, scratch.image);
-        for (int64_t panel = 0; panel < panels_.count; ++panel) {
-          transform_grads(group, panel, first, last, scratch.stage, scratch.grads,
-                          bias_sums + panel * panels_.width);
-          multiply(scratch.image, scratch.grads, first, last - first, 0, channels_, first > begin,
-                   sums + panel * sums_size());
-        }
+        transform_input(group, first, last, scratch.stage, scratch.image, channels_, kWidth,
+                        image_step());
+        transform_grads(group, 0, produced_, first, last, scratch.stage, scratch.grads, outputs(),
+                        grads_step(), bias_sums);
+        multiply_block(scratch, first, last - first, first > begin, sums);
       }
     });
     parallel_for(panels_.count * (rows_ / kTaskChannels), threads_, [&](int64_t index, int thread) {
@@ -164,14 +172,27 @@ class WinogradGradWeight {
       const int64_t end = min_of(first + block_tiles_, tiles);
       T* stage = scratch_of(thread).stage;
       if (panel < 0) {
-        transform_input(group, begin + first, begin + end, stage, image_ + first * kWidth);
+        transform_input(group, begin + first, begin + end, stage, image_ + first * kWidth, kWidth,
+                        kProducts * tile_step_ * kWidth, tile_step_ * kWidth);
         return;
       }
       T* bias_sums =
           bias_sums_ + ((round * blocks_ + block) * panels_.count + panel) * panels_.width;
       std::memset(bias_sums, 0, panels_.width * sizeof(T));
-      transform_grads(group, panel, begin + first, begin + end, stage,
-                      grads_ + panel * grads_size() + first * panels_.width, bias_sums);
+      const int64_t output = panel * panels_.width;
+      const int64_t own = min_of(panels_.width, produced_ - output);
+      T* to = grads_ + panel * grads_size() + first * panels_.width;
+      const int64_t product_step = tile_step_ * panels_.width;
+      transform_grads(group, output, own, begin + first, begin + end, stage, to, panels_.width,
+                      product_step, bias_sums);
+      // Lanes past the last output: their products must not be left to chance.
+      for (int64_t k = round_up(own, kWidth); k < panels_.width; k += kWidth) {
+        for (int64_t tile = 0; tile < end - first; ++tile) {
+          for (int x = 0; x < kProducts; ++x) {
+            store<T>(to + tile * panels_.width + k + x * product_step, Vec<T>{});
+          }
+        }
+      }
     });
     const int64_t tasks = ceil_div(channels_, kTaskChannels);
     parallel_for(panels_.count * tasks, threads_, [&](int64_t index, int thread) {
@@ -185,58 +206,59 @@ class WinogradGradWeight {
     });
   }
 
-  void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to) const {
-    const ImageReader reader(grid_, input_ + group * reduced_ * p_.input.c, p_.input, reduced_,
-                             p_.H, p_.W, -p_.pad_h, -p_.pad_w);
-    reader.read(first, end, zeros_, stage,
-                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  transform_image_tile(
-                      from, offset,
-                      to + (c * kProducts / kWidth * tile_step_ + tile - first) * kWidth,
-                      tile_step_ * kWidth);
-                });
+  // A vector of channels goes to `to` + its number * vector_step.
+  void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to,
+                       int64_t tile_step, int64_t vector_step, int64_t product_step) const {
+    const RunReader<kTileIn> reader(grid_, input_ + group * reduced_ * p_.input.c, p_.input,
+                                    reduced_, p_.H, p_.W, -p_.pad_h, -p_.pad_w);
+    reader.read(first, end, zeros_, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
+      transform_image_run(run, to + (tile - first) * tile_step + c / kWidth * vector_step,
+                          tile_step, product_step);
+    });
   }
 
-  // A x A^T of the tiles of one panel's outputs, and their plain sums for the bias.
-  void transform_grads(int64_t group, int64_t panel, int64_t first, int64_t end, T* stage, T* to,
+  // A x A^T of some outputs of the tiles, and their plain sums for the bias.
+  void transform_grads(int64_t group, int64_t output, int64_t outputs, int64_t first, int64_t end,
+                       T* stage, T* to, int64_t tile_step, int64_t product_step,
                        T* bias_sums) const {
-    const int64_t output = panel * panels_.width;
-    const GradReader reader(grid_, grad_output_ + (group * produced_ + output) * p_.output.c,
-                            p_.output, min_of(panels_.width, produced_ - output), p_.P, p_.Q, 0, 0);
-    const int64_t product_step = tile_step_ * panels_.width;
-    reader.read(first, end, zeros_, stage,
-                [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
-                  T* line = to + (tile - first) * panels_.width + k;
-                  Vec<T> half[kTileIn * kTileOut], total{};
-#pragma GCC unroll 4
-                  for (int j = 0; j < kTileOut; ++j) {
-                    Vec<T> column[kTileOut];
-#pragma GCC unroll 4
-                    for (int i = 0; i < kTileOut; ++i) {
-                      column[i] = load(from[i * kTileOut + j] + offset);
-                      total += column[i];
-                    }
-                    transform_grad_output<T>(column, 1, half + j, kTileOut);
-                  }
-                  store<T>(bias_sums + k, load(bias_sums + k) + total);
-#pragma GCC unroll 6
-                  for (int i = 0; i < kTileIn; ++i) {
-                    Vec<T> products[kTileIn];
-                    transform_grad_output<T>(half + i * kTileOut, 1, products, 1);
-#pragma GCC unroll 6
-                    for (int j = 0; j < kTileIn; ++j) {
-                      store<T>(line + (i * kTileIn + j) * product_step, products[j]);
-                    }
-                  }
-                });
-    // Lanes past the last output were never read: their products must not be left to chance.
-    const int64_t valid = round_up(min_of(panels_.width, produced_ - output), kWidth);
-    for (int64_t k = valid; k < panels_.width; k += kWidth) {
-      for (int64_t tile = 0; tile < end - first; ++tile) {
-        for (int x = 0; x < kProducts; ++x) {
-          store<T>(to + tile * panels_.width + k + x * product_step, Vec<T>{});
+    const RunReader<kTileOut> reader(grid_,
+                                     grad_output_ + (group * produced_ + output) * p_.output.c,
+                                     p_.output, outputs, p_.P, p_.Q, 0, 0);
+    reader.read(first, end, zeros_, stage, [&](const Run<kTileOut>& run, int64_t k, int64_t tile) {
+      const Vec<T> total =
+          transform_grad_run(run, to + (tile - first) * tile_step + k, tile_step, product_step);
+      store<T>(bias_sums + k, load(bias_sums + k) + total);
+    });
+  }
+
+  // The products of a block of `tiles` tiles from `first` on: sums[panel][product][row] (+)= image
+  // times grads, over those that need the product.
+  void multiply_block(const Scratch& scratch, int64_t first, int64_t tiles, bool accumulate,
+                      T* sums) const {
+    const int64_t width = panels_.width;
+    const int64_t calls = ceil_div(channels_, kTileRows);
+    for (int product = 0; product < kProducts; ++product) {
+      bool started = accumulate;
+      const auto run = [&](int64_t tile, int64_t count) {
+        const T* image = scratch.image + product * image_step() + tile * channels_;
+        const T* grads = scratch.grads + product * grads_step() + tile * outputs();
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          T* to = sums + panel * sums_size() + product * sums_step();
+          // 16 channels are 6 + 5 + 5, not 6 + 6 and a rest.
+          for (int64_t call = 0; call < calls; ++call) {
+            const int64_t c = channels_ * call / calls;
+            multiply_tiles(channels_ * (call + 1) / calls - c, panels_.vectors, image + c,
+                           channels_, grads + panel * width, outputs(), count, started,
+                           to + c * width);
+          }
         }
+        started = true;
+      };
+      for (const TileRange& range : grid_.needing(product).part) {
+        const TileRange own = range.within(first, first + tiles);
+        if (!own.empty()) run(own.begin - first, own.end - own.begin);
       }
+      if (!started) run(0, 0);  // none needs it: the sums are zeros
     }
   }
 

@@ -58,17 +58,32 @@ GDFAST_INLINE void transform_filter(const Vec<T>* in, int in_step, Vec<T>* out, 
   out[5 * out_step] = g2;
 }
 
+// Outputs 0 and 2 of A^T in: they take the sums of the products at +-a and +-b.
+template <typename T>
+GDFAST_INLINE void transform_output_even(const Vec<T>* in, int in_step, Vec<T>& out_0,
+                                         Vec<T>& out_2) {
+  using P = Points<T>;
+  const Vec<T> sum_a = in[in_step] + in[2 * in_step], sum_b = in[3 * in_step] + in[4 * in_step];
+  out_0 = in[0] + sum_a + sum_b;
+  out_2 = P::a2 * sum_a + P::b2 * sum_b;
+}
+
+// Outputs 1 and 3, which take their differences.
+template <typename T>
+GDFAST_INLINE void transform_output_odd(const Vec<T>* in, int in_step, Vec<T>& out_1,
+                                        Vec<T>& out_3) {
+  using P = Points<T>;
+  const Vec<T> difference_a = in[in_step] - in[2 * in_step];
+  const Vec<T> difference_b = in[3 * in_step] - in[4 * in_step];
+  out_1 = P::a * difference_a + P::b * difference_b;
+  out_3 = P::a3 * difference_a + (P::b3 * difference_b + in[5 * in_step]);
+}
+
 // out = A^T in; 6 vectors to 4.
 template <typename T>
 GDFAST_INLINE void transform_output(const Vec<T>* in, int in_step, Vec<T>* out, int out_step) {
-  using P = Points<T>;
-  const Vec<T> m0 = in[0], m1 = in[in_step], m2 = in[2 * in_step], m3 = in[3 * in_step],
-               m4 = in[4 * in_step], m5 = in[5 * in_step];
-  const Vec<T> sum_a = m1 + m2, difference_a = m1 - m2, sum_b = m3 + m4, difference_b = m3 - m4;
-  out[0] = m0 + sum_a + sum_b;
-  out[out_step] = P::a * difference_a + P::b * difference_b;
-  out[2 * out_step] = P::a2 * sum_a + P::b2 * sum_b;
-  out[3 * out_step] = P::a3 * difference_a + (P::b3 * difference_b + m5);
+  transform_output_even<T>(in, in_step, out[0], out[2 * out_step]);
+  transform_output_odd<T>(in, in_step, out[out_step], out[3 * out_step]);
 }
 
 // out = A in; 4 vectors to 6.

@@ -1,0 +1,170 @@
+// Winograd's F(4x4, 3x3) for few channels: the transformed weights are small, made once and shared,
+// and a task takes a block of tiles through all steps within its caches.
+//
+//   weights [36][panel][channels][width]
+//   slots   [37][tiles][line]   a line: the channels of one tile, or its sums
+//
+// The image of product p lies in slot p + 1 and its sums go to slot p, whose image is done with: a
+// block needs half of the memory that image and sums would, and twice as many tiles fit.
+#pragma once
+
+#include "winograd_products.h"
+#include "winograd_runs.h"
+#include "winograd_weights.h"
+
+namespace gdfast::cpu {
+namespace {
+
+class WinogradBlocks {
+  using T = float;
+  static constexpr int kWidth = kLanes<T>;
+  // Channels whose products are summed at once: sums of sums keep the error of long ones small.
+  static constexpr int64_t kPartChannels = 64;
+  // Of a block's slots: half of an L2.
+  static constexpr int64_t kBlockBytes = 256 << 10;
+
+ public:
+  static bool fits(const TapConv& conv) {
+    return round_up(conv.reduced, kWidth) * conv.produced <= 160 * 160;
+  }
+
+  WinogradBlocks(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
+                 int threads)
+      : conv_(conv),
+        source_(source),
+        weight_(weight),
+        bias_(bias),
+        dest_(dest),
+        threads_(threads),
+        ending_(Ending<T>::of(conv)),
+        taps_(conv),
+        grid_(conv.batch, conv.height, conv.width),
+        panels_(conv.produced),
+        channels_(round_up(conv.reduced, kWidth)),
+        line_(max_of(channels_, panels_.count * panels_.width)),
+        tiles_(tiles_of_block()) {}
+
+  void run() {
+    Workspace workspace(carve(Carver()));
+    carve(Carver(workspace.data()));
+    for (int64_t group = 0; group < conv_.groups; ++group) run_group(group);
+  }
+
+ private:
+  struct Scratch {
+    T* slots;
+    T* packed;  // [9][channels][width]: weights before they are transformed
+    T* stage;
+  };
+
+  // As many tiles as fit, or somewhat fewer where that spreads them more evenly over the threads.
+  int64_t tiles_of_block() const {
+    const int64_t fit = kBlockBytes / ((kProducts + 1) * line_ * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = max_of(kTileRows, fit / kTileRows * kTileRows);
+    int64_t best = most, least = INT64_MAX;
+    for (int64_t tiles = most; 2 * tiles >= most && tiles > 0; tiles -= kTileRows) {
+      const int64_t longest = ceil_div(ceil_div(grid_.count, tiles), threads_) * tiles;
+      if (longest < least) {
+        best = tiles;
+        least = longest;
+      }
+    }
+    return best;
+  }
+
+  // A cache line more than there is, so that the same place of all slots spreads over the cache.
+  int64_t slot_size() const { return tiles_ * line_ + 16; }
+  int64_t panel_size() const { return channels_ * panels_.width; }
+  int64_t product_size() const { return panels_.count * panel_size() + 16; }
+
+  int64_t carve(Carver carver) {
+    weights_ = carver.take<T>(kProducts * product_size());
+    zeros_ = carver.take<T>(kWidth);
+    biases_ = carver.take<T>(panels_.count * panels_.width);
+    const int64_t before = carver.used();
+    scratch_.slots = carver.take<T>((kProducts + 1) * slot_size());
+    scratch_.packed = carver.take<T>(9 * panel_size());
+    scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
+    scratch_bytes_ = carver.used() - before;
+    return before + scratch_bytes_ * threads_;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    return {move(scratch_.slots), move(scratch_.packed), move(scratch_.stage)};
+  }
+
+  void run_group(int64_t group) {
+    const T* source = source_ + group * conv_.source_group;
+    const T* weight = weight_ + group * conv_.weight_group;
+    T* dest = dest_ + group * conv_.dest_group;
+    std::memset(zeros_, 0, kWidth * sizeof(T));
+    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+      const bool has = bias_ != nullptr && o < conv_.produced;
+      biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
+    }
+    parallel_for(panels_.count, threads_, [&](int64_t panel, int thread) {
+      transform_weights(conv_, taps_, weight, panels_, panel, 0, channels_,
+                        scratch_of(thread).packed, weights_ + panel * panel_size(), product_size());
+    });
+    const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
+                                    conv_.source_width, taps_.low_h, taps_.low_w);
+    parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+      const Scratch scratch = scratch_of(thread);
+      const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+      T* image = scratch.slots + slot_size();
+      reader.read(
+          first, end, zeros_, scratch.stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
+            transform_image_run(run, image + (tile - first) * line_ + c, line_, slot_size());
+          });
+      multiply(first, end, scratch.slots);
+      write_tiles(grid_, first, end, scratch.slots, line_, slot_size(), conv_.produced, biases_,
+                  ending_, scratch.stage, conv_.dest, dest);
+    });
+  }
+
+  // The 36 products of tiles [first, end), each of those that need it. Rows are taken in whole
+  // tiles of the micro-kernel: a row that does not need a product, or is none, does no harm.
+  void multiply(int64_t first, int64_t end, T* slots) const {
+    for (int product = 0; product < kProducts; ++product) {
+      T* sums = slots + product * slot_size();
+      const T* image = sums + slot_size();
+      for (const TileRange& range : grid_.needing(product).part) {
+        const TileRange own = range.within(first, end);
+        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
+          const int64_t row = min_of(tile, tiles_ - kTileRows) * line_;
+          for (int64_t panel = 0; panel < panels_.count; ++panel) {
+            const T* weights = weights_ + product * product_size() + panel * panel_size();
+            for (int64_t c = 0; c < channels_; c += kPartChannels) {
+              multiply_lines(panels_.vectors, image + row + c, line_,
+                             min_of(kPartChannels, channels_ - c), weights + c * panels_.width,
+                             c > 0, sums + row + panel * panels_.width);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const TapConv& conv_;
+  const T* source_;
+  const T* weight_;
+  const T* bias_;
+  T* dest_;
+  int threads_;
+  Ending<T> ending_;
+  TapGrid taps_;
+  TileGrid grid_;
+  Panels<T> panels_;
+  int64_t channels_;  // reduced ones, padded to whole vectors
+  int64_t line_;
+  int64_t tiles_;  // of a block
+  T* weights_;
+  T* zeros_;
+  T* biases_;
+  Scratch scratch_;
+  int64_t scratch_bytes_;
+};
+
+}  // namespace
+}  // namespace gdfast::cpu

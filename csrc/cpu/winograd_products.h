@@ -1,0 +1,106 @@
+// The products of Winograd's convolution for blocks of tiles that its caches hold: micro-kernels
+// like tile.h's, for operands a constant step apart and so short that every instruction counts.
+#pragma once
+
+#include "tile.h"
+
+namespace gdfast::cpu {
+namespace {
+
+// Calls run with the number of a panel's vectors, 1 to kMaxVectors, as a type.
+template <typename Run>
+GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
+  if (vectors == 1) return run(std::integral_constant<int, 1>());
+  if (vectors == 2) return run(std::integral_constant<int, 2>());
+  if constexpr (kMaxVectors >= 4) {
+    if (vectors == 3) return run(std::integral_constant<int, 3>());
+    run(std::integral_constant<int, 4>());
+  }
+}
+
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kTileRows tiles, a line apart.
+template <int kVectors>
+void multiply_lines(const float* rows, int64_t line, int64_t channels, const float* panel,
+                    bool accumulate, float* sums) {
+  using T = float;
+  constexpr int kWidth = kLanes<T>;
+  Vec<T> sum[kTileRows][kVectors] = {};
+  for (int64_t c = 0; c < channels; c += kWidth) {
+#pragma GCC unroll 4
+    for (int lane = 0; lane < kWidth; ++lane) {
+      Vec<T> weights[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) weights[j] = load(panel + j * kWidth);
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) {
+        Vec<T> value = broadcast(rows[i * line + c + lane]);
+        keep_in_register<T>(value);  // as in multiply_tile
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
+      }
+      panel += kVectors * kWidth;
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = sums + i * line + j * kWidth;
+      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+inline void multiply_lines(int vectors, const float* rows, int64_t line, int64_t channels,
+                           const float* panel, bool accumulate, float* sums) {
+  with_vectors(vectors, [&](auto count) {
+    multiply_lines<decltype(count)::value>(rows, line, channels, panel, accumulate, sums);
+  });
+}
+
+// sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels; lines of
+// image and grads lie image_step and grads_step apart.
+template <int kRows, int kVectors>
+void multiply_tiles(const float* image, int64_t image_step, const float* grads, int64_t grads_step,
+                    int64_t tiles, bool accumulate, float* sums) {
+  using T = float;
+  constexpr int kWidth = kLanes<T>;
+  Vec<T> sum[kRows][kVectors] = {};
+#pragma GCC unroll 2
+  for (int64_t tile = 0; tile < tiles; ++tile, image += image_step, grads += grads_step) {
+    Vec<T> line[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      Vec<T> value = broadcast(image[i]);
+      keep_in_register<T>(value);  // as in multiply_tile
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      T* to = sums + (i * kVectors + j) * kWidth;
+      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+// `rows` is 4, 5 or 6.
+inline void multiply_tiles(int64_t rows, int vectors, const float* image, int64_t image_step,
+                           const float* grads, int64_t grads_step, int64_t tiles, bool accumulate,
+                           float* sums) {
+  with_vectors(vectors, [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    const auto multiply = rows == 4   ? multiply_tiles<4, kVectors>
+                          : rows == 5 ? multiply_tiles<5, kVectors>
+                                      : multiply_tiles<6, kVectors>;
+    multiply(image, image_step, grads, grads_step, tiles, accumulate, sums);
+  });
+}
+
+}  // namespace
+}  // namespace gdfast::cpu
