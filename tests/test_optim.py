@@ -243,6 +243,22 @@ def test_hooks_closure_and_profile_name() -> None:
     assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
 
 
+def test_no_span_is_opened_where_no_profiler_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def span(name: str) -> None:
+        raise AssertionError(name)
+
+    params = parameters()
+    optimizer = optim.SGD(params, lr=LR)
+    set_grads(params, 0)
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", span)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    with pytest.raises(AssertionError, match=r"SGD\.step"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("lr", [torch.tensor(LR), torch.tensor([LR], dtype=torch.float64)], ids=str)
 def test_lr_as_a_tensor_that_a_scheduler_changes(lr: Tensor) -> None:
     results = []

@@ -5,12 +5,14 @@
 // the weight's part stays in the first-level cache while the input streams by.
 // Backward: both gradients are sums of whole rows, each times a number of grad_output. A task has
 // some columns of all of them, which it reads and writes once.
+// Threads divide the columns between them in both, and need none of each other's: sums of a few
+// numbers alone go from one core to another.
 #include <type_traits>
 
 #include "../linear_problem.h"
 #include "kernels.h"
 #include "numeric.h"
-#include "parallel.h"
+#include "shares.h"
 #include "simd.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
@@ -18,10 +20,12 @@ namespace {
 
 constexpr int64_t kForwardColumns = 256;
 constexpr int64_t kForwardRows = 16;  // of a task
+constexpr int64_t kForwardParts = 4;  // of the columns, each with sums of its own
 constexpr int64_t kBackwardColumns = 64;
 
-// A tile of sums: rows times vectors of columns in backward, rows times outputs in forward.
-constexpr int kTileRows = 4;
+// A tile of sums: rows times vectors of columns in backward, rows times outputs in forward. Outputs
+// are often 10: two tiles of 5.
+constexpr int kTileRows = 5;
 constexpr int kTileColumns = kVectorRegisters == 32 ? 4 : 2;
 
 // Calls f with the constant `count`, which is at most kMost.
@@ -33,25 +37,42 @@ GDFAST_INLINE void with_count(int64_t count, F&& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
+// The first column of a part: parts begin at cache lines.
+inline int64_t part_begin(int64_t part, int64_t parts, int64_t columns) {
+  return part == parts ? columns : part * columns / parts / 16 * 16;
+}
+
+// Calls f with the first of some rows and the constant number of them, tile by tile: of equal size,
+// because a tile of one row makes poor use of the registers.
+template <typename F>
+GDFAST_INLINE void for_tiles(int64_t begin, int64_t end, F&& f) {
+  const int64_t tiles = ceil_div(end - begin, kTileRows);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t from = begin + tile * (end - begin) / tiles;
+    const int64_t to = begin + (tile + 1) * (end - begin) / tiles;
+    with_count<kTileRows>(to - from, [&](auto rows) { f(from, rows); });
+  }
+}
+
 // Elements [0, columns) of two rows each, multiplied and added up lane by lane.
 template <int kRows, int kOutputs, typename T>
 GDFAST_INLINE void add_products(const T* input, int64_t input_step, const T* weight,
                                 int64_t weight_step, int64_t columns, Vec<T>* sums,
                                 int64_t sums_step) {
   Vec<T> sum[kRows][kOutputs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < kOutputs; ++k) sum[i][k] = sums[i * sums_step + k];
   }
   const auto add = [&](auto&& read) __attribute__((always_inline)) {
     Vec<T> right[kOutputs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < kOutputs; ++k) right[k] = read(weight + k * weight_step);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vec<T> left = read(input + i * input_step);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int k = 0; k < kOutputs; ++k) sum[i][k] += left * right[k];
     }
   };
@@ -66,9 +87,9 @@ GDFAST_INLINE void add_products(const T* input, int64_t input_step, const T* wei
       return load(lanes);
     });
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < kOutputs; ++k) sums[i * sums_step + k] = sum[i][k];
   }
 }
@@ -76,35 +97,43 @@ GDFAST_INLINE void add_products(const T* input, int64_t input_step, const T* wei
 template <typename T>
 void run_forward(const LinearProblem& p, const T* input, const T* weight, const T* bias, T* output,
                  int threads) {
+  const int64_t parts = p.C >= kForwardParts * kForwardColumns ? kForwardParts : 1;
+  const int64_t blocks = ceil_div(p.N, kForwardRows);
+  T* totals;  // [parts][N][K]
   const ThreadScratch memory(
-      threads, [](Carver&) {},
+      threads, [&](Carver& carver) { totals = carver.template take<T>(parts * p.N * p.K); },
       [&](Carver& carver) { carver.template take<Vec<T>>(kForwardRows * p.K); });
-  parallel_for(ceil_div(p.N, kForwardRows), threads, [&](int64_t task, int thread) {
-    const int64_t begin = task * kForwardRows, end = min_of(p.N, begin + kForwardRows);
+  parallel_shares(parts * blocks, threads, [&](int64_t task, int thread) {
+    const int64_t part = task / blocks, begin = task % blocks * kForwardRows;
+    const int64_t end = min_of(p.N, begin + kForwardRows);
+    const int64_t last = part_begin(part + 1, parts, p.C);
     Carver own = memory.of(thread);
     auto* sums = own.template take<Vec<T>>(kForwardRows * p.K);
     std::memset(sums, 0, (end - begin) * p.K * sizeof(Vec<T>));
-    for (int64_t c = 0; c < p.C; c += kForwardColumns) {
-      const int64_t columns = min_of(kForwardColumns, p.C - c);
-      for (int64_t n = begin; n < end; n += kTileRows) {
-        with_count<kTileRows>(end - n, [&](auto rows) {
-          for (int64_t k = 0; k < p.K; k += kTileColumns) {
-            with_count<kTileColumns>(p.K - k, [&](auto outputs) {
-              add_products<rows, outputs>(input + n * p.input_step + c, p.input_step,
-                                          weight + k * p.C + c, p.C, columns,
-                                          sums + (n - begin) * p.K + k, p.K);
-            });
-          }
-        });
-      }
+    for (int64_t c = part_begin(part, parts, p.C); c < last; c += kForwardColumns) {
+      const int64_t columns = min_of(kForwardColumns, last - c);
+      for_tiles(begin, end, [&](int64_t n, auto rows) {
+        for (int64_t k = 0; k < p.K; k += kTileColumns) {
+          with_count<kTileColumns>(p.K - k, [&](auto outputs) {
+            add_products<rows, outputs>(input + n * p.input_step + c, p.input_step,
+                                        weight + k * p.C + c, p.C, columns,
+                                        sums + (n - begin) * p.K + k, p.K);
+          });
+        }
+      });
     }
-    for (int64_t i = begin * p.K; i < end * p.K; ++i) {
-      T total = bias == nullptr ? T(0) : bias[i % p.K];
-      const Vec<T> sum = sums[i - begin * p.K];
-      for (int lane = 0; lane < kLanes<T>; ++lane) total += sum[lane];
-      output[i] = total;
+    T* to = totals + (part * p.N + begin) * p.K;
+    for (int64_t i = 0; i < (end - begin) * p.K; ++i) {
+      T total = 0;
+      for (int lane = 0; lane < kLanes<T>; ++lane) total += sums[i][lane];
+      to[i] = total;
     }
   });
+  for (int64_t i = 0; i < p.N * p.K; ++i) {
+    T total = bias == nullptr ? T(0) : bias[i % p.K];
+    for (int64_t part = 0; part < parts; ++part) total += totals[part * p.N * p.K + i];
+    output[i] = total;
+  }
 }
 
 // Columns [0, width) of kRows sums: to[i] = sum over j of factors[i * factor_i + j * factor_j] *
@@ -118,18 +147,18 @@ GDFAST_INLINE void combine_rows(const T* factors, int64_t factor_i, int64_t fact
     Vec<T> sum[kRows][kVectors] = {};
     for (int64_t j = 0; j < count; ++j) {
       Vec<T> row[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) row[v] = load(rows + j * step + x + v * kLanes<T>);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         const Vec<T> factor = broadcast(factors[i * factor_i + j * factor_j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[i][v] += factor * row[v];
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         store<T>(to + i * to_step + x + v * kLanes<T>, sum[i][v]);
       }
@@ -161,19 +190,18 @@ void sum_rows(const LinearProblem& p, const T* rows, T* sums) {
 template <typename T>
 void run_backward(const LinearProblem& p, const T* grad_output, const T* input, const T* weight,
                   T* grad_input, T* grad_weight, T* grad_bias, int threads) {
-  // The last task has what is left over too: whole vectors at least.
   const int64_t tasks = max_of(1, p.C / kBackwardColumns);
-  parallel_for(tasks, threads, [&](int64_t task, int) {
-    const int64_t c = task * kBackwardColumns;
-    const int64_t width = task + 1 < tasks ? kBackwardColumns : p.C - c;
-    for (int64_t k = 0; grad_weight != nullptr && k < p.K; k += kTileRows) {
-      with_count<kTileRows>(p.K - k, [&](auto rows) {
+  parallel_shares(tasks, threads, [&](int64_t task, int) {
+    const int64_t c = part_begin(task, tasks, p.C);
+    const int64_t width = part_begin(task + 1, tasks, p.C) - c;
+    if (grad_weight != nullptr) {
+      for_tiles(0, p.K, [&](int64_t k, auto rows) {
         combine_rows<rows>(grad_output + k, 1, p.K, p.N, input + c, p.input_step,
                            grad_weight + k * p.C + c, p.C, width);
       });
     }
-    for (int64_t n = 0; grad_input != nullptr && n < p.N; n += kTileRows) {
-      with_count<kTileRows>(p.N - n, [&](auto rows) {
+    if (grad_input != nullptr) {
+      for_tiles(0, p.N, [&](int64_t n, auto rows) {
         combine_rows<rows>(grad_output + n * p.K, p.K, 1, p.K, weight + c, p.C,
                            grad_input + n * p.C + c, p.C, width);
       });

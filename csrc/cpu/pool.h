@@ -70,6 +70,25 @@ GDFAST_INLINE void store_places(I* to, Places<A> places) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
+// The same for two vectors of places below 128, or nowhere.
+template <typename A>
+GDFAST_INLINE void store_two_places(uint8_t* to, uint8_t* other_to, Places<A> places,
+                                    Places<A> other) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m256i words = _mm256_packs_epi32((__m256i)places, (__m256i)other);
+    const __m256i bytes = _mm256_packs_epi16(words, words);  // four of each, in either half
+    const __m128i both =
+        _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storeu_si64(to, both);
+    _mm_storeu_si64(other_to, _mm_unpackhi_epi64(both, both));
+    return;
+  }
+#endif
+  store_places<A>(to, places);
+  store_places<A>(other_to, other);
+}
+
 template <typename A, typename T>
 GDFAST_INLINE Vec<A> load_widened(const T* from) {
   if constexpr (kSame<T, A>) {
@@ -160,6 +179,13 @@ void split_phases(const A* line, int64_t size, int64_t step, A* parts, int64_t p
       const Vec<A> low = load(line + 2 * x), high = load(line + 2 * x + kLanes<A>);
       store<A>(parts + x, __builtin_shuffle(low, high, even));
       store<A>(parts + part_step + x, __builtin_shuffle(low, high, odd));
+    }
+    if (x > 0 && 2 * x < size) {  // the last vector ends where the line does
+      x = size / 2 - kLanes<A>;
+      const Vec<A> low = load(line + 2 * x), high = load(line + 2 * x + kLanes<A>);
+      store<A>(parts + x, __builtin_shuffle(low, high, even));
+      store<A>(parts + part_step + x, __builtin_shuffle(low, high, odd));
+      x += kLanes<A>;
     }
   }
 #endif

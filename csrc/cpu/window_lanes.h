@@ -26,11 +26,15 @@ class WindowLanes {
     step_w_ = pool.stride_w * conv.stride_w;
     height_ = (pool.R - 1) * conv.stride_h + (conv.R - 1) * conv.dilation_h + 1;
     width_ = (pool.S - 1) * conv.stride_w + (conv.S - 1) * conv.dilation_w + 1;
+    is_square_ =
+        conv.R == 3 && conv.S == 3 && pool.R == 2 && pool.S == 2 && height_ == 4 && width_ == 4;
     left_ = ceil_div(conv.pad_w, step_w_);
     const int64_t last = floor_quotient(width_ - 1 - conv.pad_w, step_w_);
     // Whole vectors are read beyond the last column.
     columns_ =
         left_ + max_of(round_up(pool.Q, kLanes<A>) + max_of(0, last), ceil_div(conv.W, step_w_));
+    whole_ = conv.W / step_w_;
+    rest_ = conv.W % step_w_;
     const int64_t per_line = conv.C * (height_ * width_ * pool.Q + step_h_ * line_size());
     band_ = min_of(pool.P, max_of(1, kBytes / (per_line * static_cast<int64_t>(sizeof(A)))));
     bands_ = ceil_div(pool.P, band_);
@@ -41,6 +45,8 @@ class WindowLanes {
   int64_t band() const { return band_; }      // lines of outputs
   int64_t bands() const { return bands_; }    // of one image
   int64_t length() const { return length_; }  // from one stretch to the next
+  // Whether a 3x3 kernel and a 2x2 window see patches of 4x4 pixels.
+  bool is_square() const { return is_square_; }
   int64_t stretch(int64_t c, int64_t y, int64_t x) const {
     return ((c * height_ + y) * width_ + x) * length_;
   }
@@ -69,18 +75,17 @@ class WindowLanes {
       const int64_t count = line_count(end - begin) * line_size();
       const PlaceOf<A> magnitude = largest_magnitude(scratch.lines, count);
       largest = magnitude > largest ? magnitude : largest;
-      for (int64_t y = 0; y < height_; ++y) {
-        for (int64_t x = 0; x < width_; ++x) {
-          const int64_t w = x - conv_.pad_w, shift = floor_quotient(w, step_w_);
-          const A* from =
-              scratch.lines + y * line_size() + (w - shift * step_w_) * columns_ + left_ + shift;
+      for (int64_t x = 0; x < width_; ++x) {
+        const int64_t w = x - conv_.pad_w, shift = floor_quotient(w, step_w_);
+        const A* from = scratch.lines + (w - shift * step_w_) * columns_ + left_ + shift;
+        for (int64_t y = 0; y < height_; ++y, from += line_size()) {
           A* to = scratch.stretches + stretch(c, y, x);
-          // What a line writes past its end, the next one writes over.
-          for (int64_t p = 0; p < end - begin; ++p) {
-            for (int64_t q = 0; q < outputs_w_; q += kLanes<A>) {
-              store<A>(to + p * outputs_w_ + q, load(from + q));
-            }
-            from += step_h_ * line_size();
+          if (outputs_w_ <= kLanes<A>) {
+            copy_outputs<1>(from, end - begin, to);
+          } else if (outputs_w_ <= 2 * kLanes<A>) {
+            copy_outputs<2>(from, end - begin, to);
+          } else {
+            copy_outputs<0>(from, end - begin, to);
           }
           store<A>(to + used, Vec<A>{});
         }
@@ -92,6 +97,17 @@ class WindowLanes {
   }
 
  private:
+  // Of every step_h-th line what its outputs see, kVectors vectors of it or, if 0, as many as there
+  // are. What a line writes past its end, the next one writes over.
+  template <int kVectors>
+  void copy_outputs(const A* from, int64_t lines, A* to) const {
+    const int64_t step = step_h_ * line_size();
+    const int64_t width = kVectors == 0 ? outputs_w_ : kVectors * kLanes<A>;
+    for (int64_t p = 0; p < lines; ++p, from += step, to += outputs_w_) {
+      for (int64_t q = 0; q < width; q += kLanes<A>) store<A>(to + q, load(from + q));
+    }
+  }
+
   // As the bits of a number: without their sign, numbers have the order of their bits, and NaN
   // comes after infinity.
   static PlaceOf<A> largest_magnitude(const A* values, int64_t count) {
@@ -121,7 +137,7 @@ class WindowLanes {
     if (in_order == line) copy_widened(from, conv_.input.w, conv_.W, line);
     split_phases(in_order, conv_.W, step_w_, to + left_, columns_);
     for (int64_t phase = 0; phase < step_w_; ++phase, to += columns_) {
-      const int64_t count = max_of(0, ceil_div(conv_.W - phase, step_w_));
+      const int64_t count = whole_ + (phase < rest_ ? 1 : 0);
       for (int64_t x = 0; x < left_; ++x) to[x] = A(0);
       for (int64_t x = left_ + count; x < columns_; ++x) to[x] = A(0);
     }
@@ -131,9 +147,18 @@ class WindowLanes {
   int64_t outputs_w_;
   int64_t step_h_, step_w_;
   int64_t height_, width_;  // of a patch
+  bool is_square_;
   int64_t left_, columns_;
+  int64_t whole_, rest_;  // pixels of a line in each phase, and phases that have one more
   int64_t band_, bands_, length_;
 };
+
+// In how many groups threads divide the channels between them. A layer that has its columns divided
+// then finds those that it needs in the cache of its core. What all groups do, sorting pixels,
+// costs little beside 16 channels.
+inline int64_t channel_groups(int64_t channels, int threads) {
+  return max_of(1, min_of(threads, channels / 16));
+}
 
 // Where in the stretches each tap of the kernel lies, and how much further for each window place.
 template <typename T>

@@ -279,6 +279,7 @@ FUSED_POOLS: tuple[FusedPoolCase, ...] = (
     FusedPoolCase("asymmetric", Conv2dCase("", 2, 3, 15, 19, 5, 3, 2, (2, 1), (1, 2), (1, 2))),
     FusedPoolCase("gaps", Conv2dCase("", 2, 4, 20, 23, 7, 3, 3, padding=(1, 1), dilation=(2, 1)),
                   (3, 2), (3, 4)),
+    FusedPoolCase("37-outputs", Conv2dCase("", 3, 3, 20, 18, 37, 3, 3, padding=(1, 1))),
     FusedPoolCase("5x5-bands", Conv2dCase("", 2, 1, 150, 200, 6, 5, 5, padding=(2, 2))),
     FusedPoolCase("wide", Conv2dCase("", 1, 1, 6, 400, 3, 3, 3, padding=(1, 1))),
     FusedPoolCase("one-line", Conv2dCase("", 2, 3, 4, 24, 5, 3, 3)),
