@@ -134,7 +134,8 @@ def test_the_stated_error_holds(case: Conv2dCase, layout: str, isa: str) -> None
         results = passes(case, "winograd", laid_out)
         for name, tensor in results.items():
             error = ((tensor - exact[name]).norm() / exact[name].norm()).item()
-            assert error <= stated_error(case), name
+            # The bias's gradient is a plain sum, whatever the stride.
+            assert error <= (STATED_ERROR if name == "grad_bias" else stated_error(case)), name
         # It is Winograd that ran: the direct algorithm rounds otherwise.
         assert not torch.equal(results["output"], direct["output"])
 

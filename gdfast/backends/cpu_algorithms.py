@@ -150,7 +150,8 @@ _STRIDE2_MARGIN = 0.95  # it is about as exact as the direct kernels
 
 def _stride2_cost(op: str, g: Conv2dGeometry, lanes: int) -> float:
     """Winograd's cost for 3x3 kernels with stride 2; below 1 where it is to be preferred."""
-    efficiency, sums, image_tile, output_tile = _STRIDE2[op]
+    # With an activation it costs what the convolution by itself does.
+    efficiency, sums, image_tile, output_tile = _STRIDE2.get(op, _STRIDE2["conv2d"])
     reduced, produced = g.C // g.groups, g.K // g.groups
     if op == "conv2d_grad_input":
         reduced, produced = produced, reduced
