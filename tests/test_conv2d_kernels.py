@@ -252,17 +252,26 @@ def test_large_problems_against_float64(case: Conv2dCase, isa: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv2dCase("dense", 2, 5, 9, 8, 6, 3, 3, (1, 1), (1, 1)),
+        Conv2dCase("depthwise", 2, 19, 9, 9, 19, 3, 3, (1, 1), (1, 1), groups=19),
+    ],
+    ids=str,
+)
 def test_what_is_not_finite_goes_where_native_has_it(
-    value: float, channels_last: bool, isa: str
+    case: Conv2dCase, value: float, channels_last: bool, isa: str
 ) -> None:
-    case = Conv2dCase("not-finite", 2, 5, 9, 8, 6, 3, 3, (1, 1), (1, 1))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     input, weight, grad_output = (
         torch.randn(shape).contiguous(memory_format=memory_format)
         for shape in (case.input_shape, case.weight_shape, case.output_shape)
     )
     input[0, 1, 0, 3] = value
-    weight[2, 3, 1, 1] = value
+    if channels_last:  # in planes a depthwise kernel multiplies the last column by zeros
+        input[1, 0, 4, -1] = value
+    weight[2, -1, 1, 1] = value
     # Inside, so that no tap falls on padding: 0 x Inf there is NaN in some of native's algorithms
     # and nothing in others.
     grad_output[1, 4, 5, 3] = value
