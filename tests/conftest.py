@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 # Read when torch loads libgomp. Thousands of tiny kernels on two threads take ten times as long
 # where other work keeps the threads from being there at once, if those that wait spin.
@@ -36,6 +37,12 @@ ISAS = native.cpu.supported_isas() if native.cpu is not None else []
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A share of the tests, always the same one, where all take too long: under sanitizers in CI.
+    one_in = int(os.environ.get("GDFAST_TEST_ONE_IN", "1"))
+    left_out = [item for item in items if crc32(item.nodeid.encode()) % one_in]
+    if left_out:
+        left_out[0].config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     on_gpu = torch.cuda.is_available()
     kernels_on_gpu = on_gpu and native.cuda is not None and not native.cuda_is_simulated
     for item in items:
