@@ -119,9 +119,6 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
     }
     // Zero tensors and those without elements.
     if (tensor.data == nullptr || tensor.ndim > kMostDimensions) Py_RETURN_NONE;
-    const int odd = is_odd(tensors[i]);
-    if (odd < 0) return nullptr;
-    if (odd) Py_RETURN_NONE;
     head.ndim = static_cast<int16_t>(tensor.ndim);
     head.device_type = static_cast<int16_t>(tensor.device_type);
     head.device_id = tensor.device_id;
@@ -134,6 +131,10 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
     std::memcpy(end, tensor.shape, bytes);
     std::memcpy(end + bytes, tensor.strides, bytes);
     end += 2 * bytes;
+    // Last: Python may run in it, and change the tensor that sizes and strides belong to.
+    const int odd = is_odd(tensors[i]);
+    if (odd < 0) return nullptr;
+    if (odd) Py_RETURN_NONE;
   }
   return PyBytes_FromStringAndSize(facts, end - facts);
 }
@@ -146,7 +147,8 @@ PyObject* add_one(PyObject*, PyObject* counter) {
     PyErr_Clear();
     Py_RETURN_FALSE;
   }
-  const bool is_number = tensor.code == kInteger && tensor.bits == 64 && tensor.ndim == 0;
+  const bool is_number = tensor.code == kInteger && tensor.bits == 64 && tensor.lanes == 1 &&
+                         tensor.ndim == 0 && tensor.byte_offset == 0;
   if (tensor.device_type != kCpu || !is_number || tensor.data == nullptr) Py_RETURN_FALSE;
   ++*static_cast<int64_t*>(tensor.data);
   Py_RETURN_TRUE;

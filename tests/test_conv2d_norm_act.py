@@ -291,3 +291,41 @@ def test_some_of_the_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = each_alone(layer)
     apart(monkeypatch)
     same(ours, each_alone(layer))
+
+
+@pytest.mark.parametrize("known_first", [True, False])
+def test_saved_tensors_may_come_back_in_another_layout(known_first: bool) -> None:
+    layer, batch = block(bias=True), images(channels_last=True)
+    expected = run(copy.deepcopy(layer).double(), batch.detach().double().requires_grad_())
+    if known_first:
+        for _ in range(3):
+            run(layer, batch)
+    for contiguous in (True, True, False, True):
+        unpack = Tensor.contiguous if contiguous else Tensor.detach
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            _, *ours = run(layer, batch)[:6]
+        for our, exact in zip(ours, expected[1:6], strict=True):
+            torch.testing.assert_close(our.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_settings_may_be_lists() -> None:
+    layer, batch = block(), images()
+    expected = run(copy.deepcopy(layer), batch)
+    layer.conv.stride, layer.conv.padding = [2, 1], [1, 0]  # type: ignore[assignment]
+    same(run(layer, batch), expected)
+
+
+def test_what_is_no_tensor_is_told() -> None:
+    with pytest.raises(TypeError, match="conv2d"):
+        block()(None)  # type: ignore[arg-type]
+
+
+def test_copies_for_autocast_are_freed_with_what_is_saved() -> None:
+    layer = block()
+    batch = images().detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            output = layer(batch)
+            output.float().sum().backward()
+    assert nodes(output)[0].startswith("_UnitFunction") and output.grad_fn is not None
+    assert getattr(output.grad_fn, "weight") is None  # noqa: B009

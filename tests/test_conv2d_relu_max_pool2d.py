@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import mmap
+import sys
 from itertools import product
 from typing import Any
 
@@ -368,3 +371,32 @@ class TestModel:
         reflecting = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
         expected = F.max_pool2d(F.relu(reflecting(image)), 2)
         torch.testing.assert_close(nn.conv_relu_max_pool(reflecting, image, 2), expected)
+
+
+def before_a_forbidden_page(tensor: Tensor) -> Tensor:
+    """A copy whose last byte is the last of a page, and the process may not read the next one."""
+    size = tensor.numel() * tensor.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copied = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages - size
+    ).view(tensor.shape)
+    return copied.copy_(tensor)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
+def test_nothing_is_read_behind_gradients_and_places(isa: str) -> None:
+    # Bands of three lines of one pixel: the last but one ends less than a vector before the end.
+    image, weight = torch.randn(1, 3, 141, 13), torch.randn(2, 3, 1, 1)
+    arguments = ([4, 4], [0, 0, 0, 0], [1, 1], 1, [4, 4], [4, 4], "cpu")
+    operations = torch.ops.gdfast
+    output, argmax = operations.conv2d_relu_max_pool2d(image, weight, None, *arguments)
+    grad = torch.randn_like(output)
+    settings = image, [2, 3, 1, 1], False, True, *arguments
+    backward = operations.conv2d_relu_max_pool2d_grad_weight
+    expected = backward(grad, argmax, *settings)
+    guarded = map(before_a_forbidden_page, (grad, argmax))
+    torch.testing.assert_close(backward(*guarded, *settings), expected, rtol=0, atol=0)

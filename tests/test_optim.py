@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -473,10 +474,17 @@ class _WithStep(gdfast.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("cls", [gdfast.optim.SGD, _WithStep])
+class _WithWrappedStep(gdfast.optim.SGD):
+    @functools.wraps(gdfast.optim.SGD.step)
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [gdfast.optim.SGD, _WithStep, _WithWrappedStep])
 def test_hooks_around_a_step_run_once(cls: type[gdfast.optim.SGD]) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     gdfast.optim.SGD([weight])  # torch looks at a class's step with its first optimizer
+    cls([weight])  # and once only
     optimizer, seen = cls([weight], lr=0.5), []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))

@@ -125,9 +125,11 @@ class FusedGrad {
     }
     const uint8_t* places = argmax_ + (n * conv_.K + k) * pool_.P * pool_.Q + begin * pool_.Q;
     const int64_t size = pool_.P * pool_.Q;
-    const bool last = n == conv_.N - 1 && k == conv_.K - 1 && end == pool_.P;
+    // In the planes after this one and the lines after this band.
+    const int64_t planes = (conv_.N - 1 - n) * conv_.K + conv_.K - 1 - k;
+    const int64_t behind = planes * size + (pool_.P - end) * pool_.Q;
     const bool dense = pool_.output.c == size && pool_.output.n == conv_.K * size;
-    const bool whole = !last && size >= kLanes<A> && (values == line || dense);
+    const bool whole = behind >= kLanes<A> - 1 && (values == line || dense);
     return {values, places, (end - begin) * pool_.Q, whole};
   }
 

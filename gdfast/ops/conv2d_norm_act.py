@@ -29,6 +29,8 @@ from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual
 Tensors = tuple[Any, ...]
+# Layouts and subsets of gradients that one unit meets.
+_MOST_BACKWARD = 64
 
 
 class Unit:
@@ -45,7 +47,8 @@ class Unit:
         self._conv, self._has_moments = conv, has_moments
         self._norm: Any = None
         self._is_cuda = False
-        # By pre_activation, and which gradients of the convolution are asked for.
+        # By pre_activation, which gradients of the convolution are asked for, and the facts of the
+        # tensors: what was saved may come back in another layout, from hooks that pack it.
         self._backward: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
 
     def __call__(self, tensors: Tensors, momentum: float) -> Tensor:
@@ -84,16 +87,16 @@ class Unit:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
         needs = ctx.needs_input_grad
-        kernels = self._backward.get((ctx.source, *needs[:3]))
+        facts = ordinary_facts(grad_output, *saved)
+        kernels = self._backward.get((ctx.source, *needs[:3], facts))
         if (
             kernels is None
             or self.situation != _situation(self.arguments[-1])
             or in_backward.targets
             or torch.is_grad_enabled()
             or is_watched()
-            or ordinary_facts(grad_output) is None
         ):
-            return self._learn_gradients(ctx, grad_output, saved)
+            return self._learn_gradients(ctx, grad_output, saved, facts)
         norm, conv_input, conv_weight = kernels
         input, weight, between, *of_norm = saved
         wanted = True, needs[3], needs[4], needs[7]
@@ -103,15 +106,16 @@ class Unit:
         return grad_input, grad_weight, grad_bias, *of_norm
 
     def _learn_gradients(
-        self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
+        self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...], facts: Any
     ) -> tuple[Tensor | None, ...]:
         """The same by the operations, and what kernels they run."""
         input, weight, between, *of_norm = saved
         needs = ctx.needs_input_grad
+        own_weight = ctx.weight if weight is None else weight
         if torch.is_grad_enabled():
-            between = _Known.apply(input, ctx.weight, ctx.bias, between, self)
+            between = _Known.apply(input, own_weight, ctx.bias, between, self)
         ctx.arguments = list(self.arguments)
-        note_sizes(ctx, input, ctx.weight)
+        note_sizes(ctx, input, own_weight)
         settings = *self.norm, ctx.source, self.arguments[-1]
         wanted = True, needs[3], needs[4], needs[7]
         results: Any = norm_gradients(grad_output, between, *of_norm, wanted, settings=settings)
@@ -119,13 +123,14 @@ class Unit:
         gradients = conv_gradients(ctx, grad, input, weight)
         if (
             needs[1]
+            and facts is not None
             and not (torch.is_grad_enabled() or is_watched())
-            and ordinary_facts(grad_output, grad, input) is not None
+            and ordinary_facts(grad) is not None
         ):
-            self._find_kernels(ctx, grad, saved)
+            self._find_kernels(ctx, grad, saved, facts)
         return *gradients, *rest
 
-    def _find_kernels(self, ctx: Any, grad: Tensor, saved: tuple[Any, ...]) -> None:
+    def _find_kernels(self, ctx: Any, grad: Tensor, saved: tuple[Any, ...], facts: Any) -> None:
         """Notes the kernels that the operations ran; grad is that of the convolution's output."""
         if self.situation != _situation(self.arguments[-1]):
             return
@@ -148,8 +153,9 @@ class Unit:
             return  # in a recording
         settings = *self.norm, ctx.source, arguments[-1]
         norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
-        key = ctx.source, *needs[:3]
-        self._backward[key] = norm, conv_input, conv_weight
+        if len(self._backward) >= _MOST_BACKWARD:
+            self._backward.clear()
+        self._backward[(ctx.source, *needs[:3], facts)] = norm, conv_input, conv_weight
 
 
 def unit(
@@ -162,7 +168,7 @@ def unit(
     negative_slope; `takes_moments` tells whether `conv2d_moments` is the convolution.
     """
     input, weight, bias, *rest = tensors
-    if is_watched() or has_torch_function_variadic(*tensors):
+    if is_watched() or has_torch_function_variadic(*tensors) or input is None or weight is None:
         return None
     if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
         input, weight, bias = autocast(input, weight, bias)
@@ -177,7 +183,10 @@ def unit(
         grads = input.requires_grad, bias is not None and bias.requires_grad
     backend = chosen()
     key = facts, *geometry, *norm, takes_moments, grads, backend, tuning.situation()
-    found = conv2d_dispatch.units.get(key)
+    try:
+        found = conv2d_dispatch.units.get(key)
+    except TypeError:  # lists for stride and so on, which the two operations take
+        return None
     if found is None:
         found = _find(key, tensors, geometry, norm, takes_moments, backend)
     return (found, tensors) if found else None
@@ -236,7 +245,8 @@ class _UnitFunction(torch.autograd.Function):
         else:
             other = residual if source == "residual" else output
         ctx.unit, ctx.source = unit, source
-        ctx.weight, ctx.bias = weight, bias  # for graphs of gradients
+        # For graphs of gradients. Under autocast these are copies: not for longer than need be.
+        ctx.weight, ctx.bias = None if ctx.needs_input_grad[0] else weight, bias
         # As the two operations save them, in that order: checkpointing compares.
         ctx.save_for_backward(
             input, weight if ctx.needs_input_grad[0] else None,

@@ -160,11 +160,18 @@ class SGD(torch.optim.SGD):
         """
         # Around a subclass's own step torch puts it.
         if type(self).step is SGD.step and self._is_observed():
-            return _hooked_step(self, closure)
+            return _hooked_step(self) if closure is None else _hooked_step(self, closure)
         return self._step(closure)
 
     # What torch would put around it takes longer than an update of a small model.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _patch_step_function(self) -> None:
+        # functools.wraps hands `hooked` on to a subclass's own step, which nothing is around yet.
+        own: Any = type(self).step
+        if getattr(own, "__wrapped__", None) is SGD.step:
+            own.hooked = False
+        super()._patch_step_function()
 
     def _is_observed(self) -> bool:
         return bool(
