@@ -155,7 +155,8 @@ class Unit:
         norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
         if len(self._backward) >= _MOST_BACKWARD:
             self._backward.clear()
-        self._backward[(ctx.source, *needs[:3], facts)] = norm, conv_input, conv_weight
+        key = ctx.source, *needs[:3], facts
+        self._backward[key] = norm, conv_input, conv_weight
 
 
 def unit(
