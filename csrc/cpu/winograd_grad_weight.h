@@ -15,7 +15,7 @@
 #pragma once
 
 #include "tap_conv_pixels.h"
-#include "weight_rows.h"
+#include "winograd_grad_filters.h"
 #include "winograd_products.h"
 #include "winograd_runs.h"
 
@@ -28,6 +28,13 @@ bool winograd_grad_weight_fits(const Conv2dProblem& p) {
          p.dilation_h == 1 && p.dilation_w == 1;
 }
 
+struct GradFilterTransform {
+  GDFAST_INLINE static void apply(const Vec<float>* in, int in_step, Vec<float>* out,
+                                  int out_step) {
+    transform_grad_filter<float>(in, in_step, out, out_step);
+  }
+};
+
 class WinogradGradWeight {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
@@ -35,9 +42,8 @@ class WinogradGradWeight {
   static constexpr int64_t kBlockBytes = 400 << 10;
   // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
   static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
-  // Channels of a task, whole tiles and whole vectors: 36 x 48 x 64 x 4 bytes = 442 KB of sums.
-  static constexpr int64_t kTaskChannels = 48;
-  static_assert(kTaskChannels % kTileRows == 0 && kTaskChannels % kWidth == 0);
+  using Filters = GradFilters<kTileIn, GradFilterTransform>;
+  static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
 
  public:
   WinogradGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
@@ -45,14 +51,13 @@ class WinogradGradWeight {
       : p_(p),
         grad_output_(grad_output),
         input_(input),
-        grad_weight_(grad_weight),
         grad_bias_(grad_bias),
         threads_(threads),
         reduced_(p.C / p.groups),
         produced_(p.K / p.groups),
         grid_(p.N, p.P, p.Q),
         panels_(produced_),
-        weight_rows_(p),
+        filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
     by_shares_ = channels_ * produced_ <= 128 * 128;
@@ -157,8 +162,9 @@ class WinogradGradWeight {
       const int64_t panel = index % panels_.count, c = index / panels_.count * kTaskChannels;
       T* sums = share_sums_ + panel * sums_size() + c * panels_.width;
       T* lines = scratch_of(thread).lines;
-      transform_back(c, sums, shares_, panels_.count * sums_size(), false, lines);
-      write(group, panel, c, lines);
+      filters_.transform_back(c, sums, sums_step(), shares_, panels_.count * sums_size(), false,
+                              lines);
+      filters_.write(group, panel, c, lines);
     });
   }
 
@@ -201,8 +207,8 @@ class WinogradGradWeight {
       multiply(image_, grads_ + panel * grads_size(), begin, tiles, c,
                min_of(kTaskChannels, channels_ - c), false, scratch.sums);
       T* lines = rounds_ > 1 ? totals_ + (panel * rows_ + c) * 9 * panels_.width : scratch.lines;
-      transform_back(c, scratch.sums, 1, 0, round > 0, lines);
-      if (round == rounds_ - 1) write(group, panel, c, lines);
+      filters_.transform_back(c, scratch.sums, sums_step(), 1, 0, round > 0, lines);
+      if (round == rounds_ - 1) filters_.write(group, panel, c, lines);
     });
   }
 
@@ -304,60 +310,6 @@ class WinogradGradWeight {
     }
   }
 
-  // lines (+)= G^T x G of the sums of channels [c, c + kTaskChannels), added up over shares. Lines
-  // are in the order of the weight's rows, those of these channels alone.
-  void transform_back(int64_t c, const T* sums, int64_t shares, int64_t share_step, bool accumulate,
-                      T* lines) const {
-    const int64_t width = panels_.width;
-    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
-    for (int64_t row = 0; row < channels; ++row) {
-      for (int64_t k = 0; k < width; k += kWidth) {
-        Vec<T> half[3 * kTileIn], filter[9];
-#pragma GCC unroll 6
-        for (int j = 0; j < kTileIn; ++j) {
-          Vec<T> column[kTileIn];
-          for (int i = 0; i < kTileIn; ++i) {
-            const T* from = sums + (i * kTileIn + j) * sums_step() + row * width + k;
-            column[i] = load(from);
-            for (int64_t share = 1; share < shares; ++share) {
-              column[i] += load(from + share * share_step);
-            }
-          }
-          transform_grad_filter<T>(column, 1, half + j, kTileIn);
-        }
-#pragma GCC unroll 3
-        for (int r = 0; r < 3; ++r) {
-          transform_grad_filter<T>(half + r * kTileIn, 1, filter + r * 3, 1);
-        }
-        for (int r = 0; r < 3; ++r) {
-          for (int s = 0; s < 3; ++s) {
-            const int64_t row_line =
-                weight_rows_.channels_last() ? (r * 3 + s) * channels + row : row * 9 + r * 3 + s;
-            T* line = lines + row_line * width + k;
-            const Vec<T> value = filter[r * 3 + s];
-            store<T>(line, accumulate ? load(line) + value : value);
-          }
-        }
-      }
-    }
-  }
-
-  // Writes the lines of channels [c, c + kTaskChannels) where they belong.
-  void write(int64_t group, int64_t panel, int64_t c, const T* lines) const {
-    const int64_t width = panels_.width, output = panel * width;
-    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
-    const int64_t valid = min_of(width, produced_ - output);
-    T* weight = grad_weight_ + (group * produced_ + output) * p_.weight.n;
-    if (!weight_rows_.channels_last()) {
-      weight_rows_.write(lines, width, valid, c * 9, (c + channels) * 9, weight);
-      return;
-    }
-    for (int t = 0; t < 9; ++t) {
-      const int64_t row = weight_rows_.number({c, t / 3, t % 3});
-      weight_rows_.write(lines + t * channels * width, width, valid, row, row + channels, weight);
-    }
-  }
-
   void write_bias(int64_t group) {
     const int64_t outputs = panels_.count * panels_.width;
     for (int64_t part = 1; part < bias_parts(); ++part) {
@@ -369,13 +321,12 @@ class WinogradGradWeight {
   const Conv2dProblem& p_;
   const T* grad_output_;
   const T* input_;
-  T* grad_weight_;
   T* grad_bias_;
   int threads_;
   int64_t reduced_, produced_;  // channels of a group
   TileGrid grid_;
   Panels<T> panels_;
-  WeightRows weight_rows_;
+  Filters filters_;
   int64_t channels_, rows_;  // reduced ones, padded to whole vectors and to whole tasks
   bool by_shares_;
   int64_t shares_, blocks_, block_tiles_;  // blocks of a round

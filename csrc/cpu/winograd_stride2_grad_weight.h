@@ -13,11 +13,18 @@
 // of channels for many.
 #pragma once
 
-#include "weight_rows.h"
+#include "winograd_grad_filters.h"
 #include "winograd_stride2.h"
 
 namespace gdfast::cpu {
 namespace {
+
+struct Stride2GradFilterTransform {
+  GDFAST_INLINE static void apply(const Vec<float>* in, int in_step, Vec<float>* out,
+                                  int out_step) {
+    transform_stride2_grad_filter<float>(in, in_step, out, out_step);
+  }
+};
 
 class Stride2GradWeight {
   using T = float;
@@ -30,9 +37,8 @@ class Stride2GradWeight {
   static constexpr Stride2Order kOrder{Stride2::kFilterOf, Stride2::kAxisFilters, 0};
   // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
   static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
-  // Channels of a task, whole tiles and whole vectors: 25 x 48 x 64 x 4 bytes = 307 KB of filters.
-  static constexpr int64_t kTaskChannels = 48;
-  static_assert(kTaskChannels % kTileRows == 0 && kTaskChannels % kWidth == 0);
+  using Filters = GradFilters<Stride2::kAxisFilters, Stride2GradFilterTransform>;
+  static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
 
  public:
   Stride2GradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
@@ -40,14 +46,13 @@ class Stride2GradWeight {
       : p_(p),
         grad_output_(grad_output),
         input_(input),
-        grad_weight_(grad_weight),
         grad_bias_(grad_bias),
         threads_(threads),
         reduced_(p.C / p.groups),
         produced_(p.K / p.groups),
         grid_(p.N, p.P, p.Q),
         panels_(produced_),
-        weight_rows_(p),
+        filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
     by_shares_ = channels_ * produced_ <= 64 * 64;
@@ -148,8 +153,9 @@ class Stride2GradWeight {
       const int64_t panel = index % panels_.count, c = index / panels_.count * kTaskChannels;
       T* sums = share_sums_ + panel * sums_size() + c * panels_.width;
       T* lines = scratch_of(thread).lines;
-      transform_back(c, sums, shares_, panels_.count * sums_size(), false, lines);
-      write(group, panel, c, lines);
+      filters_.transform_back(c, sums, sums_step(), shares_, panels_.count * sums_size(), false,
+                              lines);
+      filters_.write(group, panel, c, lines);
     });
   }
 
@@ -179,8 +185,8 @@ class Stride2GradWeight {
       multiply(image_, grads_ + panel * grads_size(), begin, tiles, c,
                min_of(kTaskChannels, channels_ - c), false, scratch.sums);
       T* lines = rounds_ > 1 ? totals_ + (panel * rows_ + c) * 9 * panels_.width : scratch.lines;
-      transform_back(c, scratch.sums, 1, 0, round > 0, lines);
-      if (round == rounds_ - 1) write(group, panel, c, lines);
+      filters_.transform_back(c, scratch.sums, sums_step(), 1, 0, round > 0, lines);
+      if (round == rounds_ - 1) filters_.write(group, panel, c, lines);
     });
   }
 
@@ -291,56 +297,6 @@ class Stride2GradWeight {
     }
   }
 
-  // lines (+)= the filters of channels [c, c + kTaskChannels), added up over shares and transformed
-  // back. Lines are in the order of the weight's rows, those of these channels alone.
-  void transform_back(int64_t c, const T* filters, int64_t shares, int64_t share_step,
-                      bool accumulate, T* lines) const {
-    constexpr int kAxis = Stride2::kAxisFilters;
-    const int64_t width = panels_.width;
-    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
-    for (int64_t row = 0; row < channels; ++row) {
-      for (int64_t k = 0; k < width; k += kWidth) {
-        Vec<T> half[3 * kAxis], taps[9];
-#pragma GCC unroll 5
-        for (int j = 0; j < kAxis; ++j) {
-          Vec<T> column[kAxis];
-          for (int i = 0; i < kAxis; ++i) {
-            const T* from = filters + (i * kAxis + j) * sums_step() + row * width + k;
-            column[i] = load(from);
-            for (int64_t share = 1; share < shares; ++share) {
-              column[i] += load(from + share * share_step);
-            }
-          }
-          transform_stride2_grad_filter<T>(column, 1, half + j, kAxis);
-        }
-#pragma GCC unroll 3
-        for (int r = 0; r < 3; ++r) {
-          transform_stride2_grad_filter<T>(half + r * kAxis, 1, taps + r * 3, 1);
-        }
-        for (int t = 0; t < 9; ++t) {
-          const int64_t row_line = weight_rows_.channels_last() ? t * channels + row : row * 9 + t;
-          T* line = lines + row_line * width + k;
-          store<T>(line, accumulate ? load(line) + taps[t] : taps[t]);
-        }
-      }
-    }
-  }
-
-  void write(int64_t group, int64_t panel, int64_t c, const T* lines) const {
-    const int64_t width = panels_.width, output = panel * width;
-    const int64_t channels = min_of(kTaskChannels, reduced_ - c);
-    const int64_t valid = min_of(width, produced_ - output);
-    T* weight = grad_weight_ + (group * produced_ + output) * p_.weight.n;
-    if (!weight_rows_.channels_last()) {
-      weight_rows_.write(lines, width, valid, c * 9, (c + channels) * 9, weight);
-      return;
-    }
-    for (int t = 0; t < 9; ++t) {
-      const int64_t row = weight_rows_.number({c, t / 3, t % 3});
-      weight_rows_.write(lines + t * channels * width, width, valid, row, row + channels, weight);
-    }
-  }
-
   void write_bias(int64_t group) {
     const int64_t outputs = panels_.count * panels_.width;
     for (int64_t part = 1; part < bias_parts(); ++part) {
@@ -352,13 +308,12 @@ class Stride2GradWeight {
   const Conv2dProblem& p_;
   const T* grad_output_;
   const T* input_;
-  T* grad_weight_;
   T* grad_bias_;
   int threads_;
   int64_t reduced_, produced_;  // channels of a group
   Grid grid_;
   Panels<T> panels_;
-  WeightRows weight_rows_;
+  Filters filters_;
   int64_t channels_, rows_;  // reduced ones, padded to whole vectors and to whole tasks
   bool by_shares_;
   int64_t shares_, blocks_, block_tiles_;  // blocks of a round
