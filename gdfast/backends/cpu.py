@@ -63,7 +63,8 @@ def algorithm(op: str, query: Conv2dQuery) -> str:
         return cpu_algorithms.BF16
     if is_strict() or query.dtype != torch.float32:
         return cpu_algorithms.DIRECT
-    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())
+    channels_last = query.strides[0][1] == 1
+    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa(), channels_last)
 
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
