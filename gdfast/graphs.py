@@ -1,11 +1,13 @@
-"""A training step as a CUDA graph: recorded once, then launched as a whole.
+"""A training step that is recorded once, then repeated as a whole.
 
-A small model's step is bound by what Python and the driver do to launch its kernels. A graph
-launches all of them at once. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+A small model's step is bound by what Python, autograd and the driver do to launch its kernels. On a
+GPU a CUDA graph launches all of them at once, on a CPU a tape of their calls is gone through.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,10 +18,12 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from gdfast import step_tape
 from gdfast.errors import mismatch
 from gdfast.optim import SGD
 
 _MOST_GRAPHS = 8  # each keeps the memory of a whole step
+_MOST_TRIES = 3
 
 
 class _Recorded(NamedTuple):
@@ -74,13 +78,15 @@ class GraphedStep:
                 mismatch("GraphedStep", "optimizer", "parameters of one device", words)
             )
         self.device = self._params[0].device
-        self._recorded: dict[Any, _Recorded] = {}
+        self._recorded: dict[Any, Any] = {}
         self._calls: dict[Any, int] = {}
         self._settings: Any = None
         self._rates: dict[int, Tensor] = {}
         self._last: _Recorded | None = None
         self._pool: Any = None
         self._stream: Any = None
+        self._is_taped = True  # until a step refuses
+        self._roots = [x for x in (model, criterion) if isinstance(x, Module)]
 
     @property
     def graphs(self) -> int:
@@ -88,14 +94,18 @@ class GraphedStep:
         return len(self._recorded)
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return self._step(batch)
-        self._follow_settings()
-        kind = tuple((x.shape, x.stride(), x.dtype) for x in batch)
-        recorded = self._recorded.get(kind)
+        if self.device.type == "cuda":
+            return self._on_gpu(batch)
+        if self.device.type == "cpu" and self._is_taped and step_tape.takes(batch):
+            return self._on_cpu(batch)
+        return self._step(batch)
+
+    def _on_gpu(self, batch: tuple[Tensor, ...]) -> Tensor:
+        self._follow_settings([module.training for module in self.model.modules()])
+        kind = _kind(batch)
+        recorded: _Recorded | None = self._recorded.get(kind)
         if recorded is None:
-            calls = self._calls[kind] = self._calls.get(kind, 0) + 1
-            if calls <= self.warmup or len(self._recorded) == _MOST_GRAPHS:
+            if self._is_warming(kind):
                 with self._aside():
                     return self._step(tuple(x.to(self.device, non_blocking=True) for x in batch))
             recorded = self._recorded[kind] = self._record(batch)
@@ -107,6 +117,36 @@ class GraphedStep:
                 param.grad = grad
             self._last = recorded
         return recorded.loss.clone()
+
+    def _on_cpu(self, batch: tuple[Tensor, ...]) -> Tensor:
+        if self._recorded:
+            self._follow_settings(step_tape.Surroundings.of(self._roots, self.optimizer))
+        kind = *step_tape.situation(), *_kind(batch)
+        taped: step_tape.TapedStep | None = self._recorded.get(kind)
+        if taped is not None and taped.holds():
+            return taped(batch)
+        if self._is_warming(kind):
+            return self._step(batch)
+        if reason := step_tape.why_not(self._roots, self.optimizer, self.criterion):
+            self._refuse(reason)
+            return self._step(batch)
+        self._follow_settings(step_tape.Surroundings.of(self._roots, self.optimizer))
+        loss, taped, reason = step_tape.record(self._step, batch, self._roots, self.optimizer)
+        if taped is not None:
+            self._recorded[kind] = taped
+        elif reason != step_tape.UNSETTLED or self._calls[kind] >= self.warmup + _MOST_TRIES:
+            self._refuse(reason)
+        return loss
+
+    def _refuse(self, reason: str) -> None:
+        self._is_taped = False
+        words = f"the step cannot be recorded: {reason}. It takes ordinary steps"
+        warnings.warn(f"GraphedStep: {words}", stacklevel=4)
+
+    def _is_warming(self, kind: Any) -> bool:
+        """Whether a batch of a kind that is not recorded is for an ordinary step."""
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        return calls <= self.warmup or len(self._recorded) == _MOST_GRAPHS
 
     def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
         images, *targets = batch
@@ -152,35 +192,43 @@ class GraphedStep:
         self._last = None
         return _Recorded(graph, kept, loss, [p.grad for p in self._params])
 
-    def _follow_settings(self) -> None:
-        """Puts learning rates where graphs read them; forgets graphs that have other settings."""
+    def _follow_settings(self, surroundings: Any) -> None:
+        """Puts learning rates where records read them; forgets records that have other settings."""
         for index, group in enumerate(self.optimizer.param_groups):
             rate = self._rates.get(index)
-            if group["lr"] is not rate or rate is None:
-                # Torch's fused kernels read single precision; ours rounds as from a number.
-                dtype = torch.float64 if isinstance(self.optimizer, SGD) else torch.float32
+            if self._reads_rates(group) and (group["lr"] is not rate or rate is None):
+                # Torch's CUDA kernels read single precision; ours round as from a number.
+                is_double = self.device.type == "cpu" or isinstance(self.optimizer, SGD)
+                dtype = torch.float64 if is_double else torch.float32
                 if rate is None:
                     rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
                 rate.fill_(group["lr"])
                 group["lr"] = rate
         settings = (
             [
-                {
-                    name: _told(value)
-                    for name, value in group.items()
-                    if name not in ("lr", "params")
-                }
+                {name: _told(value) for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups
             ],
-            [module.training for module in self.model.modules()],
+            surroundings,
         )
         if settings != self._settings:
+            if self._settings is not None:
+                self._calls.clear()
             self._recorded.clear()
-            self._calls.clear()
             self._last, self._pool = None, None
             self._settings = settings
 
+    def _reads_rates(self, group: dict[str, Any]) -> bool:
+        """Whether a group's rate may be a tensor, which a record reads."""
+        if self.device.type == "cpu":
+            return isinstance(self.optimizer, SGD) or bool(group.get("fused"))
+        return True
+
+
+def _kind(batch: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple((x.shape, x.stride(), x.dtype) for x in batch)
+
 
 def _told(value: Any) -> Any:
-    """A setting as it can be compared: what a tensor holds is read by the graph itself."""
+    """A setting as it can be compared: what a tensor holds is read by the record itself."""
     return id(value) if isinstance(value, Tensor) else value

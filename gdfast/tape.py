@@ -1,0 +1,248 @@
+"""A training step on the CPU as a tape: what it called, in order, to be called again.
+
+While a step is recorded, it runs as it always does. Our kernels tell of each call, by addresses and
+numbers (see `gdfast.native`); a dispatch mode of torch sees the operators between them, in
+forward, loss, backward and optimizer alike. Replaying calls them again on the same memory, past
+autograd and the Python code that led there:
+
+- what only makes memory, or another view of it, needs no call: the memory is kept;
+- what writes to its arguments is called as it was;
+- what computes new tensors writes them where it did: by its out= variant, or with a copy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gdfast import native
+
+_aten: Any = torch.ops.aten
+_MAKE_MEMORY = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_permuted.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+# Answers by sizes alone, and operators that note what runs.
+_TELL_NOTHING = {_aten.is_same_size.default}
+_NOTING = "profiler"
+# Tensors change their memory there, which nothing on the tape would learn of.
+_MOVE_MEMORY = {"resize_", "resize_as_", "_resize_output_", "set_", "_unsafe_set_", "swap_"}
+# Python reads values by these past the operators; the last few run a function on each.
+_READING = {
+    "numpy", "tolist", "__array__", "__dlpack__", "__deepcopy__", "apply_", "map_", "map2_",
+}  # fmt: skip
+_LEAST_ADDRESS = 1 << 32  # numbers from here on are addresses: kernels count less
+
+
+class Tape:
+    """The calls of one step, and everything that they name."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], Any]] = []
+        self._kept: dict[int, torch.UntypedStorage] = {}  # by the address of the storage's object
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: Callable[[], Any]) -> None:
+        self._calls.append(call)
+
+    def keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._kept[storage._cdata] = storage
+
+    def keeps(self, addresses: Iterable[int]) -> bool:
+        """Whether each address is in memory that is kept."""
+        ends = {each.data_ptr(): each.data_ptr() + each.nbytes() for each in self._kept.values()}
+        starts = sorted(ends)
+        for address in addresses:
+            index = bisect_right(starts, address) - 1
+            if index < 0 or address >= ends[starts[index]]:
+                return False
+        return True
+
+    @property
+    def bytes(self) -> int:
+        """How much memory is kept."""
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+    def replay(self) -> None:
+        """Calls all again."""
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            for call in self._calls:
+                call()
+
+
+class Recorder(TorchDispatchMode):
+    """Records the thread's step within `with recorder.running():` on a tape.
+
+    `why_not` says then what cannot be replayed, or is "". Tensors of `known` are kept, beside all
+    that the operators see: a kernel may be given their addresses.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tape = Tape()
+        self.why_not = ""
+        for tensor in known:
+            self.tape.keep(tensor)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with native.recorded_by(self), _Readings(self), self:
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with native.recorded_by(None), _disable_current_modes():
+            yield
+
+    def keep(self, tensor: Tensor) -> None:
+        self.tape.keep(tensor)
+
+    def refuse(self, reason: str) -> None:
+        self.why_not = self.why_not or reason
+
+    def call(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Calls one of our kernels, which reads what it is given itself."""
+        numbers = [x for x in tree_leaves(arguments) if type(x) is int]
+        if not self.tape.keeps(x for x in numbers if x >= _LEAST_ADDRESS):
+            self.refuse("a kernel of gdfast reads a tensor that may be gone by the next step")
+        self.tape.add(partial(kernel, *arguments))
+        with native.recorded_by(None):
+            return kernel(*arguments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if native.recorder() is self and not self.why_not:
+            self._note(func, args, kwargs, result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace == _NOTING or func in _TELL_NOTHING:
+            return
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(result) if x is not None]
+        if not isinstance(result, (Tensor, tuple, list, type(None))):
+            self.refuse(f"{func.name()} gives a {type(result).__name__}")
+            return
+        if reason := _why_not(func, inputs, outputs):
+            self.refuse(f"{func.name()} {reason}")
+            return
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x for x in outputs if x.untyped_storage()._cdata not in storages]
+        for tensor in (*inputs, *fresh):
+            self.keep(tensor)
+        writes = func._schema.is_mutable
+        if func in _MAKE_MEMORY or (outputs and not fresh and not writes):
+            return
+        # Not the tensors themselves, which keep their graph, and whose gradients autograd copies
+        # where somebody else has them too.
+        args, kwargs = tree_map(_alias, (args, kwargs))
+        self.tape.add(_again(func, args, kwargs, result, fresh))
+
+
+class _Readings(TorchFunctionMode):
+    """Refuses what reads a tensor's memory with no operator."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READING:
+            self._recorder.refuse(f"Tensor.{name} reads values")
+        return func(*args, **(kwargs or {}))
+
+
+def _alias(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
+    """Why an operator cannot be called again in its place, or ""."""
+    if func.namespace != "aten":
+        return "is no operator of PyTorch's own"
+    tags, name = func.tags, func._schema.name.removeprefix("aten::")
+    if torch.Tag.data_dependent_output in tags:
+        return "reads a value"
+    has_mask = func is _aten.index.Tensor and any(
+        x.dtype in (torch.bool, torch.uint8) for x in inputs[1:]
+    )
+    if has_mask or (torch.Tag.dynamic_output_shape in tags and func is not _aten.index.Tensor):
+        return "gives as many elements as values say"
+    if torch.Tag.inplace_view in tags or name in _MOVE_MEMORY:
+        return "changes a tensor's sizes or memory"
+    for tensor in (*inputs, *outputs):
+        if type(tensor) not in (Tensor, Parameter):
+            return f"takes or gives a {type(tensor).__name__}"
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return f"takes or gives a tensor on {tensor.device}, {tensor.layout}"
+        if tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+            return "takes or gives a tensor whose memory does not hold its values"
+    return ""
+
+
+def _again(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, fresh: list[Tensor]
+) -> Callable[[], Any]:
+    """Calls an operator with its results where they were."""
+    op = partial(func._op, *args, **kwargs)
+    if not fresh:
+        return op
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    targets = tuple(_alias(x) if any(x is y for y in fresh) else None for x in results)
+    is_random = torch.Tag.nondeterministic_seeded in func.tags
+    if len(fresh) == len(targets) and not is_random and (found := _out_variant(func)):
+        variant, names = found
+        return partial(variant._op, *args, **kwargs, **dict(zip(names, targets, strict=True)))
+
+    def call() -> None:
+        made = op()
+        for one, target in zip((made,) if isinstance(made, Tensor) else made, targets, strict=True):
+            if target is not None:
+                if one.shape != target.shape:
+                    expected, got = list(target.shape), list(one.shape)
+                    raise RuntimeError(f"{func.name()}: expected {expected} as recorded, got {got}")
+                target.copy_(one)
+
+    return call
+
+
+def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
+    """The variant of an operator that takes the same arguments and the tensors to write to, and
+    their names."""
+    schema = func._schema
+    packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::"))
+    wanted = [(x.name, str(x.type)) for x in schema.arguments]
+    for name in packet.overloads():
+        variant = getattr(packet, name)
+        given, names = [], []
+        for x in variant._schema.arguments:
+            if x.alias_info is not None and x.alias_info.is_write:
+                names.append(x.name)
+            else:
+                given.append((x.name, str(x.type)))
+        if names and given == wanted and len(names) == len(schema.returns):
+            return variant, names
+    return None
