@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from gdfast import native
 from gdfast.backends import available, chosen, triton_backend, tuning
 from gdfast.ops.ordinary import dispatch_modes
-from gdfast.tape import Recorder, Tape
+from gdfast.tape import Recorder, Tape, extent
 
 # Why a step may have to be recorded once more.
 UNSETTLED = "the model's or the optimizer's state is another one after each step"
@@ -113,24 +113,21 @@ class TapedStep:
     """
 
     def __init__(
-        self, tape: Tape, batch: tuple[Tensor, ...], loss: Tensor,
-        grads: list[tuple[Tensor, Tensor | None]], added: list[tuple[Tensor, Tensor | None]],
-        moved: list[Tensor],
+        self, tape: Tape, loss: Tensor, grads: list[tuple[Tensor, Tensor | None]],
+        added: list[tuple[Tensor, Tensor | None]], moved: list[Tensor],
     ) -> None:  # fmt: skip
-        self._replay, self._batch, self._loss = tape.replay, batch, loss
+        self.tape, self._loss = tape, loss
         # What parameters end with; what those that the optimizer leaves alone began with; what is
         # written in place, of which autograd is told.
         self._grads, self._added, self._moved = grads, added, moved
-        self.tape = tape
 
     def holds(self) -> bool:
         """Whether gradients that a step adds to are where they were."""
         return all(param.grad is grad for param, grad in self._added)
 
     def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
-        for kept, given in zip(self._batch, batch, strict=True):
-            kept.copy_(given)
-        self._replay()
+        self.tape.bind(batch)
+        self.tape.replay()
         increment_version(self._moved)
         for param, grad in self._grads:
             if param.grad is not grad:
@@ -151,7 +148,7 @@ def record(
     roots: Sequence[Module], optimizer: Optimizer,
 ) -> Recording:  # fmt: skip
     """Takes a step, and records it."""
-    kept = tuple(_like(x).copy_(x) for x in batch)
+    batch = _apart(batch)
     before = Surroundings.of(roots, optimizer)
     tensors = _tensors(before.modules)
     updated = _updated(optimizer)
@@ -159,9 +156,9 @@ def record(
     known = *tensors, *updated, *(x for x in _state(optimizer) if isinstance(x, Tensor))
     versions = [x._version for x in known]
     added = [(param, param.grad) for param in others]
-    recorder = Recorder((*known, *kept, *(x for _, x in added if x is not None)))
+    recorder = Recorder(batch, (*known, *(x for _, x in added if x is not None)))
     with recorder.running():
-        loss = step(kept)
+        loss = step(batch)
     reason = recorder.why_not
     if before != Surroundings.of(roots, optimizer):
         reason = reason or UNSETTLED
@@ -170,12 +167,19 @@ def record(
     moved = [x for x, version in zip(known, versions, strict=True) if x._version != version]
     grads = [(param, param.grad) for param in dict.fromkeys((*updated, *others))]
     return Recording(
-        loss.clone(), TapedStep(recorder.tape, kept, loss, grads, added, moved), ""
+        loss.clone(), TapedStep(recorder.tape, loss, grads, added, moved), ""
     )
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """Fresh memory for a batch in the same layout, where its elements have places of their own."""
-    if torch._debug_has_internal_overlap(tensor):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+def _apart(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The batch, with a copy of each tensor that shares memory with one before it: addresses tell
+    them from each other."""
+    found: list[Tensor] = []
+    for tensor in batch:
+        memory = extent(tensor)
+        if any(x.start < memory.stop and memory.start < x.stop for x in map(extent, found)):
+            tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(
+                tensor
+            )
+        found.append(tensor)
+    return tuple(found)

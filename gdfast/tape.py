@@ -49,11 +49,16 @@ _LEAST_ADDRESS = 1 << 32  # numbers from here on are addresses: kernels count le
 
 
 class Tape:
-    """The calls of one step, and everything that they name."""
+    """The calls of one step, and everything that they name.
 
-    def __init__(self) -> None:
+    A call may read a tensor of the batch. `bind` puts that of another batch in its place, of the
+    same sizes and strides.
+    """
+
+    def __init__(self, batch: tuple[Tensor, ...]) -> None:
         self._calls: list[Callable[[], Any]] = []
         self._kept: dict[int, torch.UntypedStorage] = {}  # by the address of the storage's object
+        self._batch = [_Read(x) for x in batch]
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -61,13 +66,59 @@ class Tape:
     def add(self, call: Callable[[], Any]) -> None:
         self._calls.append(call)
 
+    def add_kernel(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Adds a call that takes addresses."""
+        index, given = len(self._calls), list(arguments)
+        self.add(partial(kernel, *arguments))
+        for place, number in enumerate(arguments):
+            read = next((x for x in self._batch if type(number) is int and number in x.memory), None)
+            if read is not None:
+                self._bind_number(read, kernel, given, place, index)
+
+    def _bind_number(
+        self, read: _Read, kernel: Callable[..., Any], given: list[Any], place: int, index: int
+    ) -> None:
+        offset = given[place] - read.memory.start
+
+        def bind(tensor: Tensor) -> None:
+            given[place] = tensor.data_ptr() + offset
+            self._calls[index] = partial(kernel, *given)
+
+        read.binders.append(bind)
+
+    def alias(self, value: Any) -> Any:
+        """A tensor on the memory of another, for a call that takes tensors.
+
+        Not the tensor itself, which keeps its graph, and whose gradients autograd copies where
+        somebody else has them too.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        alias = value.detach()
+        for read in self._batch:
+            if alias.data_ptr() in read.memory:
+                read.follow(alias)
+        return alias
+
+    def reads_otherwise(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the batch's memory, with elements of another size."""
+        reads = (x for x in self._batch if tensor.data_ptr() in x.memory)
+        return any(x.itemsize != tensor.itemsize for x in reads)
+
+    def bind(self, batch: tuple[Tensor, ...]) -> None:
+        for read, tensor in zip(self._batch, batch, strict=True):
+            if tensor.data_ptr() != read.address:
+                read.bind(tensor)
+
     def keep(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self._kept[storage._cdata] = storage
+        if not any(tensor.data_ptr() in x.memory for x in self._batch):
+            storage = tensor.untyped_storage()
+            self._kept[storage._cdata] = storage
 
     def keeps(self, addresses: Iterable[int]) -> bool:
-        """Whether each address is in memory that is kept."""
+        """Whether each address is in memory that is kept, or in the batch's."""
         ends = {each.data_ptr(): each.data_ptr() + each.nbytes() for each in self._kept.values()}
+        ends |= {each.memory.start: each.memory.stop for each in self._batch}
         starts = sorted(ends)
         for address in addresses:
             index = bisect_right(starts, address) - 1
@@ -87,16 +138,52 @@ class Tape:
                 call()
 
 
+class _Read:
+    """A tensor of the batch, and what has to know where that of another batch is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.address = tensor.data_ptr()
+        self.memory, self.itemsize = extent(tensor), tensor.itemsize
+        self.binders: list[Callable[[Tensor], None]] = []
+
+    def bind(self, tensor: Tensor) -> None:
+        self.address = tensor.data_ptr()
+        for bind in self.binders:
+            bind(tensor)
+
+    def follow(self, alias: Tensor) -> None:
+        """Moves an alias of the tensor with it."""
+        offset = alias.data_ptr() - self.memory.start
+        size, strides, itemsize = alias.shape, alias.stride(), self.itemsize
+
+        def bind(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            place = tensor.data_ptr() + offset - storage.data_ptr()
+            alias.set_(storage, place // itemsize, size, strides)  # type: ignore[call-overload]
+
+        self.binders.append(bind)
+
+
+def extent(tensor: Tensor) -> range:
+    """The addresses from a tensor's first element to the end of its last."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return range(0)
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(start, start + (steps + 1) * tensor.itemsize)
+
+
 class Recorder(TorchDispatchMode):
     """Records the thread's step within `with recorder.running():` on a tape.
 
-    `why_not` says then what cannot be replayed, or is "". Tensors of `known` are kept, beside all
-    that the operators see: a kernel may be given their addresses.
+    `why_not` says then what cannot be replayed, or is "". The step reads `batch`, of which no two
+    tensors share memory. Tensors of `known` are kept, beside all that the operators see: a kernel
+    may be given their addresses.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, batch: tuple[Tensor, ...], known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.tape = Tape()
+        self.tape = Tape(batch)
         self.why_not = ""
         for tensor in known:
             self.tape.keep(tensor)
@@ -122,7 +209,7 @@ class Recorder(TorchDispatchMode):
         numbers = [x for x in tree_leaves(arguments) if type(x) is int]
         if not self.tape.keeps(x for x in numbers if x >= _LEAST_ADDRESS):
             self.refuse("a kernel of gdfast reads a tensor that may be gone by the next step")
-        self.tape.add(partial(kernel, *arguments))
+        self.tape.add_kernel(kernel, arguments)
         with native.recorded_by(None):
             return kernel(*arguments)
 
@@ -150,12 +237,13 @@ class Recorder(TorchDispatchMode):
         fresh = [x for x in outputs if x.untyped_storage()._cdata not in storages]
         for tensor in (*inputs, *fresh):
             self.keep(tensor)
+            if self.tape.reads_otherwise(tensor):
+                self.refuse(f"{func.name()} takes the batch for {tensor.dtype}")
+                return
         writes = func._schema.is_mutable
         if func in _MAKE_MEMORY or (outputs and not fresh and not writes):
             return
-        # Not the tensors themselves, which keep their graph, and whose gradients autograd copies
-        # where somebody else has them too.
-        args, kwargs = tree_map(_alias, (args, kwargs))
+        args, kwargs = tree_map(self.tape.alias, (args, kwargs))
         self.tape.add(_again(func, args, kwargs, result, fresh))
 
 
@@ -173,10 +261,6 @@ class _Readings(TorchFunctionMode):
         if name in _READING:
             self._recorder.refuse(f"Tensor.{name} reads values")
         return func(*args, **(kwargs or {}))
-
-
-def _alias(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
@@ -211,7 +295,7 @@ def _again(
     if not fresh:
         return op
     results = (result,) if isinstance(result, Tensor) else tuple(result)
-    targets = tuple(_alias(x) if any(x is y for y in fresh) else None for x in results)
+    targets = tuple(x.detach() if any(x is y for y in fresh) else None for x in results)
     is_random = torch.Tag.nondeterministic_seeded in func.tags
     if len(fresh) == len(targets) and not is_random and (found := _out_variant(func)):
         variant, names = found
