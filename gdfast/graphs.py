@@ -86,6 +86,7 @@ class GraphedStep:
         self._pool: Any = None
         self._stream: Any = None
         self._is_taped = True  # until a step refuses
+        self._around: step_tape.Surroundings | None = None
         self._roots = [x for x in (model, criterion) if isinstance(x, Module)]
 
     @property
@@ -101,7 +102,7 @@ class GraphedStep:
         return self._step(batch)
 
     def _on_gpu(self, batch: tuple[Tensor, ...]) -> Tensor:
-        self._follow_settings([module.training for module in self.model.modules()])
+        self._follow_settings()
         kind = _kind(batch)
         recorded: _Recorded | None = self._recorded.get(kind)
         if recorded is None:
@@ -119,19 +120,22 @@ class GraphedStep:
         return recorded.loss.clone()
 
     def _on_cpu(self, batch: tuple[Tensor, ...]) -> Tensor:
-        if self._recorded:
-            self._follow_settings(step_tape.Surroundings.of(self._roots, self.optimizer))
+        if self._around is not None:
+            self._follow_rates()
+            if not self._around.hold():
+                self._forget()
         kind = *step_tape.situation(), *_kind(batch)
         taped: step_tape.TapedStep | None = self._recorded.get(kind)
         if taped is not None and taped.holds():
             return taped(batch)
         if self._is_warming(kind):
             return self._step(batch)
-        if reason := step_tape.why_not(self._roots, self.optimizer, self.criterion):
+        self._follow_rates()
+        self._around = self._around or step_tape.Surroundings(self._roots, self.optimizer)
+        if reason := step_tape.why_not(self.criterion) or self._around.why_not():
             self._refuse(reason)
             return self._step(batch)
-        self._follow_settings(step_tape.Surroundings.of(self._roots, self.optimizer))
-        loss, taped, reason = step_tape.record(self._step, batch, self._roots, self.optimizer)
+        loss, taped, reason = step_tape.record(self._step, batch, self._around)
         if taped is not None:
             self._recorded[kind] = taped
         elif reason != step_tape.UNSETTLED or self._calls[kind] >= self.warmup + _MOST_TRIES:
@@ -140,6 +144,7 @@ class GraphedStep:
 
     def _refuse(self, reason: str) -> None:
         self._is_taped = False
+        self._forget()
         words = f"the step cannot be recorded: {reason}. It takes ordinary steps"
         warnings.warn(f"GraphedStep: {words}", stacklevel=4)
 
@@ -192,37 +197,43 @@ class GraphedStep:
         self._last = None
         return _Recorded(graph, kept, loss, [p.grad for p in self._params])
 
-    def _follow_settings(self, surroundings: Any) -> None:
-        """Puts learning rates where records read them; forgets records that have other settings."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            rate = self._rates.get(index)
-            if self._reads_rates(group) and (group["lr"] is not rate or rate is None):
-                # Torch's CUDA kernels read single precision; ours round as from a number.
-                is_double = self.device.type == "cpu" or isinstance(self.optimizer, SGD)
-                dtype = torch.float64 if is_double else torch.float32
-                if rate is None:
-                    rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
-                rate.fill_(group["lr"])
-                group["lr"] = rate
+    def _follow_settings(self) -> None:
+        """Forgets graphs that have other settings."""
+        self._follow_rates()
         settings = (
             [
                 {name: _told(value) for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups
             ],
-            surroundings,
+            [module.training for module in self.model.modules()],
         )
         if settings != self._settings:
-            if self._settings is not None:
-                self._calls.clear()
-            self._recorded.clear()
-            self._last, self._pool = None, None
+            self._forget()
             self._settings = settings
 
+    def _follow_rates(self) -> None:
+        """Puts learning rates where records read them."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            rate = self._rates.get(index)
+            if group["lr"] is rate or not self._reads_rates(group):
+                continue
+            if rate is None:
+                # Torch's CUDA kernels read single precision; ours round as from a number.
+                is_double = self.device.type == "cpu" or isinstance(self.optimizer, SGD)
+                dtype = torch.float64 if is_double else torch.float32
+                rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
+            rate.fill_(group["lr"])
+            group["lr"] = rate
+
     def _reads_rates(self, group: dict[str, Any]) -> bool:
-        """Whether a group's rate may be a tensor, which a record reads."""
-        if self.device.type == "cpu":
-            return isinstance(self.optimizer, SGD) or bool(group.get("fused"))
-        return True
+        """Whether the optimizer reads a rate that is a tensor in each step."""
+        is_gpu = self.device.type == "cuda"
+        return is_gpu or isinstance(self.optimizer, SGD) or bool(group.get("fused"))
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._calls.clear()
+        self._last = self._pool = self._around = None
 
 
 def _kind(batch: tuple[Tensor, ...]) -> tuple[Any, ...]:

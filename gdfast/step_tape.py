@@ -6,8 +6,9 @@ module of the model was replaced, it is of no use any more; `Surroundings` are w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,51 +26,63 @@ from gdfast.tape import Recorder, Tape, extent
 UNSETTLED = "the model's or the optimizer's state is another one after each step"
 
 _OURS = {"cpu", "cuda", "triton", "reference"}
+_PARAMS = "params"
 _address = torch._C.TensorBase.data_ptr
+_requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
 
-class Surroundings(NamedTuple):
-    """What a step finds, with lists that can be compared: modules and how they are set, where
-    parameters and buffers are, and the optimizer's parameters and state."""
+class Surroundings:
+    """What a tape holds for: modules and how they are set, where parameters, buffers and the
+    optimizer's state are, and the optimizer's settings."""
 
-    modules: list[Module]
-    training: list[bool]
-    addresses: list[int]
-    requires_grad: list[bool]
-    updated: list[int]
-    state: list[Any]
+    def __init__(self, roots: Sequence[Module], optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._modules = list(roots)
+        for module in self._modules:  # which grows meanwhile
+            self._modules.extend(x for x in module._modules.values() if x is not None)
+        self._dicts: list[dict[str, Any]] = []
+        for m in self._modules:
+            self._dicts += m._modules, m._parameters, m._buffers
+        self._found, self._state = list(_values(self._dicts)), self._optimizer_state()
+        self.updated = [p for group in optimizer.param_groups for p in group["params"]]
+        found = self._found, self.updated, self._state
+        # By their ids: Parameters that layers share are listed once.
+        self.tensors = list({id(x): x for x in chain(*found) if isinstance(x, Tensor)}.values())
+        self._was = self._now()
 
-    @classmethod
-    def of(cls, roots: Sequence[Module], optimizer: Optimizer) -> Surroundings:
-        modules = _modules(roots)
-        tensors = _tensors(modules)
-        return cls(
-            modules, [module.training for module in modules], list(map(_address, tensors)),
-            [x.requires_grad for x in tensors],
-            list(map(id, _updated(optimizer))),
-            [x.data_ptr() if isinstance(x, Tensor) else x for x in _state(optimizer)],
+    def hold(self) -> bool:
+        """Whether all is as it was."""
+        return self._now() == self._was
+
+    def _now(self) -> tuple[Any, ...]:
+        return (
+            list(map(id, _values(self._dicts))),
+            list(map(id, self._optimizer_state())),
+            list(map(_training, self._modules)),
+            list(map(_address, self.tensors)),
+            list(map(_requires_grad, self.tensors)),
+            [
+                [id(x) if isinstance(x, Tensor) else x for name, x in group.items() if name != _PARAMS]
+                for group in self._optimizer.param_groups
+            ],
+            [list(map(id, group[_PARAMS])) for group in self._optimizer.param_groups],
         )  # fmt: skip
 
+    def _optimizer_state(self) -> list[Any]:
+        return list(_values(self._optimizer.state.values()))
 
-def _modules(roots: Sequence[Module]) -> list[Module]:
-    modules = list(roots)
-    for module in modules:  # which grows meanwhile
-        modules.extend(x for x in module._modules.values() if x is not None)
-    return modules
-
-
-def _tensors(modules: list[Module]) -> list[Tensor]:
-    """Parameters and buffers; shared ones as often as they are found."""
-    found = chain.from_iterable((*m._parameters.values(), *m._buffers.values()) for m in modules)
-    return [x for x in found if x is not None]
-
-
-def _updated(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    def why_not(self) -> str:
+        """Why no step can be recorded in them, or ""."""
+        if any(module._compiled_call_impl is not None for module in self._modules):
+            return "a module is compiled"
+        for x in self.tensors:
+            if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided or not x.is_cpu:
+                return f"a parameter or buffer is a {type(x).__name__}, {x.layout}, on {x.device}"
+        return ""
 
 
-def _state(optimizer: Optimizer) -> list[Any]:
-    return list(chain.from_iterable(each.values() for each in optimizer.state.values()))
+def _values(dicts: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, dicts))  # type: ignore[arg-type]
 
 
 def situation() -> tuple[Any, ...]:
@@ -81,7 +94,7 @@ def situation() -> tuple[Any, ...]:
 
 
 def takes(batch: tuple[Any, ...]) -> bool:
-    """Whether a batch can be copied to where a tape reads it, and nobody looks at operators."""
+    """Whether a tape can read a batch, and nobody looks at operators."""
     if dispatch_modes() or torch._C._is_torch_function_mode_enabled() or native.recorder():
         return False
     return all(
@@ -90,19 +103,14 @@ def takes(batch: tuple[Any, ...]) -> bool:
     )
 
 
-def why_not(roots: Sequence[Module], optimizer: Optimizer, criterion: Any) -> str:
-    """Why steps of a model cannot be recorded at all, or ""."""
+def why_not(criterion: Any) -> str:
+    """Why no step can be recorded in this process, or by this criterion, or ""."""
     if native.cuda_is_simulated or triton_backend.is_interpreted():
         return "GPU kernels are simulated on the CPU"
     if others := {each.name for each in available()} - _OURS:
         return f"other backends are registered: {', '.join(sorted(others))}"
-    modules = _modules(roots)
-    compiled = [m for m in modules if m._compiled_call_impl is not None]
-    if compiled or hasattr(criterion, "_torchdynamo_orig_callable"):
-        return "parts of it are compiled"
-    for tensor in (*_tensors(modules), *_updated(optimizer)):
-        if type(tensor) not in (Tensor, Parameter) or tensor.layout is not torch.strided:
-            return f"a parameter or buffer is a {type(tensor).__name__}, {tensor.layout}"
+    if hasattr(criterion, "_torchdynamo_orig_callable"):
+        return "the criterion is compiled"
     return ""
 
 
@@ -144,31 +152,25 @@ class Recording(NamedTuple):
 
 
 def record(
-    step: Callable[[tuple[Tensor, ...]], Tensor], batch: tuple[Tensor, ...],
-    roots: Sequence[Module], optimizer: Optimizer,
-) -> Recording:  # fmt: skip
+    step: Callable[[tuple[Tensor, ...]], Tensor], batch: tuple[Tensor, ...], around: Surroundings
+) -> Recording:
     """Takes a step, and records it."""
-    batch = _apart(batch)
-    before = Surroundings.of(roots, optimizer)
-    tensors = _tensors(before.modules)
-    updated = _updated(optimizer)
-    others = [x for x in tensors if x.requires_grad and id(x) not in before.updated]
-    known = *tensors, *updated, *(x for x in _state(optimizer) if isinstance(x, Tensor))
-    versions = [x._version for x in known]
+    batch, known = _apart(batch), around.tensors
+    is_updated = set(map(id, around.updated))
+    others = [x for x in known if x.requires_grad and id(x) not in is_updated]
     added = [(param, param.grad) for param in others]
+    versions = [x._version for x in known]
     recorder = Recorder(batch, (*known, *(x for _, x in added if x is not None)))
     with recorder.running():
         loss = step(batch)
     reason = recorder.why_not
-    if before != Surroundings.of(roots, optimizer):
+    if not around.hold():
         reason = reason or UNSETTLED
     if reason:
         return Recording(loss, None, reason)
     moved = [x for x, version in zip(known, versions, strict=True) if x._version != version]
-    grads = [(param, param.grad) for param in dict.fromkeys((*updated, *others))]
-    return Recording(
-        loss.clone(), TapedStep(recorder.tape, loss, grads, added, moved), ""
-    )
+    grads = [(param, param.grad) for param in (*around.updated, *others)]
+    return Recording(loss.clone(), TapedStep(recorder.tape, loss, grads, added, moved), "")
 
 
 def _apart(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
