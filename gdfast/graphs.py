@@ -34,26 +34,41 @@ class _Recorded(NamedTuple):
 
 
 class GraphedStep:
-    """A training step, `loss = step(images, *targets)`, that CUDA runs as one graph.
+    """A training step, `loss = step(images, *targets)`, that is recorded and then repeated at once.
 
     One call is zero_grad, `loss = criterion(model(images), *targets)`, backward and
     `optimizer.step()`, the first two under autocast to `autocast` where that dtype is given.
     Returns the loss, detached. For every kind of batch (sizes, dtypes, layouts) the first `warmup`
     calls are ordinary steps, in which algorithms are chosen and buffers come into being; the next
-    one is recorded, and it and all that follow replay the record. At most 8 kinds of batches are
-    recorded; the rest, and models on the CPU, take ordinary steps.
+    one is recorded, and all that follow repeat the record. At most 8 kinds of batches are
+    recorded; the rest take ordinary steps.
+
+    On a GPU the record is a CUDA graph, on the CPU a tape of the calls of kernels and operators,
+    whose results are bit by bit those of ordinary steps. On both it follows learning rates, and
+    what `optimizer.step` changes. Python code of the model (prints, hooks, branches on values,
+    numbers that it draws or counts itself) runs only while recording. Gradients are those of the
+    last call. The memory of the record is kept: all results of a step at once, gradients of
+    activations too.
 
     The learning rates of the optimizer become tensors on its parameters' device, so that schedulers
     and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused
-    optimizers read them there. When another setting of the optimizer
-    changes, or a module goes from train to eval, what was recorded is dropped and recorded anew.
-    As in every CUDA graph, Python code of the model (prints, hooks, branches on values) runs only
-    while recording, and nothing may wait for the GPU (`.item()`, GradScaler, clipping that reads
-    the norm back). While a step is recorded, no loss that was computed elsewhere from the model's
-    parameters may be alive with its graph. Gradients are those of the last call.
+    optimizers read them there. When another setting of the optimizer changes (on the CPU the rate
+    of other optimizers too), or a module goes from train to eval, what was recorded is dropped and
+    recorded anew. On the CPU that also happens where modules, parameters, buffers or the
+    optimizer's state were replaced; the number of threads, precision, backend and autocast make
+    kinds of their own. On a GPU those must stay.
+
+    What has a value read back (`.item()`, `.numpy()`, GradScaler, clipping that reads the norm,
+    optimizers that count their steps in Python), as many elements as values say (`nonzero`, masks
+    as indices), or operators that are not PyTorch's, cannot be recorded: RuntimeError on a GPU, on
+    the CPU ordinary steps from then on, with a warning that names the operator. There modules that
+    torch.compile took, tensors that are no plain ones and batches with gradients take ordinary
+    steps too. Kernels that PyTorch does not know of, called by their address, are not seen. While
+    a step is recorded on a GPU, no loss that was computed elsewhere from the model's parameters may
+    be alive with its graph.
 
     Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
-    devices, and RuntimeError where a step cannot be recorded.
+    devices, and RuntimeError where a step cannot be recorded on a GPU.
     """
 
     def __init__(
@@ -85,7 +100,7 @@ class GraphedStep:
         self._last: _Recorded | None = None
         self._pool: Any = None
         self._stream: Any = None
-        self._is_taped = True  # until a step refuses
+        self._is_taped, self._tries = True, 0  # until a step refuses
         self._around: step_tape.Surroundings | None = None
         self._roots = [x for x in (model, criterion) if isinstance(x, Module)]
 
@@ -137,9 +152,11 @@ class GraphedStep:
             return self._step(batch)
         loss, taped, reason = step_tape.record(self._step, batch, self._around)
         if taped is not None:
-            self._recorded[kind] = taped
-        elif reason != step_tape.UNSETTLED or self._calls[kind] >= self.warmup + _MOST_TRIES:
-            self._refuse(reason)
+            self._recorded[kind], self._tries = taped, 0
+        else:
+            self._tries += 1
+            if reason != step_tape.UNSETTLED or self._tries == _MOST_TRIES:
+                self._refuse(reason)
         return loss
 
     def _refuse(self, reason: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import BuiltinFunctionType, ModuleType
 from typing import Any, Protocol
 
-import torch  # noqa: F401  first, so that the kernels share the libgomp that torch has loaded
+import torch  # first, so that the kernels share the libgomp that torch has loaded
 
 _failures: dict[str, str] = {}
 

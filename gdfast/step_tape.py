@@ -62,7 +62,7 @@ class Surroundings:
             list(map(_address, self.tensors)),
             list(map(_requires_grad, self.tensors)),
             [
-                [id(x) if isinstance(x, Tensor) else x for name, x in group.items() if name != _PARAMS]
+                [id(x) if isinstance(x, Tensor) else x for k, x in group.items() if k != _PARAMS]
                 for group in self._optimizer.param_groups
             ],
             [list(map(id, group[_PARAMS])) for group in self._optimizer.param_groups],

@@ -71,7 +71,9 @@ class Tape:
         index, given = len(self._calls), list(arguments)
         self.add(partial(kernel, *arguments))
         for place, number in enumerate(arguments):
-            read = next((x for x in self._batch if type(number) is int and number in x.memory), None)
+            read = next(
+                (x for x in self._batch if type(number) is int and number in x.memory), None
+            )
             if read is not None:
                 self._bind_number(read, kernel, given, place, index)
 
@@ -159,7 +161,7 @@ class _Read:
         def bind(tensor: Tensor) -> None:
             storage = tensor.untyped_storage()
             place = tensor.data_ptr() + offset - storage.data_ptr()
-            alias.set_(storage, place // itemsize, size, strides)  # type: ignore[call-overload]
+            alias.set_(storage, place // itemsize, size, strides)
 
         self.binders.append(bind)
 
@@ -227,9 +229,6 @@ class Recorder(TorchDispatchMode):
             return
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if x is not None]
-        if not isinstance(result, (Tensor, tuple, list, type(None))):
-            self.refuse(f"{func.name()} gives a {type(result).__name__}")
-            return
         if reason := _why_not(func, inputs, outputs):
             self.refuse(f"{func.name()} {reason}")
             return
@@ -240,7 +239,7 @@ class Recorder(TorchDispatchMode):
             if self.tape.reads_otherwise(tensor):
                 self.refuse(f"{func.name()} takes the batch for {tensor.dtype}")
                 return
-        writes = func._schema.is_mutable
+        writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
         if func in _MAKE_MEMORY or (outputs and not fresh and not writes):
             return
         args, kwargs = tree_map(self.tape.alias, (args, kwargs))
@@ -275,9 +274,9 @@ def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
     )
     if has_mask or (torch.Tag.dynamic_output_shape in tags and func is not _aten.index.Tensor):
         return "gives as many elements as values say"
-    if torch.Tag.inplace_view in tags or name in _MOVE_MEMORY:
-        return "changes a tensor's sizes or memory"
-    for tensor in (*inputs, *outputs):
+    if name in _MOVE_MEMORY:
+        return "changes a tensor's memory"
+    for tensor in (*inputs, *outputs):  # numbers too
         if type(tensor) not in (Tensor, Parameter):
             return f"takes or gives a {type(tensor).__name__}"
         if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
