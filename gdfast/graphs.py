@@ -112,13 +112,13 @@ class GraphedStep:
     def __call__(self, *batch: Tensor) -> Tensor:
         if self.device.type == "cuda":
             return self._on_gpu(batch)
-        if self.device.type == "cpu" and self._is_taped and step_tape.takes(batch):
-            return self._on_cpu(batch)
+        if self.device.type == "cpu" and self._is_taped and (kind := step_tape.kind(batch)):
+            return self._on_cpu(kind, batch)
         return self._step(batch)
 
     def _on_gpu(self, batch: tuple[Tensor, ...]) -> Tensor:
         self._follow_settings()
-        kind = _kind(batch)
+        kind = tuple((x.shape, x.stride(), x.dtype) for x in batch)
         recorded: _Recorded | None = self._recorded.get(kind)
         if recorded is None:
             if self._is_warming(kind):
@@ -134,12 +134,11 @@ class GraphedStep:
             self._last = recorded
         return recorded.loss.clone()
 
-    def _on_cpu(self, batch: tuple[Tensor, ...]) -> Tensor:
+    def _on_cpu(self, kind: tuple[Any, ...], batch: tuple[Tensor, ...]) -> Tensor:
         if self._around is not None:
             self._follow_rates()
             if not self._around.hold():
                 self._forget()
-        kind = *step_tape.situation(), *_kind(batch)
         taped: step_tape.TapedStep | None = self._recorded.get(kind)
         if taped is not None and taped.holds():
             return taped(batch)
@@ -251,10 +250,6 @@ class GraphedStep:
         self._recorded.clear()
         self._calls.clear()
         self._last = self._pool = self._around = None
-
-
-def _kind(batch: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return tuple((x.shape, x.stride(), x.dtype) for x in batch)
 
 
 def _told(value: Any) -> Any:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from gdfast import native
 from gdfast.backends import available, chosen, triton_backend, tuning
-from gdfast.ops.ordinary import dispatch_modes
+from gdfast.ops.ordinary import dispatch_modes, ordinary_facts
 from gdfast.tape import Recorder, Tape, extent
 
 # Why a step may have to be recorded once more.
@@ -85,22 +85,18 @@ def _values(dicts: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, dicts))  # type: ignore[arg-type]
 
 
-def situation() -> tuple[Any, ...]:
-    """What decides how a step runs beside the model, the optimizer and the batch."""
-    return (
-        tuning.situation(), chosen(), torch.is_grad_enabled(),
+def kind(batch: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What decides how a step runs beside the model and the optimizer; None where it must be an
+    ordinary one, because of its batch or because somebody looks at operators."""
+    if dispatch_modes() or torch._C._is_torch_function_mode_enabled() or native.recorder():
+        return None
+    if not all(map(torch.is_tensor, batch)) or any(map(_requires_grad, batch)):
+        return None
+    facts = ordinary_facts(*batch)
+    return facts and (
+        facts, tuning.situation(), chosen(), torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
     )  # fmt: skip
-
-
-def takes(batch: tuple[Any, ...]) -> bool:
-    """Whether a tape can read a batch, and nobody looks at operators."""
-    if dispatch_modes() or torch._C._is_torch_function_mode_enabled() or native.recorder():
-        return False
-    return all(
-        type(x) is Tensor and x.is_cpu and x.layout is torch.strided and not x.requires_grad
-        for x in batch
-    )
 
 
 def why_not(criterion: Any) -> str:
@@ -154,7 +150,7 @@ class Recording(NamedTuple):
 def record(
     step: Callable[[tuple[Tensor, ...]], Tensor], batch: tuple[Tensor, ...], around: Surroundings
 ) -> Recording:
-    """Takes a step, and records it."""
+    """Takes a step with a batch of which `kind` gives something, and records it."""
     batch, known = _apart(batch), around.tensors
     is_updated = set(map(id, around.updated))
     others = [x for x in known if x.requires_grad and id(x) not in is_updated]
