@@ -212,6 +212,14 @@ def test_optimizers(make: Any) -> None:
     assert_bitwise(small_model(), batches(6, *SMALL), make=make)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_our_loss(smoothing: float) -> None:
+    criterion = partial(gdfast.losses.cross_entropy, label_smoothing=smoothing)
+    given = batches(6, *SMALL)
+    given[4][1][2] = -100  # ignored, in a replay
+    assert_bitwise(small_model(), given, criterion=criterion)
+
+
 def test_autocast() -> None:
     assert_bitwise(small_resnet(), batches(5, 2, 3, 16, 16), amp=torch.bfloat16)
 

@@ -16,6 +16,7 @@ from gdfast.bench import timer
 from gdfast.bench.cases import StepCase
 from gdfast.bench.sgd import MakeOptimizer, native_variants
 from gdfast.bench.workload import LAYOUTS, Check, Workload, relative_error
+from gdfast.ops import cross_entropy
 
 _CHECKED_STEPS = 5
 _CHECKED_LR = 0.01
@@ -35,7 +36,8 @@ class Training:
     """A copy of a model in training on one random batch; a call does one step, gives the loss.
 
     `images` and `labels` are drawn from a fixed seed, on the model's device. After a call each
-    parameter's `grad` is that of the step. With `recorded`, a `GraphedStep` takes the steps.
+    parameter's `grad` is that of the step. With `recorded`, a `GraphedStep` takes the steps, with
+    our loss.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Training:
         )
         self._recorded = None
         if recorded:
-            self._recorded = GraphedStep(self.model, F.cross_entropy, self.optimizer)
+            self._recorded = GraphedStep(self.model, cross_entropy, self.optimizer)
 
     def __call__(self) -> Tensor:
         if self._recorded is not None:
