@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,6 @@ from gdfast.tape import Recorder, Tape, extent
 UNSETTLED = "the model's or the optimizer's state is another one after each step"
 
 _OURS = {"cpu", "cuda", "triton", "reference"}
-_PARAMS = "params"
 _address = torch._C.TensorBase.data_ptr
 _requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
 
@@ -40,36 +40,45 @@ class Surroundings:
         self._modules = list(roots)
         for module in self._modules:  # which grows meanwhile
             self._modules.extend(x for x in module._modules.values() if x is not None)
-        self._dicts: list[dict[str, Any]] = []
+        # One pass over these dicts sees whatever was replaced.
+        self._state, self._groups = optimizer.state, optimizer.param_groups
+        self._dicts: list[Any] = [self._state, *self._state.values(), *self._groups]
         for m in self._modules:
             self._dicts += m._modules, m._parameters, m._buffers
-        self._found, self._state = list(_values(self._dicts)), self._optimizer_state()
-        self.updated = [p for group in optimizer.param_groups for p in group["params"]]
-        found = self._found, self.updated, self._state
-        # By their ids: Parameters that layers share are listed once.
-        self.tensors = list({id(x): x for x in chain(*found) if isinstance(x, Tensor)}.values())
-        self._was = self._now()
+        self._found = list(_values(self._dicts))  # so that no other object gets the id of one
+        self.updated = list(_params(self._groups))
+        tensors = (x for x in (*self._found, *self.updated) if isinstance(x, Tensor))
+        self.tensors = list({id(x): x for x in tensors}.values())
+        self._objects, self._facts = self._now(), self._settings()
 
     def hold(self) -> bool:
         """Whether all is as it was."""
-        return self._now() == self._was
+        if self._optimizer.state is not self._state:
+            return False
+        now = self._now()
+        if now != self._objects:
+            # A setting may be another object of the same value: schedules assign them.
+            if now[1:] != self._objects[1:] or self._settings() != self._facts:
+                return False
+            self._found, self._objects = list(_values(self._dicts)), now
+        return True
 
-    def _now(self) -> tuple[Any, ...]:
+    def _now(self) -> tuple[list[Any], ...]:
         return (
             list(map(id, _values(self._dicts))),
-            list(map(id, self._optimizer_state())),
+            list(map(id, self._optimizer.param_groups)),
+            list(map(id, _params(self._optimizer.param_groups))),
             list(map(_training, self._modules)),
             list(map(_address, self.tensors)),
             list(map(_requires_grad, self.tensors)),
-            [
-                [id(x) if isinstance(x, Tensor) else x for k, x in group.items() if k != _PARAMS]
-                for group in self._optimizer.param_groups
-            ],
-            [list(map(id, group[_PARAMS])) for group in self._optimizer.param_groups],
-        )  # fmt: skip
+        )
 
-    def _optimizer_state(self) -> list[Any]:
-        return list(_values(self._optimizer.state.values()))
+    def _settings(self) -> list[Any]:
+        """All that was found, numbers and the like by their values."""
+        return [
+            x if isinstance(x, (int, float, str, tuple, NoneType)) else id(x)
+            for x in _values(self._dicts)
+        ]
 
     def why_not(self) -> str:
         """Why no step can be recorded in them, or ""."""
@@ -81,6 +90,10 @@ class Surroundings:
         return ""
 
 
+def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in groups)
+
+
 def _values(dicts: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, dicts))  # type: ignore[arg-type]
 
@@ -90,10 +103,10 @@ def kind(batch: tuple[Any, ...]) -> tuple[Any, ...] | None:
     ordinary one, because of its batch or because somebody looks at operators."""
     if dispatch_modes() or torch._C._is_torch_function_mode_enabled() or native.recorder():
         return None
-    if not all(map(torch.is_tensor, batch)) or any(map(_requires_grad, batch)):
+    facts = ordinary_facts(*batch)  # of tensors alone
+    if not facts or any(map(_requires_grad, batch)):
         return None
-    facts = ordinary_facts(*batch)
-    return facts and (
+    return (
         facts, tuning.situation(), chosen(), torch.is_grad_enabled(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
     )  # fmt: skip

@@ -197,6 +197,17 @@ def test_other_settings_are_recorded_anew(name: str) -> None:
     assert_bitwise(small_model(), batches(9, *SMALL), change=change, make=make)
 
 
+def test_settings_assigned_anew_with_the_same_value_keep_the_record() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    lengths = []
+    for index, batch in enumerate(batches(5, *SMALL)):
+        step.optimizer.param_groups[0]["momentum"] = float(f"0.9{0:0{index}d}")
+        step(*batch)
+        lengths.append(step.graphs)
+    assert lengths == [0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -261,6 +272,8 @@ def test_what_changes_between_steps_is_followed(what: str, change_at: int) -> No
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         elif what == "load":
             model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()})
+        elif what == "groups":
+            optimizer.param_groups[0] = {**optimizer.param_groups[0], "momentum": 0.5}
         elif what == "group":
             extra = nn.Parameter(torch.ones(10))
             model.register_parameter("extra", extra)
