@@ -34,6 +34,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   bind_batch_norm(m);
   bind_conv2d(m);
+  bind_cross_entropy(m);
   bind_linear(m);
   bind_max_pool2d(m);
   bind_memory(m);

@@ -41,6 +41,7 @@ T* pointer(uintptr_t address) {
 
 void bind_batch_norm(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);

@@ -29,9 +29,16 @@ def are_ordinary(*tensors: Any) -> bool:
     Sparse tensors, those on the meta device, zero and negated ones, wrappers of functorch and of
     functionalization, and subclasses' are not ordinary.
     """
-    if _dispatch_modes():
+    if dispatch_modes():
         return False
     return _native_facts(*tensors) is not None or all(map(_is_ordinary, tensors))
+
+
+def dispatch_modes() -> int:
+    """How many modes look at operations, without the one that records a step: that one is told of
+    what kernels do, and records an ordinary step."""
+    modes = _dispatch_modes()
+    return modes - 1 if modes and native.recorder() else modes
 
 
 def _is_ordinary(tensor: Any) -> bool:
@@ -88,7 +95,7 @@ def is_watched() -> bool:
     """Whether something looks at operations on their way, or transforms them."""
     return (
         torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
+        or dispatch_modes() > 0
         or batched_gradients()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
