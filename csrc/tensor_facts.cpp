@@ -37,6 +37,7 @@ const DLPackExchangeApi* api = nullptr;
 PyObject* types[kMostTypes];
 PyObject* oddities[kMostOddities];
 Py_ssize_t number_of_types = 0, number_of_oddities = 0;
+PyObject* raise_versions = nullptr;
 
 // Copies a tuple's items, which then live as long as the process.
 bool keep(PyObject* tuple, PyObject** items, Py_ssize_t most, Py_ssize_t* number) {
@@ -51,8 +52,8 @@ bool keep(PyObject* tuple, PyObject** items, Py_ssize_t most, Py_ssize_t* number
 }
 
 PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3) {
-    PyErr_SetString(PyExc_TypeError, "watch_tensors: expected exchange, types, oddities");
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "watch_tensors: expected exchange, types, oddities, written");
     return nullptr;
   }
   const auto* exchange = static_cast<const DLPackExchangeApi*>(
@@ -68,6 +69,7 @@ PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count)
       !keep(arguments[2], oddities, kMostOddities, &number_of_oddities)) {
     return nullptr;
   }
+  Py_INCREF(raise_versions = arguments[3]);
   api = exchange;
   Py_RETURN_NONE;
 }
@@ -156,13 +158,30 @@ PyObject* add_one(PyObject*, PyObject* counter) {
 
 PyMethodDef methods[] = {
     {"watch_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch_tensors)),
-     METH_FASTCALL, "What tensor_facts goes by: an exchange API, types, functions."},
+     METH_FASTCALL, "What tensors are asked by: an exchange API, types, functions."},
     {"tensor_facts", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_facts)),
      METH_FASTCALL, "What decides which kernel runs on tensors, as bytes, or None."},
     {"add_one", add_one, METH_O, "Adds 1 to an int64 without axes on the CPU; False for others."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+bool tensor_address(PyObject* tensor, void** address) {
+  DLTensor found;
+  if (api == nullptr || !is_watched(tensor)) {
+    PyErr_SetString(PyExc_TypeError, "tensor_address: expected a tensor with memory of its own");
+    return false;
+  }
+  if (api->look_into(tensor, &found) != 0) return false;
+  *address = static_cast<char*>(found.data) + found.byte_offset;
+  return true;
+}
+
+bool tell_versions(PyObject* tensors) {
+  PyObject* const result = PyObject_CallOneArg(raise_versions, tensors);
+  Py_XDECREF(result);
+  return result != nullptr;
+}
 
 bool add_tensor_facts(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
 

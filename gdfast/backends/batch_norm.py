@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
-from gdfast.backends import cuda_stream, memory
+from gdfast.backends import cuda_stream, memory, plans
 from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
@@ -125,7 +125,15 @@ def cpu(query: BatchNormQuery) -> Forward:
             _written(running_mean, running_var, packed_mean, packed_var)
         return output, mean, invstd
 
-    return kernel
+    def draft(plan: plans.Draft, *tensors: int) -> tuple[int, int, int]:
+        """Tensors as in a call, with the counter of batches behind them."""
+        *of_norm, residual, batches = tensors
+        results = plan.fresh(new_output), plan.fresh(new_statistic), plan.fresh(new_statistic)
+        plan.launch(launch, *of_norm, residual, *results, plans.NONE, batches)
+        return results
+
+    launch = native.cpu.batch_norm_launch(problem, training)
+    return plans.drafted(kernel, draft)
 
 
 def cpu_backward(query: BatchNormQuery) -> Backward:
@@ -160,7 +168,19 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
             grad_residual = grad_output
         return grad_input, grad_weight, grad_bias, grad_residual
 
-    return kernel
+    def draft(plan: plans.Draft, *tensors: int, wanted: Wanted) -> list[int]:
+        makers = new_image, new_param, new_param, new_image
+        *params, wants_residual = wanted
+        written = *params, wants_residual and not hands_on
+        grads = [
+            plan.fresh(make) if wants else plans.NONE
+            for make, wants in zip(makers, written, strict=True)
+        ]
+        plan.launch(launch, *tensors, *grads)
+        return [*grads[:3], tensors[0]] if wants_residual and hands_on else grads
+
+    launch = native.cpu.batch_norm_backward_launch(problem, training, pre_activation)
+    return plans.drafted(kernel, draft)
 
 
 def cuda_why_not(query: BatchNormQuery) -> str:

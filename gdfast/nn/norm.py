@@ -86,8 +86,17 @@ def run_as_one(
     if "weight" not in parameters or "bias" not in parameters:
         return None
     training, *params = _state(norm)
+    batches = _batches(norm)
+    counts = batches is not None and norm.momentum is not None  # the average needs the count
     found = unit(
-        (input, parameters["weight"], parameters["bias"], *params, residual),
+        (
+            input,
+            parameters["weight"],
+            parameters["bias"],
+            *params,
+            residual,
+            batches if counts else None,
+        ),
         (conv.stride, conv.padding, conv.dilation, conv.groups),
         (training, norm.eps, activation, negative_slope),
         native.cuda is not None and training,
@@ -95,7 +104,7 @@ def run_as_one(
     if found is None:
         return None
     run, tensors = found
-    return run(tensors, _next_momentum(norm))
+    return run(tensors, norm.momentum if counts else _next_momentum(norm))
 
 
 def _state(norm: Any) -> tuple[Any, ...]:
@@ -112,14 +121,17 @@ def _state(norm: Any) -> tuple[Any, ...]:
 
 def _next_momentum(norm: Any) -> float:
     """The momentum of the running statistics for one more batch, which is counted in training."""
-    momentum = norm.momentum
-    if norm.training and norm.track_running_stats:
-        batches = _tensors(norm)[-1]
-        if batches is not None:
-            count_batch(batches)
-            if momentum is None:  # the average of all batches so far
-                momentum = 1.0 / float(batches)
+    momentum, batches = norm.momentum, _batches(norm)
+    if batches is not None:
+        count_batch(batches)
+        if momentum is None:  # the average of all batches so far
+            momentum = 1.0 / float(batches)
     return 0.0 if momentum is None else momentum
+
+
+def _batches(norm: Any) -> Tensor | None:
+    """The counter of batches that training raises."""
+    return _tensors(norm)[-1] if norm.training and norm.track_running_stats else None
 
 
 def _tensors(norm: Any) -> tuple[Any, ...]:

@@ -73,7 +73,10 @@ def _connect() -> Callable[..., Any]:
     if native.cpu is None or exchange is None:
         return _no_facts
     try:
-        native.cpu.watch_tensors(exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,))
+        native.cpu.watch_tensors(
+            exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,),
+            torch._C._increment_version,
+        )  # fmt: skip
     except ValueError:  # another version of the interface
         return _no_facts
     facts: Callable[..., Any] = native.cpu.tensor_facts
