@@ -26,7 +26,7 @@ struct Plan {
   Py_ssize_t given;
   std::vector<PyObject*> fresh, kept;
   std::vector<Step> steps;
-  Numbers results, aligned, written;
+  Numbers parts, results, aligned, written;
 
   ~Plan() {
     for (PyObject* each : fresh) Py_DECREF(each);
@@ -87,17 +87,17 @@ bool read_steps(PyObject* launches, Py_ssize_t count, Plan* plan) {
 
 PyObject* make_plan(PyObject*, PyObject* arguments) {
   Py_ssize_t given;
-  PyObject *fresh, *launches, *results, *aligned, *written;
-  if (!PyArg_ParseTuple(arguments, "nO!O!OOO", &given, &PyTuple_Type, &fresh, &PyTuple_Type,
-                        &launches, &results, &aligned, &written)) {
+  PyObject *fresh, *parts, *launches, *results, *aligned, *written;
+  if (!PyArg_ParseTuple(arguments, "nO!O!O!OOO", &given, &PyTuple_Type, &fresh, &PyTuple_Type,
+                        &parts, &PyTuple_Type, &launches, &results, &aligned, &written)) {
     return nullptr;
   }
-  const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh);
-  if (given < 0 || count > kMostTensors) {
+  const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh), all = count + PyTuple_GET_SIZE(parts);
+  if (given < 0 || all > kMostTensors || (all > count && count == given)) {
     PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 32 tensors");
     return nullptr;
   }
-  Plan* plan = new Plan{given, {}, {}, {}, {}, {}, {}};
+  Plan* plan = new Plan{given, {}, {}, {}, {}, {}, {}, {}};
   PyObject* capsule = PyCapsule_New(plan, kPlanCapsule, [](PyObject* self) {
     delete plan_of(self);
   });
@@ -110,7 +110,8 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
     Py_INCREF(make);
     plan->fresh.push_back(make);
   }
-  if (!read_steps(launches, count, plan) || !read(results, -1, count, &plan->results) ||
+  if (!read(parts, 0, PY_SSIZE_T_MAX, &plan->parts) || !read_steps(launches, all, plan) ||
+      !read(results, -1, count, &plan->results) ||
       !read(aligned, 0, given, &plan->aligned) || !read(written, 0, given, &plan->written)) {
     Py_DECREF(capsule);
     return nullptr;
@@ -124,6 +125,11 @@ bool make_fresh(const Plan& plan, Tensors* tensors) {
     if (made == nullptr) return false;
     tensors->objects[tensors->count] = made;
     if (!tensor_address(made, &tensors->addresses[tensors->count++])) return false;
+  }
+  Py_ssize_t number = tensors->count;
+  for (Py_ssize_t offset : plan.parts) {
+    tensors->addresses[number] = static_cast<char*>(tensors->addresses[tensors->count - 1]) + offset;
+    ++number;
   }
   return true;
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from gdfast import native
 from gdfast.backends import cuda_stream
 
 NONE = -1  # the number of no tensor
+_ALIGNMENT = 256  # bytes, as of torch's own memory on a GPU
 
 K = TypeVar("K", bound=Callable[..., Any])
 # Called with a tuple of tensors, a momentum, threads or device, and a stream; gives a tuple, or
@@ -65,11 +67,17 @@ class Draft:
         self._fresh: list[Callable[[], Tensor]] = []
         self._launches: list[tuple[Any, tuple[int, ...]]] = []
         self._aligned: list[int] = []
+        self._scratch: list[int] = []  # bytes before each, and in all
 
     def fresh(self, make: Callable[[], Tensor]) -> int:
         """The number of a tensor that `make` makes at each call."""
         self._fresh.append(make)
         return self._given + len(self._fresh) - 1
+
+    def scratch(self, bytes: int) -> int:
+        """The number of memory on the GPU that is needed for as long as the kernels run."""
+        self._scratch.append(-(-bytes // _ALIGNMENT) * _ALIGNMENT)
+        return NONE - len(self._scratch)
 
     def launch(self, launch: Any, *tensors: int) -> None:
         """Adds a launch on these tensors, in the order that its binding names."""
@@ -79,11 +87,25 @@ class Draft:
         """Asks for addresses of given tensors that 16 divides."""
         self._aligned += [each for each in tensors if 0 <= each < self._given]
 
-    def plan(self, results: Sequence[int], written: Sequence[int] = ()) -> Plan:
+    def plan(
+        self, results: Sequence[int], written: Sequence[int] = (),
+        device: torch.device | None = None,
+    ) -> Plan:  # fmt: skip
         """The plan that returns these tensors, and writes to those given ones."""
         assert native.cpu is not None
+        fresh, *parts = self._fresh, *accumulate(self._scratch, initial=0)
+        if self._scratch:
+            make = partial(torch.empty, parts.pop(), dtype=torch.uint8, device=device)
+            fresh = [*fresh, make]
+        else:
+            parts = []
+        end = self._given + len(fresh)
+        launches = [
+            (launch, tuple(t if t >= NONE else end + NONE - 1 - t for t in tensors))
+            for launch, tensors in self._launches
+        ]
         plan = native.cpu.make_plan(
-            self._given, tuple(self._fresh), tuple(self._launches), tuple(results),
+            self._given, tuple(fresh), tuple(parts), tuple(launches), tuple(results),
             tuple(self._aligned), tuple(written),
         )  # fmt: skip
         return partial(native.cpu.run_plan, plan)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from gdfast import native
 from gdfast.backends import chosen, plans, tuning
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.cuda_conv2d import Kernel
@@ -26,6 +27,7 @@ from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
 from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
+from gdfast.tensor_cores import allows_tf32
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
@@ -216,7 +218,7 @@ def unit(
             return None  # what its gradients need might not be kept
         grads = input.requires_grad, bias is not None and bias.requires_grad
     backend = chosen()
-    key = facts, *geometry, *norm, takes_moments, grads, backend, tuning.situation()
+    key = facts, *geometry, *norm, takes_moments, grads, _situation(backend)
     try:
         found = conv2d_dispatch.units.get(key)
     except TypeError:  # lists for stride and so on, which the two operations take
@@ -254,12 +256,14 @@ def _find(
     units = conv2d_dispatch.units
     if len(units) >= conv2d_dispatch.KERNELS_LIMIT:
         units.clear()
-    found = units[key] = Unit(conv, has_moments, arguments, norm, _situation(backend))
+    found = units[key] = Unit(conv, has_moments, arguments, norm, key[-1])
     return found
 
 
-def _situation(backend: str) -> tuple[str, int]:
-    return chosen(backend), tuning.situation()
+def _situation(backend: str) -> tuple[str, int, bool]:
+    """What kernels depend on beside the tensors: plans have the precision of theirs fixed."""
+    tf32 = native.cuda is not None and allows_tf32()
+    return chosen(backend), tuning.situation(), tf32
 
 
 class _UnitFunction(torch.autograd.Function):

@@ -31,14 +31,17 @@ def forward_plan(
         made = draft_conv(draft, *given[:3], has_moments)
         if made is None:
             return None
-        made, *moments = made
-        *results, mask = draft_norm(draft, made, *given[3:], *moments, wants_mask)
+        made, moments, splits = made
+        *results, mask = draft_norm(
+            draft, made, *given[3:], moments=moments, splits=splits, wants_mask=wants_mask
+        )
     else:
         made, mask = draft_conv(draft, *given[:3]), NONE
         results = draft_norm(draft, made, *given[3:])
     output, mean, invstd = results
     written = [each for each in (*given[5:7], given[-1]) if each != NONE]
-    return draft.plan((output, made, mean, invstd, mask), written if training else ())
+    results = output, made, mean, invstd, mask
+    return draft.plan(results, written if training else (), between.device)
 
 
 def backward_plan(
@@ -49,24 +52,23 @@ def backward_plan(
     and bias and of the norm's weight, bias and residual; `needs` tells for the function's inputs
     which are asked for. None where kernels or tensors do not allow it.
     """
-    _, _, between, *params, other, _, _ = saved
-    drafts = draft_norm, draft_input, draft_weight = [
-        draft_of(each) for each in (norm, conv_input, conv_weight)
-    ]
-    if any(draft is None for draft in drafts[: 3 if needs[0] else 1]) or draft_weight is None:
+    _, _, image, *params, other, _, _ = saved
+    of_norm, of_input, of_weight = map(draft_of, (norm, conv_input, conv_weight))
+    if of_norm is None or of_weight is None or (needs[0] and of_input is None):
         return None
-    is_image = other is not None and other.dim() == between.dim()  # and no mask
-    if not _are_packed(*params) or not _lie_alike(between, grad_output, is_image and other):
+    is_image = other is not None and other.dim() == image.dim()  # and no mask
+    images = [grad_output, other] if is_image else [grad_output]
+    if not _are_packed(*params) or not _lie_alike(image, *images):
         return None
     draft = Draft(1 + len(saved))
-    grad_output, input, weight, *of_norm = _numbers((grad_output, *saved))
     wanted = True, needs[3], needs[4], needs[7]
-    grad, *of_params = draft_norm(draft, grad_output, *of_norm, wanted=wanted)
-    grad_input = draft_input(draft, grad, weight) if needs[0] else NONE
-    of_weight = draft_weight(draft, grad, input, needs[2])
-    if grad_input is None or of_weight is None:
+    output, input, weight, *rest = _numbers((grad_output, *saved))
+    grad, *of_params = of_norm(draft, output, *rest, wanted=wanted)
+    grad_input = of_input(draft, grad, weight) if needs[0] and of_input is not None else NONE
+    gradients = of_weight(draft, grad, input, needs[2])
+    if grad_input is None or gradients is None:
         return None
-    return draft.plan((grad_input, *of_weight, *of_params))
+    return draft.plan((grad_input, *gradients, *of_params), device=image.device)
 
 
 def _numbers(tensors: Sequence[Any]) -> list[int]:
@@ -77,12 +79,12 @@ def _are_packed(*params: Tensor | None) -> bool:
     return all(param is None or param.is_contiguous() for param in params)
 
 
-def _lie_alike(between: Tensor, *images: Any) -> bool:
+def _lie_alike(first: Tensor, *images: Tensor | None) -> bool:
     """Whether all are dense, in the memory order of the first."""
-    strides = between.stride()
-    return (
-        between.is_contiguous() or between.is_contiguous(memory_format=torch.channels_last)
-    ) and all(image is None or image is False or image.stride() == strides for image in images)
+    layout = torch.channels_last
+    is_dense = first.is_contiguous() or first.is_contiguous(memory_format=layout)
+    strides = first.stride()
+    return is_dense and all(each is None or each.stride() == strides for each in images)
 
 
 def _is_counter(batches: Tensor | None, like: Tensor) -> bool:
