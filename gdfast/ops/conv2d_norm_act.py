@@ -8,11 +8,11 @@ what both operations have run before is known, so that checks, errors and choice
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
 from gdfast import native
 from gdfast.backends import chosen, plans, tuning
@@ -26,7 +26,7 @@ from gdfast.ops.conv2d import _layer_key, autocast, conv_gradients, note_sizes, 
 from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
-from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
+from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
 from gdfast.tensor_cores import allows_tf32
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
@@ -44,10 +44,12 @@ class Unit:
 
     def __init__(
         self, conv: Any, has_moments: bool, arguments: tuple[Any, ...], norm: tuple[Any, ...],
-        situation: Any,
+        source: str, situation: Any,
     ) -> None:  # fmt: skip
         self.arguments, self.norm, self.situation = arguments, norm, situation
         self._conv, self._has_moments = conv, has_moments
+        # Where backward finds the activation's argument, but for a mask in its place.
+        self.source = source
         self._norm: Any = None
         self._is_cuda = False
         self._plan: plans.Plan | None = None
@@ -56,7 +58,7 @@ class Unit:
         # tensors: what was saved may come back in another layout, from hooks that pack it.
         self._backward: dict[tuple[Any, ...], _Backward] = {}
 
-    def __call__(self, tensors: Tensors, momentum: float) -> Tensor:
+    def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
         if torch.is_grad_enabled():
             output: Tensor = _apply_to_ordinary(*tensors, self, momentum)
@@ -106,14 +108,15 @@ class Unit:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
         needs = ctx.needs_input_grad
-        facts = ordinary_facts(grad_output, *saved)
+        facts = unwatched_facts(grad_output, *saved)
         found = self._backward.get((ctx.source, needs, facts))
         if (
             found is None
+            or facts is None
             or self.situation != _situation(self.arguments[-1])
             or in_backward.targets
             or torch.is_grad_enabled()
-            or is_watched()
+            or torch.compiler.is_compiling()
         ):
             return self._learn_gradients(ctx, grad_output, saved, facts)
         if found.plan is not None and plans.enabled:
@@ -147,8 +150,8 @@ class Unit:
         if (
             needs[1]
             and facts is not None
-            and not (torch.is_grad_enabled() or is_watched())
-            and ordinary_facts(grad) is not None
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and unwatched_facts(grad) is not None
         ):
             self._find_kernels(ctx, grad_output, grad, saved, facts)
         return *gradients, *rest
@@ -196,7 +199,7 @@ class _Backward(NamedTuple):
 
 def unit(
     tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...], takes_moments: bool
-) -> tuple[Unit, Tensors] | None:
+) -> tuple[Callable[[Tensors, float], Tensor], Tensors] | None:
     """What runs a convolution with the norm behind it, and the tensors to call it with; or None,
     where the two operations do.
 
@@ -204,12 +207,14 @@ def unit(
     negative_slope; `takes_moments` tells whether `conv2d_moments` is the convolution.
     """
     input, weight, bias, *rest = tensors
-    if is_watched() or has_torch_function_variadic(*tensors) or input is None or weight is None:
+    if input is None or weight is None:
         return None
-    if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
+    if torch._C._is_any_autocast_enabled():
+        if unwatched_facts(*tensors) is None:
+            return None
         input, weight, bias = autocast(input, weight, bias)
         tensors = input, weight, bias, *rest
-    facts = ordinary_facts(*tensors)
+    facts = unwatched_facts(*tensors)
     if facts is None:
         return None
     grads = None
@@ -225,7 +230,7 @@ def unit(
         return None
     if found is None:
         found = _find(key, tensors, geometry, norm, takes_moments, backend)
-    return (found, tensors) if found else None
+    return (found.run, tensors) if found else None
 
 
 def _find(
@@ -256,7 +261,9 @@ def _find(
     units = conv2d_dispatch.units
     if len(units) >= conv2d_dispatch.KERNELS_LIMIT:
         units.clear()
-    found = units[key] = Unit(conv, has_moments, arguments, norm, key[-1])
+    *_, activation, slope = norm
+    source = pre_activation(activation, slope, residual)
+    found = units[key] = Unit(conv, has_moments, arguments, norm, source, key[-1])
     return found
 
 
@@ -270,8 +277,7 @@ class _UnitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         input, weight, bias, norm_weight, norm_bias, _, _, residual, _, unit, momentum = inputs
-        _, _, activation, slope = unit.norm
-        source = pre_activation(activation, slope, residual)
+        source = unit.source
         output, between, mean, invstd, mask = unit.forward(inputs[:9], momentum, source == "output")
         if mask is not None:
             source, other = "mask", mask
