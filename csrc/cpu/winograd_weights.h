@@ -56,5 +56,71 @@ inline void transform_weights(TapConv conv, const TapGrid& grid, const float* we
   }
 }
 
+// to[(c * 9 + t) * width + o] of the weights for channels [first, first + channels) and the outputs
+// o of a panel; lanes past either are zeros.
+inline void pack_filters(const TapConv& conv, const TapGrid& grid, const float* weight,
+                         const Panels<float>& panels, int64_t panel, int64_t first,
+                         int64_t channels, float* to) {
+  const int64_t width = panels.width, output = panel * width;
+  const int64_t outputs = min_of(width, conv.produced - output);
+  const int64_t valid = min_of(channels, conv.reduced - first);
+  const int64_t reduced = conv.weight_reduced, produced = conv.weight_produced;
+  const float* from = weight + first * reduced + output * produced;
+  std::memset(to + valid * 9 * width, 0, (channels - valid) * 9 * width * sizeof(float));
+  if (reduced == 1) {
+    for (int t = 0; t < 9; ++t) {
+      transpose_widened(from + grid.taps[t].weight, produced, valid, outputs, width, to + t * width,
+                        9 * width);
+    }
+    return;
+  }
+  // In a contiguous KCRS tensor the taps of one filter follow each other, this way or the other.
+  const bool onward = grid.taps[8].weight == 8, follow = onward || grid.taps[0].weight == 8;
+  if (follow && produced > 1) {
+    const int64_t together = reduced == 9 ? valid : 1;
+    for (int64_t c = 0; c < valid; c += together, from += reduced) {
+      transpose_lines<float>(from, produced, together * 9, outputs, width, [&](int64_t x) {
+        return to + (c * 9 + (onward ? x : x / 9 * 9 + 8 - x % 9)) * width;
+      });
+    }
+    return;
+  }
+  for (int64_t c = 0; c < valid; ++c, from += reduced) {
+    for (int t = 0; t < 9; ++t, to += width) {
+      __builtin_prefetch(from + 8 * reduced + grid.taps[t].weight);
+      copy_widened(from + grid.taps[t].weight, produced, outputs, to);
+      for (int64_t o = outputs; o < width; ++o) to[o] = 0;
+    }
+  }
+}
+
+// Line i of G w G^T: to[j * product_step + c * width + o] of packed filters.
+inline void transform_filter_line(const float* packed, int i, int64_t channels, int64_t width,
+                                  float* to, int64_t product_step) {
+  using T = float;
+  Vec<T> unit[3] = {}, line[kTileIn];
+  T factors[3];
+  for (int r = 0; r < 3; ++r) {
+    unit[r] += T(1);
+    transform_filter<T>(unit, 1, line, 1);
+    factors[r] = line[i][0];
+    unit[r] = Vec<T>{};
+  }
+  for (int64_t c = 0; c < channels; ++c, packed += 9 * width) {
+    for (int64_t o = 0; o < width; o += kLanes<T>, to += kLanes<T>) {
+      Vec<T> half[3];
+#pragma GCC unroll 3
+      for (int s = 0; s < 3; ++s) {
+        const T* from = packed + s * width + o;
+        half[s] = factors[0] * load(from) + factors[1] * load(from + 3 * width) +
+                  factors[2] * load(from + 6 * width);
+      }
+      transform_filter<T>(half, 1, line, 1);
+#pragma GCC unroll 6
+      for (int j = 0; j < kTileIn; ++j) store<T>(to + j * product_step, line[j]);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace gdfast::cpu
