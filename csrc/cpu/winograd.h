@@ -60,6 +60,11 @@ class WinogradRounds {
     part_channels_ = round_up(ceil_div(channels_, parts_), kWidth);
     round_tiles_ = image_round_tiles(grid_.count, channels_);
     tiles_ = ceil_div(round_tiles_, ceil_div(round_tiles_, kMostTiles));
+    // Few tiles leave room for the sums of several panels, which then read the image together.
+    panels_at_once_ = max_of(1, min_of(kMostTiles / tiles_, panels_.count / (4 * threads)));
+    panels_at_once_ = min_of(panels_at_once_, 2);
+    width_ = panels_at_once_ * panels_.width;
+    outputs_ = round_up(conv.produced, width_);
   }
 
   void run() {
@@ -71,7 +76,7 @@ class WinogradRounds {
  private:
   struct Scratch {
     T* packed;   // [part_channels][9][width]: weights before they are transformed
-    T* weights;  // [6][part_channels][width], a line of products
+    T* weights;  // [12][part_channels][width], of two lines of products
     T* sums;     // [36][tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
   };
@@ -79,17 +84,17 @@ class WinogradRounds {
   // From one product to the next: a cache line more than there is, so that the same place of all
   // products spreads over the cache.
   int64_t image_step() const { return round_tiles_ * part_channels_ + 16; }
-  int64_t weights_step() const { return part_channels_ * panels_.width + 16; }
-  int64_t sums_step() const { return tiles_ * panels_.width + 16; }
+  int64_t weights_step() const { return part_channels_ * width_ + 16; }
+  int64_t sums_step() const { return tiles_ * width_ + 16; }
 
   int64_t carve(Carver carver) {
     image_ = carver.take<T>(parts_ * kProducts * image_step() + kRowsBeyond * part_channels_);
     zeros_ = carver.take<T>(kWidth);
-    biases_ = carver.take<T>(panels_.count * panels_.width);
+    biases_ = carver.take<T>(outputs_);
     const int64_t before = carver.used();
-    scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
-    scratch_.weights = carver.take<T>(kTileIn * weights_step());
-    scratch_.sums = carver.take<T>(kProducts * sums_step() + kRowsBeyond * panels_.width);
+    scratch_.packed = carver.take<T>(9 * part_channels_ * width_);
+    scratch_.weights = carver.take<T>(2 * kTileIn * weights_step());
+    scratch_.sums = carver.take<T>(kProducts * sums_step() + kRowsBeyond * width_);
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
@@ -106,7 +111,7 @@ class WinogradRounds {
     const T* weight = weight_ + group * conv_.weight_group;
     T* dest = dest_ + group * conv_.dest_group;
     std::memset(zeros_, 0, kWidth * sizeof(T));
-    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+    for (int64_t o = 0; o < outputs_; ++o) {
       const bool has = bias_ != nullptr && o < conv_.produced;
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
@@ -130,27 +135,27 @@ class WinogradRounds {
                   });
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
-    parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
+    parallel_for(outputs_ / width_ * blocks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
-      const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
+      const int64_t output = index / blocks * width_;
+      const int64_t tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
         const int64_t c = part * part_channels_;
         const int64_t channels = min_of(part_channels_, channels_ - c);
-        pack_filters(conv_, taps_, weight, panels_, panel, c, channels, scratch.packed);
+        pack_filters(conv_, taps_, weight, output, width_, c, channels, scratch.packed);
         const T* image = image_ + part * kProducts * image_step() + (tile - first) * part_channels_;
-        for (int i = 0; i < kTileIn; ++i) {
-          transform_filter_line(scratch.packed, i, channels, panels_.width, scratch.weights,
-                                weights_step());
-          for (int j = 0; j < kTileIn; ++j) {
-            multiply(i * kTileIn + j, image, tile, tile_end, channels,
-                     scratch.weights + j * weights_step(), part > 0, scratch.sums);
+        for (int pair = 0; pair < kFilterPairs; ++pair) {
+          transform_filter_pair(pair, scratch.packed, channels, width_, scratch.weights,
+                                kTileIn * weights_step(), weights_step());
+          for (int x = 0; x < 2 * kTileIn; ++x) {
+            multiply(kFilterLines[pair][x / kTileIn] * kTileIn + x % kTileIn, image, tile, tile_end,
+                     channels, scratch.weights + x * weights_step(), part > 0, scratch.sums);
           }
         }
       }
-      const int64_t output = panel * panels_.width;
-      write_tiles(grid_, tile, tile_end, scratch.sums, panels_.width, sums_step(),
-                  min_of(panels_.width, conv_.produced - output), biases_ + output, ending_,
+            write_tiles(grid_, tile, tile_end, scratch.sums, width_, sums_step(),
+                  min_of(width_, conv_.produced - output), biases_ + output, ending_,
                   scratch.stage, conv_.dest, dest + output * conv_.dest.c);
     });
   }
@@ -162,10 +167,9 @@ class WinogradRounds {
     sums += product * sums_step();
     const auto run = [&](TileRange own) {
       if (own.empty()) return;
-      multiply_lines(panels_.vectors, own.end - own.begin,
+      multiply_lines(panels_.vectors, panels_at_once_, own.end - own.begin,
                      image + (own.begin - first) * part_channels_, part_channels_, channels,
-                     weights, accumulate, sums + (own.begin - first) * panels_.width,
-                     panels_.width);
+                     weights, accumulate, sums + (own.begin - first) * width_);
     };
     const TileGrid::Ranges ranges = grid_.needing(product);
     TileRange low = ranges.part[0].within(first, end), high = ranges.part[1].within(first, end);
@@ -190,6 +194,8 @@ class WinogradRounds {
   Panels<T> panels_;
   int64_t channels_;  // reduced ones, padded to whole vectors
   int64_t parts_, part_channels_;
+  int64_t panels_at_once_, width_;  // of a task
+  int64_t outputs_;                 // whole tasks of them
   int64_t round_tiles_;  // of a round, in which the image is transformed at once
   int64_t tiles_;        // of a block
   T* image_;

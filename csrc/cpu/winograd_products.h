@@ -18,11 +18,10 @@ GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
   }
 }
 
-// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles: lines of rows and sums lie
-// row_step and sums_step apart.
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
 template <int kRows, int kVectors>
 void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const float* panel,
-                    bool accumulate, float* sums, int64_t sums_step) {
+                    int64_t panel_step, bool accumulate, float* sums, int64_t sums_step) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
@@ -39,7 +38,7 @@ void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
       }
-      panel += kVectors * kWidth;
+      panel += panel_step;
     }
   }
 #pragma GCC unroll 6
@@ -56,27 +55,32 @@ void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const
 inline void multiply_lines(int vectors, const float* rows, int64_t line, int64_t channels,
                            const float* panel, bool accumulate, float* sums) {
   with_vectors(vectors, [&](auto count) {
-    multiply_lines<kTileRows, decltype(count)::value>(rows, line, channels, panel, accumulate, sums,
-                                                      line);
+    constexpr int kVectors = decltype(count)::value;
+    multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,
+                                        accumulate, sums, line);
   });
 }
 
-// For any number of tiles. They go by 4 to 6, as evenly as that can be: up to kRowsBeyond rows more
-// are read and written than there are.
+// For any number of tiles and of panels side by side. Tiles go by 4 to 6, as evenly as that can be:
+// up to kRowsBeyond rows more are read and written than there are.
 constexpr int kRowsBeyond = 3;
-inline void multiply_lines(int vectors, int64_t tiles, const float* rows, int64_t row_step,
-                           int64_t channels, const float* panel, bool accumulate, float* sums,
-                           int64_t sums_step) {
+inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const float* rows,
+                           int64_t row_step, int64_t channels, const float* weights,
+                           bool accumulate, float* sums) {
   with_vectors(vectors, [&](auto count) {
     constexpr int kVectors = decltype(count)::value;
+    constexpr int64_t kWidth = kVectors * kLanes<float>;
+    const int64_t line = panels * kWidth;
     for (int64_t calls = ceil_div(tiles, kTileRows); calls > 0; --calls) {
       const int64_t own = max_of(4, ceil_div(tiles, calls));
       const auto multiply = own == 4   ? multiply_lines<4, kVectors>
                             : own == 5 ? multiply_lines<5, kVectors>
                                        : multiply_lines<6, kVectors>;
-      multiply(rows, row_step, channels, panel, accumulate, sums, sums_step);
+      for (int64_t o = 0; o < line; o += kWidth) {
+        multiply(rows, row_step, channels, weights + o, line, accumulate, sums + o, line);
+      }
       rows += own * row_step;
-      sums += own * sums_step;
+      sums += own * line;
       tiles -= own;
     }
   });
