@@ -54,7 +54,8 @@ void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t li
         }
       }
       A copy[kWidth][kWidth] = {};
-      for (int64_t i = 0; i < y_valid; ++i) copy_widened(corner + i * from_step, 1, x_count, copy[i]);
+      for (int64_t i = 0; i < y_valid; ++i)
+        copy_widened(corner + i * from_step, 1, x_count, copy[i]);
       std::memcpy(square, copy, sizeof square);
       transpose<A>(square);
       for (int64_t i = 0; i < x_count; ++i) {

@@ -154,9 +154,9 @@ class WinogradRounds {
           }
         }
       }
-            write_tiles(grid_, tile, tile_end, scratch.sums, width_, sums_step(),
-                  min_of(width_, conv_.produced - output), biases_ + output, ending_,
-                  scratch.stage, conv_.dest, dest + output * conv_.dest.c);
+      write_tiles(grid_, tile, tile_end, scratch.sums, width_, sums_step(),
+                  min_of(width_, conv_.produced - output), biases_ + output, ending_, scratch.stage,
+                  conv_.dest, dest + output * conv_.dest.c);
     });
   }
 
@@ -196,8 +196,8 @@ class WinogradRounds {
   int64_t parts_, part_channels_;
   int64_t panels_at_once_, width_;  // of a task
   int64_t outputs_;                 // whole tasks of them
-  int64_t round_tiles_;  // of a round, in which the image is transformed at once
-  int64_t tiles_;        // of a block
+  int64_t round_tiles_;             // of a round, in which the image is transformed at once
+  int64_t tiles_;                   // of a block
   T* image_;
   T* zeros_;
   T* biases_;

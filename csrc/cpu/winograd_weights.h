@@ -57,9 +57,8 @@ inline void pack_filters(const TapConv& conv, const TapGrid& grid, const float* 
   for (int64_t c = 0; c < valid; ++c, weight += reduced, packed += 9 * width) {
     int t = 0, end = 9;  // of the taps that go one by one
     if (onward || backward) {
-      transpose_lines<T>(weight, produced, 8, outputs, width, [&](int64_t x) {
-        return packed + (onward ? x : 8 - x) * width;
-      });
+      transpose_lines<T>(weight, produced, 8, outputs, width,
+                         [&](int64_t x) { return packed + (onward ? x : 8 - x) * width; });
       t = onward ? 8 : 0;
       end = t + 1;
     }
