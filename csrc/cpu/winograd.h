@@ -12,6 +12,7 @@
 //   sums    [36][tiles][width]                      of one panel of output channels
 #pragma once
 
+#include "shares.h"
 #include "winograd_blocks.h"
 
 namespace gdfast::cpu {
@@ -125,7 +126,7 @@ class WinogradRounds {
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                                     conv_.source_width, taps_.low_h, taps_.low_w);
     constexpr int64_t kStep = TileGrid::kRun;
-    parallel_for(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
+    parallel_shares(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
       const int64_t begin = first + index * kStep;
       reader.read(begin, min_of(begin + kStep, end), zeros_, scratch_of(thread).stage,
                   [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
@@ -135,7 +136,7 @@ class WinogradRounds {
                   });
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
-    parallel_for(outputs_ / width_ * blocks, threads_, [&](int64_t index, int thread) {
+    parallel_shares(outputs_ / width_ * blocks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t output = index / blocks * width_;
       const int64_t tile = first + index % blocks * tiles_;

@@ -9,6 +9,7 @@
 // rounds are added up as weights.
 #pragma once
 
+#include "shares.h"
 #include "tap_conv_pixels.h"
 #include "winograd_products.h"
 #include "winograd_tiles.h"
@@ -97,21 +98,23 @@ class GradWeightRounds {
   void run_round(int64_t group, int64_t round) {
     const int64_t begin = round * round_tiles_;
     const int64_t tiles = min_of(round_tiles_, grid_.count - begin);
-    parallel_for(blocks_ * (1 + panels_.count), threads_, [&](int64_t index, int thread) {
-      const int64_t block = index / (1 + panels_.count);
-      const int64_t panel = index % (1 + panels_.count) - 1;
-      const int64_t first = min_of(block * kBlockTiles, tiles);
-      const int64_t end = min_of(first + kBlockTiles, tiles);
-      T* stage = scratch_of(thread).stage;
-      if (panel < 0) {
-        transform_input(group, begin, begin + first, begin + end, stage);
-      } else {
-        T* bias_sums = bias_sums_ + (round * blocks_ + block) * outputs() + panel * panels_.width;
-        std::memset(bias_sums, 0, panels_.width * sizeof(T));
-        transform_grads(group, panel, begin, begin + first, begin + end, stage, bias_sums);
-      }
+    const auto block_of = [&](int64_t index) {
+      const int64_t first = min_of(index * kBlockTiles, tiles);
+      return TileRange{begin + first, begin + min_of(first + kBlockTiles, tiles)};
+    };
+    parallel_shares(blocks_, threads_, [&](int64_t index, int thread) {
+      const TileRange own = block_of(index);
+      transform_input(group, begin, own.begin, own.end, scratch_of(thread).stage);
     });
-    parallel_for(panels_.count * tasks_, threads_, [&](int64_t index, int thread) {
+    // Panel by panel, as they are multiplied: most of them stay with one thread.
+    parallel_shares(panels_.count * blocks_, threads_, [&](int64_t index, int thread) {
+      const int64_t panel = index / blocks_, block = index % blocks_;
+      const TileRange own = block_of(block);
+      T* bias_sums = bias_sums_ + (round * blocks_ + block) * outputs() + panel * panels_.width;
+      std::memset(bias_sums, 0, panels_.width * sizeof(T));
+      transform_grads(group, panel, begin, own.begin, own.end, scratch_of(thread).stage, bias_sums);
+    });
+    parallel_shares(panels_.count * tasks_, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / tasks_, task = index % tasks_, c = task * kTaskChannels;
       multiply(image_ + task * image_size(), grads_ + panel * grads_size(), begin, tiles,
