@@ -53,7 +53,7 @@ class WinogradBlocks {
  private:
   struct Scratch {
     T* slots;
-    T* packed;  // [9][channels][width]: weights before they are transformed
+    T* packed;  // [channels][9][width]: weights before they are transformed
     T* stage;
   };
 
@@ -104,7 +104,7 @@ class WinogradBlocks {
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
     parallel_for(panels_.count, threads_, [&](int64_t panel, int thread) {
-      transform_weights(conv_, taps_, weight, panels_, panel, 0, channels_,
+      transform_weights(conv_, taps_, weight, panel * panels_.width, panels_.width, channels_,
                         scratch_of(thread).packed, weights_ + panel * panel_size(), product_size());
     });
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,

@@ -18,13 +18,13 @@ GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
   }
 }
 
-// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kTileRows tiles, a line apart.
-template <int kVectors>
-void multiply_lines(const float* rows, int64_t line, int64_t channels, const float* panel,
-                    bool accumulate, float* sums) {
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
+template <int kRows, int kVectors>
+void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const float* panel,
+                    int64_t panel_step, bool accumulate, float* sums, int64_t sums_step) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
-  Vec<T> sum[kTileRows][kVectors] = {};
+  Vec<T> sum[kRows][kVectors] = {};
   for (int64_t c = 0; c < channels; c += kWidth) {
 #pragma GCC unroll 4
     for (int lane = 0; lane < kWidth; ++lane) {
@@ -32,29 +32,57 @@ void multiply_lines(const float* rows, int64_t line, int64_t channels, const flo
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) weights[j] = load(panel + j * kWidth);
 #pragma GCC unroll 6
-      for (int i = 0; i < kTileRows; ++i) {
-        Vec<T> value = broadcast(rows[i * line + c + lane]);
+      for (int i = 0; i < kRows; ++i) {
+        Vec<T> value = broadcast(rows[i * row_step + c + lane]);
         keep_in_register<T>(value);  // as in multiply_tile
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
       }
-      panel += kVectors * kWidth;
+      panel += panel_step;
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kTileRows; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
-      float* to = sums + i * line + j * kWidth;
+      float* to = sums + i * sums_step + j * kWidth;
       store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
     }
   }
 }
 
+// For kTileRows tiles, whose sums lie as far apart as their images.
 inline void multiply_lines(int vectors, const float* rows, int64_t line, int64_t channels,
                            const float* panel, bool accumulate, float* sums) {
   with_vectors(vectors, [&](auto count) {
-    multiply_lines<decltype(count)::value>(rows, line, channels, panel, accumulate, sums);
+    constexpr int kVectors = decltype(count)::value;
+    multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,
+                                        accumulate, sums, line);
+  });
+}
+
+// For any number of tiles and of panels side by side. Tiles go by 4 to 6, as evenly as that can be:
+// up to kRowsBeyond rows more are read and written than there are.
+constexpr int kRowsBeyond = 3;
+inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const float* rows,
+                           int64_t row_step, int64_t channels, const float* weights,
+                           bool accumulate, float* sums) {
+  with_vectors(vectors, [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    constexpr int64_t kWidth = kVectors * kLanes<float>;
+    const int64_t line = panels * kWidth;
+    for (int64_t calls = ceil_div(tiles, kTileRows); calls > 0; --calls) {
+      const int64_t own = max_of(4, ceil_div(tiles, calls));
+      const auto multiply = own == 4   ? multiply_lines<4, kVectors>
+                            : own == 5 ? multiply_lines<5, kVectors>
+                                       : multiply_lines<6, kVectors>;
+      for (int64_t o = 0; o < line; o += kWidth) {
+        multiply(rows, row_step, channels, weights + o, line, accumulate, sums + o, line);
+      }
+      rows += own * row_step;
+      sums += own * line;
+      tiles -= own;
+    }
   });
 }
 
