@@ -47,8 +47,8 @@ class GraphedStep:
     whose results are bit by bit those of ordinary steps. On both it follows learning rates, and
     what `optimizer.step` changes. Python code of the model (prints, hooks, branches on values,
     numbers that it draws or counts itself) runs only while recording. Gradients are those of the
-    last call. The memory of the record is kept: all results of a step at once, gradients of
-    activations too.
+    last call. The memory of the record is kept, for each kind of batch: about what a step needs at
+    its peak, and on the CPU all results of PyTorch's own operators beside each other.
 
     The learning rates of the optimizer become tensors on its parameters' device, so that schedulers
     and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused

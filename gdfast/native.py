@@ -65,13 +65,16 @@ def summary() -> str:
 class Recorder(Protocol):
     """Who is told of the CPU kernels that a thread calls, and of the memory that they write to.
 
-    `call(kernel, arguments)` calls a kernel; `keep(tensor)` learns of a tensor that came past
-    torch's allocator; within `paused()` nothing is told, and no mode of torch looks on.
+    `call(kernel, arguments)` calls a kernel; `allocate(make, size, strides, dtype)` gives memory
+    for its result, made where there is none to be used again; within `paused()` nothing is told,
+    and no mode of torch looks on.
     """
 
     def call(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any: ...
 
-    def keep(self, tensor: torch.Tensor) -> None: ...
+    def allocate(
+        self, make: Callable[[], torch.Tensor], size: Any, strides: Any, dtype: torch.dtype
+    ) -> torch.Tensor: ...
 
     def paused(self) -> AbstractContextManager[Any]: ...
 

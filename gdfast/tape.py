@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ _MOVE_MEMORY = {"resize_", "resize_as_", "_resize_output_", "set_", "_unsafe_set
 _READING = {
     "numpy", "tolist", "__array__", "__dlpack__", "__deepcopy__", "apply_", "map_", "map2_",
 }  # fmt: skip
+_uses: Any = torch._C._storage_Use_Count
 _LEAST_ADDRESS = 1 << 32  # numbers from here on are addresses: kernels count less
 
 
@@ -118,10 +120,12 @@ class Tape:
             if tensor.data_ptr() != read.address:
                 read.bind(tensor)
 
-    def keep(self, tensor: Tensor) -> None:
+    def keep(self, tensor: Tensor) -> torch.UntypedStorage:
+        """Keeps a tensor's memory, but that of the batch."""
+        storage = tensor.untyped_storage()
         if not any(tensor.data_ptr() in x.memory for x in self._batch):
-            storage = tensor.untyped_storage()
             self._kept[storage._cdata] = storage
+        return storage
 
     def keeps(self, addresses: Iterable[int]) -> bool:
         """Whether each address is in memory that is kept, or in the batch's."""
@@ -193,6 +197,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.tape = Tape(batch)
         self.why_not = ""
+        self._blocks: dict[int, list[torch.UntypedStorage]] = {}  # by their size in bytes
         for tensor in known:
             self.tape.keep(tensor)
 
@@ -206,8 +211,19 @@ class Recorder(TorchDispatchMode):
         with native.recorded_by(None), _disable_current_modes():
             yield
 
-    def keep(self, tensor: Tensor) -> None:
-        self.tape.keep(tensor)
+    def allocate(
+        self, make: Callable[[], Tensor], size: Any, strides: Any, dtype: torch.dtype
+    ) -> Tensor:
+        """Memory for a kernel's result: of another one that is gone, as it will be in a replay."""
+        blocks = self._blocks.setdefault(prod(size) * dtype.itemsize, [])
+        for storage in blocks:
+            # Neither a tensor nor the tape, for an operator, has it.
+            if _uses(storage._cdata) == 1:
+                with self.paused():
+                    return torch.empty(0, dtype=dtype).set_(storage, 0, size, strides)
+        tensor = make()
+        blocks.append(self.tape.keep(tensor))
+        return tensor
 
     def refuse(self, reason: str) -> None:
         self.why_not = self.why_not or reason
@@ -241,7 +257,7 @@ class Recorder(TorchDispatchMode):
         storages = {x.untyped_storage()._cdata for x in inputs}
         fresh = [x for x in outputs if x.untyped_storage()._cdata not in storages]
         for tensor in (*inputs, *fresh):
-            self.keep(tensor)
+            self.tape.keep(tensor)
             if self.tape.reads_otherwise(tensor):
                 self.refuse(f"{func.name()} takes the batch for {tensor.dtype}")
                 return

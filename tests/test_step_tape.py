@@ -248,6 +248,7 @@ def test_autocast() -> None:
         "optimizer",
         "load",
         "group",
+        "groups",
         "grad",
     ],
 )
@@ -333,6 +334,17 @@ def test_more_than_one_use_of_a_weight() -> None:
             return self.layer(self.layer(x).relu()) + x
 
     assert_bitwise(nn.Sequential(Twice(), small_model()), batches(6, *SMALL))
+
+
+def test_memory_is_used_again() -> None:
+    model = nn.Sequential(*[gdfast.nn.Conv2d(8, 8, 3, padding=1) for _ in range(9)])
+    step = GraphedStep(model, lambda y: y.square().mean(), sgd(model.parameters()), warmup=1)
+    images = torch.randn(8, 8, 32, 32)
+    for _ in range(3):
+        step(images)
+    (taped,) = step._recorded.values()
+    # Nine outputs and, of the gradients, two at a time; the loss has some more of its own.
+    assert taped.tape.bytes < 15 * images.nbytes
 
 
 def test_python_runs_only_while_recording() -> None:

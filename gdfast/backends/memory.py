@@ -67,10 +67,9 @@ def allocator(
     def allocate() -> Tensor:
         if torch.are_deterministic_algorithms_enabled():
             return plain()
-        tensor = _from_capsule(take())
         if by := native.recorder():
-            by.keep(tensor)
-        return tensor
+            return by.allocate(lambda: _from_capsule(take()), size, strides, dtype)
+        return _from_capsule(take())
 
     return allocate
 
