@@ -343,8 +343,8 @@ def test_memory_is_used_again() -> None:
     for _ in range(3):
         step(images)
     (taped,) = step._recorded.values()
-    # Nine outputs and, of the gradients, two at a time; the loss has some more of its own.
-    assert taped.tape.bytes < 15 * images.nbytes
+    # Nine outputs, four in the loss, and of the eight gradients two at a time.
+    assert taped.tape.bytes < 17 * images.nbytes
 
 
 def test_python_runs_only_while_recording() -> None:
