@@ -126,15 +126,22 @@ def _recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
 cpu = _load("cpu", "gdfast._cpu")
 cuda = _load("cuda", "gdfast._cuda_simulated" if cuda_is_simulated else "gdfast._cuda")
 
-# Functions of the CPU module that write to no tensor's memory: all others are kernels.
+# Functions of the CPU module that are no kernels: all others are, but for those that make launches.
+# A plan makes its results itself, so that nothing recorded runs one.
 _NO_KERNELS = {
     "isa", "supported_isas", "select_isa", "take_memory", "memory_use", "release_memory",
-    "watch_tensors", "tensor_facts",
+    "watch_tensors", "tensor_facts", "unwatched_facts", "make_plan", "run_plan",
 }  # fmt: skip
+
+
+def _is_kernel(name: str, function: Any) -> bool:
+    is_function = isinstance(function, BuiltinFunctionType)
+    return is_function and name not in _NO_KERNELS and not name.endswith("_launch")
+
 
 if cpu is not None:
     for _name, _function in list(vars(cpu).items()):
-        if isinstance(_function, BuiltinFunctionType) and _name not in _NO_KERNELS:
+        if _is_kernel(_name, _function):
             setattr(cpu, _name, _recorded(_function))
     # The build knows better than the import why the CUDA module is not there.
     if cuda is None and cpu.why_no_cuda and not cuda_is_simulated:

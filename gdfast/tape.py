@@ -235,7 +235,10 @@ class Recorder(TorchDispatchMode):
             self.refuse("a kernel of gdfast reads a tensor that may be gone by the next step")
         self.tape.add_kernel(kernel, arguments)
         with native.recorded_by(None):
-            return kernel(*arguments)
+            result = kernel(*arguments)
+        if result is not None and type(result) is not bool:  # whether it did anything
+            self.refuse(f"a kernel of gdfast gives a {type(result).__name__}")
+        return result
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
