@@ -112,3 +112,38 @@ def test_orl_compares_trainings_with_pixels(
     assert rows["pixels identify"]["rank1"] == pytest.approx(0.885)
     assert rows["pixels verify"]["auc"] == pytest.approx(0.9326, abs=1e-4)
     assert "verify seed 1         rank1 1.0000  auc 0.9250" in capsys.readouterr().out
+
+
+def test_the_cost_models_choices_are_compared_and_fitted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled_cpu: None
+) -> None:
+    module = _script("cost_model")
+    algorithms = module.cpu_algorithms
+    before = dict(algorithms._COSTS)
+    monkeypatch.setattr(algorithms, "_COSTS", dict(before))
+    some = [item for item in module.layers() if item[1].H == 14 and item[1].C <= 48]
+    some = [item for item in some if item[1].N == 1]
+    shapes = {(g.C, g.K, g.stride) for _, g in some}
+    assert len(shapes) == len(some) > 1 and {stride for _, _, stride in shapes} == {(1, 1), (2, 2)}
+
+    class Times:
+        """A world in which the direct kernels never take half as long as Winograd's."""
+
+        def __init__(self, calls: dict[str, Any], *_: Any, **__: Any) -> None:
+            assert set(calls) == {"direct", "winograd"}
+
+        def median(self, name: str) -> float:
+            return {"direct": 1e-3, "winograd": 3e-3}[name]
+
+    monkeypatch.setattr(module.timer, "compare", Times)
+    rows = [
+        row for item in some for layout in module.LAYOUTS for row in module.measure(*item, layout)
+    ]
+    assert len(rows) == 2 * 3 * len(some)
+    wrong = [row for row in rows if row.chosen == "winograd"]
+    assert all(row.excess == pytest.approx(3 if row in wrong else 1) for row in rows)
+    for stride, op in before:
+        module.fit(rows, stride, op)
+    assert not [row for row in rows if row.chosen == "winograd"]
+    text = module.summary(rows)
+    assert "others, stride 1: chosen over best 1.000, 0 of" in text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gdfast
 from gdfast import nn, ops
-from gdfast.ops.conv2d import _OPERATIONS
+from gdfast.ops.conv2d_autograd import _OPERATIONS
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_registry", "compiled_cpu"),

@@ -113,14 +113,14 @@ class TestChoice:
     def test_natives_time_has_what_fresh_memory_costs(
         self, stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(memory, "_seconds_per_fresh_byte", lambda threads: 1e-6)
+        monkeypatch.setattr(memory, "_seconds_per_fresh_byte", lambda threads: 1e-7)
         stopwatch.seconds = {"direct": 1.1, "winograd": 2.0, "native": 1.0}
-        large = tensors(n=8)  # results of 819,200 bytes, and a weight's gradient of 9,216
+        large = tensors(n=82)  # results of 8,396,800 bytes, and a weight's gradient of 9,216
         with tuning.recorded({}) as uses:
             ops.conv2d(*large, padding=1).sum().backward()
         assert [use.choice.name for use in uses] == ["direct", "direct", "native"]
-        assert uses[0].choice.seconds["native"] == pytest.approx(1 + 0.5 * 0.8192, rel=1e-3)
-        assert ran(*tensors(n=1)) == ["native"] * 3  # 102,400 bytes: the heap has them
+        assert uses[0].choice.seconds["native"] == pytest.approx(1 + 0.5 * 0.83968, rel=1e-3)
+        assert ran(*tensors(n=81)) == ["native"] * 3  # 8,294,400 bytes: the heap has them
 
     @pytest.mark.parametrize(
         ("seconds", "name"),

@@ -56,26 +56,29 @@ def test_not_where_one_pass_is_ours(
 
     monkeypatch.setattr("gdfast.backends.tuning_timer.measure", choose)
     arguments = tensors()
-    assert [function(step(*arguments)[0]) for _ in range(3)] == ["Conv2dFunctionBackward"] * 3
+    assert [function(step(*arguments)[0]) for _ in range(3)] == [
+        "Conv2dFunctionBackward",
+        *["Conv2dLayerFunctionBackward"] * 2,
+    ]
 
 
 def test_only_where_the_choice_holds(stopwatch: Stopwatch) -> None:  # noqa: F811
     stopwatch.seconds = NATIVE
     arguments = tensors()
     step(*arguments)
-    ours = "Conv2dFunctionBackward"
-    assert function(step(*arguments, backend="cpu")[0]) == ours
-    assert function(step(*tensors(size=41))[0]) == ours
-    assert function(step(arguments[0].detach(), arguments[1])[0]) == ours
-    assert function(step(*arguments, torch.zeros(16))[0]) == ours
+    ours = "Conv2dFunctionBackward", "Conv2dLayerFunctionBackward"
+    assert function(step(*arguments, backend="cpu")[0]) in ours
+    assert function(step(*tensors(size=41))[0]) in ours
+    assert function(step(arguments[0].detach(), arguments[1])[0]) in ours
+    assert function(step(*arguments, torch.zeros(16))[0]) in ours
     with gdfast.autotune("off"):
-        assert function(step(*arguments)[0]) == ours
+        assert function(step(*arguments)[0]) in ours
     with gdfast.precision("strict"):
-        assert function(step(*arguments)[0]) == ours
+        assert function(step(*arguments)[0]) in ours
     step(*arguments)  # in yet another situation
     assert function(step(*arguments)[0]) == "ConvolutionBackward0"
     conv2d_dispatch.forget_kernels()
-    assert function(step(*arguments)[0]) == ours
+    assert function(step(*arguments)[0]) in ours
 
 
 def test_autocast_and_gradients_of_gradients(stopwatch: Stopwatch) -> None:  # noqa: F811

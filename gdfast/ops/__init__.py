@@ -1,8 +1,9 @@
 """The operations as functions, with their gradients."""
 
 from gdfast.ops.batch_norm import batch_norm_act
-from gdfast.ops.conv2d import Conv2dFunction, conv2d
+from gdfast.ops.conv2d import conv2d
 from gdfast.ops.conv2d_act import Conv2dActFunction, conv2d_act
+from gdfast.ops.conv2d_autograd import Conv2dFunction
 from gdfast.ops.conv2d_moments import conv2d_moments
 from gdfast.ops.conv2d_relu_max_pool2d import ConvReluMaxPool2dFunction, conv2d_relu_max_pool2d
 from gdfast.ops.cross_entropy import cross_entropy

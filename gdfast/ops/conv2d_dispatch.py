@@ -47,13 +47,15 @@ KERNELS_LIMIT = 4096
 # own operator does what takes three through us: after a large kernel, with cold caches, each of
 # these costs 50 to 200 us more.
 all_native: dict[tuple[Any, ...], bool] = {}
+# What `ops.conv2d` knows of layers that have run before.
+layers: dict[tuple[Any, ...], Any] = {}
 # What `ops.conv2d_norm_act` knows of convolutions with the batch normalisations behind them.
 units: dict[tuple[Any, ...], Any] = {}
 
 
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
-    for known in (_kernels, _native, all_native, units):
+    for known in (_kernels, _native, all_native, layers, units):
         known.clear()
 
 

@@ -22,7 +22,8 @@ from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
 from gdfast.ops.batch_norm import count_batch, norm_gradients
 from gdfast.ops.batch_norm_dispatch import pre_activation
-from gdfast.ops.conv2d import _layer_key, autocast, conv_gradients, note_sizes, settings
+from gdfast.ops.conv2d import autocast, settings
+from gdfast.ops.conv2d_autograd import conv_gradients, layer_key, note_sizes
 from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
@@ -250,7 +251,7 @@ def _find(
     if has_moments:
         conv_key = MOMENTS, *conv_key
     elif torch.is_grad_enabled() and input.requires_grad and backend == AUTO:
-        layer = _layer_key(input, weight, bias is not None, arguments)
+        layer = layer_key(input, weight, bias is not None, arguments)
         # Before its first backward pass nobody knows whether native's own operator is better.
         if conv2d_dispatch.all_native.get(layer) is not False:
             return None
