@@ -33,26 +33,29 @@ class GradFilters {
   void transform_back(int64_t c, const T* sums, int64_t sums_step, int64_t shares,
                       int64_t share_step, bool accumulate, T* lines) const {
     const int64_t channels = min_of(kTaskChannels, reduced_ - c);
+    const int64_t row_step = rows_.channels_last() ? width_ : 9 * width_;
+    const int64_t tap_step = rows_.channels_last() ? channels * width_ : width_;
     for (int64_t row = 0; row < channels; ++row) {
       for (int64_t k = 0; k < width_; k += kWidth) {
         Vec<T> half[3 * kAxis], taps[9];
 #pragma GCC unroll 6
         for (int j = 0; j < kAxis; ++j) {
           Vec<T> column[kAxis];
-          for (int i = 0; i < kAxis; ++i) {
-            const T* from = sums + (i * kAxis + j) * sums_step + row * width_ + k;
-            column[i] = load(from);
-            for (int64_t share = 1; share < shares; ++share) {
-              column[i] += load(from + share * share_step);
-            }
+          const T* from = sums + j * sums_step + row * width_ + k;
+#pragma GCC unroll 6
+          for (int i = 0; i < kAxis; ++i) column[i] = load(from + i * kAxis * sums_step);
+          for (int64_t share = 1; share < shares; ++share) {
+            from += share_step;
+#pragma GCC unroll 6
+            for (int i = 0; i < kAxis; ++i) column[i] += load(from + i * kAxis * sums_step);
           }
           Transform::apply(column, 1, half + j, kAxis);
         }
 #pragma GCC unroll 3
         for (int r = 0; r < 3; ++r) Transform::apply(half + r * kAxis, 1, taps + r * 3, 1);
-        for (int t = 0; t < 9; ++t) {
-          const int64_t row_line = rows_.channels_last() ? t * channels + row : row * 9 + t;
-          T* line = lines + row_line * width_ + k;
+        T* line = lines + row * row_step + k;
+#pragma GCC unroll 9
+        for (int t = 0; t < 9; ++t, line += tap_step) {
           store<T>(line, accumulate ? load(line) + taps[t] : taps[t]);
         }
       }

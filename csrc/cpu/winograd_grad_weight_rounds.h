@@ -25,6 +25,8 @@ class GradWeightRounds {
   // Tiles that one product runs over at once: their grads are 16 to 32 KB, in L1.
   static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
   static constexpr int64_t kBlockTiles = 16;  // of a task that transforms
+  // Up to so many tiles, products are over before the processor foresees where it will read.
+  static constexpr int64_t kFewTiles = 48;
   using Filters = typename Pass::Filters;
   static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
 
@@ -153,6 +155,14 @@ class GradWeightRounds {
     }
   }
 
+  // Has the cache fetch a part of the next product's tiles.
+  void fetch(const T* image, int64_t tiles, int64_t call, int64_t calls) const {
+    const T* end = image + tiles * (call + 1) / calls * kTaskChannels;
+    for (image += tiles * call / calls * kTaskChannels; image < end; image += 16) {
+      __builtin_prefetch(image);
+    }
+  }
+
   // sums[filter][channel] = image times grads, over those of tiles [first, first + tiles) that need
   // each product.
   void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, int64_t channels,
@@ -164,6 +174,7 @@ class GradWeightRounds {
         // 16 channels are 6 + 5 + 5, not 6 + 6 and a rest.
         for (int64_t call = 0; call < calls; ++call) {
           const int64_t c = channels * call / calls;
+          if (count <= kFewTiles) fetch(rows + image_step(), count, call, calls);
           multiply_tiles(channels * (call + 1) / calls - c, panels_.vectors, rows + c,
                          kTaskChannels, lines, width, count, started, sums + c * width);
         }
