@@ -2,6 +2,7 @@
 // keep the processor busy: else memory and arithmetic take turns.
 #pragma once
 
+#include "winograd_products.h"
 #include "winograd_runs.h"
 
 namespace gdfast::cpu {
@@ -17,11 +18,11 @@ class TilesAhead {
       : grid_(grid),
         data_(data + low_h * strides.h + low_w * strides.w),
         strides_(strides),
-        row_size_(strides.c == 1 && strides.w == channels ? kTileOut * channels : 0) {}
+        channels_(strides.c == 1 ? channels : 0) {}
 
   // corners[i] is where tile first + i begins; beyond `end`, up to `size`, any place will do.
   void point(int64_t first, int64_t end, int64_t size, const T** corners) const {
-    if (row_size_ == 0) return;
+    if (channels_ == 0) return;
     int64_t run;
     for (int64_t tile = first; tile < end; tile += run) {
       run = grid_.run_from(tile, end);
@@ -33,20 +34,29 @@ class TilesAhead {
     for (int64_t i = end - first; i < size; ++i) corners[i] = data_;
   }
 
-  // To be called with each product for every kTileRows tiles: fetches a row of one of them.
-  void fetch(const T* const* corners, int product) const {
-    static_assert(kTileRows * kTileOut <= kProducts);
-    if (row_size_ == 0 || product >= kTileRows * kTileOut) return;
-    const T* row = corners[product / kTileOut] + product % kTileOut * strides_.h;
-    for (int64_t x = 0; x < row_size_; x += 16) __builtin_prefetch(row + x, 0, 2);
+  // Pixel `index` of the tiles, 0 to 15.
+  Ahead pixel(const T* const* corners, int index) const {
+    const int64_t offset = index / kTileOut * strides_.h + index % kTileOut * strides_.w;
+    return {corners, offset, channels_};
   }
 
  private:
   const TileGrid& grid_;
   const T* data_;
   Strides4 strides_;
-  int64_t row_size_;  // of values side by side; 0 where they are not, and nothing is fetched
+  int64_t channels_;  // 0 where they don't lie side by side, and nothing is fetched
 };
+
+// What one product fetches, all products together every pixel of the tiles of both, whose corners
+// lie `size` apart.
+inline Ahead ahead_of(int product, const TilesAhead& first, const TilesAhead& second,
+                      const float* const* corners, int64_t size) {
+  constexpr int kPixels = kTileOut * kTileOut;
+  static_assert(2 * kPixels <= kProducts);
+  if (product < kPixels) return first.pixel(corners, product);
+  if (product < 2 * kPixels) return second.pixel(corners + size, product - kPixels);
+  return {corners, 0, 0};
+}
 
 }  // namespace
 }  // namespace gdfast::cpu

@@ -113,20 +113,20 @@ class WinogradBlocks {
     });
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                                     conv_.source_width, taps_.low_h, taps_.low_w);
-    const TilesAhead image(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 1,
-                           taps_.low_w + 1);
+    const TilesAhead next(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 1,
+                          taps_.low_w + 1);
     const TilesAhead outputs(grid_, dest, conv_.dest, conv_.produced, 0, 0);
     parallel_shares(blocks_, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t first = begin(index), end = begin(index + 1);
-      T* to = scratch.slots + slot_size();
+      T* image = scratch.slots + slot_size();
       reader.read(
           first, end, zeros_, scratch.stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
-            transform_image_run(run, to + (tile - first) * line_ + c, line_, slot_size());
+            transform_image_run(run, image + (tile - first) * line_ + c, line_, slot_size());
           });
-      image.point(end, begin(min_of(index + 2, blocks_)), ahead_size(), scratch.ahead);
+      next.point(end, begin(min_of(index + 2, blocks_)), ahead_size(), scratch.ahead);
       outputs.point(first, end, ahead_size(), scratch.ahead + ahead_size());
-      multiply(first, end, scratch, image, outputs);
+      multiply(first, end, scratch, next, outputs);
       write_tiles(grid_, first, end, scratch.slots, line_, slot_size(), conv_.produced, biases_,
                   ending_, scratch.stage, conv_.dest, dest);
     });
@@ -134,24 +134,25 @@ class WinogradBlocks {
 
   // The 36 products of tiles [first, end), each of those that need it. Rows are taken in whole
   // tiles of the micro-kernel: a row that does not need a product, or is none, does no harm.
-  void multiply(int64_t first, int64_t end, const Scratch& scratch, const TilesAhead& image_ahead,
-                const TilesAhead& outputs_ahead) const {
+  void multiply(int64_t first, int64_t end, const Scratch& scratch, const TilesAhead& next,
+                const TilesAhead& outputs) const {
     for (int product = 0; product < kProducts; ++product) {
-      T* sums = scratch.slots + product * slot_size();
-      const T* image = sums + slot_size();
       for (const TileRange& range : grid_.needing(product).part) {
         const TileRange own = range.within(first, end);
-        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
-          image_ahead.fetch(scratch.ahead + tile, product);
-          outputs_ahead.fetch(scratch.ahead + ahead_size() + tile, product);
-          const int64_t row = min_of(tile, tiles_ - kTileRows) * line_;
-          for (int64_t panel = 0; panel < panels_.count; ++panel) {
-            const T* weights = weights_ + product * product_size() + panel * panel_size();
-            for (int64_t c = 0; c < channels_; c += kPartChannels) {
-              multiply_lines(panels_.vectors, image + row + c, line_,
-                             min_of(kPartChannels, channels_ - c), weights + c * panels_.width,
-                             c > 0, sums + row + panel * panels_.width);
-            }
+        if (own.empty()) continue;
+        const int64_t tile = own.begin - first;
+        T* sums = scratch.slots + product * slot_size() + tile * line_;
+        Ahead ahead = ahead_of(product, next, outputs, scratch.ahead + tile, ahead_size());
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          const T* weights = weights_ + product * product_size() + panel * panel_size();
+          for (int64_t c = 0; c < channels_; c += kPartChannels) {
+            with_vectors(panels_.vectors, [&](auto vectors) {
+              multiply_lines<decltype(vectors)::value>(
+                  sums + slot_size() + c, line_, own.end - own.begin, tiles_ - kTileRows - tile,
+                  min_of(kPartChannels, channels_ - c), weights + c * panels_.width, c > 0,
+                  sums + panel * panels_.width, ahead);
+            });
+            ahead.size = 0;
           }
         }
       }

@@ -18,56 +18,76 @@ GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
   }
 }
 
-// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kTileRows tiles, a line apart.
+// Memory to be fetched into L2 during products: `size` values for each tile, `offset` from where it
+// begins.
+struct Ahead {
+  const float* const* begin;
+  int64_t offset, size;
+
+  // Cache line `index` of the values.
+  Ahead line(int64_t index) const {
+    return {begin, offset + index * 16, min_of(16, size - index * 16)};
+  }
+
+  GDFAST_INLINE void fetch(int64_t tile, int64_t end) const {
+    for (; tile < end; ++tile) {
+      const float* from = begin[tile] + offset;
+      for (int64_t x = 0; x < size; x += 16) __builtin_prefetch(from + x, 0, 2);
+    }
+  }
+};
+
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for tiles i in [0, tiles), a line apart.
+// In steps of kTileRows tiles, the last of which begins at `last_step` at most.
 template <int kVectors>
-void multiply_lines(const float* rows, int64_t line, int64_t channels, const float* panel,
-                    bool accumulate, float* sums) {
+void multiply_lines(const float* rows, int64_t line, int64_t tiles, int64_t last_step,
+                    int64_t channels, const float* panel, bool accumulate, float* sums,
+                    const Ahead& ahead) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
-  Vec<T> sum[kTileRows][kVectors] = {};
-  for (int64_t c = 0; c < channels; c += kWidth) {
+  for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
+    ahead.fetch(tile, tile + kTileRows);
+    const int64_t step = min_of(tile, last_step) * line;
+    const T* from = rows + step;
+    const T* weight = panel;
+    Vec<T> sum[kTileRows][kVectors] = {};
+    for (int64_t c = 0; c < channels; c += kWidth, from += kWidth) {
 #pragma GCC unroll 4
-    for (int lane = 0; lane < kWidth; ++lane) {
-      Vec<T> weights[kVectors];
+      for (int lane = 0; lane < kWidth; ++lane, weight += kVectors * kWidth) {
+        Vec<T> weights[kVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) weights[j] = load(panel + j * kWidth);
+        for (int j = 0; j < kVectors; ++j) weights[j] = load(weight + j * kWidth);
 #pragma GCC unroll 6
-      for (int i = 0; i < kTileRows; ++i) {
-        Vec<T> value = broadcast(rows[i * line + c + lane]);
-        keep_in_register<T>(value);  // as in multiply_tile
+        for (int i = 0; i < kTileRows; ++i) {
+          Vec<T> value = broadcast(from[i * line + lane]);
+          keep_in_register<T>(value);  // as in multiply_tile
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
+          for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
+        }
       }
-      panel += kVectors * kWidth;
     }
-  }
+    T* to = sums + step;
 #pragma GCC unroll 6
-  for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kTileRows; ++i, to += line) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      float* to = sums + i * line + j * kWidth;
-      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        store<T>(to + j * kWidth, accumulate ? load(to + j * kWidth) + sum[i][j] : sum[i][j]);
+      }
     }
   }
-}
-
-inline void multiply_lines(int vectors, const float* rows, int64_t line, int64_t channels,
-                           const float* panel, bool accumulate, float* sums) {
-  with_vectors(vectors, [&](auto count) {
-    multiply_lines<decltype(count)::value>(rows, line, channels, panel, accumulate, sums);
-  });
 }
 
 // sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels; lines of
-// image and grads lie image_step and grads_step apart.
+// image and grads lie image_step and grads_step apart. `ahead` is a cache line at most.
 template <int kRows, int kVectors>
 void multiply_tiles(const float* image, int64_t image_step, const float* grads, int64_t grads_step,
-                    int64_t tiles, bool accumulate, float* sums) {
+                    int64_t tiles, bool accumulate, const Ahead& ahead, float* sums) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
 #pragma GCC unroll 2
   for (int64_t tile = 0; tile < tiles; ++tile, image += image_step, grads += grads_step) {
+    if (ahead.size > 0) __builtin_prefetch(ahead.begin[tile] + ahead.offset, 0, 2);
     Vec<T> line[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
@@ -92,13 +112,13 @@ void multiply_tiles(const float* image, int64_t image_step, const float* grads, 
 // `rows` is 4, 5 or 6.
 inline void multiply_tiles(int64_t rows, int vectors, const float* image, int64_t image_step,
                            const float* grads, int64_t grads_step, int64_t tiles, bool accumulate,
-                           float* sums) {
+                           const Ahead& ahead, float* sums) {
   with_vectors(vectors, [&](auto count) {
     constexpr int kVectors = decltype(count)::value;
     const auto multiply = rows == 4   ? multiply_tiles<4, kVectors>
                           : rows == 5 ? multiply_tiles<5, kVectors>
                                       : multiply_tiles<6, kVectors>;
-    multiply(image, image_step, grads, grads_step, tiles, accumulate, sums);
+    multiply(image, image_step, grads, grads_step, tiles, accumulate, ahead, sums);
   });
 }
 
