@@ -71,8 +71,9 @@ class WinogradBlocks {
     return min_of(calls_ * index / blocks_ * kTileRows, grid_.count);
   }
 
-  // A cache line more than there is, so that the same place of all slots spreads over the cache.
-  int64_t slot_size() const { return tiles_ * line_ + 16; }
+  // Micro-kernels may run on beyond the last tile. A cache line more than there is, so that the
+  // same place of all slots spreads over the cache.
+  int64_t slot_size() const { return (tiles_ + kTileRows) * line_ + 16; }
   int64_t panel_size() const { return channels_ * panels_.width; }
   int64_t product_size() const { return panels_.count * panel_size() + 16; }
 
@@ -148,7 +149,7 @@ class WinogradBlocks {
           for (int64_t c = 0; c < channels_; c += kPartChannels) {
             with_vectors(panels_.vectors, [&](auto vectors) {
               multiply_lines<decltype(vectors)::value>(
-                  sums + slot_size() + c, line_, own.end - own.begin, tiles_ - kTileRows - tile,
+                  sums + slot_size() + c, line_, own.end - own.begin,
                   min_of(kPartChannels, channels_ - c), weights + c * panels_.width, c > 0,
                   sums + panel * panels_.width, ahead);
             });

@@ -63,7 +63,9 @@ class WinogradGradWeight {
         rows_(round_up(channels_, kTaskChannels)) {
     by_shares_ = channels_ * produced_ <= 128 * 128;
     const int64_t together = channels_ + panels_.count * panels_.width;
-    const int64_t most = by_shares_ ? max_of(24, kBlockBytes / (kProducts * 4) / together) : 64;
+    // Sums that no L2 holds are read and written anew for every block: then fewer, larger ones.
+    const bool sums_stay = kProducts * 4 * channels_ * produced_ <= kBlockBytes;
+    const int64_t most = sums_stay ? max_of(24, kBlockBytes / (kProducts * 4) / together) : 64;
     shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
     round_tiles_ = by_shares_ ? grid_.count : image_round_tiles(grid_.count, together);
     rounds_ = ceil_div(grid_.count, round_tiles_);

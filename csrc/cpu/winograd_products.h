@@ -30,6 +30,7 @@ struct Ahead {
   }
 
   GDFAST_INLINE void fetch(int64_t tile, int64_t end) const {
+    if (size == 0) return;
     for (; tile < end; ++tile) {
       const float* from = begin[tile] + offset;
       for (int64_t x = 0; x < size; x += 16) __builtin_prefetch(from + x, 0, 2);
@@ -38,17 +39,15 @@ struct Ahead {
 };
 
 // sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for tiles i in [0, tiles), a line apart.
-// In steps of kTileRows tiles, the last of which begins at `last_step` at most.
+// Has sums for up to kTileRows - 1 tiles more, whatever their rows hold.
 template <int kVectors>
-void multiply_lines(const float* rows, int64_t line, int64_t tiles, int64_t last_step,
-                    int64_t channels, const float* panel, bool accumulate, float* sums,
-                    const Ahead& ahead) {
+void multiply_lines(const float* rows, int64_t line, int64_t tiles, int64_t channels,
+                    const float* panel, bool accumulate, float* sums, const Ahead& ahead) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
     ahead.fetch(tile, tile + kTileRows);
-    const int64_t step = min_of(tile, last_step) * line;
-    const T* from = rows + step;
+    const T* from = rows + tile * line;
     const T* weight = panel;
     Vec<T> sum[kTileRows][kVectors] = {};
     for (int64_t c = 0; c < channels; c += kWidth, from += kWidth) {
@@ -66,7 +65,7 @@ void multiply_lines(const float* rows, int64_t line, int64_t tiles, int64_t last
         }
       }
     }
-    T* to = sums + step;
+    T* to = sums + tile * line;
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i, to += line) {
 #pragma GCC unroll 4
