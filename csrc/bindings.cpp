@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "plan.h"
 #include "tensor_facts.h"
 
 PYBIND11_MODULE(_cpu, m) {
@@ -34,10 +35,11 @@ PYBIND11_MODULE(_cpu, m) {
 
   bind_batch_norm(m);
   bind_conv2d(m);
+  bind_cross_entropy(m);
   bind_linear(m);
   bind_max_pool2d(m);
   bind_memory(m);
   bind_nms(m);
   bind_sgd(m);
-  if (!add_tensor_facts(m.ptr())) throw pybind11::error_already_set();
+  if (!add_tensor_facts(m.ptr()) || !add_plan(m.ptr())) throw pybind11::error_already_set();
 }

@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "conv2d_problem.h"
+#include "launch.h"
 
 namespace gdfast {
 
@@ -39,8 +41,16 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// Python's side of a launch.
+inline pybind11::object as_object(Launch launch) {
+  PyObject* const capsule = launch_capsule(std::move(launch));
+  if (capsule == nullptr) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(capsule);
+}
+
 void bind_batch_norm(pybind11::module_& m);
 void bind_conv2d(pybind11::module_& m);
+void bind_cross_entropy(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_memory(pybind11::module_& m);

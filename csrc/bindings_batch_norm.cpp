@@ -59,6 +59,29 @@ void bind_batch_norm(py::module_& m) {
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"), py::arg("training"),
       py::arg("pre_activation"), py::arg("threads"),
       "Writes those gradients whose address is not 0.");
+  m.def(
+      "batch_norm_launch",
+      [](const BatchNormProblem& problem, bool training) {
+        return as_object([=](void* const* at, const Call& call) {
+          cpu::kernels().batch_norm(problem, forward_at(at), training, call.momentum, nullptr,
+                                    call.where);
+          if (at[10] != nullptr) ++*static_cast<int64_t*>(at[10]);
+        });
+      },
+      py::arg("problem"), py::arg("training"),
+      "A launch of batch_norm, on input, weight, bias, running_mean, running_var, residual, output, "
+      "mean, invstd, none, and a counter of batches, to which it adds 1.");
+  m.def(
+      "batch_norm_backward_launch",
+      [](const BatchNormProblem& problem, bool training, const std::string& pre_activation) {
+        const PreActivation from = pre_activation_named(pre_activation, problem.activation);
+        return as_object([=](void* const* at, const Call& call) {
+          cpu::kernels().batch_norm_backward(problem, backward_at(at), training, from, call.where);
+        });
+      },
+      py::arg("problem"), py::arg("training"), py::arg("pre_activation"),
+      "A launch of batch_norm_backward, on grad_output, input, weight, bias, residual_or_output, "
+      "mean, invstd and the gradients of input, weight, bias and residual.");
 }
 
 }  // namespace gdfast

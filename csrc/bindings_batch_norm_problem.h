@@ -61,6 +61,18 @@ void check_grad_residual(uintptr_t grad_residual, PreActivation from) {
       "batch_norm_backward: grad_residual: expected none where pre_activation is input");
 }
 
+// The addresses of a launch forward: input, weight, bias, running mean and variance, residual,
+// output, mean, invstd and mask.
+BatchNormForward forward_at(void* const* at) {
+  return {at[0], at[1], at[2], at[5], at[3], at[4], at[6], at[7], at[8], at[9]};
+}
+
+// Those of one backward: grad_output, input, weight, bias, residual_or_output, mean, invstd and the
+// gradients of input, weight, bias and residual.
+BatchNormBackward backward_at(void* const* at) {
+  return {at[0], at[1], at[4], at[2], at[3], at[5], at[6], at[7], at[8], at[9], at[10]};
+}
+
 void bind_batch_norm_problem(py::module_& m) {
   py::class_<BatchNormProblem>(m, "BatchNormProblem",
                                "Sizes, memory order, dtypes and activation of one batch "

@@ -43,6 +43,31 @@ void bind_conv2d(py::module_& m) {
       py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("grad_weight"),
       py::arg("grad_bias"), py::arg("threads"),
       "Writes grad_weight and, unless its address is 0, grad_bias.");
+  m.def(
+      "conv2d_launch",
+      [](const Conv2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().conv2d(problem, at[0], at[1], at[2], at[3], call.where);
+        });
+      },
+      py::arg("problem"), "A launch of conv2d, on input, weight, bias and output.");
+  m.def(
+      "conv2d_grad_input_launch",
+      [](const Conv2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().conv2d_grad_input(problem, at[0], at[1], at[2], call.where);
+        });
+      },
+      py::arg("problem"), "A launch of conv2d_grad_input, on grad_output, weight and grad_input.");
+  m.def(
+      "conv2d_grad_weight_launch",
+      [](const Conv2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().conv2d_grad_weight(problem, at[0], at[1], at[2], at[3], call.where);
+        });
+      },
+      py::arg("problem"),
+      "A launch of conv2d_grad_weight, on grad_output, input, grad_weight and grad_bias.");
 }
 
 }  // namespace gdfast

@@ -32,17 +32,21 @@ constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kInteger = 0;
 constexpr int kMostTensors = 16, kMostDimensions = 4, kMostTypes = 4, kMostOddities = 4;
+constexpr int kMostWatchers = 8;
 
 const DLPackExchangeApi* api = nullptr;
 PyObject* types[kMostTypes];
 PyObject* oddities[kMostOddities];
 Py_ssize_t number_of_types = 0, number_of_oddities = 0;
+PyObject* raise_versions = nullptr;
+PyObject* watchers[kMostWatchers];
+Py_ssize_t number_of_watchers = 0;
 
 // Copies a tuple's items, which then live as long as the process.
 bool keep(PyObject* tuple, PyObject** items, Py_ssize_t most, Py_ssize_t* number) {
   const Py_ssize_t count = PyTuple_Check(tuple) ? PyTuple_GET_SIZE(tuple) : most + 1;
   if (count > most) {
-    PyErr_SetString(PyExc_ValueError, "watch_tensors: types, oddities: expected short tuples");
+    PyErr_SetString(PyExc_ValueError, "watch_tensors: expected short tuples");
     return false;
   }
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(items[i] = PyTuple_GET_ITEM(tuple, i));
@@ -51,8 +55,9 @@ bool keep(PyObject* tuple, PyObject** items, Py_ssize_t most, Py_ssize_t* number
 }
 
 PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3) {
-    PyErr_SetString(PyExc_TypeError, "watch_tensors: expected exchange, types, oddities");
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError,
+                    "watch_tensors: expected exchange, types, oddities, written, watchers");
     return nullptr;
   }
   const auto* exchange = static_cast<const DLPackExchangeApi*>(
@@ -65,9 +70,11 @@ PyObject* watch_tensors(PyObject*, PyObject* const* arguments, Py_ssize_t count)
     return nullptr;
   }
   if (!keep(arguments[1], types, kMostTypes, &number_of_types) ||
-      !keep(arguments[2], oddities, kMostOddities, &number_of_oddities)) {
+      !keep(arguments[2], oddities, kMostOddities, &number_of_oddities) ||
+      !keep(arguments[4], watchers, kMostWatchers, &number_of_watchers)) {
     return nullptr;
   }
+  Py_INCREF(raise_versions = arguments[3]);
   api = exchange;
   Py_RETURN_NONE;
 }
@@ -139,6 +146,18 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   return PyBytes_FromStringAndSize(facts, end - facts);
 }
 
+PyObject* unwatched_facts(PyObject* self, PyObject* const* tensors, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < number_of_watchers; ++i) {
+    PyObject* const answer = PyObject_CallNoArgs(watchers[i]);
+    if (answer == nullptr) return nullptr;
+    const int watches = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (watches < 0) return nullptr;
+    if (watches) Py_RETURN_NONE;
+  }
+  return tensor_facts(self, tensors, count);
+}
+
 // A counter that torch adds one to costs as much as a small layer.
 PyObject* add_one(PyObject*, PyObject* counter) {
   DLTensor tensor;
@@ -156,13 +175,33 @@ PyObject* add_one(PyObject*, PyObject* counter) {
 
 PyMethodDef methods[] = {
     {"watch_tensors", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(watch_tensors)),
-     METH_FASTCALL, "What tensor_facts goes by: an exchange API, types, functions."},
+     METH_FASTCALL, "What tensors are asked by: an exchange API, types, functions."},
     {"tensor_facts", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(tensor_facts)),
      METH_FASTCALL, "What decides which kernel runs on tensors, as bytes, or None."},
+    {"unwatched_facts",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unwatched_facts)), METH_FASTCALL,
+     "tensor_facts, or None where a watcher is true."},
     {"add_one", add_one, METH_O, "Adds 1 to an int64 without axes on the CPU; False for others."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+bool tensor_address(PyObject* tensor, void** address) {
+  DLTensor found;
+  if (api == nullptr || !is_watched(tensor)) {
+    PyErr_SetString(PyExc_TypeError, "tensor_address: expected a tensor with memory of its own");
+    return false;
+  }
+  if (api->look_into(tensor, &found) != 0) return false;
+  *address = static_cast<char*>(found.data) + found.byte_offset;
+  return true;
+}
+
+bool tell_versions(PyObject* tensors) {
+  PyObject* const result = PyObject_CallOneArg(raise_versions, tensors);
+  Py_XDECREF(result);
+  return result != nullptr;
+}
 
 bool add_tensor_facts(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
 

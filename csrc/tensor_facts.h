@@ -6,14 +6,23 @@
 namespace gdfast {
 
 // Adds to a module
-//   watch_tensors(exchange, types, oddities)   what `tensor_facts` goes by: the capsule
-//       __dlpack_c_exchange_api__ of a class of tensors, the types that are looked into, and
-//       functions, each of which is true of tensors that are not
+//   watch_tensors(exchange, types, oddities, written, watchers)   what tensors are asked by: the
+//       capsule __dlpack_c_exchange_api__ of a class of tensors, the types that are looked into,
+//       functions, each of which is true of tensors that are not, one that tells autograd of a
+//       tuple of tensors that they have changed, and functions without arguments, each of which is
+//       true while somebody looks at operations
 //   tensor_facts(*tensors)                     sizes, strides, dtypes and devices of tensors (or
 //       None) as bytes; None where one of them is another object or has no memory of its own
+//   unwatched_facts(*tensors)                  the same; None too where a watcher is true
 //   add_one(tensor)                            adds 1 to an int64 on the CPU; False for others,
 //       which stay as they are
 // False with a Python exception set where that fails.
 bool add_tensor_facts(PyObject* module);
+
+// Where a tensor's elements begin; false with a Python exception set for what has no memory.
+bool tensor_address(PyObject* tensor, void** address);
+
+// Tells autograd of a tuple of tensors that they have changed; false with an exception set.
+bool tell_versions(PyObject* tensors);
 
 }  // namespace gdfast

@@ -1,11 +1,13 @@
-"""A training step as a CUDA graph: recorded once, then launched as a whole.
+"""A training step that is recorded once, then repeated as a whole.
 
-A small model's step is bound by what Python and the driver do to launch its kernels. A graph
-launches all of them at once. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+A small model's step is bound by what Python, autograd and the driver do to launch its kernels. On a
+GPU a CUDA graph launches all of them at once, on a CPU a tape of their calls is gone through.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,10 +18,12 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from gdfast import step_tape
 from gdfast.errors import mismatch
 from gdfast.optim import SGD
 
 _MOST_GRAPHS = 8  # each keeps the memory of a whole step
+_MOST_TRIES = 3
 
 
 class _Recorded(NamedTuple):
@@ -30,26 +34,41 @@ class _Recorded(NamedTuple):
 
 
 class GraphedStep:
-    """A training step, `loss = step(images, *targets)`, that CUDA runs as one graph.
+    """A training step, `loss = step(images, *targets)`, that is recorded and then repeated at once.
 
     One call is zero_grad, `loss = criterion(model(images), *targets)`, backward and
     `optimizer.step()`, the first two under autocast to `autocast` where that dtype is given.
     Returns the loss, detached. For every kind of batch (sizes, dtypes, layouts) the first `warmup`
     calls are ordinary steps, in which algorithms are chosen and buffers come into being; the next
-    one is recorded, and it and all that follow replay the record. At most 8 kinds of batches are
-    recorded; the rest, and models on the CPU, take ordinary steps.
+    one is recorded, and all that follow repeat the record. At most 8 kinds of batches are
+    recorded; the rest take ordinary steps.
+
+    On a GPU the record is a CUDA graph, on the CPU a tape of the calls of kernels and operators,
+    whose results are bit by bit those of ordinary steps. On both it follows learning rates, and
+    what `optimizer.step` changes. Python code of the model (prints, hooks, branches on values,
+    numbers that it draws or counts itself) runs only while recording. Gradients are those of the
+    last call. The memory of the record is kept: all results of a step at once, gradients of
+    activations too.
 
     The learning rates of the optimizer become tensors on its parameters' device, so that schedulers
     and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused
-    optimizers read them there. When another setting of the optimizer
-    changes, or a module goes from train to eval, what was recorded is dropped and recorded anew.
-    As in every CUDA graph, Python code of the model (prints, hooks, branches on values) runs only
-    while recording, and nothing may wait for the GPU (`.item()`, GradScaler, clipping that reads
-    the norm back). While a step is recorded, no loss that was computed elsewhere from the model's
-    parameters may be alive with its graph. Gradients are those of the last call.
+    optimizers read them there. When another setting of the optimizer changes (on the CPU the rate
+    of other optimizers too), or a module goes from train to eval, what was recorded is dropped and
+    recorded anew. On the CPU that also happens where modules, parameters, buffers or the
+    optimizer's state were replaced; the number of threads, precision, backend and autocast make
+    kinds of their own. On a GPU those must stay.
+
+    What has a value read back (`.item()`, `.numpy()`, GradScaler, clipping that reads the norm,
+    optimizers that count their steps in Python), as many elements as values say (`nonzero`, masks
+    as indices), or operators that are not PyTorch's, cannot be recorded: RuntimeError on a GPU, on
+    the CPU ordinary steps from then on, with a warning that names the operator. There modules that
+    torch.compile took, tensors that are no plain ones and batches with gradients take ordinary
+    steps too. Kernels that PyTorch does not know of, called by their address, are not seen. While
+    a step is recorded on a GPU, no loss that was computed elsewhere from the model's parameters may
+    be alive with its graph.
 
     Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
-    devices, and RuntimeError where a step cannot be recorded.
+    devices, and RuntimeError where a step cannot be recorded on a GPU.
     """
 
     def __init__(
@@ -74,13 +93,16 @@ class GraphedStep:
                 mismatch("GraphedStep", "optimizer", "parameters of one device", words)
             )
         self.device = self._params[0].device
-        self._recorded: dict[Any, _Recorded] = {}
+        self._recorded: dict[Any, Any] = {}
         self._calls: dict[Any, int] = {}
         self._settings: Any = None
         self._rates: dict[int, Tensor] = {}
         self._last: _Recorded | None = None
         self._pool: Any = None
         self._stream: Any = None
+        self._is_taped, self._tries = True, 0  # until a step refuses
+        self._around: step_tape.Surroundings | None = None
+        self._roots = [x for x in (model, criterion) if isinstance(x, Module)]
 
     @property
     def graphs(self) -> int:
@@ -88,14 +110,18 @@ class GraphedStep:
         return len(self._recorded)
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return self._step(batch)
+        if self.device.type == "cuda":
+            return self._on_gpu(batch)
+        if self.device.type == "cpu" and self._is_taped and (kind := step_tape.kind(batch)):
+            return self._on_cpu(kind, batch)
+        return self._step(batch)
+
+    def _on_gpu(self, batch: tuple[Tensor, ...]) -> Tensor:
         self._follow_settings()
         kind = tuple((x.shape, x.stride(), x.dtype) for x in batch)
-        recorded = self._recorded.get(kind)
+        recorded: _Recorded | None = self._recorded.get(kind)
         if recorded is None:
-            calls = self._calls[kind] = self._calls.get(kind, 0) + 1
-            if calls <= self.warmup or len(self._recorded) == _MOST_GRAPHS:
+            if self._is_warming(kind):
                 with self._aside():
                     return self._step(tuple(x.to(self.device, non_blocking=True) for x in batch))
             recorded = self._recorded[kind] = self._record(batch)
@@ -107,6 +133,41 @@ class GraphedStep:
                 param.grad = grad
             self._last = recorded
         return recorded.loss.clone()
+
+    def _on_cpu(self, kind: tuple[Any, ...], batch: tuple[Tensor, ...]) -> Tensor:
+        if self._around is not None:
+            self._follow_rates()
+            if not self._around.hold():
+                self._forget()
+        taped: step_tape.TapedStep | None = self._recorded.get(kind)
+        if taped is not None and taped.holds():
+            return taped(batch)
+        if self._is_warming(kind):
+            return self._step(batch)
+        self._follow_rates()
+        self._around = self._around or step_tape.Surroundings(self._roots, self.optimizer)
+        if reason := step_tape.why_not(self.criterion) or self._around.why_not():
+            self._refuse(reason)
+            return self._step(batch)
+        loss, taped, reason = step_tape.record(self._step, batch, self._around)
+        if taped is not None:
+            self._recorded[kind], self._tries = taped, 0
+        else:
+            self._tries += 1
+            if reason != step_tape.UNSETTLED or self._tries == _MOST_TRIES:
+                self._refuse(reason)
+        return loss
+
+    def _refuse(self, reason: str) -> None:
+        self._is_taped = False
+        self._forget()
+        words = f"the step cannot be recorded: {reason}. It takes ordinary steps"
+        warnings.warn(f"GraphedStep: {words}", stacklevel=4)
+
+    def _is_warming(self, kind: Any) -> bool:
+        """Whether a batch of a kind that is not recorded is for an ordinary step."""
+        calls = self._calls[kind] = self._calls.get(kind, 0) + 1
+        return calls <= self.warmup or len(self._recorded) == _MOST_GRAPHS
 
     def _step(self, batch: tuple[Tensor, ...]) -> Tensor:
         images, *targets = batch
@@ -153,34 +214,44 @@ class GraphedStep:
         return _Recorded(graph, kept, loss, [p.grad for p in self._params])
 
     def _follow_settings(self) -> None:
-        """Puts learning rates where graphs read them; forgets graphs that have other settings."""
-        for index, group in enumerate(self.optimizer.param_groups):
-            rate = self._rates.get(index)
-            if group["lr"] is not rate or rate is None:
-                # Torch's fused kernels read single precision; ours rounds as from a number.
-                dtype = torch.float64 if isinstance(self.optimizer, SGD) else torch.float32
-                if rate is None:
-                    rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
-                rate.fill_(group["lr"])
-                group["lr"] = rate
+        """Forgets graphs that have other settings."""
+        self._follow_rates()
         settings = (
             [
-                {
-                    name: _told(value)
-                    for name, value in group.items()
-                    if name not in ("lr", "params")
-                }
+                {name: _told(value) for name, value in group.items() if name != "params"}
                 for group in self.optimizer.param_groups
             ],
             [module.training for module in self.model.modules()],
         )
         if settings != self._settings:
-            self._recorded.clear()
-            self._calls.clear()
-            self._last, self._pool = None, None
+            self._forget()
             self._settings = settings
+
+    def _follow_rates(self) -> None:
+        """Puts learning rates where records read them."""
+        for index, group in enumerate(self.optimizer.param_groups):
+            rate = self._rates.get(index)
+            if group["lr"] is rate or not self._reads_rates(group):
+                continue
+            if rate is None:
+                # Torch's CUDA kernels read single precision; ours round as from a number.
+                is_double = self.device.type == "cpu" or isinstance(self.optimizer, SGD)
+                dtype = torch.float64 if is_double else torch.float32
+                rate = self._rates[index] = torch.zeros((), dtype=dtype, device=self.device)
+            rate.fill_(group["lr"])
+            group["lr"] = rate
+
+    def _reads_rates(self, group: dict[str, Any]) -> bool:
+        """Whether the optimizer reads a rate that is a tensor in each step."""
+        is_gpu = self.device.type == "cuda"
+        return is_gpu or isinstance(self.optimizer, SGD) or bool(group.get("fused"))
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._calls.clear()
+        self._last = self._pool = self._around = None
 
 
 def _told(value: Any) -> Any:
-    """A setting as it can be compared: what a tensor holds is read by the graph itself."""
+    """A setting as it can be compared: what a tensor holds is read by the record itself."""
     return id(value) if isinstance(value, Tensor) else value

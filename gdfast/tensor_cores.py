@@ -10,8 +10,15 @@ import torch
 PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
 
 # Unlike `allow_tf32`, its `fp32_precision` can be read whatever else was set. The way to it takes
-# longer than a kernel's launch.
+# longer than a kernel's launch; what it ends with does not.
 _conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+_getter: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def allows_tf32() -> bool:
+    """Whether native's convolutions may multiply float32 as TF32."""
+    precision = _conv.fp32_precision if _getter is None else _getter("cuda", "conv")
+    return bool(precision == "tf32")
 
 
 def input_precision(dtype: torch.dtype, strict: bool) -> str:
@@ -22,6 +29,6 @@ def input_precision(dtype: torch.dtype, strict: bool) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    if _conv.fp32_precision == "tf32":
+    if allows_tf32():
         return "tf32"
     return "ieee" if strict else "tf32x3"

@@ -10,12 +10,13 @@ import stat
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gdfast import files
+from gdfast import files, native
 from gdfast.backends import choices, choices_file, tuning, tuning_timer
 from gdfast.backends.choices import Choice
 from gdfast.ops import conv2d
@@ -161,10 +162,49 @@ def test_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_machine_and_version_has_its_own(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = choices_file._machine()
-    assert set(facts) >= {"gdfast", "kernels", "torch", "processor", "features", "cpus"}
+    assert set(facts) >= {
+        "gdfast", "kernels", "chooser", "torch", "processor", "features", "cpus",
+    }  # fmt: skip
     for name in facts:
         monkeypatch.setattr(choices_file, "_machine", lambda name=name: {**facts, name: "other"})
         assert choices_file.path() != file
+
+
+def test_each_build_of_the_kernels_has_its_own(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def path_for(content: bytes, name: str = "_cpu.so") -> Path | None:
+        built = tmp_path / name
+        built.write_bytes(content)
+        monkeypatch.setattr(native, "cpu", SimpleNamespace(__file__=str(built)))
+        choices_file._machine.cache_clear()
+        return choices_file.path()
+
+    try:
+        choices_file.add(file, SOME)
+        first = path_for(b"kernels")
+        assert first not in (None, file)
+        assert path_for(b"other kernels") not in (first, file)
+        # The same kernels in another place, or built again, are the same.
+        assert path_for(b"kernels", "_cpu_again.so") == path_for(b"kernels") == first
+        assert choices_file.read(file) == {}, "what another build chose holds no more"
+        assert path_for(b"") is not None
+    finally:
+        choices_file._machine.cache_clear()
+
+
+def test_another_way_of_choosing_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        return choices_file._digest_of_sources("tuning*.py")
+
+    source = tmp_path / "tuning.py"
+    monkeypatch.setattr(choices_file, "__file__", str(source))
+    source.write_text("HANDICAP = 1.01")
+    before = digest()
+    source.write_text("HANDICAP = 1.05")
+    assert digest() != before
 
 
 def add_many(path: str, process: int, count: int) -> None:

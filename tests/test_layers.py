@@ -26,7 +26,7 @@ ROWS = (
     ("backends",),
     ("ops",),
     ("nn", "optim"),
-    ("graphs", "swap"),
+    ("graphs", "step_tape", "swap", "tape"),
     ("losses", "models"),
     ("data", "metrics", "face"),
     ("train",),

@@ -361,7 +361,7 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
     const auto run = [&](const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {
       if constexpr (kSame<T, float>) {
         if (p.algorithm == Algorithm::kWinograd && p.N > 0 && winograd_grad_weight_fits<T>(p)) {
-          WinogradGradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
+          run_winograd_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
           return;
         }
         if (p.algorithm == Algorithm::kWinograd && winograd_stride2_fits(p)) {

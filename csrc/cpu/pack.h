@@ -43,19 +43,20 @@ void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t li
       const int64_t x_count = min_of(kWidth, count - x);
       const T* corner = from + y * from_step + x;
       Vec<A> square[kWidth];
-      bool whole = false;
       if constexpr (kSame<T, A>) {
-        whole = x_count == kWidth && y_valid == kWidth;
-        if (whole) {
+        if (x_count == kWidth && y_valid == kWidth) {
+#pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) square[i] = load(corner + i * from_step);
+          transpose<A>(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth; ++i) store<A>(line_at(x + i) + y, square[i]);
+          continue;
         }
       }
-      if (!whole) {
-        A copy[kWidth][kWidth] = {};
-        for (int64_t i = 0; i < y_valid; ++i)
-          copy_widened(corner + i * from_step, 1, x_count, copy[i]);
-        std::memcpy(square, copy, sizeof square);
-      }
+      A copy[kWidth][kWidth] = {};
+      for (int64_t i = 0; i < y_valid; ++i)
+        copy_widened(corner + i * from_step, 1, x_count, copy[i]);
+      std::memcpy(square, copy, sizeof square);
       transpose<A>(square);
       for (int64_t i = 0; i < x_count; ++i) {
         A* to = line_at(x + i) + y;
@@ -76,7 +77,7 @@ template <typename T, typename A>
 void transpose_widened(const T* from, int64_t from_step, int64_t count, int64_t lines,
                        int64_t width, A* to, int64_t to_step) {
   transpose_lines<A>(from, from_step, count, lines, width,
-                     [&](int64_t x) { return to + x * to_step; });
+                     [to, to_step](int64_t x) { return to + x * to_step; });
 }
 
 }  // namespace

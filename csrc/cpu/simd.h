@@ -87,8 +87,8 @@ GDFAST_INLINE void keep_in_register(Vec<T>& value) {
 #endif
 }
 
-// Transposes a square of kLanes x kLanes values held in kLanes vectors: log2(kLanes) rounds, each
-// of which interleaves the upper half of the rows with the lower half.
+// Transposes a square of kLanes x kLanes values held in kLanes vectors: pairs of values change
+// places, then squares of 2x2 values, then of 4x4, and so on.
 template <typename T>
 GDFAST_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int kCount = kLanes<T>;
@@ -101,23 +101,20 @@ GDFAST_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   std::memcpy(rows, turned, sizeof turned);
 #else
   using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  Vec<Index> low{}, high{};
-  for (int i = 0; i < kCount / 2; ++i) {
-    low[2 * i] = i;
-    low[2 * i + 1] = kCount + i;
-    high[2 * i] = kCount / 2 + i;
-    high[2 * i + 1] = kCount + kCount / 2 + i;
-  }
 #pragma GCC unroll 4
-  for (int round = 1; round < kCount; round *= 2) {
-    Vec<T> next[kCount];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kCount / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kCount / 2], high);
+  for (int step = 1; step < kCount; step *= 2) {
+    Vec<Index> upper{}, lower{};
+    for (int i = 0; i < kCount; ++i) {
+      upper[i] = i & step ? kCount + i - step : i;
+      lower[i] = i & step ? kCount + i : i + step;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) rows[i] = next[i];
+    for (int i = 0; i < kCount; ++i) {
+      if (i & step) continue;
+      const Vec<T> row = rows[i], other = rows[i + step];
+      rows[i] = __builtin_shuffle(row, other, upper);
+      rows[i + step] = __builtin_shuffle(row, other, lower);
+    }
   }
 #endif
 }

@@ -12,6 +12,7 @@
 //   sums    [36][tiles][width]                      of one panel of output channels
 #pragma once
 
+#include "shares.h"
 #include "winograd_blocks.h"
 
 namespace gdfast::cpu {
@@ -38,7 +39,7 @@ bool winograd_fits(const TapConv& conv) {
 class WinogradRounds {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
-  // Channels of a part of the reduction: 36 x 64 x 64 x 4 bytes = 590 KB of weights.
+  // Channels whose products are summed at once: sums of sums keep the error of long ones small.
   static constexpr int64_t kPartChannels = 64;
   static constexpr int64_t kMostTiles = 132;  // of a block
 
@@ -56,13 +57,15 @@ class WinogradRounds {
         grid_(conv.batch, conv.height, conv.width),
         panels_(conv.produced),
         channels_(round_up(conv.reduced, kWidth)) {
-    part_channels_ = min_of(channels_, kPartChannels);
-    parts_ = ceil_div(channels_, part_channels_);
+    parts_ = ceil_div(channels_, kPartChannels);
+    part_channels_ = round_up(ceil_div(channels_, parts_), kWidth);
     round_tiles_ = image_round_tiles(grid_.count, channels_);
-    const int64_t blocks = ceil_div(round_tiles_, kMostTiles);
-    tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
-    block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
-    image_tiles_ = round_up(round_tiles_, kTileRows);
+    tiles_ = ceil_div(round_tiles_, ceil_div(round_tiles_, kMostTiles));
+    // Few tiles leave room for the sums of several panels, which then read the image together.
+    panels_at_once_ = max_of(1, min_of(kMostTiles / tiles_, panels_.count / (4 * threads)));
+    panels_at_once_ = min_of(panels_at_once_, 2);
+    width_ = panels_at_once_ * panels_.width;
+    outputs_ = round_up(conv.produced, width_);
   }
 
   void run() {
@@ -73,31 +76,26 @@ class WinogradRounds {
 
  private:
   struct Scratch {
-    T* weights;  // of one part and panel
-    T* packed;   // [9][part_channels][width]: weights before they are transformed
-    T* sums;     // [36][block_tiles][width]
+    T* packed;   // [part_channels][9][width]: weights before they are transformed
+    T* weights;  // [12][part_channels][width], of two lines of products
+    T* sums;     // [36][tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
   };
 
-  // From the weights of one product to those of the next: a vector more than they are, for the
-  // same reason as padded_tiles.
-  int64_t weights_step() const { return part_channels_ * panels_.width + kWidth; }
-  int64_t weights_size() const { return kProducts * weights_step(); }
-  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
-  int64_t zeros_size() const { return max_of(channels_, kTileRows); }
-
-  // The image of one tile: an odd number of lines, so that the same product of neighbouring tiles
-  // spreads over the sets of the cache.
-  int64_t tile_size() const { return channels_ * kProducts + kWidth; }
+  // From one product to the next: a cache line more than there is, so that the same place of all
+  // products spreads over the cache.
+  int64_t image_step() const { return round_tiles_ * part_channels_ + 16; }
+  int64_t weights_step() const { return part_channels_ * width_ + 16; }
+  int64_t sums_step() const { return tiles_ * width_ + 16; }
 
   int64_t carve(Carver carver) {
-    image_ = carver.take<T>(image_tiles_ * tile_size());
-    zeros_ = carver.take<T>(zeros_size());
-    biases_ = carver.take<T>(panels_.count * panels_.width);
+    image_ = carver.take<T>(parts_ * kProducts * image_step() + kRowsBeyond * part_channels_);
+    zeros_ = carver.take<T>(kWidth);
+    biases_ = carver.take<T>(outputs_);
     const int64_t before = carver.used();
-    scratch_.weights = carver.take<T>(weights_size());
-    scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
-    scratch_.sums = carver.take<T>(kProducts * block_tiles_ * panels_.width);
+    scratch_.packed = carver.take<T>(9 * part_channels_ * width_);
+    scratch_.weights = carver.take<T>(2 * kTileIn * weights_step());
+    scratch_.sums = carver.take<T>(kProducts * sums_step() + kRowsBeyond * width_);
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
@@ -105,7 +103,7 @@ class WinogradRounds {
 
   Scratch scratch_of(int thread) const {
     const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
-    return {move(scratch_.weights), move(scratch_.packed), move(scratch_.sums),
+    return {move(scratch_.packed), move(scratch_.weights), move(scratch_.sums),
             move(scratch_.stage)};
   }
 
@@ -113,8 +111,8 @@ class WinogradRounds {
     const T* source = source_ + group * conv_.source_group;
     const T* weight = weight_ + group * conv_.weight_group;
     T* dest = dest_ + group * conv_.dest_group;
-    std::memset(zeros_, 0, zeros_size() * sizeof(T));
-    for (int64_t o = 0; o < panels_.count * panels_.width; ++o) {
+    std::memset(zeros_, 0, kWidth * sizeof(T));
+    for (int64_t o = 0; o < outputs_; ++o) {
       const bool has = bias_ != nullptr && o < conv_.produced;
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
@@ -123,86 +121,66 @@ class WinogradRounds {
     }
   }
 
-  // Tiles [first, end) of a convolution with many channels.
+  // Tiles [first, end).
   void run_round(const T* source, const T* weight, int64_t first, int64_t end, T* dest) {
-    constexpr int64_t kStep = 2 * kTileRows;
-    parallel_for(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
-      const int64_t tile = first + index * kStep;
-      transform_tiles(source, tile, min_of(tile + kStep, end), scratch_of(thread).stage,
-                      image_ + (tile - first) * tile_size());
+    const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
+                                    conv_.source_width, taps_.low_h, taps_.low_w);
+    constexpr int64_t kStep = TileGrid::kRun;
+    parallel_shares(ceil_div(end - first, kStep), threads_, [&](int64_t index, int thread) {
+      const int64_t begin = first + index * kStep;
+      reader.read(begin, min_of(begin + kStep, end), zeros_, scratch_of(thread).stage,
+                  [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
+                    T* to = image_ + c / part_channels_ * kProducts * image_step() +
+                            (tile - first) * part_channels_ + c % part_channels_;
+                    transform_image_run(run, to, part_channels_, image_step());
+                  });
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
-    parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
+    parallel_shares(outputs_ / width_ * blocks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
-      const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
+      const int64_t output = index / blocks * width_;
+      const int64_t tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
       for (int64_t part = 0; part < parts_; ++part) {
         const int64_t c = part * part_channels_;
-        transform_weights(conv_, taps_, weight, panels_, panel, c,
-                          min_of(part_channels_, channels_ - c), scratch.packed, scratch.weights,
-                          weights_step());
-        multiply(image_ + (tile - first) * tile_size(), tile, tile_end - tile, part,
-                 scratch.weights, scratch.sums);
-      }
-      const int64_t output = panel * panels_.width;
-      write_tiles(grid_, tile, tile_end, scratch.sums, panels_.width, block_tiles_ * panels_.width,
-                  min_of(panels_.width, conv_.produced - output), biases_ + output, ending_,
-                  scratch.stage, conv_.dest, dest + output * conv_.dest.c);
-    });
-  }
-
-  // Transforms the image values of tiles [first, end); tile `first` goes to column 0 of `to`.
-  // Columns up to a multiple of kTileRows are left as they are: their sums are never looked at.
-  void transform_tiles(const T* source, int64_t first, int64_t end, T* stage, T* to) const {
-    const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
-                                    conv_.source_width, taps_.low_h, taps_.low_w);
-    reader.read(first, end, zeros_, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
-      transform_image_run(run, to + (tile - first) * tile_size() + c * kProducts, tile_size(),
-                          kWidth);
-    });
-  }
-
-  // The 36 products of tiles [first, first + tiles), each of those that need it: sums (+)= image x
-  // weights over the channels of one part.
-  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, const T* weights,
-                T* sums) const {
-    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
-    const int64_t width = panels_.width;
-    TileArgs<T> args;
-    args.row_step = 1;
-    args.segment_step = kProducts * kWidth;
-    args.panel_step = width;
-    args.segments = channels / kWidth;
-    args.length = kWidth;
-    args.start = zeros_;
-    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
-    const T* rows[2][kTileRows];
-    T* out[kTileRows];
-    args.out = out;
-    const auto point = [&](int product, int64_t tile, int64_t end, const T** to) {
-      const T* from = image + part * part_channels_ * kProducts + product * kWidth;
-      for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_size();
-    };
-    for (int product = 0; product < kProducts; ++product) {
-      args.panel = weights + product * weights_step();
-      T* to = sums + product * block_tiles_ * width;
-      for (const TileRange& range : grid_.needing(product).part) {
-        const TileRange own = range.within(first, first + tiles);
-        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
-          const int64_t end = own.end - first;
-          const bool more = tile + kTileRows < end;
-          point(product, tile, end, rows[0]);
-          point(more ? product : product + 1, more ? tile + kTileRows : 0, tiles, rows[1]);
-          for (int i = 0; i < kTileRows; ++i) {
-            // Rows past the end are computed like the last one, and stored where nobody looks.
-            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
+        const int64_t channels = min_of(part_channels_, channels_ - c);
+        pack_filters(conv_, taps_, weight, output, width_, c, channels, scratch.packed);
+        const T* image = image_ + part * kProducts * image_step() + (tile - first) * part_channels_;
+        for (int pair = 0; pair < kFilterPairs; ++pair) {
+          transform_filter_pair(pair, scratch.packed, channels, width_, scratch.weights,
+                                kTileIn * weights_step(), weights_step());
+          for (int x = 0; x < 2 * kTileIn; ++x) {
+            multiply(kFilterLines[pair][x / kTileIn] * kTileIn + x % kTileIn, image, tile, tile_end,
+                     channels, scratch.weights + x * weights_step(), part > 0, scratch.sums);
           }
-          args.rows = rows[0];
-          args.rows_ahead = rows[1];
-          multiply_tile<T>(panels_.vectors, args);
         }
       }
+      write_tiles(grid_, tile, tile_end, scratch.sums, width_, sums_step(),
+                  min_of(width_, conv_.produced - output), biases_ + output, ending_, scratch.stage,
+                  conv_.dest, dest + output * conv_.dest.c);
+    });
+  }
+
+  // One product of those tiles of [first, end) that need it: sums (+)= image x weights.
+  void multiply(int product, const T* image, int64_t first, int64_t end, int64_t channels,
+                const T* weights, bool accumulate, T* sums) const {
+    image += product * image_step();
+    sums += product * sums_step();
+    const auto run = [&](TileRange own) {
+      if (own.empty()) return;
+      multiply_lines(panels_.vectors, panels_at_once_, own.end - own.begin,
+                     image + (own.begin - first) * part_channels_, part_channels_, channels,
+                     weights, accumulate, sums + (own.begin - first) * width_);
+    };
+    const TileGrid::Ranges ranges = grid_.needing(product);
+    TileRange low = ranges.part[0].within(first, end), high = ranges.part[1].within(first, end);
+    // Rows beyond the first must not be of the second. To have both as one does no harm: sums of
+    // tiles that do not need the product are never looked at.
+    if (!low.empty() && !high.empty() && high.begin - low.end < kRowsBeyond) {
+      return run({low.begin, high.end});
     }
+    run(low);
+    run(high);
   }
 
   const TapConv& conv_;
@@ -216,10 +194,11 @@ class WinogradRounds {
   TileGrid grid_;
   Panels<T> panels_;
   int64_t channels_;  // reduced ones, padded to whole vectors
-  int64_t part_channels_, parts_;
-  int64_t tiles_;                      // of a block
-  int64_t round_tiles_;                // of a round, in which the image is transformed at once
-  int64_t block_tiles_, image_tiles_;  // of a block and of a round, padded
+  int64_t parts_, part_channels_;
+  int64_t panels_at_once_, width_;  // of a task
+  int64_t outputs_;                 // whole tasks of them
+  int64_t round_tiles_;             // of a round, in which the image is transformed at once
+  int64_t tiles_;                   // of a block
   T* image_;
   T* zeros_;
   T* biases_;

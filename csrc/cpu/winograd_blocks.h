@@ -61,7 +61,7 @@ class WinogradBlocks {
  private:
   struct Scratch {
     T* slots;
-    T* packed;  // [9][channels][width]: weights before they are transformed
+    T* packed;  // [channels][9][width]: weights before they are transformed
     T* stage;
     const T** ahead;  // [2][tiles]: of the next image and of the outputs, fetched meanwhile
   };
@@ -109,7 +109,7 @@ class WinogradBlocks {
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
     parallel_for(panels_.count, threads_, [&](int64_t panel, int thread) {
-      transform_weights(conv_, taps_, weight, panels_, panel, 0, channels_,
+      transform_weights(conv_, taps_, weight, panel * panels_.width, panels_.width, channels_,
                         scratch_of(thread).packed, weights_ + panel * panel_size(), product_size());
     });
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
@@ -148,7 +148,7 @@ class WinogradBlocks {
           const T* weights = weights_ + product * product_size() + panel * panel_size();
           for (int64_t c = 0; c < channels_; c += kPartChannels) {
             with_vectors(panels_.vectors, [&](auto vectors) {
-              multiply_lines<decltype(vectors)::value>(
+              multiply_block<decltype(vectors)::value>(
                   sums + slot_size() + c, line_, own.end - own.begin,
                   min_of(kPartChannels, channels_ - c), weights + c * panels_.width, c > 0,
                   sums + panel * panels_.width, ahead);

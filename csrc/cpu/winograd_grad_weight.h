@@ -3,20 +3,16 @@
 //   grad_weight[k, c] = G^T [ sum over tiles of (B^T image[c] B) * (A grad_output[k] A^T) ] G
 //
 // The sum over tiles is 36 products of matrices whose reduction runs over the tiles: sums
-// [36][channels][width], for each panel of outputs. Two schedules.
-//
-// Few channels: each thread owns a share of the tiles and goes through it block by block, image
+// [36][channels][width], for each panel of outputs. Many channels: winograd_grad_weight_rounds.h.
+// Few: each thread owns a share of the tiles and goes through it block by block, image
 // [36][tiles][channels] and grads [36][tiles][outputs] staying in L2; the shares are added up in
 // their order.
-//
-// Many channels: image [channels / lanes][36][tiles][lanes] and grads [panel][36][tiles][width] are
-// transformed a round of tiles at a time, and a task owns some channels of a panel for all tiles of
-// the round, so that its sums never leave L2. G^T x G being linear, rounds are added up as weights.
 #pragma once
 
 #include "tap_conv_pixels.h"
 #include "winograd_ahead.h"
 #include "winograd_grad_filters.h"
+#include "winograd_grad_weight_rounds.h"
 #include "winograd_products.h"
 #include "winograd_runs.h"
 
@@ -36,19 +32,66 @@ struct GradFilterTransform {
   }
 };
 
-class WinogradGradWeight {
+// What GradWeightRounds asks for.
+struct Stride1GradWeight {
+  using T = float;
+  using Grid = TileGrid;
+  using Filters = GradFilters<kTileIn, GradFilterTransform>;
+  static constexpr int kProducts = cpu::kProducts, kSums = kProducts, kFilters = kProducts;
+  static constexpr int64_t kStageSize = RunReader<kTileIn>::kStageSize;
+
+  // The products that a filter adds up.
+  struct Term {
+    int product, sum;
+    bool last_row, last_column;  // whether it is that of the last row and column of outputs alone
+  };
+  static int terms(int) { return 1; }
+  static Term term(int filter, int) {
+    return {filter, filter, filter / kTileIn == kTileIn - 1, filter % kTileIn == kTileIn - 1};
+  }
+
+  // B^T x B of the tiles [first, end) of a group: to(c, tile)[product * product_step], for whole
+  // vectors of channels, and tile_step from one tile to the next along a line.
+  template <typename To>
+  static void transform_input(const Conv2dProblem& p, const Grid& grid, const T* input,
+                              int64_t first, int64_t end, const T* zeros, T* stage,
+                              int64_t tile_step, int64_t product_step, const To& to) {
+    const RunReader<kTileIn> reader(grid, input, p.input, p.C / p.groups, p.H, p.W, -p.pad_h,
+                                    -p.pad_w);
+    reader.read(first, end, zeros, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
+      transform_image_run(run, to(c, tile), tile_step, product_step);
+    });
+  }
+
+  // A x A^T of some outputs, and their plain sums for the bias.
+  template <typename To>
+  static void transform_grads(const Conv2dProblem& p, const Grid& grid, const T* grad_output,
+                              int64_t outputs, int64_t first, int64_t end, const T* zeros, T* stage,
+                              int64_t tile_step, int64_t product_step, const To& to, T* bias_sums) {
+    const RunReader<kTileOut> reader(grid, grad_output, p.output, outputs, p.P, p.Q, 0, 0);
+    reader.read(first, end, zeros, stage, [&](const Run<kTileOut>& run, int64_t k, int64_t tile) {
+      const Vec<T> total = transform_grad_run(run, to(k, tile), tile_step, product_step);
+      store<T>(bias_sums + k, load(bias_sums + k) + total);
+    });
+  }
+};
+
+class GradWeightShares {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
   // Of image and grads of a block, where threads own shares.
   static constexpr int64_t kBlockBytes = 200 << 10;
-  // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
-  static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
-  using Filters = GradFilters<kTileIn, GradFilterTransform>;
+  using Pass = Stride1GradWeight;
+  using Filters = Pass::Filters;
   static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
 
  public:
-  WinogradGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
-                     T* grad_bias, int threads)
+  static bool fits(const Conv2dProblem& p) {
+    return round_up(p.C / p.groups, kWidth) * (p.K / p.groups) <= 128 * 128;
+  }
+
+  GradWeightShares(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
+                   T* grad_bias, int threads)
       : p_(p),
         grad_output_(grad_output),
         input_(input),
@@ -61,18 +104,13 @@ class WinogradGradWeight {
         filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
-    by_shares_ = channels_ * produced_ <= 128 * 128;
-    const int64_t together = channels_ + panels_.count * panels_.width;
     // Sums that no L2 holds are read and written anew for every block: then fewer, larger ones.
     const bool sums_stay = kProducts * 4 * channels_ * produced_ <= kBlockBytes;
-    const int64_t most = sums_stay ? max_of(24, kBlockBytes / (kProducts * 4) / together) : 64;
-    shares_ = by_shares_ ? max_of(1, min_of(threads, grid_.count / 4)) : 1;
-    round_tiles_ = by_shares_ ? grid_.count : image_round_tiles(grid_.count, together);
-    rounds_ = ceil_div(grid_.count, round_tiles_);
-    const int64_t share_tiles = ceil_div(round_tiles_, shares_);
+    const int64_t fit = kBlockBytes / (kProducts * 4) / (channels_ + outputs());
+    const int64_t most = sums_stay ? max_of(24, fit) : 64;
+    shares_ = max_of(1, min_of(threads, grid_.count / 4));
+    const int64_t share_tiles = ceil_div(grid_.count, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
-    blocks_ = ceil_div(round_tiles_, block_tiles_);
-    tile_step_ = padded_tiles(round_tiles_);
   }
 
   void run() {
@@ -80,66 +118,49 @@ class WinogradGradWeight {
     carve(Carver(workspace.data()));
     std::memset(zeros_, 0, zeros_size() * sizeof(T));
     for (int64_t group = 0; group < p_.groups; ++group) {
-      if (by_shares_) {
-        run_by_shares(group);
-      } else {
-        for (int64_t round = 0; round < rounds_; ++round) run_by_channels(group, round);
-      }
+      run_by_shares(group);
       if (grad_bias_ != nullptr) write_bias(group);
     }
   }
 
  private:
   struct Scratch {
-    T* image;  // of a block, where threads own shares
+    T* image;  // of a block
     T* grads;
-    T* sums;   // of a task, where tasks own channels
     T* lines;  // [kTaskChannels * 9][width], weights before they are written
     T* stage;
     const T** ahead;  // [2][block_tiles]: of the next input and grads, fetched meanwhile
   };
 
-  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
-  int64_t zeros_size() const {
-    return max_of(kTileRows, max_of(channels_, panels_.count * panels_.width));
-  }
+  // Zeros stand for the channels of a pixel outside.
+  int64_t zeros_size() const { return max_of(channels_, outputs()); }
   int64_t outputs() const { return panels_.count * panels_.width; }
   // From one product of a block to the next: a cache line more than there is, so that the same
   // place of all products spreads over the cache.
   int64_t image_step() const { return block_tiles_ * channels_ + 16; }
   int64_t grads_step() const { return block_tiles_ * outputs() + 16; }
-  int64_t image_size() const { return channels_ * kProducts * tile_step_; }
-  int64_t grads_size() const { return kProducts * tile_step_ * panels_.width; }
   // From the sums of one product to those of the next; odd lines again.
-  int64_t sums_step() const {
-    return (by_shares_ ? rows_ : kTaskChannels) * panels_.width + kWidth;
-  }
+  int64_t sums_step() const { return rows_ * panels_.width + kWidth; }
   int64_t sums_size() const { return kProducts * sums_step(); }
-  int64_t bias_parts() const { return by_shares_ ? shares_ : rounds_ * blocks_; }
 
   int64_t carve(Carver carver) {
-    const int64_t outputs = panels_.count * panels_.width;
     zeros_ = carver.take<T>(zeros_size());
-    bias_sums_ = carver.take<T>(bias_parts() * outputs);
-    share_sums_ = carver.take<T>(by_shares_ ? shares_ * panels_.count * sums_size() : 0);
-    image_ = carver.take<T>(by_shares_ ? 0 : image_size());
-    grads_ = carver.take<T>(by_shares_ ? 0 : panels_.count * grads_size());
-    totals_ = carver.take<T>(rounds_ > 1 ? panels_.count * rows_ * 9 * panels_.width : 0);
+    bias_sums_ = carver.take<T>(shares_ * outputs());
+    share_sums_ = carver.take<T>(shares_ * panels_.count * sums_size());
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(by_shares_ ? kProducts * image_step() : 0);
-    scratch_.grads = carver.take<T>(by_shares_ ? kProducts * grads_step() : 0);
-    scratch_.sums = carver.take<T>(by_shares_ ? 0 : sums_size());
+    scratch_.image = carver.take<T>(kProducts * image_step());
+    scratch_.grads = carver.take<T>(kProducts * grads_step());
     scratch_.lines = carver.take<T>(kTaskChannels * 9 * panels_.width);
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
-    scratch_.ahead = carver.take<const T*>(by_shares_ ? 2 * block_tiles_ : 0);
+    scratch_.ahead = carver.take<const T*>(2 * block_tiles_);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
     const auto move = [&](auto* part) { return part + scratch_bytes_ / sizeof(*part) * thread; };
-    return {move(scratch_.image), move(scratch_.grads), move(scratch_.sums),
-            move(scratch_.lines), move(scratch_.stage), move(scratch_.ahead)};
+    return {move(scratch_.image), move(scratch_.grads), move(scratch_.lines), move(scratch_.stage),
+            move(scratch_.ahead)};
   }
 
   void run_by_shares(int64_t group) {
@@ -160,10 +181,17 @@ class WinogradGradWeight {
                                   produced_, 0, 0);
       for (int64_t first = begin; first < end; first += block_tiles_) {
         const int64_t last = min_of(first + block_tiles_, end);
-        transform_input(group, first, last, scratch.stage, scratch.image, channels_, kWidth,
-                        image_step());
-        transform_grads(group, 0, produced_, first, last, scratch.stage, scratch.grads, outputs(),
-                        grads_step(), bias_sums);
+        const auto image_at = [&](int64_t c, int64_t tile) {
+          return scratch.image + (tile - first) * channels_ + c;
+        };
+        const auto grads_at = [&](int64_t k, int64_t tile) {
+          return scratch.grads + (tile - first) * outputs() + k;
+        };
+        Pass::transform_input(p_, grid_, input_ + group * reduced_ * p_.input.c, first, last,
+                              zeros_, scratch.stage, channels_, image_step(), image_at);
+        Pass::transform_grads(p_, grid_, grad_output_ + group * produced_ * p_.output.c, produced_,
+                              first, last, zeros_, scratch.stage, outputs(), grads_step(), grads_at,
+                              bias_sums);
         const int64_t next_last = min_of(last + block_tiles_, end);
         next_input.point(last, next_last, block_tiles_, scratch.ahead);
         next_grads.point(last, next_last, block_tiles_, scratch.ahead + block_tiles_);
@@ -177,75 +205,6 @@ class WinogradGradWeight {
       filters_.transform_back(c, sums, sums_step(), shares_, panels_.count * sums_size(), false,
                               lines);
       filters_.write(group, panel, c, lines);
-    });
-  }
-
-  void run_by_channels(int64_t group, int64_t round) {
-    const int64_t begin = round * round_tiles_;
-    const int64_t tiles = min_of(round_tiles_, grid_.count - begin);
-    parallel_for(blocks_ * (1 + panels_.count), threads_, [&](int64_t index, int thread) {
-      const int64_t block = index / (1 + panels_.count);
-      const int64_t panel = index % (1 + panels_.count) - 1;
-      const int64_t first = min_of(block * block_tiles_, tiles);
-      const int64_t end = min_of(first + block_tiles_, tiles);
-      T* stage = scratch_of(thread).stage;
-      if (panel < 0) {
-        transform_input(group, begin + first, begin + end, stage, image_ + first * kWidth, kWidth,
-                        kProducts * tile_step_ * kWidth, tile_step_ * kWidth);
-        return;
-      }
-      T* bias_sums =
-          bias_sums_ + ((round * blocks_ + block) * panels_.count + panel) * panels_.width;
-      std::memset(bias_sums, 0, panels_.width * sizeof(T));
-      const int64_t output = panel * panels_.width;
-      const int64_t own = min_of(panels_.width, produced_ - output);
-      T* to = grads_ + panel * grads_size() + first * panels_.width;
-      const int64_t product_step = tile_step_ * panels_.width;
-      transform_grads(group, output, own, begin + first, begin + end, stage, to, panels_.width,
-                      product_step, bias_sums);
-      // Lanes past the last output: their products must not be left to chance.
-      for (int64_t k = round_up(own, kWidth); k < panels_.width; k += kWidth) {
-        for (int64_t tile = 0; tile < end - first; ++tile) {
-          for (int x = 0; x < kProducts; ++x) {
-            store<T>(to + tile * panels_.width + k + x * product_step, Vec<T>{});
-          }
-        }
-      }
-    });
-    const int64_t tasks = ceil_div(channels_, kTaskChannels);
-    parallel_for(panels_.count * tasks, threads_, [&](int64_t index, int thread) {
-      const Scratch scratch = scratch_of(thread);
-      const int64_t panel = index / tasks, c = index % tasks * kTaskChannels;
-      multiply(image_, grads_ + panel * grads_size(), begin, tiles, c,
-               min_of(kTaskChannels, channels_ - c), false, scratch.sums);
-      T* lines = rounds_ > 1 ? totals_ + (panel * rows_ + c) * 9 * panels_.width : scratch.lines;
-      filters_.transform_back(c, scratch.sums, sums_step(), 1, 0, round > 0, lines);
-      if (round == rounds_ - 1) filters_.write(group, panel, c, lines);
-    });
-  }
-
-  // A vector of channels goes to `to` + its number * vector_step.
-  void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to,
-                       int64_t tile_step, int64_t vector_step, int64_t product_step) const {
-    const RunReader<kTileIn> reader(grid_, input_ + group * reduced_ * p_.input.c, p_.input,
-                                    reduced_, p_.H, p_.W, -p_.pad_h, -p_.pad_w);
-    reader.read(first, end, zeros_, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
-      transform_image_run(run, to + (tile - first) * tile_step + c / kWidth * vector_step,
-                          tile_step, product_step);
-    });
-  }
-
-  // A x A^T of some outputs of the tiles, and their plain sums for the bias.
-  void transform_grads(int64_t group, int64_t output, int64_t outputs, int64_t first, int64_t end,
-                       T* stage, T* to, int64_t tile_step, int64_t product_step,
-                       T* bias_sums) const {
-    const RunReader<kTileOut> reader(grid_,
-                                     grad_output_ + (group * produced_ + output) * p_.output.c,
-                                     p_.output, outputs, p_.P, p_.Q, 0, 0);
-    reader.read(first, end, zeros_, stage, [&](const Run<kTileOut>& run, int64_t k, int64_t tile) {
-      const Vec<T> total =
-          transform_grad_run(run, to + (tile - first) * tile_step + k, tile_step, product_step);
-      store<T>(bias_sums + k, load(bias_sums + k) + total);
     });
   }
 
@@ -284,52 +243,9 @@ class WinogradGradWeight {
     }
   }
 
-  // sums[product][row] (+)= image of channel c + row times grads, over those of tiles [first, first
-  // + tiles) that need the product; image and grads begin with tile `first`.
-  void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, int64_t c,
-                int64_t channels, bool accumulate, T* sums) const {
-    const int64_t width = panels_.width;
-    TileArgs<T> args;
-    args.row_step = kWidth;
-    args.panel_step = width;
-    args.segments = 1;
-    args.start = zeros_;
-    const T* rows[kTileRows];
-    T* out[kTileRows];
-    args.rows = rows;
-    args.out = out;
-    for (int product = 0; product < kProducts; ++product) {
-      bool started = accumulate;
-      const auto run = [&](int64_t tile, int64_t count) {
-        args.panel = grads + (product * tile_step_ + tile) * width;
-        args.length = count;
-        args.how = started ? Start::kAccumulate : Start::kRows;
-        started = true;
-        for (int64_t row = 0; row < channels; row += kTileRows) {
-          for (int i = 0; i < kTileRows; ++i) {
-            const int64_t channel = c + min_of(row + i, channels - 1);
-            rows[i] = image +
-                      ((channel / kWidth * kProducts + product) * tile_step_ + tile) * kWidth +
-                      channel % kWidth;
-            out[i] = sums + product * sums_step() + (row + i) * width;
-          }
-          multiply_tile<T>(panels_.vectors, args);
-        }
-      };
-      for (const TileRange& range : grid_.needing(product).part) {
-        const TileRange own = range.within(first, first + tiles);
-        for (int64_t tile = own.begin; tile < own.end; tile += kStepTiles) {
-          run(tile - first, min_of(kStepTiles, own.end - tile));
-        }
-      }
-      if (!started) run(0, 0);  // none needs it: the sums are zeros
-    }
-  }
-
   void write_bias(int64_t group) {
-    const int64_t outputs = panels_.count * panels_.width;
-    for (int64_t part = 1; part < bias_parts(); ++part) {
-      for (int64_t k = 0; k < produced_; ++k) bias_sums_[k] += bias_sums_[part * outputs + k];
+    for (int64_t part = 1; part < shares_; ++part) {
+      for (int64_t k = 0; k < produced_; ++k) bias_sums_[k] += bias_sums_[part * outputs() + k];
     }
     copy_narrowed(bias_sums_, produced_, grad_bias_ + group * produced_, 1);
   }
@@ -344,19 +260,25 @@ class WinogradGradWeight {
   Panels<T> panels_;
   Filters filters_;
   int64_t channels_, rows_;  // reduced ones, padded to whole vectors and to whole tasks
-  bool by_shares_;
-  int64_t shares_, blocks_, block_tiles_;  // blocks of a round
-  int64_t round_tiles_, rounds_;
-  int64_t tile_step_;
+  int64_t shares_, block_tiles_;
   T* zeros_;
-  T* bias_sums_;   // [part][outputs]
+  T* bias_sums_;   // [share][outputs]
   T* share_sums_;  // [share][panel][36][rows][width]
-  T* image_;
-  T* grads_;
-  T* totals_;  // [panel][rows * 9][width], where there are several rounds
   Scratch scratch_;
   int64_t scratch_bytes_;
 };
+
+// grad_weight of p, which winograd_grad_weight_fits, and grad_bias where it is not null.
+inline void run_winograd_grad_weight(const Conv2dProblem& p, const float* grad_output,
+                                     const float* input, float* grad_weight, float* grad_bias,
+                                     int threads) {
+  if (GradWeightShares::fits(p)) {
+    GradWeightShares(p, grad_output, input, grad_weight, grad_bias, threads).run();
+  } else {
+    GradWeightRounds<Stride1GradWeight>(p, grad_output, input, grad_weight, grad_bias, threads)
+        .run();
+  }
+}
 
 }  // namespace
 }  // namespace gdfast::cpu

@@ -21,10 +21,10 @@ GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
 // Memory to be fetched into L2 during products: `size` values for each tile, `offset` from where it
 // begins.
 struct Ahead {
-  const float* const* begin;
-  int64_t offset, size;
+  const float* const* begin = nullptr;
+  int64_t offset = 0, size = 0;
 
-  // Cache line `index` of the values.
+  // Cache line `index` of the values, if there are so many.
   Ahead line(int64_t index) const {
     return {begin, offset + index * 16, min_of(16, size - index * 16)};
   }
@@ -38,42 +38,75 @@ struct Ahead {
   }
 };
 
-// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for tiles i in [0, tiles), a line apart.
-// Has sums for up to kTileRows - 1 tiles more, whatever their rows hold.
-template <int kVectors>
-void multiply_lines(const float* rows, int64_t line, int64_t tiles, int64_t channels,
-                    const float* panel, bool accumulate, float* sums, const Ahead& ahead) {
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
+template <int kRows, int kVectors>
+GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t channels,
+                                  const float* panel, int64_t panel_step, bool accumulate,
+                                  float* sums, int64_t sums_step) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
-  for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
-    ahead.fetch(tile, tile + kTileRows);
-    const T* from = rows + tile * line;
-    const T* weight = panel;
-    Vec<T> sum[kTileRows][kVectors] = {};
-    for (int64_t c = 0; c < channels; c += kWidth, from += kWidth) {
+  Vec<T> sum[kRows][kVectors] = {};
+  for (int64_t c = 0; c < channels; c += kWidth) {
 #pragma GCC unroll 4
-      for (int lane = 0; lane < kWidth; ++lane, weight += kVectors * kWidth) {
-        Vec<T> weights[kVectors];
+    for (int lane = 0; lane < kWidth; ++lane) {
+      Vec<T> weights[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) weights[j] = load(weight + j * kWidth);
+      for (int j = 0; j < kVectors; ++j) weights[j] = load(panel + j * kWidth);
 #pragma GCC unroll 6
-        for (int i = 0; i < kTileRows; ++i) {
-          Vec<T> value = broadcast(from[i * line + lane]);
-          keep_in_register<T>(value);  // as in multiply_tile
+      for (int i = 0; i < kRows; ++i) {
+        Vec<T> value = broadcast(rows[i * row_step + c + lane]);
+        keep_in_register<T>(value);  // as in multiply_tile
 #pragma GCC unroll 4
-          for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
-        }
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
       }
-    }
-    T* to = sums + tile * line;
-#pragma GCC unroll 6
-    for (int i = 0; i < kTileRows; ++i, to += line) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        store<T>(to + j * kWidth, accumulate ? load(to + j * kWidth) + sum[i][j] : sum[i][j]);
-      }
+      panel += panel_step;
     }
   }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = sums + i * sums_step + j * kWidth;
+      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+// For any number of tiles, whose sums lie as far apart as their images: up to kTileRows - 1 more
+// are read and written.
+template <int kVectors>
+void multiply_block(const float* rows, int64_t line, int64_t tiles, int64_t channels,
+                    const float* panel, bool accumulate, float* sums, const Ahead& ahead) {
+  for (int64_t tile = 0; tile < tiles; tile += kTileRows, rows += kTileRows * line) {
+    ahead.fetch(tile, tile + kTileRows);
+    multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,
+                                        accumulate, sums + tile * line, line);
+  }
+}
+
+// For any number of tiles and of panels side by side. Tiles go by 4 to 6, as evenly as that can be:
+// up to kRowsBeyond rows more are read and written than there are.
+constexpr int kRowsBeyond = 3;
+inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const float* rows,
+                           int64_t row_step, int64_t channels, const float* weights,
+                           bool accumulate, float* sums) {
+  with_vectors(vectors, [&](auto count) {
+    constexpr int kVectors = decltype(count)::value;
+    constexpr int64_t kWidth = kVectors * kLanes<float>;
+    const int64_t line = panels * kWidth;
+    for (int64_t calls = ceil_div(tiles, kTileRows); calls > 0; --calls) {
+      const int64_t own = max_of(4, ceil_div(tiles, calls));
+      const auto multiply = own == 4   ? multiply_lines<4, kVectors>
+                            : own == 5 ? multiply_lines<5, kVectors>
+                                       : multiply_lines<6, kVectors>;
+      for (int64_t o = 0; o < line; o += kWidth) {
+        multiply(rows, row_step, channels, weights + o, line, accumulate, sums + o, line);
+      }
+      rows += own * row_step;
+      sums += own * line;
+      tiles -= own;
+    }
+  });
 }
 
 // sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels; lines of

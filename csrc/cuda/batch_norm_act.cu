@@ -98,6 +98,7 @@ struct StatisticsArguments {
   double momentum, eps;
   int C;
   int64_t splits;
+  int64_t* batches;  // a counter to add 1 to, or null
 };
 
 template <typename T>
@@ -109,6 +110,7 @@ statistics_kernel(const GDFAST_GRID_CONSTANT StatisticsArguments a, const SumOf<
   Moments<double, 1> joint{};
   if (a.training) joint = join_parts(partial, a.C, c, 0, a.splits);
   if (threadIdx.x >= kJoinChannels || c >= a.C) return;
+  if (a.batches != nullptr && c == 0) ++*a.batches;
 
   double mean, variance;
   if (a.training) {
@@ -216,14 +218,14 @@ normalise_kernel(const GDFAST_GRID_CONSTANT BatchNormWalk walk,
 
 template <typename T>
 void forward(const BatchNormProblem& p, const BatchNormForward& to, bool training, double momentum,
-             const BatchNormMoments& moments, void* memory, uintptr_t stream) {
+             const BatchNormMoments& moments, int64_t* batches, void* memory, uintptr_t stream) {
   using A = SumOf<T>;
   const BatchNormWorkspace<T> workspace(p, memory);
   const auto* const input = static_cast<const T*>(to.input);
   const auto* partial = static_cast<const A*>(moments.parts);
-  StatisticsArguments statistics{training,     to,    p.param_dtype != p.dtype,
-                                 momentum,     p.eps, static_cast<int>(p.C),
-                                 moments.count};
+  StatisticsArguments statistics{training,      to,    p.param_dtype != p.dtype,
+                                 momentum,      p.eps, static_cast<int>(p.C),
+                                 moments.count, batches};
   if (training && partial == nullptr) {
     with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
       constexpr int kVector = decltype(kind)::kVector;
@@ -285,11 +287,11 @@ int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
 }
 
 void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
-                double momentum, const BatchNormMoments& moments, void* workspace, int device,
-                uintptr_t stream) {
+                double momentum, const BatchNormMoments& moments, int64_t* batches,
+                void* workspace, int device, uintptr_t stream) {
   const DeviceGuard guard(kOp, device);
   with_dtype(problem.dtype, [&](auto zero) {
-    forward<decltype(zero)>(problem, to, training, momentum, moments, workspace, stream);
+    forward<decltype(zero)>(problem, to, training, momentum, moments, batches, workspace, stream);
   });
 }
 

@@ -18,6 +18,7 @@ void bind_conv2d(pybind11::module_& m);
 void bind_depthwise(pybind11::module_& m);
 void bind_grouped(pybind11::module_& m);
 void bind_hopper_float32(pybind11::module_& m);
+void bind_launches(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_stem(pybind11::module_& m);
 void bind_transpose(pybind11::module_& m);
@@ -62,16 +63,22 @@ inline std::string told(const MaxPool2dProblem& p) {
          listed(p.R, p.S) + ", stride " + listed(p.stride_h, p.stride_w);
 }
 
-// Runs what launches kernels, without Python's lock. An error, which has the operation's name
-// already, is thrown on with the problem's sizes.
+// Runs what launches kernels. An error, which has the operation's name already, is thrown on with
+// the problem's sizes.
 template <typename Problem, typename Run>
-void launching(const Problem& problem, Run&& run) {
-  pybind11::gil_scoped_release release;
+void telling(const Problem& problem, Run&& run) {
   try {
     std::forward<Run>(run)();
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(error.what()) + " (" + told(problem) + ")");
   }
+}
+
+// The same without Python's lock.
+template <typename Problem, typename Run>
+void launching(const Problem& problem, Run&& run) {
+  pybind11::gil_scoped_release release;
+  telling(problem, std::forward<Run>(run));
 }
 
 }  // namespace gdfast::cuda

@@ -20,7 +20,7 @@ void bind_batch_norm(py::module_& m) {
                                   pointer(output),   pointer(mean),         pointer(invstd),
                                   pointer(mask)};
         launching(problem, [&] {
-          batch_norm(problem, to, training, momentum, {pointer(moments), splits},
+          batch_norm(problem, to, training, momentum, {pointer(moments), splits}, nullptr,
                      pointer(workspace), device, stream);
         });
       },
@@ -56,6 +56,33 @@ void bind_batch_norm(py::module_& m) {
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("grad_residual"), py::arg("training"),
       py::arg("pre_activation"), py::arg("workspace"), py::arg("device"), py::arg("stream"),
       "Writes those gradients whose address is not 0.");
+  m.def(
+      "batch_norm_launch",
+      [](const BatchNormProblem& problem, bool training, int64_t splits) {
+        return as_object([=](void* const* at, const Call& call) {
+          telling(problem, [&] {
+            batch_norm(problem, forward_at(at), training, call.momentum, {at[11], splits},
+                       static_cast<int64_t*>(at[10]), at[12], call.where, call.stream);
+          });
+        });
+      },
+      py::arg("problem"), py::arg("training"), py::arg("splits"),
+      "A launch of batch_norm, on input, weight, bias, running_mean, running_var, residual, output, "
+      "mean, invstd, mask, a counter of batches, to which it adds 1, moments and workspace.");
+  m.def(
+      "batch_norm_backward_launch",
+      [](const BatchNormProblem& problem, bool training, const std::string& pre_activation) {
+        const PreActivation from = pre_activation_named(pre_activation, problem.activation);
+        return as_object([=](void* const* at, const Call& call) {
+          telling(problem, [&] {
+            batch_norm_backward(problem, backward_at(at), training, from, at[11], call.where,
+                                call.stream);
+          });
+        });
+      },
+      py::arg("problem"), py::arg("training"), py::arg("pre_activation"),
+      "A launch of batch_norm_backward, on grad_output, input, weight, bias, residual_or_output, "
+      "mean, invstd, the gradients of input, weight, bias and residual, and workspace.");
 }
 
 }  // namespace gdfast::cuda

@@ -2,10 +2,8 @@
 #include "../bindings_conv2d_problem.h"
 #include "../sgd_arguments.h"
 #include "bindings.h"
+#include "bindings_ways.h"
 #include "conv2d.h"
-#include "conv2d_hopper.h"
-#include "conv2d_hopper_grad_weight.h"
-#include "conv2d_hopper_halo.h"
 #include "conv2d_hopper_planes.h"
 
 namespace gdfast::cuda {
@@ -25,35 +23,12 @@ BlockTile tile_named(const std::string& name) {
   throw py::value_error("Conv2dWay: tile: expected 128x128, 128x64 or 64x64, got " + name);
 }
 
-HopperTileSize hopper_tile(int pixels, int channels) {
-  const HopperTileSize tile{pixels, channels};
-  if (is_hopper_tile(tile)) return tile;
-  throw py::value_error(
-      "conv2d_hopper: tile: expected 128 x 64, 128 x 128, 128 x 256, 256 x 128 or 0 x 0, got " +
-      std::to_string(pixels) + " x " + std::to_string(channels));
-}
-
-HopperWeightBlock hopper_weight_block(int filters, int columns) {
-  const HopperWeightBlock block{filters, columns};
-  if (is_hopper_weight_block(block)) return block;
-  throw py::value_error(
-      "conv2d_grad_weight_hopper: block: expected 64 x 576, 128 x 128, 128 x 192, 128 x 256 or "
-      "256 x 128, got " +
-      std::to_string(filters) + " x " + std::to_string(columns));
-}
-
 void check_weight_dtype(DType weight, DType images) {
   const bool half = images == DType::kBFloat16 || images == DType::kFloat16;
   if (weight == images || (half && weight == DType::kFloat32)) return;
   throw py::value_error(
       "conv2d_grad_weight_sgd: dtype: expected the problem's, or float32 where that is a half "
       "type");
-}
-
-void check_splits(int64_t splits) {
-  if (splits >= 1 && splits <= 65535) return;
-  throw py::value_error("conv2d_grad_weight: splits: expected 1 to 65535, got " +
-                        std::to_string(splits));
 }
 
 void bind_hopper(py::module_& m) {
@@ -98,12 +73,6 @@ void bind_hopper(py::module_& m) {
       py::arg("problem"), py::arg("pixels"), py::arg("channels"), py::arg("grad_output"),
       py::arg("weight"), py::arg("grad_input"), py::arg("device"), py::arg("stream"),
       "As conv2d_grad_input, likewise.");
-}
-
-int halo_channels(int channels) {
-  if (channels == 64 || channels == 128) return channels;
-  throw py::value_error("conv2d_halo: channels: expected 64 or 128, got " +
-                        std::to_string(channels));
 }
 
 void bind_halo(py::module_& m) {

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
-from gdfast.backends import cuda_stream, memory
+from gdfast.backends import cuda_stream, memory, plans
 from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
@@ -125,7 +125,15 @@ def cpu(query: BatchNormQuery) -> Forward:
             _written(running_mean, running_var, packed_mean, packed_var)
         return output, mean, invstd
 
-    return kernel
+    def draft(plan: plans.Draft, *tensors: int) -> tuple[int, int, int]:
+        """Tensors as in a call, with the counter of batches behind them."""
+        *of_norm, residual, batches = tensors
+        results = plan.fresh(new_output), plan.fresh(new_statistic), plan.fresh(new_statistic)
+        plan.launch(launch, *of_norm, residual, *results, plans.NONE, batches)
+        return results
+
+    launch = native.cpu.batch_norm_launch(problem, training)
+    return plans.drafted(kernel, draft)
 
 
 def cpu_backward(query: BatchNormQuery) -> Backward:
@@ -160,7 +168,19 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
             grad_residual = grad_output
         return grad_input, grad_weight, grad_bias, grad_residual
 
-    return kernel
+    def draft(plan: plans.Draft, *tensors: int, wanted: Wanted) -> list[int]:
+        makers = new_image, new_param, new_param, new_image
+        *params, wants_residual = wanted
+        written = *params, wants_residual and not hands_on
+        grads = [
+            plan.fresh(make) if wants else plans.NONE
+            for make, wants in zip(makers, written, strict=True)
+        ]
+        plan.launch(launch, *tensors, *grads)
+        return [*grads[:3], tensors[0]] if wants_residual and hands_on else grads
+
+    launch = native.cpu.batch_norm_backward_launch(problem, training, pre_activation)
+    return plans.drafted(kernel, draft)
 
 
 def cuda_why_not(query: BatchNormQuery) -> str:
@@ -224,11 +244,36 @@ class CudaForward:
         self._new_output = _allocator(query.size, query.strides, query.dtype, query.device)
         self._new_statistic = _allocator((channels,), (1,), self._stats_dtype, query.device)
         self._new_workspace = _allocator((bytes,), (1,), torch.uint8, query.device)
+        self._workspace_bytes = bytes
 
     def new_mask(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """Memory for the mask of an output, or None where these images get none."""
         size = mask_size(self._query, input, residual)
         return size and torch.empty(size.bytes, dtype=torch.uint8, device=input.device)
+
+    def draft(
+        self, plan: plans.Draft, input: int, *tensors: int, moments: int, splits: int,
+        wants_mask: bool,
+    ) -> tuple[int, ...]:  # fmt: skip
+        """Tensors as in a call, with the counter of batches behind them; gives the mask too."""
+        assert native.cuda is not None
+        query = self._query
+        *of_norm, residual, batches = tensors
+        results = (
+            plan.fresh(self._new_output),
+            plan.fresh(self._new_statistic),
+            plan.fresh(self._new_statistic),
+        )
+        mask, size = plans.NONE, mask_size(query) if wants_mask else None
+        if size is not None:
+            mask = plan.fresh(_allocator((size.bytes,), (1,), torch.uint8, query.device))
+            plan.align(residual)
+        launch = native.cuda.batch_norm_launch(self._problem, query.training, splits)
+        workspace = plan.scratch(self._workspace_bytes)
+        plan.launch(
+            launch, input, *of_norm, residual, *results, mask, batches, moments, workspace
+        )  # fmt: skip
+        return *results, mask
 
     def __call__(
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None,
@@ -291,7 +336,18 @@ def cuda_backward(query: BatchNormQuery) -> Backward:
             grad_residual = grad_output
         return grad_input, grad_weight, grad_bias, grad_residual
 
-    return kernel
+    def draft(plan: plans.Draft, *tensors: int, wanted: Wanted) -> list[int]:
+        """The gradient of the input is no tensor."""
+        _, *params, wants_residual = wanted
+        makers = new_param, new_param, new_image
+        grads = [plan.scratch(prod(query.size) * query.dtype.itemsize)]
+        for make, wants in zip(makers, (*params, wants_residual and not hands_on), strict=True):
+            grads.append(plan.fresh(make) if wants else plans.NONE)
+        plan.launch(launch, *tensors, *grads, plan.scratch(workspace_bytes))
+        return [*grads[:3], tensors[0]] if wants_residual and hands_on else grads
+
+    launch = native.cuda.batch_norm_backward_launch(problem, training, pre_activation)
+    return plans.drafted(kernel, draft)
 
 
 def _triton_problem(query: BatchNormQuery) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,7 @@ def _machine() -> dict[str, Any]:
     return {
         "gdfast": gdfast.__version__,
         "kernels": _digest(native.cpu),
+        "chooser": _digest_of_sources("tuning*.py", "memory.py"),
         "torch": str(torch.__version__),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "onednn_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", ""),
@@ -82,22 +84,33 @@ def _gpu() -> dict[str, str]:
     """What decides how kernels run on a GPU, where there is one."""
     if not torch.cuda.is_available():
         return {}
-    triton = hashlib.sha256()
-    for source in sorted(Path(__file__).with_name("triton").glob("*.py")):
-        triton.update(source.read_bytes())
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
     return {
         "cuda": _digest(native.cuda),
-        "triton": triton.hexdigest()[:16],
+        "triton": _digest_of_sources("triton/*.py"),
         "driver": str(driver),
     }
 
 
 def _digest(module: Any) -> str:
+    """Of a compiled module's file: a build of other kernels has to choose anew."""
     try:
-        return hashlib.sha256(Path(module.__file__ or "").read_bytes()).hexdigest()[:16]
-    except (AttributeError, OSError):
+        # Mapped rather than read: without a copy it takes half as long, 1 ms for a MB.
+        with (
+            Path(module.__file__ or "").open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return hashlib.sha256(content).hexdigest()[:16]
+    except (AttributeError, OSError, ValueError):  # ValueError: it is empty
         return "unknown"
+
+
+def _digest_of_sources(*patterns: str) -> str:
+    digest = hashlib.sha256()
+    for pattern in patterns:
+        for source in sorted(Path(__file__).parent.glob(pattern)):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read(file: Path) -> dict[str, Choice]:

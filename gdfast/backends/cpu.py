@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import batch_norm, cpu_algorithms, fused_pool, max_pool2d, memory, sgd
+from gdfast.backends import (
+    batch_norm,
+    cpu_algorithms,
+    fused_pool,
+    max_pool2d,
+    memory,
+    plans,
+    sgd,
+)
 from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import Backend, Conv2dActQuery, Conv2dQuery, Query
 
@@ -63,7 +71,8 @@ def algorithm(op: str, query: Conv2dQuery) -> str:
         return cpu_algorithms.BF16
     if is_strict() or query.dtype != torch.float32:
         return cpu_algorithms.DIRECT
-    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa())
+    channels_last = query.strides[0][1] == 1
+    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa(), channels_last)
 
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
@@ -94,7 +103,13 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         )  # fmt: skip
         return output
 
-    return kernel
+    def draft(plan: plans.Draft, input: int, weight: int, bias: int) -> int:
+        output = plan.fresh(new_output)
+        plan.launch(launch, input, weight, bias, output)
+        return output
+
+    launch = native.cpu.conv2d_launch(problem)
+    return plans.drafted(kernel, draft)
 
 
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
@@ -111,7 +126,13 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         )  # fmt: skip
         return grad_input
 
-    return kernel
+    def draft(plan: plans.Draft, grad_output: int, weight: int) -> int:
+        grad_input = plan.fresh(new_grad_input)
+        plan.launch(launch, grad_output, weight, grad_input)
+        return grad_input
+
+    launch = native.cpu.conv2d_grad_input_launch(problem)
+    return plans.drafted(kernel, draft)
 
 
 def conv2d_grad_weight(
@@ -134,7 +155,14 @@ def conv2d_grad_weight(
         )  # fmt: skip
         return grad_weight, grad_bias
 
-    return kernel
+    def draft(plan: plans.Draft, grad_output: int, input: int, bias: bool) -> tuple[int, int]:
+        grad_weight = plan.fresh(new_grad_weight)
+        grad_bias = plan.fresh(new_grad_bias) if bias else plans.NONE
+        plan.launch(launch, grad_output, input, grad_weight, grad_bias)
+        return grad_weight, grad_bias
+
+    launch = native.cpu.conv2d_grad_weight_launch(problem)
+    return plans.drafted(kernel, draft)
 
 
 def missing() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
@@ -85,95 +86,83 @@ def candidates(op: str, query: Conv2dQuery, strict: bool) -> tuple[str, ...]:
 # Elements of float32 in a vector.
 _LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "emulated_bf16": 4}
 
-# Costs in units of one vector multiply-add, fitted to measured times on AVX-512 and AVX2.
-_DIRECT_EFFICIENCY = 0.88
-_PRODUCT_EFFICIENCY = 0.72
-_IMAGE_TILE = 260.0  # 6x6 vectors read, transformed and written
-_OUTPUT_TILE = 200.0  # 6x6 vectors read, transformed to 4x4 and written
-_WEIGHT = 130.0  # 3x3 vectors read, transformed to 6x6 and written
-_CALL = 150.0  # one call of the micro-kernel: 6 x 4 vectors of sums read and written
+
+class _Costs(NamedTuple):
+    """What Winograd costs in units of one vector multiply-add at the machine's peak."""
+
+    product: float  # each of its vector multiply-adds
+    call: float  # a vector of sums in a call of the micro-kernel, which has six rows of them
+    tile: float  # a vector of channels of a tile, transformed: image, gradients or outputs
+    weight: float  # a vector of weights, transformed
+    planes: float  # what the direct kernels take longer where channels do not lie side by side
+
+
+# By stride and operation, fitted to times of AVX2 kernels by `benchmarks/cost_model.py`; the first
+# stride's products and tiles to those of AVX-512 as well.
+_COSTS = {
+    (1, "conv2d"): _Costs(1.4, 10, 350, 720, 1.0),
+    (1, "conv2d_grad_input"): _Costs(1.4, 49, 250, 380, 1.1),
+    (1, "conv2d_grad_weight"): _Costs(1.4, 49, 370, 270, 1.0),
+    (2, "conv2d"): _Costs(1.3, 61, 30, 690, 1.0),
+    (2, "conv2d_grad_input"): _Costs(1.4, 10, 60, 340, 2.4),
+    (2, "conv2d_grad_weight"): _Costs(1.1, 22, 250, 50, 1.0),
+}
+_DIRECT_PRODUCT = 1.14
+# Sums of a tile; its outputs along an axis, and its products there beyond 5.
+_SUMS = {(2, "conv2d"): 25, (2, "conv2d_grad_input"): 49, (2, "conv2d_grad_weight"): 25}
+_TILE = {1: (4, 1), 2: (3, 2)}
 # What Winograd must be better by before it is preferred: it costs accuracy.
-_MARGIN = 0.85
+_MARGIN = 0.95
 
 
-def choose(op: str, geometry: Conv2dGeometry, isa: str) -> str:
-    """The faster algorithm for one pass: op is "conv2d" or the name of one of its gradients."""
-    g = geometry
-    if not _fits_winograd(g):
+def choose(op: str, geometry: Conv2dGeometry, isa: str, channels_last: bool = True) -> str:
+    """The faster algorithm for one pass: op is "conv2d" or the name of one of its gradients.
+
+    With an activation a forward pass costs what it does without. `channels_last` tells whether the
+    channels of a pixel of the images lie side by side.
+    """
+    if not _fits_winograd(geometry):
         return DIRECT
-    if g.stride == (2, 2):
-        return WINOGRAD if _stride2_cost(op, g, _LANES[isa]) < 1 else DIRECT
-    reduced, produced = g.C // g.groups, g.K // g.groups
-    lanes = _LANES[isa]
-    if op == "conv2d_grad_input":
-        reduced, produced, height, width = produced, reduced, g.H, g.W
-    else:
-        height, width = g.P, g.Q
-    # Channels in vectors; the reduced ones are whole vectors too.
-    inputs, outputs = ceil(reduced / lanes), ceil(produced / lanes)
-    tiles = g.N * ceil(height / 4) * ceil(width / 4)
-    direct = g.N * height * width * 9 * reduced * outputs / _DIRECT_EFFICIENCY
-    # The micro-kernel takes six rows at a time: tiles, or channels where tiles are reduced over.
-    if op == "conv2d_grad_weight":
-        products, calls = tiles * inputs * lanes, ceil(reduced / 6)
-    else:
-        calls = ceil(tiles / 6)
-        products = 6 * calls * inputs * lanes
-    winograd = (
-        36 * products * _needed(height) * _needed(width) * outputs / _PRODUCT_EFFICIENCY
-        + 36 * calls * ceil(outputs / 4) * _CALL
-        + tiles * (inputs * _IMAGE_TILE + outputs * _OUTPUT_TILE)
-        + reduced * outputs * _WEIGHT
-    )
+    op = op if (1, op) in _COSTS else "conv2d"
+    winograd, direct = _costs(op, geometry, _LANES[isa], channels_last)
     return WINOGRAD if winograd < _MARGIN * direct else DIRECT
 
 
-def _needed(pixels: int) -> float:
-    """Share of the products along one axis that its tiles need: 6 with 4 outputs, else 5."""
-    tiles = ceil(pixels / 4)
-    whole = max(0, pixels - 3 * tiles)
-    return (6 * whole + 5 * (tiles - whole)) / (6 * tiles)
-
-
-# The same for stride 2, fitted on AVX2. By operation: how well the direct kernels do, the sums of a
-# tile of 3x3 outputs, and what a tile costs for each vector of channels reduced and produced.
-_STRIDE2 = {
-    "conv2d": (0.88, 25, 200.0, 100.0),
-    "conv2d_grad_input": (0.88, 49, 150.0, 170.0),
-    "conv2d_grad_weight": (0.55, 25, 350.0, 150.0),
-}
-_STRIDE2_PRODUCT_EFFICIENCY = 0.77
-_STRIDE2_CALL = 30.0  # for each vector of channels produced
-_STRIDE2_WEIGHT = 60.0
-_STRIDE2_MARGIN = 0.95  # it is about as exact as the direct kernels
-
-
-def _stride2_cost(op: str, g: Conv2dGeometry, lanes: int) -> float:
-    """Winograd's cost for 3x3 kernels with stride 2; below 1 where it is to be preferred."""
-    # With an activation it costs what the convolution by itself does.
-    efficiency, sums, image_tile, output_tile = _STRIDE2.get(op, _STRIDE2["conv2d"])
-    reduced, produced = g.C // g.groups, g.K // g.groups
+def _costs(op: str, g: Conv2dGeometry, lanes: int, channels_last: bool) -> tuple[float, float]:
+    """Costs of Winograd and of the direct kernels for a pass that Winograd fits."""
+    stride = g.stride[0]
+    costs = _COSTS[stride, op]
+    reduced, produced, height, width = g.C // g.groups, g.K // g.groups, g.P, g.Q
     if op == "conv2d_grad_input":
         reduced, produced = produced, reduced
-        height, width = ceil(g.H / 2), ceil(g.W / 2)
-    else:
-        height, width = g.P, g.Q
+        height, width = ceil(g.H / stride), ceil(g.W / stride)
+    # Channels in vectors; the reduced ones are whole vectors too.
     inputs, outputs = ceil(reduced / lanes), ceil(produced / lanes)
-    tiles = g.N * ceil(height / 3) * ceil(width / 3)
-    direct = g.N * g.P * g.Q * 9 * reduced * outputs / efficiency
-    calls = ceil(tiles / 6)
-    products = tiles if op == "conv2d_grad_weight" else 6 * calls
-    needed = _stride2_products(height) * _stride2_products(width) / tiles * g.N
-    winograd = (
-        needed * products * inputs * lanes * outputs / _STRIDE2_PRODUCT_EFFICIENCY
-        + sums * calls * outputs * _STRIDE2_CALL
-        + tiles * (inputs * image_tile + outputs * output_tile)
-        + reduced * outputs * _STRIDE2_WEIGHT
+    (rows, row_products), (columns, column_products) = (
+        _tiles(pixels, *_TILE[stride]) for pixels in (height, width)
     )
-    return winograd / (_STRIDE2_MARGIN * direct)
+    tiles = g.N * rows * columns
+    products = g.N * row_products * column_products
+    # The micro-kernel takes six rows at a time: tiles, or channels where tiles are reduced over.
+    if op == "conv2d_grad_weight":
+        calls = ceil(reduced / 6)
+    else:
+        calls = ceil(tiles / 6)
+        products = ceil(products * 6 * calls / tiles)
+    winograd = (
+        costs.product * products * inputs * lanes * outputs
+        + costs.call * _SUMS.get((stride, op), 36) * calls * outputs
+        + costs.tile * tiles * (inputs + outputs)
+        + costs.weight * reduced * outputs
+    )
+    pixels = g.N * (height * width if stride == 1 else g.P * g.Q)
+    direct = _DIRECT_PRODUCT * 9 * pixels * reduced * outputs
+    return winograd, direct if channels_last else costs.planes * direct
 
 
-def _stride2_products(pixels: int) -> int:
-    """Products along one axis of outputs: 7 for a tile of 3, 5 for one of 2."""
-    tiles = ceil(pixels / 3)
-    return 5 * tiles + 2 * max(0, pixels - 2 * tiles)
+def _tiles(pixels: int, size: int, beyond: int) -> tuple[int, int]:
+    """Tiles of `size` or one less along an axis, and their products: 5, the larger ones `beyond`
+    that.
+    """
+    tiles = ceil(pixels / size)
+    return tiles, 5 * tiles + beyond * max(0, pixels - (size - 1) * tiles)

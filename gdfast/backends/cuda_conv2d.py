@@ -6,7 +6,8 @@ or have kernels of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gdfast.backends import (
     cuda_stem,
     cuda_stream,
     cuda_tiles,
+    plans,
     sgd,
 )
 from gdfast.backends.cuda_candidates import algorithm
@@ -31,6 +33,7 @@ from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_hopper_float32 import HopperFloat32GradWeight
 from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS, HopperGradWeight
 from gdfast.backends.cuda_hopper_halo import HALO
+from gdfast.backends.cuda_operands import Copy, may_plan
 from gdfast.backends.cuda_problem import TURNED, pad, problem_of, turned
 from gdfast.backends.cuda_tiles import LARGEST, PADDED, SMALLEST, padded_query, splits
 from gdfast.backends.precision import is_strict
@@ -68,16 +71,20 @@ class Kernel:
     where there are no positions or, on Hopper, too many splits to be worth it.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
-        self._run = run
+    def __init__(
+        self, run: Callable[..., tuple[Tensor, Tensor | None]],
+        draft: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.run = run
+        self.draft: Any = draft  # gives the numbers of output and moments, and the splits of these
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._run(input, weight, bias, False)[0]
+        return self.run(input, weight, bias, False)[0]
 
     def with_moments(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self._run(input, weight, bias, True)
+        return self.run(input, weight, bias, True)
 
 
 # Each pass is run in the tile that is named, or in the cost model's; a depthwise layer has kernels
@@ -91,7 +98,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
     if by.endswith(TURNED):
         return _turned_conv2d(conv2d(turned("conv2d", query), by.removesuffix(TURNED)))
     if by in HOPPER or by in HALO:
-        return Kernel(_hopper_conv2d(query, by))
+        return _hopper_conv2d(query, by)
     if by == cuda_hopper_planes.NAME:
         return _hopper_conv2d_alone(query, by)
     if by in cuda_hopper_float32.TILES:
@@ -103,16 +110,19 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return cuda_grouped.conv2d(query, problem, copy_input, by)
     if by == cuda_stem.NAME:
         stem, exact = _forward(query, by), _forward(query, SMALLEST)
-        return Kernel(lambda *arguments: (exact if _is_exact(query) else stem)(*arguments))
+        return Kernel(
+            lambda *arguments: (exact if _is_exact(query) else stem).run(*arguments),
+            lambda *arguments: (exact if _is_exact(query) else stem).draft(*arguments),
+        )
     if by.endswith(PADDED):
         padded = padded_query(query)
         whole, channels = _forward(padded, by.removesuffix(PADDED)), padded.geometry.C
         return Kernel(
-            lambda input, weight, bias, moments: whole(
+            lambda input, weight, bias, moments: whole.run(
                 pad(input, channels), pad(weight, channels), bias, moments
             )
         )
-    return Kernel(_forward(query, by))
+    return _forward(query, by)
 
 
 def _unless_tf32(
@@ -152,14 +162,45 @@ def _is_exact(query: Conv2dQuery) -> bool:
     return query.dtype == torch.float32 and cuda_tiles.precision_of(query) == "ieee"
 
 
-def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What a `Kernel` runs, in a tile or by the kernel for few channels."""
+def _draft(
+    query: Conv2dQuery, copies: Sequence[Copy], launch: Callable[[], Any], splits: int,
+    workspace_bytes: int = 0,
+) -> Callable[..., tuple[int, int, int] | None]:  # fmt: skip
+    """The draft of a `Kernel`: `launch` makes its launch."""
+    size, dtype = query.geometry.output_size, query.dtype
+    part_bytes = 3 * size[1] * batch_norm.sum_dtype(dtype).itemsize
+    new_output = _allocator(query, size, query.strides[2])
+
+    def draft(
+        plan: plans.Draft, input: int, weight: int, bias: int, with_moments: bool
+    ) -> tuple[int, int, int] | None:
+        if not may_plan(plan, copies, (input, weight)):
+            return None
+        output, moments, workspace = plan.fresh(new_output), plans.NONE, plans.NONE
+        if with_moments and splits:
+            moments, workspace = plan.scratch(splits * part_bytes), plan.scratch(workspace_bytes)
+        plan.launch(launch(), input, weight, bias, output, moments, workspace)
+        return output, moments, splits if moments != plans.NONE else 0
+
+    return draft
+
+
+def _allocator(
+    query: Conv2dQuery, size: Sequence[int], strides: Sequence[int]
+) -> Callable[[], Tensor]:
+    return partial(torch.empty_strided, size, strides, dtype=query.dtype, device=query.device)
+
+
+def _forward(query: Conv2dQuery, by: str) -> Kernel:
+    """A `Kernel` in a tile, or the one for few channels."""
     assert native.cuda is not None
     way = _way(query, SMALLEST if by == cuda_stem.NAME else by)
     more: tuple[Any, ...] = ()
     run, bytes_of = native.cuda.conv2d, native.cuda.conv2d_moments_workspace
+    make_launch = native.cuda.conv2d_launch
     if by == cuda_stem.NAME:
         run, bytes_of = native.cuda.conv2d_stem, native.cuda.conv2d_stem_moments_workspace
+        make_launch = native.cuda.conv2d_stem_launch
         more = (cuda_stem.tiles_of_block(query),)
     # Fewer channels than _FEW are read where they lie.
     problem, (copy_input, copy_weight) = problem_of(query, "input", "weight")
@@ -186,11 +227,18 @@ def _forward(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor 
         )  # fmt: skip
         return output, moments
 
-    return kernel
+    copies = copy_input, copy_weight
+    launch = partial(_launch, make_launch, problem, lambda: (way(), *more))
+    return Kernel(kernel, _draft(query, copies, launch, splits, workspace_bytes))
 
 
-def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What a `Kernel` runs, in a tile for Hopper."""
+def _launch(make: Callable[..., Any], problem: Any, how: Callable[[], Any]) -> Any:
+    """A launch in the way that is told now."""
+    return make(problem, *how())
+
+
+def _hopper_conv2d(query: Conv2dQuery, by: str) -> Kernel:
+    """A `Kernel` in a tile for Hopper."""
     assert native.cuda is not None
     problem, (copy_input, copy_weight) = problem_of(query, "input", "weight", by=by)
     run, how = _kernel("conv2d", query, by)
@@ -215,7 +263,9 @@ def _hopper_conv2d(query: Conv2dQuery, by: str) -> Callable[..., tuple[Tensor, T
         )  # fmt: skip
         return output, moments
 
-    return kernel
+    make_launch = getattr(native.cuda, f"conv2d_{kind}_launch")
+    launch = partial(_launch, make_launch, problem, how)
+    return Kernel(kernel, _draft(query, (copy_input, copy_weight), launch, splits))
 
 
 def _hopper_conv2d_alone(query: Conv2dQuery, by: str) -> Callable[..., Tensor]:
@@ -270,7 +320,15 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         )  # fmt: skip
         return grad_input
 
-    return kernel
+    def draft(plan: plans.Draft, grad_output: int, weight: int) -> int | None:
+        if not may_plan(plan, (copy_grad, copy_weight), (grad_output, weight)):
+            return None
+        grad_input = plan.fresh(_allocator(query, size, strides))
+        plan.launch(_launch(make_launch, problem, how), grad_output, weight, grad_input)
+        return grad_input
+
+    make_launch = getattr(native.cuda, f"{run.__name__}_launch")
+    return plans.drafted(kernel, draft)
 
 
 def _padded_grad_input(query: Conv2dQuery, tile: str) -> Callable[[Tensor, Tensor], Tensor]:

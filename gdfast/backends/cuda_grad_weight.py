@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
-from gdfast.backends import cuda_stream
+from gdfast.backends import cuda_stream, plans
+from gdfast.backends.cuda_operands import Copy, may_plan
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.backends.sgd import DTYPES, SgdHyper, SgdTensors, address, split_lr
-
-Copy = Callable[[Tensor], Tensor]
 
 
 class GradWeight:
@@ -39,6 +39,7 @@ class GradWeight:
         assert native.cuda is not None
         self.problem, self.way, self.parts = problem, way, parts
         self.copy_input, self.copy_grad = copies
+        self._query = query
         self.size, self.strides = query.geometry.weight_size, query.strides[1]
         self._empty_batch = query.geometry.N == 0
         self._bytes = {
@@ -61,6 +62,28 @@ class GradWeight:
             return Unsplit(self, grad_output, input), None
         workspace, grad_bias = self._run(grad_output, input, bias, None)
         return Parts(self, workspace, input.dtype), grad_bias
+
+    def draft(
+        self, plan: plans.Draft, grad_output: int, input: int, bias: bool
+    ) -> tuple[int, int] | None:
+        """The numbers of both gradients, where the images are read as they lie."""
+        assert native.cuda is not None
+        if not may_plan(plan, (self.copy_grad, self.copy_input), (grad_output, input)):
+            return None
+        grad_weight, grad_bias = self._draft_results(plan, bias)
+        launch = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts)
+        workspace = plan.scratch(self._bytes[bias])
+        plan.launch(launch, grad_output, input, grad_weight, grad_bias, workspace)
+        return grad_weight, grad_bias
+
+    def _draft_results(self, plan: plans.Draft, bias: bool) -> tuple[int, int]:
+        dtype, device = self._query.dtype, self._query.device
+        grad_weight = plan.fresh(partial(self.empty_weight, dtype, device))
+        if not bias:
+            return grad_weight, plans.NONE
+        return grad_weight, plan.fresh(
+            partial(torch.empty, self.size[0], dtype=dtype, device=device)
+        )
 
     def empty_weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for a gradient."""

@@ -88,6 +88,8 @@ class GroupedGradWeight(GradWeight):
 
     ends_in_registers = False
 
+    draft: Any = None
+
     def __init__(
         self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], way: Callable[[], Any],
         by: str,

@@ -115,6 +115,8 @@ def conv2d_grad_input(
 class HopperFloat32GradWeight(GradWeight):
     """A kernel for one query, in a block of `BLOCKS`; where TF32 is allowed, `tiled` runs."""
 
+    draft: Any = None
+
     def __init__(
         self, query: Conv2dQuery, problem: Any, copies: Sequence[Copy], tiled: GradWeight,
         name: str,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_stream, cuda_tiles
-from gdfast.backends.cuda_grad_weight import BegunGradWeight, Copy, GradWeight, Parts
+from gdfast.backends import cuda_stream, cuda_tiles, plans
+from gdfast.backends.cuda_grad_weight import BegunGradWeight, GradWeight, Parts
+from gdfast.backends.cuda_operands import Copy, may_plan
 from gdfast.backends.registry import Conv2dQuery
 
 # Filters x columns that a block makes; 64 columns are so many channels of a tap.
@@ -71,6 +72,20 @@ class HopperGradWeight(GradWeight):
     ) -> tuple[Tensor, Tensor | None]:
         begun, grad_bias = self.begin(grad_output, input, bias)
         return begun.gradient(), grad_bias
+
+    def draft(
+        self, plan: plans.Draft, grad_output: int, input: int, bias: bool
+    ) -> tuple[int, int] | None:
+        assert native.cuda is not None
+        if bias or not may_plan(plan, (self.copy_grad, self.copy_input), (grad_output, input)):
+            return None
+        grad_weight, none = self._draft_results(plan, False)
+        workspace = plan.scratch(self._bytes[False])
+        parts = native.cuda.conv2d_grad_weight_hopper_launch(self.problem, *self._block, self.parts)
+        plan.launch(parts, grad_output, input, workspace)
+        sum_up = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts)
+        plan.launch(sum_up, none, none, grad_weight, none, workspace)
+        return grad_weight, none
 
     def begin(
         self, grad_output: Tensor, input: Tensor, bias: bool

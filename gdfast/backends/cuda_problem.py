@@ -7,11 +7,9 @@ result may be made in channels_last too, and copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gdfast import native
@@ -25,11 +23,10 @@ from gdfast.backends import (
 from gdfast.backends.cuda_hopper import HOPPER
 from gdfast.backends.cuda_hopper_grad_weight import BLOCKS, PLANES_BLOCKS
 from gdfast.backends.cuda_hopper_halo import HALO
+from gdfast.backends.cuda_operands import Copy, as_it_is, at_16
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.geometry import dense_strides
 from gdfast.windows import Windows
-
-Copy = Callable[[Tensor], Tensor]
 
 TURNED = "-channels_last"  # after a way's name: tensors go there, and the result comes back
 FEW = 16  # channels: with fewer, a copy to channels_last brings few of them together
@@ -56,7 +53,7 @@ def problem_of(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, lis
     strides = dict(zip(sizes, query.strides, strict=True))
     copies: list[Copy] = []
     is_grouped = by in cuda_grouped.BINDINGS
-    unscattered = _at_16 if by in _BY_TMA or is_grouped else _as_it_is
+    unscattered = at_16 if by in _BY_TMA or is_grouped else as_it_is
     few = 0 if is_grouped else _ANY if by in _OF_PLANES else FEW
     for name in copied:
         scattered = channels[name] // g.groups >= few and strides[name][1] != 1
@@ -71,20 +68,6 @@ def problem_of(query: Conv2dQuery, *copied: str, by: str = "") -> tuple[Any, lis
         windows.dilation, g.groups, sgd.DTYPES[query.dtype], *strides.values(), *ending,
     )  # fmt: skip
     return problem, copies
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _at_16(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where 16 does not divide its address."""
-    if tensor.data_ptr() % 16 == 0:
-        return tensor
-    like = torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-    )
-    return like.copy_(tensor)
 
 
 def turned(op: str, query: Conv2dQuery) -> Conv2dQuery:

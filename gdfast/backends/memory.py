@@ -67,7 +67,10 @@ def allocator(
     def allocate() -> Tensor:
         if torch.are_deterministic_algorithms_enabled():
             return plain()
-        return _from_capsule(take())
+        tensor = _from_capsule(take())
+        if by := native.recorder():
+            by.keep(tensor)
+        return tensor
 
     return allocate
 

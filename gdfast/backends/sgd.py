@@ -93,7 +93,7 @@ def cpu(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
     assert native.cpu is not None
     done = native.cpu.sgd(
         at.params, addresses(tensors.grads), at.momenta, at.masters, at.numels,
-        DTYPES[tensors.params[0].dtype], float(hyper.lr), hyper.momentum, hyper.dampening,
+        DTYPES[tensors.params[0].dtype], hyper.lr, hyper.momentum, hyper.dampening,
         hyper.weight_decay, 1.0 if hyper.grad_scale is None else hyper.grad_scale.item(),
         hyper.nesterov, hyper.maximize, hyper.first_step, hyper.zero_grad, torch.get_num_threads(),
     )  # fmt: skip

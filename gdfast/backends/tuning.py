@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gdfast import native
 from gdfast.backends import (
     choices_file,
     cpu,
@@ -203,7 +204,7 @@ def bind(
         if query.device.type == "cuda" or predicted == cpu_algorithms.BF16:
             predicted = NATIVE
     key = _key(op, query, tuple(calls), chooser.machine(query))
-    with _lock:
+    with _lock, native.unrecorded():
         choice = _choose(key, op, query, predicted, calls, arguments)
         if _session is not None and len(_session.choices) < MOST:
             _session.choices[key] = choice

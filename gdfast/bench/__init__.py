@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="native training steps through torch.compile too (slow to start)",
     )  # fmt: skip
     parser.add_argument(
+        "--recorded", action="store_true", help="our training steps by gdfast.GraphedStep"
+    )
+    parser.add_argument(
         "--memory", action="store_true",
         help="peak memory of training steps too, each side in a process of its own",
     )  # fmt: skip
@@ -87,7 +90,9 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     try:
-        planned = suites.plan(args.suite, args.passes, dtype, args.compile, args.only)
+        planned = suites.plan(
+            args.suite, args.passes, dtype, args.compile, args.only, args.recorded
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     if args.explain:
@@ -107,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
             progress.show(f"[{position}/{len(planned)}] {item.label}")
             result = measure(item.build(), args.rounds)
             if args.memory and item.step is not None and result.times is not None:
-                layouts = result.best_ours, result.best_native.split()[0]
+                layouts = result.best_ours.split()[0], result.best_native.split()[0]
                 result = replace(result, memory=memory.compare(item.step, dtype, *layouts))
             results.append(result)
         progress.show("measuring the machine's peak again")
@@ -121,9 +126,11 @@ def main(args: argparse.Namespace) -> int:
         "dtype": args.dtype,
         "backend": args.backend,
         "compile": args.compile,
+        "recorded": args.recorded,
     }
     document = report.to_json(results, facts, limits, settings)
     parts = [machine.slug(), args.suite, machine.slug_of(args.only), args.dtype]
+    parts += ["recorded"] * args.recorded
     stem = "-".join(filter(None, [*parts, f"{facts['threads']}t", machine.held()]))
     title = f"{facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}, {args.dtype}"
     # Saved before it is printed, so that `| head` loses nothing; printed even if saving fails.

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
+from gdfast import GraphedStep
 from gdfast.bench import timer
 from gdfast.bench.cases import StepCase
 from gdfast.bench.sgd import MakeOptimizer, native_variants
 from gdfast.bench.workload import LAYOUTS, Check, Workload, relative_error
+from gdfast.ops import cross_entropy
 
 _CHECKED_STEPS = 5
 _CHECKED_LR = 0.01
@@ -34,7 +36,8 @@ class Training:
     """A copy of a model in training on one random batch; a call does one step, gives the loss.
 
     `images` and `labels` are drawn from a fixed seed, on the model's device. After a call each
-    parameter's `grad` is that of the step.
+    parameter's `grad` is that of the step. With `recorded`, a `GraphedStep` takes the steps, with
+    our loss.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Training:
         *,
         lr: float = 1e-4,  # so small that thousands of timed steps leave the values ordinary
         compiled: bool = False,
+        recorded: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(case.N, case.C, case.H, case.W, generator=generator)
@@ -60,8 +64,13 @@ class Training:
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(self.model) if compiled else self.model
         )
+        self._recorded = None
+        if recorded:
+            self._recorded = GraphedStep(self.model, cross_entropy, self.optimizer)
 
     def __call__(self) -> Tensor:
+        if self._recorded is not None:
+            return self._recorded(self.images, self.labels)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.forward(self.images), self.labels)
         loss.backward()
@@ -82,6 +91,7 @@ def workload(
     native: Module,
     make_optimizer: MakeOptimizer,
     compiled: bool = False,
+    recorded: bool = False,
     backend: str = "",
     amplified: float = 0.0,
 ) -> Workload:
@@ -89,7 +99,8 @@ def workload(
 
     `ours` and `native` are the same model with the same weights, on our layers and on PyTorch's;
     copies are trained, never they themselves. Native runs with the quickest of its SGD variants
-    for these parameters, and with `compiled` through torch.compile too.
+    for these parameters, and with `compiled` through torch.compile too; ours with `recorded` by
+    `GraphedStep`.
 
     The check compares the gradients of the first step with native's in float64: their error may be
     twice that of native's, or `amplified` times where our algorithms state a larger one, and as
@@ -101,7 +112,7 @@ def workload(
     train = partial(Training, case)
 
     def check() -> Check:
-        return _check(case, dtype, ours, native, make_optimizer, amplified)
+        return _check(case, dtype, ours, native, make_optimizer, amplified, recorded)
 
     variants = {
         f"{layout} {update}": partial(train, native, rivals[update], layout, dtype)
@@ -118,7 +129,12 @@ def workload(
         "step",
         case.name,
         "step",
-        {layout: train(ours, make_optimizer, layout, dtype) for layout in LAYOUTS},
+        {
+            f"{layout} recorded" if recorded else layout: train(
+                ours, make_optimizer, layout, dtype, recorded=recorded
+            )
+            for layout in LAYOUTS
+        },
         {name: build() for name, build in variants.items()},
         check,
         flops=flops(case, native),
@@ -171,6 +187,7 @@ def _check(
     native: Module,
     make_optimizer: MakeOptimizer,
     amplified: float,
+    recorded: bool,
 ) -> Check:
     loop = native_variants(dtype)["loop"]
     exact = Training(case, native, loop, dtype=torch.float64, lr=_CHECKED_LR)
@@ -184,15 +201,17 @@ def _check(
     allowed = {"float64 gradients": torch.finfo(torch.float64).eps ** 0.5}
     del exact
 
-    def run(model: Module, make: MakeOptimizer, layout: str) -> tuple[float, Tensor]:
-        training = Training(case, model, make, layout, dtype, lr=_CHECKED_LR)
+    def run(
+        model: Module, make: MakeOptimizer, layout: str, recorded: bool = False
+    ) -> tuple[float, Tensor]:
+        training = Training(case, model, make, layout, dtype, lr=_CHECKED_LR, recorded=recorded)
         losses = [training().double()]
         error = relative_error(training.gradients(), reference)
         losses += [training().double() for _ in range(_CHECKED_STEPS - 1)]
         return error, torch.stack(losses)
 
     of_native = {layout: run(native, loop, layout) for layout in LAYOUTS}
-    of_ours = {layout: run(ours, make_optimizer, layout) for layout in LAYOUTS}
+    of_ours = {layout: run(ours, make_optimizer, layout, recorded) for layout in LAYOUTS}
     error_of_native = max(error for error, _ in of_native.values())
     for layout in LAYOUTS:
         for seed in range(_OTHER_ROUNDINGS):

@@ -56,6 +56,7 @@ def plan(
     dtype: torch.dtype,
     compiled: bool = False,
     only: str = "",
+    recorded: bool = False,
 ) -> list[Planned]:
     """The workloads of a suite ("quick", "all" or one of its own), in the order of the table.
 
@@ -67,7 +68,7 @@ def plan(
     """
     if suite not in SUITES:
         raise ValueError(f"suites.plan: suite: expected one of {', '.join(SUITES)}, got {suite!r}")
-    everything = list(_plan(suite, passes, dtype, compiled))
+    everything = list(_plan(suite, passes, dtype, compiled, recorded))
     found = [item for item in everything if _plain(only) in _plain(item.label)]
     if not found:
         labels = "; ".join(item.label for item in everything)
@@ -82,7 +83,7 @@ def _plain(text: str) -> str:
 
 
 def _plan(
-    suite: str, passes: Sequence[str], dtype: torch.dtype, compiled: bool
+    suite: str, passes: Sequence[str], dtype: torch.dtype, compiled: bool, recorded: bool
 ) -> Iterator[Planned]:
     for model, table in cases.LAYERS.items():
         if suite not in ("quick", "all", model):
@@ -105,7 +106,7 @@ def _plan(
     if suite in ("quick", "all", "step"):
         for training in cases.STEPS:
             if suite != "quick" or training.name in _QUICK_STEPS:
-                build = partial(step_workload, training, dtype, compiled)
+                build = partial(step_workload, training, dtype, compiled, recorded)
                 yield Planned(str(training), build, training)
 
 
@@ -132,7 +133,9 @@ def sgd_workload(case: cases.SgdCase, dtype: torch.dtype) -> Workload:
     return sgd.workload(case, dtype, make_optimizer=optim.SGD, backend=_backend(dtype, "sgd_"))
 
 
-def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = False) -> Workload:
+def step_workload(
+    case: cases.StepCase, dtype: torch.dtype, compiled: bool = False, recorded: bool = False
+) -> Workload:
     """One training step of a model of ours, and of the same one with its layers restored."""
     ours, plain = both_models(case)
     return step.workload(
@@ -142,6 +145,7 @@ def step_workload(case: cases.StepCase, dtype: torch.dtype, compiled: bool = Fal
         native=plain,
         make_optimizer=optim.SGD,
         compiled=compiled,
+        recorded=recorded,
         backend=_backend(dtype, "conv2d", "conv2d_grad_input", "conv2d_grad_weight", "sgd_"),
         amplified=_LARGER_ERROR if dtype == torch.float32 else 0.0,
     )

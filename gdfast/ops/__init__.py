@@ -5,6 +5,7 @@ from gdfast.ops.conv2d import Conv2dFunction, conv2d
 from gdfast.ops.conv2d_act import Conv2dActFunction, conv2d_act
 from gdfast.ops.conv2d_moments import conv2d_moments
 from gdfast.ops.conv2d_relu_max_pool2d import ConvReluMaxPool2dFunction, conv2d_relu_max_pool2d
+from gdfast.ops.cross_entropy import cross_entropy
 from gdfast.ops.linear import LinearFunction, linear
 from gdfast.ops.max_pool2d import MaxPool2dFunction, max_pool2d
 from gdfast.ops.nms import nms
@@ -22,6 +23,7 @@ __all__ = [
     "conv2d_act",
     "conv2d_moments",
     "conv2d_relu_max_pool2d",
+    "cross_entropy",
     "linear",
     "max_pool2d",
     "nms",

@@ -8,26 +8,29 @@ what both operations have run before is known, so that checks, errors and choice
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_variadic
 
-from gdfast.backends import chosen, tuning
+from gdfast import native
+from gdfast.backends import chosen, plans, tuning
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.cuda_conv2d import Kernel
 from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
-from gdfast.ops.batch_norm import norm_gradients
+from gdfast.ops.batch_norm import count_batch, norm_gradients
 from gdfast.ops.batch_norm_dispatch import pre_activation
 from gdfast.ops.conv2d import _layer_key, autocast, conv_gradients, note_sizes, settings
 from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
-from gdfast.ops.ordinary import apply_to_ordinary, is_watched, ordinary_facts
+from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
+from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
+from gdfast.tensor_cores import allows_tf32
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
-# norm; residual
+# norm; residual; and the counter of batches, where the norm has one that is to be raised
 Tensors = tuple[Any, ...]
 # Layouts and subsets of gradients that one unit meets.
 _MOST_BACKWARD = 64
@@ -41,17 +44,21 @@ class Unit:
 
     def __init__(
         self, conv: Any, has_moments: bool, arguments: tuple[Any, ...], norm: tuple[Any, ...],
-        situation: Any,
+        source: str, situation: Any,
     ) -> None:  # fmt: skip
         self.arguments, self.norm, self.situation = arguments, norm, situation
         self._conv, self._has_moments = conv, has_moments
+        # Where backward finds the activation's argument, but for a mask in its place.
+        self.source = source
         self._norm: Any = None
         self._is_cuda = False
+        self._plan: plans.Plan | None = None
+        self._place: Any = None
         # By pre_activation, which gradients of the convolution are asked for, and the facts of the
         # tensors: what was saved may come back in another layout, from hooks that pack it.
-        self._backward: dict[tuple[Any, ...], tuple[Any, Any, Any]] = {}
+        self._backward: dict[tuple[Any, ...], _Backward] = {}
 
-    def __call__(self, tensors: Tensors, momentum: float) -> Tensor:
+    def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
         if torch.is_grad_enabled():
             output: Tensor = _apply_to_ordinary(*tensors, self, momentum)
@@ -61,11 +68,20 @@ class Unit:
     def forward(
         self, tensors: Tensors, momentum: float, wants_mask: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gives output, the convolution's output, mean, invstd, and the mask if there is one."""
-        input, weight, bias, *others = tensors
+        """Gives output, the convolution's output, mean, invstd, and the mask if there is one.
+
+        All tensors are as those that the unit was found for.
+        """
+        if self._plan is not None and plans.enabled:
+            results: Any = self._plan(tensors, momentum, *self._place())
+            if results is not None:
+                return results
+        input, weight, bias, *others, batches = tensors
         of_norm, moments, mask = tuple(others), None, None
+        if batches is not None:
+            count_batch(batches)
         if self._has_moments:
-            between, moments = self._conv(input, weight, bias)
+            between, moments = self._conv.with_moments(input, weight, bias)
         else:
             between = self._conv(input, weight, bias)
         if self._norm is None:
@@ -73,6 +89,11 @@ class Unit:
             settings = *self.norm, self.arguments[-1], moments is not None
             self._norm = find(between, *of_norm, *settings)
             self._is_cuda = isinstance(self._norm, CudaForward)
+            self._place = plans.place(between.device, self._is_cuda)
+            self._plan = forward_plan(
+                self._conv, self._norm, tensors, between, training=self.norm[0],
+                has_moments=moments is not None, wants_mask=wants_mask,
+            )  # fmt: skip
         if self._is_cuda:
             if wants_mask:
                 mask = self._norm.new_mask(between, of_norm[-1])
@@ -87,17 +108,22 @@ class Unit:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
         needs = ctx.needs_input_grad
-        facts = ordinary_facts(grad_output, *saved)
-        kernels = self._backward.get((ctx.source, *needs[:3], facts))
+        facts = unwatched_facts(grad_output, *saved)
+        found = self._backward.get((ctx.source, needs, facts))
         if (
-            kernels is None
+            found is None
+            or facts is None
             or self.situation != _situation(self.arguments[-1])
             or in_backward.targets
             or torch.is_grad_enabled()
-            or is_watched()
+            or torch.compiler.is_compiling()
         ):
             return self._learn_gradients(ctx, grad_output, saved, facts)
-        norm, conv_input, conv_weight = kernels
+        if found.plan is not None and plans.enabled:
+            results = found.plan((grad_output, *saved), 0.0, *self._place())
+            if results is not None:
+                return results
+        norm, conv_input, conv_weight, _ = found
         input, weight, between, *of_norm = saved
         wanted = True, needs[3], needs[4], needs[7]
         grad, *of_norm = norm(grad_output, between, *of_norm, wanted)
@@ -124,13 +150,15 @@ class Unit:
         if (
             needs[1]
             and facts is not None
-            and not (torch.is_grad_enabled() or is_watched())
-            and ordinary_facts(grad) is not None
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            and unwatched_facts(grad) is not None
         ):
-            self._find_kernels(ctx, grad, saved, facts)
+            self._find_kernels(ctx, grad_output, grad, saved, facts)
         return *gradients, *rest
 
-    def _find_kernels(self, ctx: Any, grad: Tensor, saved: tuple[Any, ...], facts: Any) -> None:
+    def _find_kernels(
+        self, ctx: Any, grad_output: Tensor, grad: Tensor, saved: tuple[Any, ...], facts: Any
+    ) -> None:
         """Notes the kernels that the operations ran; grad is that of the convolution's output."""
         if self.situation != _situation(self.arguments[-1]):
             return
@@ -155,13 +183,23 @@ class Unit:
         norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
         if len(self._backward) >= _MOST_BACKWARD:
             self._backward.clear()
-        key = ctx.source, *needs[:3], facts
-        self._backward[key] = norm, conv_input, conv_weight
+        plan = backward_plan(norm, conv_input, conv_weight, grad_output, saved, needs)
+        found = _Backward(norm, conv_input, conv_weight, plan)
+        self._backward[ctx.source, needs, facts] = found
+
+
+class _Backward(NamedTuple):
+    """The kernels of a backward pass, and a plan of all of them, if there is one."""
+
+    norm: Any
+    conv_input: Any
+    conv_weight: Any
+    plan: plans.Plan | None
 
 
 def unit(
     tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...], takes_moments: bool
-) -> tuple[Unit, Tensors] | None:
+) -> tuple[Callable[[Tensors, float], Tensor], Tensors] | None:
     """What runs a convolution with the norm behind it, and the tensors to call it with; or None,
     where the two operations do.
 
@@ -169,12 +207,14 @@ def unit(
     negative_slope; `takes_moments` tells whether `conv2d_moments` is the convolution.
     """
     input, weight, bias, *rest = tensors
-    if is_watched() or has_torch_function_variadic(*tensors) or input is None or weight is None:
+    if input is None or weight is None:
         return None
-    if torch._C._is_any_autocast_enabled() and isinstance(input, Tensor):
+    if torch._C._is_any_autocast_enabled():
+        if unwatched_facts(*tensors) is None:
+            return None
         input, weight, bias = autocast(input, weight, bias)
         tensors = input, weight, bias, *rest
-    facts = ordinary_facts(*tensors)
+    facts = unwatched_facts(*tensors)
     if facts is None:
         return None
     grads = None
@@ -183,21 +223,21 @@ def unit(
             return None  # what its gradients need might not be kept
         grads = input.requires_grad, bias is not None and bias.requires_grad
     backend = chosen()
-    key = facts, *geometry, *norm, takes_moments, grads, backend, tuning.situation()
+    key = facts, *geometry, *norm, takes_moments, grads, _situation(backend)
     try:
         found = conv2d_dispatch.units.get(key)
     except TypeError:  # lists for stride and so on, which the two operations take
         return None
     if found is None:
         found = _find(key, tensors, geometry, norm, takes_moments, backend)
-    return (found, tensors) if found else None
+    return (found.run, tensors) if found else None
 
 
 def _find(
     key: tuple[Any, ...], tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...],
     takes_moments: bool, backend: str,
 ) -> Unit | None:  # fmt: skip
-    input, weight, bias, *_, residual = tensors
+    input, weight, bias, *_, residual, _ = tensors
     if input.dim() != 4 or 0 in input.shape or backend == REFERENCE:
         return None
     arguments = *settings("conv2d", weight, *geometry), backend
@@ -218,27 +258,27 @@ def _find(
     if conv is None:
         return None  # not run yet, or in a recording
     has_moments = has_moments and isinstance(conv, Kernel)
-    if has_moments:
-        conv = conv.with_moments
     units = conv2d_dispatch.units
     if len(units) >= conv2d_dispatch.KERNELS_LIMIT:
         units.clear()
-    found = units[key] = Unit(conv, has_moments, arguments, norm, _situation(backend))
+    *_, activation, slope = norm
+    source = pre_activation(activation, slope, residual)
+    found = units[key] = Unit(conv, has_moments, arguments, norm, source, key[-1])
     return found
 
 
-def _situation(backend: str) -> tuple[str, int]:
-    return chosen(backend), tuning.situation()
+def _situation(backend: str) -> tuple[str, int, bool]:
+    """What kernels depend on beside the tensors: plans have the precision of theirs fixed."""
+    tf32 = native.cuda is not None and allows_tf32()
+    return chosen(backend), tuning.situation(), tf32
 
 
 class _UnitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, unit, momentum = inputs
-        input, weight, bias, norm_weight, norm_bias, _, _, residual = tensors
-        _, _, activation, slope = unit.norm
-        source = pre_activation(activation, slope, residual)
-        output, between, mean, invstd, mask = unit.forward(tensors, momentum, source == "output")
+        input, weight, bias, norm_weight, norm_bias, _, _, residual, _, unit, momentum = inputs
+        source = unit.source
+        output, between, mean, invstd, mask = unit.forward(inputs[:9], momentum, source == "output")
         if mask is not None:
             source, other = "mask", mask
         elif source == "input":
@@ -259,10 +299,10 @@ class _UnitFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 10
+            return (None,) * 11
         saved = ctx.saved_tensors  # once: checkpointing allows no second time
         *gradients, residual = ctx.unit.gradients(ctx, grad_output, saved)
-        return *gradients, None, None, residual, None, None
+        return *gradients, None, None, residual, None, None, None
 
 
 class _Known(torch.autograd.Function):

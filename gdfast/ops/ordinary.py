@@ -7,12 +7,14 @@ at operations on their way. Where nothing looks, it would only find our kernel a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import has_torch_function_variadic
 
 from gdfast import native
 
@@ -29,9 +31,16 @@ def are_ordinary(*tensors: Any) -> bool:
     Sparse tensors, those on the meta device, zero and negated ones, wrappers of functorch and of
     functionalization, and subclasses' are not ordinary.
     """
-    if _dispatch_modes():
+    if dispatch_modes():
         return False
     return _native_facts(*tensors) is not None or all(map(_is_ordinary, tensors))
+
+
+def dispatch_modes() -> int:
+    """How many modes look at operations, without the one that records a step: that one is told of
+    what kernels do, and records an ordinary step."""
+    modes = _dispatch_modes()
+    return modes - 1 if modes and native.recorder() else modes
 
 
 def _is_ordinary(tensor: Any) -> bool:
@@ -64,31 +73,11 @@ def ordinary_facts(*tensors: Any) -> Any:
     return tensor_facts(*tensors) if all(map(_is_ordinary, tensors)) else None
 
 
-def _no_facts(*tensors: Any) -> None:
-    """Asks nothing: Python's way is gone then."""
-
-
-def _connect() -> Callable[..., Any]:
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if native.cpu is None or exchange is None:
-        return _no_facts
-    try:
-        native.cpu.watch_tensors(exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,))
-    except ValueError:  # another version of the interface
-        return _no_facts
-    facts: Callable[..., Any] = native.cpu.tensor_facts
-    return facts
-
-
-# Of ordinary tensors with elements, in a tenth of the time; None for all others.
-_native_facts = _connect()
-
-
 def is_watched() -> bool:
     """Whether something looks at operations on their way, or transforms them."""
     return (
         torch.compiler.is_compiling()
-        or _dispatch_modes() > 0
+        or dispatch_modes() > 0
         or batched_gradients()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
@@ -98,6 +87,43 @@ def is_watched() -> bool:
 def batched_gradients() -> bool:
     """Whether `torch.autograd.grad(..., is_grads_batched=True)` or torch.func calls."""
     return _is_included(_VMAP_MODE) or torch._C._are_functorch_transforms_active()
+
+
+def _no_facts(*tensors: Any) -> None:
+    """Asks nothing: Python's way is gone then."""
+
+
+def _unwatched_facts(*tensors: Any) -> Any:
+    if is_watched() or has_torch_function_variadic(*tensors):
+        return None
+    return ordinary_facts(*tensors)
+
+
+def _connect() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native.cpu is None or exchange is None:
+        return _no_facts, _unwatched_facts
+    watchers = (
+        _dispatch_modes,
+        torch._C._len_torch_function_stack,
+        partial(_is_included, _VMAP_MODE),
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        lambda: forward_ad._current_level >= 0,
+    )
+    try:
+        native.cpu.watch_tensors(
+            exchange, (Tensor, Parameter), (torch._C.TensorBase.is_neg,),
+            torch._C._increment_version, watchers,
+        )  # fmt: skip
+    except ValueError:  # another version of the interface
+        return _no_facts, _unwatched_facts
+    return native.cpu.tensor_facts, native.cpu.unwatched_facts
+
+
+# Of ordinary tensors with elements, in a tenth of the time; None for all others. And the same in
+# eager code that nobody looks at, None elsewhere.
+_native_facts, unwatched_facts = _connect()
 
 
 def run_operation(

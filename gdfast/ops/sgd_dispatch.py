@@ -27,6 +27,7 @@ from gdfast.backends.sgd import (
 )
 from gdfast.errors import mismatch
 from gdfast.ops.conv2d_dispatch import library
+from gdfast.ops.ordinary import dispatch_modes
 
 SUBCLASS = "a tensor is of a subclass, whose memory is not ours to read"
 
@@ -88,7 +89,7 @@ def run_sgd(
     For many small tensors most of a step is checks. The result, given back in the next step, saves
     those of all but the gradients.
     """
-    if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
+    if not (torch.compiler.is_compiling() or dispatch_modes()):
         return update(tensors, hyper, backend, checked)
     lr, lr_tensor = (0.0, hyper.lr) if isinstance(hyper.lr, Tensor) else (hyper.lr, None)
     settings = hyper._asdict() | {"lr": lr, "lr_tensor": lr_tensor, "backend": backend}

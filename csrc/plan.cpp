@@ -1,0 +1,219 @@
+#include "plan.h"
+
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "launch.h"
+#include "tensor_facts.h"
+
+namespace gdfast {
+namespace {
+
+constexpr const char* kPlanCapsule = "gdfast.plan";
+constexpr Py_ssize_t kMostTensors = 32;
+constexpr Py_ssize_t kMostOfLaunch = 16;
+constexpr uintptr_t kAlignment = 16;
+
+using Numbers = std::vector<Py_ssize_t>;
+
+struct Step {
+  const Launch* launch;
+  Numbers tensors;
+};
+
+struct Plan {
+  Py_ssize_t given;
+  std::vector<PyObject*> fresh, kept;
+  std::vector<Step> steps;
+  Numbers parts, results, aligned, written;
+
+  ~Plan() {
+    for (PyObject* each : fresh) Py_DECREF(each);
+    for (PyObject* each : kept) Py_DECREF(each);
+  }
+};
+
+Plan* plan_of(PyObject* capsule) {
+  return static_cast<Plan*>(PyCapsule_GetPointer(capsule, kPlanCapsule));
+}
+
+// What a call holds of Python's, given back when it ends.
+struct Tensors {
+  PyObject* objects[kMostTensors];
+  void* addresses[kMostTensors];
+  Py_ssize_t given, count;
+
+  ~Tensors() {
+    for (Py_ssize_t i = given; i < count; ++i) Py_DECREF(objects[i]);
+  }
+};
+
+// False with an exception set for what is no tuple of numbers from least to below most.
+bool read(PyObject* tuple, Py_ssize_t least, Py_ssize_t most, Numbers* numbers) {
+  if (!PyTuple_Check(tuple)) {
+    PyErr_SetString(PyExc_TypeError, "make_plan: expected tuples of numbers");
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    const Py_ssize_t number = PyLong_AsSsize_t(PyTuple_GET_ITEM(tuple, i));
+    if (number == -1 && PyErr_Occurred()) return false;
+    if (number < least || number >= most) {
+      PyErr_SetString(PyExc_ValueError, "make_plan: expected numbers of tensors");
+      return false;
+    }
+    numbers->push_back(number);
+  }
+  return true;
+}
+
+bool read_steps(PyObject* launches, Py_ssize_t count, Plan* plan) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(launches); ++i) {
+    PyObject *capsule, *tensors;
+    Step step;
+    if (!PyArg_ParseTuple(PyTuple_GET_ITEM(launches, i), "OO", &capsule, &tensors)) return false;
+    step.launch = static_cast<const Launch*>(PyCapsule_GetPointer(capsule, kLaunchCapsule));
+    if (step.launch == nullptr || !read(tensors, -1, count, &step.tensors)) return false;
+    if (static_cast<Py_ssize_t>(step.tensors.size()) > kMostOfLaunch) {
+      PyErr_SetString(PyExc_ValueError, "make_plan: launches: expected at most 16 tensors");
+      return false;
+    }
+    Py_INCREF(capsule);
+    plan->kept.push_back(capsule);
+    plan->steps.push_back(step);
+  }
+  return true;
+}
+
+PyObject* make_plan(PyObject*, PyObject* arguments) {
+  Py_ssize_t given;
+  PyObject *fresh, *parts, *launches, *results, *aligned, *written;
+  if (!PyArg_ParseTuple(arguments, "nO!O!O!OOO", &given, &PyTuple_Type, &fresh, &PyTuple_Type,
+                        &parts, &PyTuple_Type, &launches, &results, &aligned, &written)) {
+    return nullptr;
+  }
+  const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh), all = count + PyTuple_GET_SIZE(parts);
+  if (given < 0 || all > kMostTensors || (all > count && count == given)) {
+    PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 32 tensors");
+    return nullptr;
+  }
+  Plan* plan = new Plan{given, {}, {}, {}, {}, {}, {}, {}};
+  PyObject* capsule = PyCapsule_New(plan, kPlanCapsule, [](PyObject* self) {
+    delete plan_of(self);
+  });
+  if (capsule == nullptr) {
+    delete plan;
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(fresh); ++i) {
+    PyObject* const make = PyTuple_GET_ITEM(fresh, i);
+    Py_INCREF(make);
+    plan->fresh.push_back(make);
+  }
+  if (!read(parts, 0, PY_SSIZE_T_MAX, &plan->parts) || !read_steps(launches, all, plan) ||
+      !read(results, -1, count, &plan->results) ||
+      !read(aligned, 0, given, &plan->aligned) || !read(written, 0, given, &plan->written)) {
+    Py_DECREF(capsule);
+    return nullptr;
+  }
+  return capsule;
+}
+
+bool make_fresh(const Plan& plan, Tensors* tensors) {
+  for (PyObject* make : plan.fresh) {
+    PyObject* const made = PyObject_CallNoArgs(make);
+    if (made == nullptr) return false;
+    tensors->objects[tensors->count] = made;
+    if (!tensor_address(made, &tensors->addresses[tensors->count++])) return false;
+  }
+  Py_ssize_t number = tensors->count;
+  for (Py_ssize_t offset : plan.parts) {
+    tensors->addresses[number] = static_cast<char*>(tensors->addresses[tensors->count - 1]) + offset;
+    ++number;
+  }
+  return true;
+}
+
+bool launch_all(const Plan& plan, const Tensors& tensors, const Call& call) {
+  std::string error;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    for (const Step& step : plan.steps) {
+      void* addresses[kMostOfLaunch];
+      void** next = addresses;
+      for (Py_ssize_t tensor : step.tensors) {
+        *next++ = tensor < 0 ? nullptr : tensors.addresses[tensor];
+      }
+      (*step.launch)(addresses, call);
+    }
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+    if (error.empty()) error = "run_plan: a kernel failed";
+  }
+  Py_END_ALLOW_THREADS;
+  if (!error.empty()) PyErr_SetString(PyExc_RuntimeError, error.c_str());
+  return error.empty();
+}
+
+PyObject* chosen(const Numbers& numbers, const Tensors& tensors) {
+  PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(numbers.size()));
+  if (tuple == nullptr) return nullptr;
+  Py_ssize_t place = 0;
+  for (Py_ssize_t number : numbers) {
+    PyObject* const each = number < 0 ? Py_None : tensors.objects[number];
+    Py_INCREF(each);
+    PyTuple_SET_ITEM(tuple, place++, each);
+  }
+  return tuple;
+}
+
+PyObject* run_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 5 || !PyTuple_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError,
+                    "run_plan: expected plan, tensors (a tuple), momentum, where, stream");
+    return nullptr;
+  }
+  const Plan* const plan = plan_of(arguments[0]);
+  if (plan == nullptr) return nullptr;
+  PyObject* const given = arguments[1];
+  const Call call{PyFloat_AsDouble(arguments[2]),
+                  static_cast<int>(PyLong_AsLong(arguments[3])),
+                  static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(arguments[4]))};
+  if (PyErr_Occurred()) return nullptr;
+  if (PyTuple_GET_SIZE(given) != plan->given) {
+    PyErr_SetString(PyExc_ValueError, "run_plan: tensors: expected as many as the plan has");
+    return nullptr;
+  }
+  Tensors tensors;
+  tensors.given = tensors.count = plan->given;
+  for (Py_ssize_t i = 0; i < plan->given; ++i) {
+    tensors.objects[i] = PyTuple_GET_ITEM(given, i);
+    tensors.addresses[i] = nullptr;
+    if (tensors.objects[i] == Py_None) continue;
+    if (!tensor_address(tensors.objects[i], &tensors.addresses[i])) return nullptr;
+  }
+  for (Py_ssize_t number : plan->aligned) {
+    if (reinterpret_cast<uintptr_t>(tensors.addresses[number]) % kAlignment) Py_RETURN_NONE;
+  }
+  if (!make_fresh(*plan, &tensors) || !launch_all(*plan, tensors, call)) return nullptr;
+  if (!plan->written.empty()) {
+    PyObject* const changed = chosen(plan->written, tensors);
+    if (changed == nullptr) return nullptr;
+    const bool told = tell_versions(changed);
+    Py_DECREF(changed);
+    if (!told) return nullptr;
+  }
+  return chosen(plan->results, tensors);
+}
+
+PyMethodDef methods[] = {
+    {"make_plan", make_plan, METH_VARARGS, "Launches on tensors that run_plan runs in one call."},
+    {"run_plan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run_plan)),
+     METH_FASTCALL, "Makes fresh tensors, runs the launches of a plan, and returns its results."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+bool add_plan(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
+
+}  // namespace gdfast

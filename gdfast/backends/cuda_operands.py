@@ -1,0 +1,38 @@
+"""The tensors that CUDA kernels are given where these read them as they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gdfast.backends import plans
+
+Copy = Callable[[Tensor], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+def at_16(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where 16 does not divide its address."""
+    if tensor.data_ptr() % 16 == 0:
+        return tensor
+    like = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return like.copy_(tensor)
+
+
+def may_plan(plan: plans.Draft, copies: Sequence[Copy], tensors: Sequence[int]) -> bool:
+    """Whether kernels read these tensors of a plan where they lie, which it then makes sure of;
+    `copies` are what each of them would go through."""
+    for copy, tensor in zip(copies, tensors, strict=True):
+        if copy is at_16:
+            plan.align(tensor)
+        elif copy is not as_it_is:
+            return False
+    return True

@@ -1,0 +1,341 @@
+"""A training step on the CPU as a tape: what it called, in order, to be called again.
+
+While a step is recorded, it runs as it always does. Our kernels tell of each call, by addresses and
+numbers (see `gdfast.native`); a dispatch mode of torch sees the operators between them, in
+forward, loss, backward and optimizer alike. Replaying calls them again on the same memory, past
+autograd and the Python code that led there:
+
+- what only makes memory, or another view of it, needs no call: the memory is kept;
+- what writes to its arguments is called as it was;
+- what computes new tensors writes them where it did: by its out= variant, or with a copy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gdfast import native
+
+_aten: Any = torch.ops.aten
+_MAKE_MEMORY = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_permuted.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+# What fills fresh memory with one number, and copies: in place they cost half as much.
+_FILL = {
+    _aten.zeros.default: 0, _aten.zeros_like.default: 0, _aten.new_zeros.default: 0,
+    _aten.ones.default: 1, _aten.ones_like.default: 1, _aten.new_ones.default: 1,
+}  # fmt: skip
+_COPY = {_aten.clone.default, _aten._to_copy.default}
+# Answers by sizes alone, and operators that note what runs.
+_TELL_NOTHING = {_aten.is_same_size.default}
+_NOTING = "profiler"
+# Tensors change their memory there, which nothing on the tape would learn of.
+_MOVE_MEMORY = {"resize_", "resize_as_", "_resize_output_", "set_", "_unsafe_set_", "swap_"}
+# Python reads values by these past the operators; the last few run a function on each.
+_READING = {
+    "numpy", "tolist", "__array__", "__dlpack__", "__deepcopy__", "apply_", "map_", "map2_",
+}  # fmt: skip
+_LEAST_ADDRESS = 1 << 32  # numbers from here on are addresses: kernels count less
+
+
+class Tape:
+    """The calls of one step, and everything that they name.
+
+    A call may read a tensor of the batch. `bind` puts that of another batch in its place, of the
+    same sizes and strides.
+    """
+
+    def __init__(self, batch: tuple[Tensor, ...]) -> None:
+        self._calls: list[Callable[[], Any]] = []
+        self._kept: dict[int, torch.UntypedStorage] = {}  # by the address of the storage's object
+        self._batch = [_Read(x) for x in batch]
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: Callable[[], Any]) -> None:
+        self._calls.append(call)
+
+    def add_kernel(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        """Adds a call that takes addresses."""
+        index, given = len(self._calls), list(arguments)
+        self.add(partial(kernel, *arguments))
+        for place, number in enumerate(arguments):
+            read = next(
+                (x for x in self._batch if type(number) is int and number in x.memory), None
+            )
+            if read is not None:
+                self._bind_number(read, kernel, given, place, index)
+
+    def _bind_number(
+        self, read: _Read, kernel: Callable[..., Any], given: list[Any], place: int, index: int
+    ) -> None:
+        offset = given[place] - read.memory.start
+
+        def bind(tensor: Tensor) -> None:
+            given[place] = tensor.data_ptr() + offset
+            self._calls[index] = partial(kernel, *given)
+
+        read.binders.append(bind)
+
+    def alias(self, value: Any) -> Any:
+        """A tensor on the memory of another, for a call that takes tensors.
+
+        Not the tensor itself, which keeps its graph, and whose gradients autograd copies where
+        somebody else has them too.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        alias = value.detach()
+        for read in self._batch:
+            if alias.data_ptr() in read.memory:
+                read.follow(alias)
+        return alias
+
+    def reads_otherwise(self, tensor: Tensor) -> bool:
+        """Whether a tensor is on the batch's memory, with elements of another size."""
+        reads = (x for x in self._batch if tensor.data_ptr() in x.memory)
+        return any(x.itemsize != tensor.itemsize for x in reads)
+
+    def bind(self, batch: tuple[Tensor, ...]) -> None:
+        for read, tensor in zip(self._batch, batch, strict=True):
+            if tensor.data_ptr() != read.address:
+                read.bind(tensor)
+
+    def keep(self, tensor: Tensor) -> None:
+        if not any(tensor.data_ptr() in x.memory for x in self._batch):
+            storage = tensor.untyped_storage()
+            self._kept[storage._cdata] = storage
+
+    def keeps(self, addresses: Iterable[int]) -> bool:
+        """Whether each address is in memory that is kept, or in the batch's."""
+        ends = {each.data_ptr(): each.data_ptr() + each.nbytes() for each in self._kept.values()}
+        ends |= {each.memory.start: each.memory.stop for each in self._batch}
+        starts = sorted(ends)
+        for address in addresses:
+            index = bisect_right(starts, address) - 1
+            if index < 0 or address >= ends[starts[index]]:
+                return False
+        return True
+
+    @property
+    def bytes(self) -> int:
+        """How much memory is kept."""
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+    def replay(self) -> None:
+        """Calls all again."""
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            for call in self._calls:
+                call()
+
+
+class _Read:
+    """A tensor of the batch, and what has to know where that of another batch is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.address = tensor.data_ptr()
+        self.memory, self.itemsize = extent(tensor), tensor.itemsize
+        self.binders: list[Callable[[Tensor], None]] = []
+
+    def bind(self, tensor: Tensor) -> None:
+        self.address = tensor.data_ptr()
+        for bind in self.binders:
+            bind(tensor)
+
+    def follow(self, alias: Tensor) -> None:
+        """Moves an alias of the tensor with it."""
+        offset = alias.data_ptr() - self.memory.start
+        size, strides, itemsize = alias.shape, alias.stride(), self.itemsize
+
+        def bind(tensor: Tensor) -> None:
+            storage = tensor.untyped_storage()
+            place = tensor.data_ptr() + offset - storage.data_ptr()
+            alias.set_(storage, place // itemsize, size, strides)
+
+        self.binders.append(bind)
+
+
+def extent(tensor: Tensor) -> range:
+    """The addresses from a tensor's first element to the end of its last."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return range(0)
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return range(start, start + (steps + 1) * tensor.itemsize)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the thread's step within `with recorder.running():` on a tape.
+
+    `why_not` says then what cannot be replayed, or is "". The step reads `batch`, of which no two
+    tensors share memory. Tensors of `known` are kept, beside all that the operators see: a kernel
+    may be given their addresses.
+    """
+
+    def __init__(self, batch: tuple[Tensor, ...], known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.tape = Tape(batch)
+        self.why_not = ""
+        for tensor in known:
+            self.tape.keep(tensor)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with native.recorded_by(self), _Readings(self), self:
+            yield
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        with native.recorded_by(None), _disable_current_modes():
+            yield
+
+    def keep(self, tensor: Tensor) -> None:
+        self.tape.keep(tensor)
+
+    def refuse(self, reason: str) -> None:
+        self.why_not = self.why_not or reason
+
+    def call(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Calls one of our kernels, which reads what it is given itself."""
+        numbers = [x for x in tree_leaves(arguments) if type(x) is int]
+        if not self.tape.keeps(x for x in numbers if x >= _LEAST_ADDRESS):
+            self.refuse("a kernel of gdfast reads a tensor that may be gone by the next step")
+        self.tape.add_kernel(kernel, arguments)
+        with native.recorded_by(None):
+            return kernel(*arguments)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if native.recorder() is self and not self.why_not:
+            self._note(func, args, kwargs, result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func.namespace == _NOTING or func in _TELL_NOTHING:
+            return
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(result) if x is not None]
+        if reason := _why_not(func, inputs, outputs):
+            self.refuse(f"{func.name()} {reason}")
+            return
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        fresh = [x for x in outputs if x.untyped_storage()._cdata not in storages]
+        for tensor in (*inputs, *fresh):
+            self.keep(tensor)
+            if self.tape.reads_otherwise(tensor):
+                self.refuse(f"{func.name()} takes the batch for {tensor.dtype}")
+                return
+        writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        if func in _MAKE_MEMORY or (outputs and not fresh and not writes):
+            return
+        args, kwargs = tree_map(self.tape.alias, (args, kwargs))
+        self.tape.add(_again(func, args, kwargs, result, fresh))
+
+
+class _Readings(TorchFunctionMode):
+    """Refuses what reads a tensor's memory with no operator."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _READING:
+            self._recorder.refuse(f"Tensor.{name} reads values")
+        return func(*args, **(kwargs or {}))
+
+
+def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
+    """Why an operator cannot be called again in its place, or ""."""
+    if func.namespace != "aten":
+        return "is no operator of PyTorch's own"
+    tags, name = func.tags, func._schema.name.removeprefix("aten::")
+    if torch.Tag.data_dependent_output in tags:
+        return "reads a value"
+    has_mask = func is _aten.index.Tensor and any(
+        x.dtype in (torch.bool, torch.uint8) for x in inputs[1:]
+    )
+    if has_mask or (torch.Tag.dynamic_output_shape in tags and func is not _aten.index.Tensor):
+        return "gives as many elements as values say"
+    if name in _MOVE_MEMORY:
+        return "changes a tensor's memory"
+    for tensor in (*inputs, *outputs):  # numbers too
+        if type(tensor) not in (Tensor, Parameter):
+            return f"takes or gives a {type(tensor).__name__}"
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return f"takes or gives a tensor on {tensor.device}, {tensor.layout}"
+        if tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
+            return "takes or gives a tensor whose memory does not hold its values"
+    return ""
+
+
+def _again(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, fresh: list[Tensor]
+) -> Callable[[], Any]:
+    """Calls an operator with its results where they were."""
+    op = partial(func._op, *args, **kwargs)
+    if not fresh:
+        return op
+    if func in _FILL:
+        return partial(fresh[0].detach().fill_, _FILL[func])
+    if func in _COPY:
+        return partial(fresh[0].detach().copy_, args[0])
+    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    targets = tuple(x.detach() if any(x is y for y in fresh) else None for x in results)
+    is_random = torch.Tag.nondeterministic_seeded in func.tags
+    if len(fresh) == len(targets) and not is_random and (found := _out_variant(func)):
+        variant, names = found
+        return partial(variant._op, *args, **kwargs, **dict(zip(names, targets, strict=True)))
+
+    def call() -> None:
+        made = op()
+        for one, target in zip((made,) if isinstance(made, Tensor) else made, targets, strict=True):
+            if target is not None:
+                if one.shape != target.shape:
+                    expected, got = list(target.shape), list(one.shape)
+                    raise RuntimeError(f"{func.name()}: expected {expected} as recorded, got {got}")
+                target.copy_(one)
+
+    return call
+
+
+def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
+    """The variant of an operator that takes the same arguments and the tensors to write to, and
+    their names."""
+    schema = func._schema
+    packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::"))
+    wanted = [(x.name, str(x.type)) for x in schema.arguments]
+    for name in packet.overloads():
+        variant = getattr(packet, name)
+        given, names = [], []
+        for x in variant._schema.arguments:
+            if x.alias_info is not None and x.alias_info.is_write:
+                names.append(x.name)
+            else:
+                given.append((x.name, str(x.type)))
+        if names and given == wanted and len(names) == len(schema.returns):
+            return variant, names
+    return None

@@ -1,0 +1,489 @@
+"""Training steps on the CPU that are recorded and replayed: bit by bit those of ordinary steps."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gdfast
+from gdfast import GraphedStep, models, native, optim
+from gdfast.losses import YoloLoss
+
+Batch = tuple[Tensor, ...]
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
+sgd = partial(optim.SGD, **SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def refusals_fail() -> Any:
+    """A step that is not recorded, where a test doesn't expect it, fails."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="GraphedStep: the step cannot be recorded")
+        yield
+
+
+def ordinary(model: nn.Module, criterion: Any, optimizer: Any, batch: Batch, amp: Any) -> Tensor:
+    images, *targets = batch
+    optimizer.zero_grad()
+    with torch.autocast("cpu", amp, enabled=amp is not None, cache_enabled=False):
+        loss = criterion(model(images), *targets)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train(
+    graphed: bool, model: nn.Module, given: list[Batch], *, criterion: Any = F.cross_entropy,
+    make: Callable[..., Any] = sgd, change: Callable[..., None] = lambda *_: None, amp: Any = None,
+) -> tuple[list[float], list[Tensor], Any]:  # fmt: skip
+    """Losses, everything that training changes, and the GraphedStep."""
+    model = copy.deepcopy(model)
+    optimizer = make(model.parameters())
+    step = GraphedStep(model, criterion, optimizer, warmup=2, autocast=amp)
+    given = copy.deepcopy(given)
+    torch.manual_seed(1)
+    losses = []
+    for index, batch in enumerate(given):
+        change(index, model, optimizer)
+        if graphed:
+            losses.append(step(*batch).item())
+        else:
+            losses.append(ordinary(model, criterion, optimizer, batch, amp).item())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    state = [x for each in optimizer.state.values() for x in each.values()]
+    tensors = [*model.state_dict().values(), *grads, *filter(torch.is_tensor, state)]
+    return losses, [torch.rand(1), *tensors], step
+
+
+def assert_bitwise(
+    model: nn.Module, given: list[Batch], graphs: int = 1, **how: Any
+) -> GraphedStep:
+    """Trains by ordinary steps and by recorded ones: all bits are the same."""
+    expected, state, _ = train(False, model, given, **how)
+    losses, recorded_state, step = train(True, model, given, **how)
+    assert losses == expected
+    assert len(state) == len(recorded_state)
+    for value, other in zip(recorded_state, state, strict=True):
+        assert torch.equal(value, other)
+    assert step.graphs == graphs
+    return step
+
+
+def batches(count: int, *size: int, classes: int = 10, layout: Any = None) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(size, generator=generator) for _ in range(count)]
+    if layout is not None:
+        images = [x.to(memory_format=layout) for x in images]
+    labels = torch.randint(classes, (count, size[0]), generator=generator)
+    return list(zip(images, labels, strict=True))
+
+
+def small_resnet() -> nn.Module:
+    return models.create("resnet20", num_classes=10, in_channels=3)
+
+
+def small_model(*between: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        gdfast.nn.Conv2d(3, 8, 3, padding=1), gdfast.nn.BatchNorm2d(8), nn.ReLU(), *between,
+        gdfast.nn.MaxPool2d(2), nn.Flatten(), gdfast.nn.Linear(8 * 4 * 4, 10),
+    )  # fmt: skip
+
+
+SMALL = (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_simple_cnn(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_bitwise(models.create("cnn"), batches(6, 16, 1, 28, 28))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_fused_resnet(layout: torch.memory_format) -> None:
+    model = small_resnet().to(memory_format=layout)
+    assert_bitwise(model, batches(5, 2, 3, 16, 16, layout=layout))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, gdfast.nn.BatchNorm2d])
+def test_layers_that_are_not_fused(norm: Any) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), norm(8), nn.SiLU(), gdfast.nn.Conv2d(8, 12, 3, groups=2), nn.GELU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 10),
+    )  # fmt: skip
+    step = assert_bitwise(model, batches(6, *SMALL))
+    norms = [m for m in step.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [int(m.num_batches_tracked) for m in norms] == [6]
+
+
+def test_dropout_is_drawn_anew() -> None:
+    assert_bitwise(small_model(nn.Dropout(0.3), nn.Dropout2d(0.2)), batches(7, *SMALL))
+
+
+def test_batches_of_several_kinds() -> None:
+    given = batches(5, *SMALL) + batches(5, 3, *SMALL[1:])
+    given = given[::2] + given[1::2]
+    assert_bitwise(small_model(), given, graphs=2)
+
+
+def test_another_kind_of_batch_in_between_is_an_ordinary_step() -> None:
+    given = batches(9, *SMALL)
+    given[5:6] = batches(1, 3, *SMALL[1:])
+    assert_bitwise(small_model(), given)
+
+
+def test_batches_with_gaps_that_share_memory() -> None:
+    def criterion(output: Tensor, other: Tensor) -> Tensor:
+        return (output.mean() - other.mean()).square()
+
+    given: list[Batch] = [(x[..., 1:], x[..., :-1]) for x, _ in batches(6, 4, 3, 8, 9)]
+    assert_bitwise(small_model(), given, criterion=criterion)
+
+
+def test_a_tensor_given_twice_may_be_two_tensors_later() -> None:
+    def criterion(output: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return (output.mean() + first.mean() - 2 * second.mean()).square()
+
+    given: list[Batch] = [(x, x, x) for x, _ in batches(4, *SMALL)]
+    given += [(x, x + 1, x * 2) for x, _ in batches(3, *SMALL)]
+    assert_bitwise(small_model(), given, criterion=criterion)
+
+
+def test_a_batch_that_the_model_writes_to() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(0.5)
+
+    assert_bitwise(nn.Sequential(Halves(), small_model()), batches(6, *SMALL))
+
+
+def test_schedules_and_assigned_rates() -> None:
+    schedules: dict[int, Any] = {}
+
+    def change(index: int, model: nn.Module, optimizer: Any) -> None:
+        if index == 0:
+            schedules[id(optimizer)] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+        elif index == 7:
+            optimizer.param_groups[0]["lr"] = 0.01
+        else:
+            schedules[id(optimizer)].step()
+
+    given = batches(10, *SMALL)
+    step = assert_bitwise(small_model(), given, change=change)
+    assert isinstance(step.optimizer.param_groups[0]["lr"], Tensor)
+
+
+@pytest.mark.parametrize("name", ["momentum", "lr"])
+def test_other_settings_are_recorded_anew(name: str) -> None:
+    def change(index: int, model: nn.Module, optimizer: Any) -> None:
+        if index == 5:
+            optimizer.param_groups[0][name] = 0.01
+
+    make = {"momentum": sgd, "lr": partial(torch.optim.SGD, **SETTINGS)}[name]
+    assert_bitwise(small_model(), batches(9, *SMALL), change=change, make=make)
+
+
+def test_settings_assigned_anew_with_the_same_value_keep_the_record() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    lengths = []
+    for index, batch in enumerate(batches(5, *SMALL)):
+        step.optimizer.param_groups[0]["momentum"] = float(f"0.9{0:0{index}d}")
+        step(*batch)
+        lengths.append(step.graphs)
+    assert lengths == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+        partial(torch.optim.AdamW, lr=0.01, fused=True),
+        partial(optim.SGD, lr=0.1, momentum=0.9, in_backward=True),
+        partial(optim.SGD, lr=0.1, momentum=0.9, fused_zero_grad=True),
+        partial(optim.SGD, lr=0.1, dampening=0.5, momentum=0.5, maximize=True),
+    ],
+)
+def test_optimizers(make: Any) -> None:
+    assert_bitwise(small_model(), batches(6, *SMALL), make=make)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_our_loss(smoothing: float) -> None:
+    criterion = partial(gdfast.losses.cross_entropy, label_smoothing=smoothing)
+    given = batches(6, *SMALL)
+    given[4][1][2] = -100  # ignored, in a replay
+    assert_bitwise(small_model(), given, criterion=criterion)
+
+
+def test_autocast() -> None:
+    assert_bitwise(small_resnet(), batches(5, 2, 3, 16, 16), amp=torch.bfloat16)
+
+
+@pytest.mark.parametrize("change_at", [3, 5])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "eval",
+        "data",
+        "buffer",
+        "module",
+        "parameter",
+        "freeze",
+        "optimizer",
+        "load",
+        "group",
+        "grad",
+    ],
+)
+def test_what_changes_between_steps_is_followed(what: str, change_at: int) -> None:
+    def change(index: int, model: Any, optimizer: Any) -> None:
+        if index != change_at:
+            return
+        if what == "eval":
+            model[1].eval()
+        elif what == "data":
+            model[0].weight.data = model[0].weight.data * 0.5
+        elif what == "buffer":
+            model[1].running_var = model[1].running_var * 2
+        elif what == "module":
+            model[2] = nn.GELU()
+        elif what == "parameter":
+            del optimizer.param_groups[0]["params"][3]
+            model[1].bias = nn.Parameter(torch.ones(8))
+        elif what == "freeze":
+            model[0].weight.requires_grad_(False)
+        elif what == "optimizer":
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        elif what == "load":
+            model.load_state_dict({k: v * 0.9 for k, v in model.state_dict().items()})
+        elif what == "groups":
+            optimizer.param_groups[0] = {**optimizer.param_groups[0], "momentum": 0.5}
+        elif what == "group":
+            extra = nn.Parameter(torch.ones(10))
+            model.register_parameter("extra", extra)
+            optimizer.add_param_group({"params": [extra], "lr": 0.5})
+        else:
+            model[0].weight.grad = torch.ones_like(model[0].weight)
+
+    torch.manual_seed(2)
+    assert_bitwise(small_model(), batches(10, *SMALL), change=change)
+
+
+def test_contexts_are_followed() -> None:
+    given = batches(4, *SMALL)
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    for _ in range(2):
+        step(*given[0])
+    assert step.graphs == 1
+    for _ in range(2):
+        with gdfast.precision("strict"):
+            step(*given[1])
+    assert step.graphs == 2
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - before)
+    for _ in range(2):
+        step(*given[2])
+    torch.set_num_threads(before)
+    assert step.graphs == 3
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        step(*given[3])
+
+
+def test_parameters_that_the_optimizer_leaves_alone_add_up_their_gradients() -> None:
+    def make(parameters: Any) -> optim.SGD:
+        return sgd(list(parameters)[2:])
+
+    def change(index: int, model: Any, optimizer: Any) -> None:
+        if index == 6:
+            model.zero_grad()
+
+    assert_bitwise(small_model(), batches(9, *SMALL), make=make, change=change)
+
+
+def test_a_parameter_without_a_gradient() -> None:
+    model = small_model()
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    assert_bitwise(model, batches(6, *SMALL))
+
+
+def test_more_than_one_use_of_a_weight() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = gdfast.nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x).relu()) + x
+
+    assert_bitwise(nn.Sequential(Twice(), small_model()), batches(6, *SMALL))
+
+
+def test_python_runs_only_while_recording() -> None:
+    calls: list[int] = []
+    model = small_model()
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    for batch in batches(5, *SMALL):
+        step(*batch)
+    assert len(calls) == 2
+
+
+def first_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores, labels)
+
+
+def reads_item(scores: Tensor, labels: Tensor) -> Tensor:
+    loss = first_loss(scores, labels)
+    assert loss.item() > 0
+    return loss
+
+
+def reads_numpy(scores: Tensor, labels: Tensor) -> Tensor:
+    return first_loss(scores, labels) + float(np.asarray(labels).mean())
+
+
+def reads_list(scores: Tensor, labels: Tensor) -> Tensor:
+    return first_loss(scores, labels) * sum(labels.tolist())
+
+
+def selects(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(scores[labels > 4], labels[labels > 4], reduction="sum")
+
+
+REFUSED = {
+    reads_item: "aten::_local_scalar_dense reads a value",
+    reads_numpy: "Tensor.__array__ reads values",
+    reads_list: "Tensor.tolist reads values",
+    selects: "aten::index.Tensor gives as many elements as values say",
+}
+
+
+@pytest.mark.parametrize("criterion", REFUSED, ids=lambda x: x.__name__)
+def test_what_cannot_be_recorded_takes_ordinary_steps(criterion: Any) -> None:
+    with pytest.warns(UserWarning, match=f"cannot be recorded: {REFUSED[criterion]}") as warned:
+        assert_bitwise(small_model(), batches(6, *SMALL), graphs=0, criterion=criterion)
+    assert len(warned) == 1
+
+
+def test_an_optimizer_that_counts_takes_ordinary_steps() -> None:
+    class Counting(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["count"] = self.state[p].get("count", 0) + 0.5
+            return super().step(closure)
+
+    make = partial(Counting, lr=0.1)
+    with pytest.warns(UserWarning, match="state is another one after each step"):
+        assert_bitwise(small_model(), batches(9, *SMALL), graphs=0, make=make)
+
+
+def test_compiled_modules_take_ordinary_steps() -> None:
+    def change(index: int, model: Any, optimizer: Any) -> None:
+        if index == 0:
+            model[0].compile(backend="eager")
+
+    with pytest.warns(UserWarning, match="a module is compiled"):
+        assert_bitwise(small_model(), batches(5, *SMALL), graphs=0, change=change)
+
+
+def test_yolo_loss_takes_ordinary_steps() -> None:
+    model = models.create("yolo_lite", num_classes=3)
+    loss = YoloLoss()
+
+    def criterion(maps: Any, boxes: Tensor, classes: Tensor) -> Tensor:
+        return loss(maps, boxes, classes)["loss"]
+
+    boxes = torch.tensor([[[4.0, 4.0, 40.0, 50.0], [10.0, 20.0, 60.0, 60.0]]] * 2)
+    given: list[Batch] = [(x, boxes, torch.tensor([[0, 1], [2, -1]]))
+                          for x, _ in batches(4, 2, 3, 64, 64)]  # fmt: skip
+    with pytest.warns(UserWarning, match="aten::_local_scalar_dense reads a value"):
+        assert_bitwise(model, given, graphs=0, criterion=criterion)
+
+
+def test_an_error_while_recording_leaves_all_usable() -> None:
+    fails = [False]
+
+    def criterion(scores: Tensor, labels: Tensor) -> Tensor:
+        if fails[0]:
+            raise KeyError("labels")
+        return F.cross_entropy(scores, labels)
+
+    model = small_model()
+    step = GraphedStep(model, criterion, sgd(model.parameters()), warmup=1)
+    given = batches(4, *SMALL)
+    step(*given[0])
+    fails[0] = True
+    with pytest.raises(KeyError):
+        step(*given[1])
+    assert native.recorder() is None and not torch._C._len_torch_dispatch_stack()
+    fails[0] = False
+    for batch in given:
+        step(*batch)
+    assert step.graphs == 1
+
+
+def test_kernels_of_other_threads_are_not_recorded() -> None:
+    image, weight = torch.randn(2, 3, 9, 9), torch.randn(4, 3, 3, 3)
+
+    def criterion(scores: Tensor, labels: Tensor) -> Tensor:
+        thread = threading.Thread(target=gdfast.ops.conv2d, args=(image, weight))
+        thread.start()
+        thread.join()
+        return F.cross_entropy(scores, labels)
+
+    quiet = assert_bitwise(small_model(), batches(5, *SMALL))
+    busy = assert_bitwise(small_model(), batches(5, *SMALL), criterion=criterion)
+    lengths = [len(next(iter(step._recorded.values())).tape) for step in (quiet, busy)]
+    assert lengths[0] == lengths[1]
+
+
+def test_a_graph_from_before_a_step_sees_that_weights_have_changed() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    given = batches(4, *SMALL)
+    for batch in given[:3]:
+        step(*batch)
+    images, labels = given[3]
+    loss = F.cross_entropy(model(images.requires_grad_()), labels)
+    step(*given[2])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_who_looks_at_operators_sees_an_ordinary_step() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    (batch,) = batches(1, *SMALL)
+    for _ in range(3):
+        step(*batch)
+    with FlopCounterMode(display=False) as counter:
+        step(*batch)
+    assert counter.get_total_flops() > 0
+
+
+def test_gradients_are_those_of_the_last_call() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, optim.SGD(model.parameters(), lr=0.0), warmup=1)
+    for images, labels in batches(5, *SMALL):
+        step(images, labels)
+        (expected,) = torch.autograd.grad(F.cross_entropy(model(images), labels), [model[-1].bias])
+        assert torch.equal(model[-1].bias.grad, expected)
+        model.zero_grad()
+    assert step.graphs == 1
