@@ -8,6 +8,8 @@
 // block needs half of the memory that image and sums would, and twice as many tiles fit.
 #pragma once
 
+#include "shares.h"
+#include "winograd_ahead.h"
 #include "winograd_products.h"
 #include "winograd_runs.h"
 #include "winograd_weights.h"
@@ -41,8 +43,14 @@ class WinogradBlocks {
         grid_(conv.batch, conv.height, conv.width),
         panels_(conv.produced),
         channels_(round_up(conv.reduced, kWidth)),
-        line_(max_of(channels_, panels_.count * panels_.width)),
-        tiles_(tiles_of_block()) {}
+        line_(max_of(channels_, panels_.count * panels_.width)) {
+    // As many blocks as fit, or somewhat more: each thread then has as many, of one size.
+    const int64_t line_bytes = (kProducts + 1) * line_ * static_cast<int64_t>(sizeof(T));
+    const int64_t most = max_of(1, kBlockBytes / line_bytes / kTileRows);
+    calls_ = ceil_div(grid_.count, kTileRows);
+    blocks_ = min_of(calls_, round_up(ceil_div(calls_, most), threads));
+    tiles_ = ceil_div(calls_, blocks_) * kTileRows;
+  }
 
   void run() {
     Workspace workspace(carve(Carver()));
@@ -55,27 +63,22 @@ class WinogradBlocks {
     T* slots;
     T* packed;  // [channels][9][width]: weights before they are transformed
     T* stage;
+    const T** ahead;  // [2][tiles]: of the next image and of the outputs, fetched meanwhile
   };
 
-  // As many tiles as fit, or somewhat fewer where that spreads them more evenly over the threads.
-  int64_t tiles_of_block() const {
-    const int64_t fit = kBlockBytes / ((kProducts + 1) * line_ * static_cast<int64_t>(sizeof(T)));
-    const int64_t most = max_of(kTileRows, fit / kTileRows * kTileRows);
-    int64_t best = most, least = INT64_MAX;
-    for (int64_t tiles = most; 2 * tiles >= most && tiles > 0; tiles -= kTileRows) {
-      const int64_t longest = ceil_div(ceil_div(grid_.count, tiles), threads_) * tiles;
-      if (longest < least) {
-        best = tiles;
-        least = longest;
-      }
-    }
-    return best;
+  // Block `index` takes tiles [begin(index), begin(index + 1)), whole calls of the micro-kernel.
+  int64_t begin(int64_t index) const {
+    return min_of(calls_ * index / blocks_ * kTileRows, grid_.count);
   }
 
-  // A cache line more than there is, so that the same place of all slots spreads over the cache.
-  int64_t slot_size() const { return tiles_ * line_ + 16; }
+  // Micro-kernels may run on beyond the last tile. A cache line more than there is, so that the
+  // same place of all slots spreads over the cache.
+  int64_t slot_size() const { return (tiles_ + kTileRows) * line_ + 16; }
   int64_t panel_size() const { return channels_ * panels_.width; }
   int64_t product_size() const { return panels_.count * panel_size() + 16; }
+
+  // Calls look at as many tiles as they have rows, wherever they begin.
+  int64_t ahead_size() const { return tiles_ + kTileRows; }
 
   int64_t carve(Carver carver) {
     weights_ = carver.take<T>(kProducts * product_size());
@@ -85,13 +88,15 @@ class WinogradBlocks {
     scratch_.slots = carver.take<T>((kProducts + 1) * slot_size());
     scratch_.packed = carver.take<T>(9 * panel_size());
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
+    scratch_.ahead = carver.take<const T*>(2 * ahead_size());
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
-    return {move(scratch_.slots), move(scratch_.packed), move(scratch_.stage)};
+    const auto move = [&](auto* part) { return part + scratch_bytes_ / sizeof(*part) * thread; };
+    return {move(scratch_.slots), move(scratch_.packed), move(scratch_.stage),
+            move(scratch_.ahead)};
   }
 
   void run_group(int64_t group) {
@@ -109,15 +114,20 @@ class WinogradBlocks {
     });
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                                     conv_.source_width, taps_.low_h, taps_.low_w);
-    parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+    const TilesAhead next(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 1,
+                          taps_.low_w + 1);
+    const TilesAhead outputs(grid_, dest, conv_.dest, conv_.produced, 0, 0);
+    parallel_shares(blocks_, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
-      const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+      const int64_t first = begin(index), end = begin(index + 1);
       T* image = scratch.slots + slot_size();
       reader.read(
           first, end, zeros_, scratch.stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
             transform_image_run(run, image + (tile - first) * line_ + c, line_, slot_size());
           });
-      multiply(first, end, scratch.slots);
+      next.point(end, begin(min_of(index + 2, blocks_)), ahead_size(), scratch.ahead);
+      outputs.point(first, end, ahead_size(), scratch.ahead + ahead_size());
+      multiply(first, end, scratch, next, outputs);
       write_tiles(grid_, first, end, scratch.slots, line_, slot_size(), conv_.produced, biases_,
                   ending_, scratch.stage, conv_.dest, dest);
     });
@@ -125,21 +135,25 @@ class WinogradBlocks {
 
   // The 36 products of tiles [first, end), each of those that need it. Rows are taken in whole
   // tiles of the micro-kernel: a row that does not need a product, or is none, does no harm.
-  void multiply(int64_t first, int64_t end, T* slots) const {
+  void multiply(int64_t first, int64_t end, const Scratch& scratch, const TilesAhead& next,
+                const TilesAhead& outputs) const {
     for (int product = 0; product < kProducts; ++product) {
-      T* sums = slots + product * slot_size();
-      const T* image = sums + slot_size();
       for (const TileRange& range : grid_.needing(product).part) {
         const TileRange own = range.within(first, end);
-        for (int64_t tile = own.begin - first; tile < own.end - first; tile += kTileRows) {
-          const int64_t row = min_of(tile, tiles_ - kTileRows) * line_;
-          for (int64_t panel = 0; panel < panels_.count; ++panel) {
-            const T* weights = weights_ + product * product_size() + panel * panel_size();
-            for (int64_t c = 0; c < channels_; c += kPartChannels) {
-              multiply_lines(panels_.vectors, image + row + c, line_,
-                             min_of(kPartChannels, channels_ - c), weights + c * panels_.width,
-                             c > 0, sums + row + panel * panels_.width);
-            }
+        if (own.empty()) continue;
+        const int64_t tile = own.begin - first;
+        T* sums = scratch.slots + product * slot_size() + tile * line_;
+        Ahead ahead = ahead_of(product, next, outputs, scratch.ahead + tile, ahead_size());
+        for (int64_t panel = 0; panel < panels_.count; ++panel) {
+          const T* weights = weights_ + product * product_size() + panel * panel_size();
+          for (int64_t c = 0; c < channels_; c += kPartChannels) {
+            with_vectors(panels_.vectors, [&](auto vectors) {
+              multiply_block<decltype(vectors)::value>(
+                  sums + slot_size() + c, line_, own.end - own.begin,
+                  min_of(kPartChannels, channels_ - c), weights + c * panels_.width, c > 0,
+                  sums + panel * panels_.width, ahead);
+            });
+            ahead.size = 0;
           }
         }
       }
@@ -158,7 +172,8 @@ class WinogradBlocks {
   Panels<T> panels_;
   int64_t channels_;  // reduced ones, padded to whole vectors
   int64_t line_;
-  int64_t tiles_;  // of a block
+  int64_t calls_, blocks_;
+  int64_t tiles_;  // of a block, at most
   T* weights_;
   T* zeros_;
   T* biases_;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "tap_conv_pixels.h"
+#include "winograd_ahead.h"
 #include "winograd_grad_filters.h"
 #include "winograd_grad_weight_rounds.h"
 #include "winograd_products.h"
@@ -79,7 +80,7 @@ class GradWeightShares {
   using T = float;
   static constexpr int kWidth = kLanes<T>;
   // Of image and grads of a block, where threads own shares.
-  static constexpr int64_t kBlockBytes = 400 << 10;
+  static constexpr int64_t kBlockBytes = 200 << 10;
   using Pass = Stride1GradWeight;
   using Filters = Pass::Filters;
   static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
@@ -103,7 +104,10 @@ class GradWeightShares {
         filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
-    const int64_t most = max_of(24, kBlockBytes / (kProducts * 4) / (channels_ + outputs()));
+    // Sums that no L2 holds are read and written anew for every block: then fewer, larger ones.
+    const bool sums_stay = kProducts * 4 * channels_ * produced_ <= kBlockBytes;
+    const int64_t fit = kBlockBytes / (kProducts * 4) / (channels_ + outputs());
+    const int64_t most = sums_stay ? max_of(24, fit) : 64;
     shares_ = max_of(1, min_of(threads, grid_.count / 4));
     const int64_t share_tiles = ceil_div(grid_.count, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
@@ -125,6 +129,7 @@ class GradWeightShares {
     T* grads;
     T* lines;  // [kTaskChannels * 9][width], weights before they are written
     T* stage;
+    const T** ahead;  // [2][block_tiles]: of the next input and grads, fetched meanwhile
   };
 
   // Zeros stand for the channels of a pixel outside.
@@ -147,13 +152,15 @@ class GradWeightShares {
     scratch_.grads = carver.take<T>(kProducts * grads_step());
     scratch_.lines = carver.take<T>(kTaskChannels * 9 * panels_.width);
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
+    scratch_.ahead = carver.take<const T*>(2 * block_tiles_);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
-    return {move(scratch_.image), move(scratch_.grads), move(scratch_.lines), move(scratch_.stage)};
+    const auto move = [&](auto* part) { return part + scratch_bytes_ / sizeof(*part) * thread; };
+    return {move(scratch_.image), move(scratch_.grads), move(scratch_.lines), move(scratch_.stage),
+            move(scratch_.ahead)};
   }
 
   void run_by_shares(int64_t group) {
@@ -168,6 +175,10 @@ class GradWeightShares {
       if (outputs() > round_up(produced_, kWidth)) {
         std::memset(scratch.grads, 0, kProducts * grads_step() * sizeof(T));
       }
+      const TilesAhead next_input(grid_, input_ + group * reduced_ * p_.input.c, p_.input, reduced_,
+                                  1 - p_.pad_h, 1 - p_.pad_w);
+      const TilesAhead next_grads(grid_, grad_output_ + group * produced_ * p_.output.c, p_.output,
+                                  produced_, 0, 0);
       for (int64_t first = begin; first < end; first += block_tiles_) {
         const int64_t last = min_of(first + block_tiles_, end);
         const auto image_at = [&](int64_t c, int64_t tile) {
@@ -181,7 +192,10 @@ class GradWeightShares {
         Pass::transform_grads(p_, grid_, grad_output_ + group * produced_ * p_.output.c, produced_,
                               first, last, zeros_, scratch.stage, outputs(), grads_step(), grads_at,
                               bias_sums);
-        multiply_block(scratch, first, last - first, first > begin, sums);
+        const int64_t next_last = min_of(last + block_tiles_, end);
+        next_input.point(last, next_last, block_tiles_, scratch.ahead);
+        next_grads.point(last, next_last, block_tiles_, scratch.ahead + block_tiles_);
+        multiply_block(scratch, first, last - first, first > begin, next_input, next_grads, sums);
       }
     });
     parallel_for(panels_.count * (rows_ / kTaskChannels), threads_, [&](int64_t index, int thread) {
@@ -197,7 +211,7 @@ class GradWeightShares {
   // The products of a block of `tiles` tiles from `first` on: sums[panel][product][row] (+)= image
   // times grads, over those that need the product.
   void multiply_block(const Scratch& scratch, int64_t first, int64_t tiles, bool accumulate,
-                      T* sums) const {
+                      const TilesAhead& next_input, const TilesAhead& next_grads, T* sums) const {
     const int64_t width = panels_.width;
     const int64_t calls = ceil_div(channels_, kTileRows);
     for (int product = 0; product < kProducts; ++product) {
@@ -205,6 +219,10 @@ class GradWeightShares {
       const auto run = [&](int64_t tile, int64_t count) {
         const T* image = scratch.image + product * image_step() + tile * channels_;
         const T* grads = scratch.grads + product * grads_step() + tile * outputs();
+        const Ahead ahead =
+            ahead_of(product, next_input, next_grads, scratch.ahead + tile, block_tiles_);
+        // The last calls fetch: the first ones have their operands to read from L2.
+        int64_t line = panels_.count * calls;
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           T* to = sums + panel * sums_size() + product * sums_step();
           // 16 channels are 6 + 5 + 5, not 6 + 6 and a rest.
@@ -212,7 +230,7 @@ class GradWeightShares {
             const int64_t c = channels_ * call / calls;
             multiply_tiles(channels_ * (call + 1) / calls - c, panels_.vectors, image + c,
                            channels_, grads + panel * width, outputs(), count, started,
-                           to + c * width);
+                           ahead.line(--line), to + c * width);
           }
         }
         started = true;

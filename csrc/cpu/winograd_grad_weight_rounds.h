@@ -176,7 +176,7 @@ class GradWeightRounds {
           const int64_t c = channels * call / calls;
           if (count <= kFewTiles) fetch(rows + image_step(), count, call, calls);
           multiply_tiles(channels * (call + 1) / calls - c, panels_.vectors, rows + c,
-                         kTaskChannels, lines, width, count, started, sums + c * width);
+                         kTaskChannels, lines, width, count, started, Ahead(), sums + c * width);
         }
         started = true;
       };

@@ -18,10 +18,31 @@ GDFAST_INLINE void with_vectors(int vectors, const Run& run) {
   }
 }
 
+// Memory to be fetched into L2 during products: `size` values for each tile, `offset` from where it
+// begins.
+struct Ahead {
+  const float* const* begin = nullptr;
+  int64_t offset = 0, size = 0;
+
+  // Cache line `index` of the values, if there are so many.
+  Ahead line(int64_t index) const {
+    return {begin, offset + index * 16, min_of(16, size - index * 16)};
+  }
+
+  GDFAST_INLINE void fetch(int64_t tile, int64_t end) const {
+    if (size == 0) return;
+    for (; tile < end; ++tile) {
+      const float* from = begin[tile] + offset;
+      for (int64_t x = 0; x < size; x += 16) __builtin_prefetch(from + x, 0, 2);
+    }
+  }
+};
+
 // sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
 template <int kRows, int kVectors>
-void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const float* panel,
-                    int64_t panel_step, bool accumulate, float* sums, int64_t sums_step) {
+GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t channels,
+                                  const float* panel, int64_t panel_step, bool accumulate,
+                                  float* sums, int64_t sums_step) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
@@ -51,14 +72,16 @@ void multiply_lines(const float* rows, int64_t row_step, int64_t channels, const
   }
 }
 
-// For kTileRows tiles, whose sums lie as far apart as their images.
-inline void multiply_lines(int vectors, const float* rows, int64_t line, int64_t channels,
-                           const float* panel, bool accumulate, float* sums) {
-  with_vectors(vectors, [&](auto count) {
-    constexpr int kVectors = decltype(count)::value;
+// For any number of tiles, whose sums lie as far apart as their images: up to kTileRows - 1 more
+// are read and written.
+template <int kVectors>
+void multiply_block(const float* rows, int64_t line, int64_t tiles, int64_t channels,
+                    const float* panel, bool accumulate, float* sums, const Ahead& ahead) {
+  for (int64_t tile = 0; tile < tiles; tile += kTileRows, rows += kTileRows * line) {
+    ahead.fetch(tile, tile + kTileRows);
     multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,
-                                        accumulate, sums, line);
-  });
+                                        accumulate, sums + tile * line, line);
+  }
 }
 
 // For any number of tiles and of panels side by side. Tiles go by 4 to 6, as evenly as that can be:
@@ -87,15 +110,16 @@ inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const flo
 }
 
 // sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels; lines of
-// image and grads lie image_step and grads_step apart.
+// image and grads lie image_step and grads_step apart. `ahead` is a cache line at most.
 template <int kRows, int kVectors>
 void multiply_tiles(const float* image, int64_t image_step, const float* grads, int64_t grads_step,
-                    int64_t tiles, bool accumulate, float* sums) {
+                    int64_t tiles, bool accumulate, const Ahead& ahead, float* sums) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
 #pragma GCC unroll 2
   for (int64_t tile = 0; tile < tiles; ++tile, image += image_step, grads += grads_step) {
+    if (ahead.size > 0) __builtin_prefetch(ahead.begin[tile] + ahead.offset, 0, 2);
     Vec<T> line[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
@@ -120,13 +144,13 @@ void multiply_tiles(const float* image, int64_t image_step, const float* grads, 
 // `rows` is 4, 5 or 6.
 inline void multiply_tiles(int64_t rows, int vectors, const float* image, int64_t image_step,
                            const float* grads, int64_t grads_step, int64_t tiles, bool accumulate,
-                           float* sums) {
+                           const Ahead& ahead, float* sums) {
   with_vectors(vectors, [&](auto count) {
     constexpr int kVectors = decltype(count)::value;
     const auto multiply = rows == 4   ? multiply_tiles<4, kVectors>
                           : rows == 5 ? multiply_tiles<5, kVectors>
                                       : multiply_tiles<6, kVectors>;
-    multiply(image, image_step, grads, grads_step, tiles, accumulate, sums);
+    multiply(image, image_step, grads, grads_step, tiles, accumulate, ahead, sums);
   });
 }
 
