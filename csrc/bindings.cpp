@@ -8,6 +8,7 @@
 
 #include "cpu/kernels.h"
 #include "plan.h"
+#include "recall.h"
 #include "tensor_facts.h"
 
 PYBIND11_MODULE(_cpu, m) {
@@ -41,5 +42,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_memory(m);
   bind_nms(m);
   bind_sgd(m);
-  if (!add_tensor_facts(m.ptr()) || !add_plan(m.ptr())) throw pybind11::error_already_set();
+  if (!add_tensor_facts(m.ptr()) || !add_plan(m.ptr()) || !add_recall(m.ptr()))
+    throw pybind11::error_already_set();
 }

@@ -11,7 +11,7 @@ namespace gdfast {
 namespace {
 
 constexpr const char* kPlanCapsule = "gdfast.plan";
-constexpr Py_ssize_t kMostTensors = 32;
+constexpr Py_ssize_t kMostOfPlan = 32;
 constexpr Py_ssize_t kMostOfLaunch = 16;
 constexpr uintptr_t kAlignment = 16;
 
@@ -40,8 +40,8 @@ Plan* plan_of(PyObject* capsule) {
 
 // What a call holds of Python's, given back when it ends.
 struct Tensors {
-  PyObject* objects[kMostTensors];
-  void* addresses[kMostTensors];
+  PyObject* objects[kMostOfPlan];
+  void* addresses[kMostOfPlan];
   Py_ssize_t given, count;
 
   ~Tensors() {
@@ -93,14 +93,13 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
     return nullptr;
   }
   const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh), all = count + PyTuple_GET_SIZE(parts);
-  if (given < 0 || all > kMostTensors || (all > count && count == given)) {
+  if (given < 0 || all > kMostOfPlan || (all > count && count == given)) {
     PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 32 tensors");
     return nullptr;
   }
   Plan* plan = new Plan{given, {}, {}, {}, {}, {}, {}, {}};
-  PyObject* capsule = PyCapsule_New(plan, kPlanCapsule, [](PyObject* self) {
-    delete plan_of(self);
-  });
+  PyObject* capsule =
+      PyCapsule_New(plan, kPlanCapsule, [](PyObject* self) { delete plan_of(self); });
   if (capsule == nullptr) {
     delete plan;
     return nullptr;
@@ -111,8 +110,8 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
     plan->fresh.push_back(make);
   }
   if (!read(parts, 0, PY_SSIZE_T_MAX, &plan->parts) || !read_steps(launches, all, plan) ||
-      !read(results, -1, count, &plan->results) ||
-      !read(aligned, 0, given, &plan->aligned) || !read(written, 0, given, &plan->written)) {
+      !read(results, -1, count, &plan->results) || !read(aligned, 0, given, &plan->aligned) ||
+      !read(written, 0, given, &plan->written)) {
     Py_DECREF(capsule);
     return nullptr;
   }
@@ -128,7 +127,8 @@ bool make_fresh(const Plan& plan, Tensors* tensors) {
   }
   Py_ssize_t number = tensors->count;
   for (Py_ssize_t offset : plan.parts) {
-    tensors->addresses[number] = static_cast<char*>(tensors->addresses[tensors->count - 1]) + offset;
+    tensors->addresses[number] =
+        static_cast<char*>(tensors->addresses[tensors->count - 1]) + offset;
     ++number;
   }
   return true;
@@ -176,8 +176,7 @@ PyObject* run_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Plan* const plan = plan_of(arguments[0]);
   if (plan == nullptr) return nullptr;
   PyObject* const given = arguments[1];
-  const Call call{PyFloat_AsDouble(arguments[2]),
-                  static_cast<int>(PyLong_AsLong(arguments[3])),
+  const Call call{PyFloat_AsDouble(arguments[2]), static_cast<int>(PyLong_AsLong(arguments[3])),
                   static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(arguments[4]))};
   if (PyErr_Occurred()) return nullptr;
   if (PyTuple_GET_SIZE(given) != plan->given) {

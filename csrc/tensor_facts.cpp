@@ -31,7 +31,7 @@ struct DLPackExchangeApi {
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
 constexpr uint8_t kInteger = 0;
-constexpr int kMostTensors = 16, kMostDimensions = 4, kMostTypes = 4, kMostOddities = 4;
+constexpr int kMostDimensions = 4, kMostTypes = 4, kMostOddities = 4;
 constexpr int kMostWatchers = 8;
 
 const DLPackExchangeApi* api = nullptr;
@@ -98,18 +98,20 @@ int is_odd(PyObject* tensor) {
   return 0;
 }
 
-PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
-  struct Head {
-    int16_t ndim;  // -1 for None
-    int16_t device_type;
-    int32_t device_id;
-    uint8_t code, bits;
-    uint16_t lanes;
-    int32_t unused;
-  };
-  char facts[kMostTensors * (sizeof(Head) + 2 * kMostDimensions * sizeof(int64_t))];
-  if (api == nullptr || count > kMostTensors) Py_RETURN_NONE;
+struct Head {
+  int16_t ndim;  // -1 for None
+  int16_t device_type;
+  int32_t device_id;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int32_t unused;
+};
+constexpr size_t kMostBytes = kMostTensors * (sizeof(Head) + 2 * kMostDimensions * sizeof(int64_t));
+
+// Gives the number of bytes, -1 where a tensor has no facts, -2 with an exception set.
+Py_ssize_t write_facts(PyObject* const* tensors, Py_ssize_t count, char* facts) {
   char* end = facts;
+  if (api == nullptr || count > kMostTensors) return -1;
   for (Py_ssize_t i = 0; i < count; ++i) {
     Head head{-1, 0, 0, 0, 0, 0, 0};
     if (tensors[i] == Py_None) {
@@ -117,15 +119,15 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
       end += sizeof head;
       continue;
     }
-    if (!is_watched(tensors[i])) Py_RETURN_NONE;
+    if (!is_watched(tensors[i])) return -1;
     DLTensor tensor;
     // Fails for what has no memory: sparse tensors, wrappers, those on the meta device.
     if (api->look_into(tensors[i], &tensor) != 0) {
       PyErr_Clear();
-      Py_RETURN_NONE;
+      return -1;
     }
     // Zero tensors and those without elements.
-    if (tensor.data == nullptr || tensor.ndim > kMostDimensions) Py_RETURN_NONE;
+    if (tensor.data == nullptr || tensor.ndim > kMostDimensions) return -1;
     head.ndim = static_cast<int16_t>(tensor.ndim);
     head.device_type = static_cast<int16_t>(tensor.device_type);
     head.device_id = tensor.device_id;
@@ -140,21 +142,23 @@ PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
     end += 2 * bytes;
     // Last: Python may run in it, and change the tensor that sizes and strides belong to.
     const int odd = is_odd(tensors[i]);
-    if (odd < 0) return nullptr;
-    if (odd) Py_RETURN_NONE;
+    if (odd != 0) return odd < 0 ? -2 : -1;
   }
-  return PyBytes_FromStringAndSize(facts, end - facts);
+  return end - facts;
+}
+
+PyObject* tensor_facts(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  char facts[kMostBytes];
+  const Py_ssize_t bytes = write_facts(tensors, count, facts);
+  if (bytes == -2) return nullptr;
+  if (bytes < 0) Py_RETURN_NONE;
+  return PyBytes_FromStringAndSize(facts, bytes);
 }
 
 PyObject* unwatched_facts(PyObject* self, PyObject* const* tensors, Py_ssize_t count) {
-  for (Py_ssize_t i = 0; i < number_of_watchers; ++i) {
-    PyObject* const answer = PyObject_CallNoArgs(watchers[i]);
-    if (answer == nullptr) return nullptr;
-    const int watches = PyObject_IsTrue(answer);
-    Py_DECREF(answer);
-    if (watches < 0) return nullptr;
-    if (watches) Py_RETURN_NONE;
-  }
+  const int watches = is_anyone_watching();
+  if (watches < 0) return nullptr;
+  if (watches) Py_RETURN_NONE;
   return tensor_facts(self, tensors, count);
 }
 
@@ -185,6 +189,25 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
+
+int is_anyone_watching() {
+  for (Py_ssize_t i = 0; i < number_of_watchers; ++i) {
+    PyObject* const answer = PyObject_CallNoArgs(watchers[i]);
+    if (answer == nullptr) return -1;
+    const int watches = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (watches != 0) return watches;
+  }
+  return 0;
+}
+
+int have_facts(PyObject* const* tensors, Py_ssize_t count, PyObject* facts) {
+  char now[kMostBytes];
+  const Py_ssize_t bytes = write_facts(tensors, count, now);
+  if (bytes == -2) return -1;
+  if (bytes < 0 || bytes != PyBytes_GET_SIZE(facts)) return 0;
+  return std::memcmp(now, PyBytes_AS_STRING(facts), static_cast<size_t>(bytes)) == 0;
+}
 
 bool tensor_address(PyObject* tensor, void** address) {
   DLTensor found;

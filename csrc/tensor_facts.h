@@ -19,6 +19,15 @@ namespace gdfast {
 // False with a Python exception set where that fails.
 bool add_tensor_facts(PyObject* module);
 
+// The most tensors that have facts together.
+constexpr Py_ssize_t kMostTensors = 16;
+
+// Whether tensors have these facts, as bytes: 1 or 0, and -1 with a Python exception set.
+int have_facts(PyObject* const* tensors, Py_ssize_t count, PyObject* facts);
+
+// Whether a watcher is true: 1 or 0, and -1 with a Python exception set.
+int is_anyone_watching();
+
 // Where a tensor's elements begin; false with a Python exception set for what has no memory.
 bool tensor_address(PyObject* tensor, void** address);
 

@@ -223,8 +223,8 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
   const BatchNormWorkspace<T> workspace(p, memory);
   const auto* const input = static_cast<const T*>(to.input);
   const auto* partial = static_cast<const A*>(moments.parts);
-  StatisticsArguments statistics{training,      to,    p.param_dtype != p.dtype,
-                                 momentum,      p.eps, static_cast<int>(p.C),
+  StatisticsArguments statistics{training,      to,     p.param_dtype != p.dtype,
+                                 momentum,      p.eps,  static_cast<int>(p.C),
                                  moments.count, batches};
   if (training && partial == nullptr) {
     with_vectors<T>(p, are_aligned(to.input), [&](auto kind) {
@@ -287,8 +287,8 @@ int64_t batch_norm_workspace_bytes(const BatchNormProblem& p) {
 }
 
 void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
-                double momentum, const BatchNormMoments& moments, int64_t* batches,
-                void* workspace, int device, uintptr_t stream) {
+                double momentum, const BatchNormMoments& moments, int64_t* batches, void* workspace,
+                int device, uintptr_t stream) {
   const DeviceGuard guard(kOp, device);
   with_dtype(problem.dtype, [&](auto zero) {
     forward<decltype(zero)>(problem, to, training, momentum, moments, batches, workspace, stream);

@@ -29,8 +29,8 @@ struct BatchNormMoments {
 int64_t batch_norm_workspace_bytes(const BatchNormProblem& problem);
 // `batches` is a counter of batches on the device, to which it adds 1, or null.
 void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, bool training,
-                double momentum, const BatchNormMoments& moments, int64_t* batches,
-                void* workspace, int device, uintptr_t stream);
+                double momentum, const BatchNormMoments& moments, int64_t* batches, void* workspace,
+                int device, uintptr_t stream);
 void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,
                          bool training, PreActivation from, void* workspace, int device,
                          uintptr_t stream);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native, ops
+from gdfast.nn import memo
 from gdfast.nn.block import (
     ACTIVATIONS,
     NAMES,
@@ -76,6 +77,10 @@ def run_as_one(
     """What `convolve_for` and `normalise` give, in one, or None where they have to be called."""
     if torch.compiler.is_compiling() or type(conv) is not Conv2d:
         return None
+    ending = activation, negative_slope
+    output = memo.run_again(norm, conv, input, residual, ending)
+    if output is not None:
+        return output
     # A module's attributes take Python a tenth of a microsecond each, those of its dict a fifth.
     of_conv, of_norm = vars(conv), vars(norm)
     parameters = of_conv["_parameters"]
@@ -109,7 +114,9 @@ def run_as_one(
     if found is None:
         return None
     run, tensors = found
-    return run(tensors, momentum if counts else _next_momentum(norm))
+    if counts or batches is None:
+        memo.note(norm, conv, tensors, ending, run)
+    return run.run(tensors, momentum if counts else _next_momentum(norm))
 
 
 def _state(norm: Any) -> tuple[Any, ...]:

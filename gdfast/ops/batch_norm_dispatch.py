@@ -18,7 +18,7 @@ from gdfast.backends.activation import ACTIVATIONS, output_tells
 from gdfast.backends.batch_norm import CudaForward, sum_dtype
 from gdfast.errors import mismatch
 from gdfast.geometry import dense_strides, is_channels_last
-from gdfast.ops.conv2d_dispatch import library, units
+from gdfast.ops.conv2d_dispatch import forget_units, library
 from gdfast.ops.ordinary import tensor_facts
 
 OP = "batch_norm_act"
@@ -48,7 +48,7 @@ _KERNELS_LIMIT = 4096
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
     _kernels.clear()
-    units.clear()
+    forget_units()
 
 
 def pre_activation(activation: str, negative_slope: float, residual: Tensor | None) -> str:

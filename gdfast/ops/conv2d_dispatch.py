@@ -51,12 +51,21 @@ all_native: dict[tuple[Any, ...], bool] = {}
 layers: dict[tuple[Any, ...], Any] = {}
 # What `ops.conv2d_norm_act` knows of convolutions with the batch normalisations behind them.
 units: dict[tuple[Any, ...], Any] = {}
+generation = object()  # another one when units are forgotten
 
 
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
-    for known in (_kernels, _native, all_native, layers, units):
+    for known in (_kernels, _native, all_native, layers):
         known.clear()
+    forget_units()
+
+
+def forget_units() -> None:
+    """Drops what was looked up of convolutions with batch normalisations."""
+    global generation
+    generation = object()
+    units.clear()
 
 
 def runs_native(key: tuple[Any, ...]) -> bool:

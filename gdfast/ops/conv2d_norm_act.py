@@ -8,16 +8,16 @@ what both operations have run before is known, so that checks, errors and choice
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import chosen, plans, tuning
+from gdfast.backends import chosen, plans, registry, tuning
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.cuda_conv2d import Kernel
+from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import AUTO, REFERENCE
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
 from gdfast.ops.batch_norm import count_batch, norm_gradients
@@ -33,6 +33,7 @@ from gdfast.tensor_cores import allows_tf32
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
 Tensors = tuple[Any, ...]
+_SAVED = 8  # tensors for the backward pass
 # Layouts and subsets of gradients that one unit meets.
 _MOST_BACKWARD = 64
 
@@ -58,6 +59,7 @@ class Unit:
         # By pre_activation, which gradients of the convolution are asked for, and the facts of the
         # tensors: what was saved may come back in another layout, from hooks that pack it.
         self._backward: dict[tuple[Any, ...], _Backward] = {}
+        self._last: _Backward | None = None  # noted
 
     def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
@@ -108,7 +110,14 @@ class Unit:
         self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
-        needs = ctx.needs_input_grad
+        needs, last = ctx.needs_input_grad, self._last
+        if last is not None and last.needs == needs and last.source == ctx.source and plans.enabled:
+            assert native.cpu is not None and last.plan is not None
+            tensors = native.cpu.recall(last.memo, grad_output, *saved)
+            if tensors is not None and not torch.compiler.is_compiling():
+                results = last.plan(tensors, 0.0, *self._place())
+                if results is not None:
+                    return results
         facts = unwatched_facts(grad_output, *saved)
         found = self._backward.get((ctx.source, needs, facts))
         if (
@@ -121,10 +130,11 @@ class Unit:
         ):
             return self._learn_gradients(ctx, grad_output, saved, facts)
         if found.plan is not None and plans.enabled:
+            self._last = found.noted(facts)
             results = found.plan((grad_output, *saved), 0.0, *self._place())
             if results is not None:
                 return results
-        norm, conv_input, conv_weight, _ = found
+        norm, conv_input, conv_weight, *_ = found
         input, weight, between, *of_norm = saved
         wanted = True, needs[3], needs[4], needs[7]
         grad, *of_norm = norm(grad_output, between, *of_norm, wanted)
@@ -185,7 +195,7 @@ class Unit:
         if len(self._backward) >= _MOST_BACKWARD:
             self._backward.clear()
         plan = backward_plan(norm, conv_input, conv_weight, grad_output, saved, needs)
-        found = _Backward(norm, conv_input, conv_weight, plan)
+        found = _Backward(norm, conv_input, conv_weight, plan, ctx.source, needs)
         self._backward[ctx.source, needs, facts] = found
 
 
@@ -196,11 +206,25 @@ class _Backward(NamedTuple):
     conv_input: Any
     conv_weight: Any
     plan: plans.Plan | None
+    source: str
+    needs: tuple[bool, ...]
+    memo: Any = None  # of a call of the plan
+
+    def noted(self, facts: bytes) -> _Backward | None:
+        """The same with a memo of a call now, on tensors with these facts."""
+        if not isinstance(facts, bytes):
+            return None
+        assert native.cpu is not None
+        kept, asked = known_situation()
+        kept.append((vars(in_backward), "targets", ...))  # empty
+        tensors = tuple(range(_SAVED + 1))
+        memo = native.cpu.make_memo(tuple(kept), tuple(asked), tensors, facts, ())
+        return self._replace(memo=memo)
 
 
 def unit(
     tensors: Tensors, geometry: tuple[Any, ...], norm: tuple[Any, ...], takes_moments: bool
-) -> tuple[Callable[[Tensors, float], Tensor], Tensors] | None:
+) -> tuple[Unit, Tensors] | None:
     """What runs a convolution with the norm behind it, and the tensors to call it with; or None,
     where the two operations do.
 
@@ -231,7 +255,7 @@ def unit(
         return None
     if found is None:
         found = _find(key, tensors, geometry, norm, takes_moments, backend)
-    return (found.run, tensors) if found else None
+    return (found, tensors) if found else None
 
 
 def _find(
@@ -272,6 +296,20 @@ def _situation(backend: str) -> tuple[str, int, bool]:
     """What kernels depend on beside the tensors: plans have the precision of theirs fixed."""
     tf32 = native.cuda is not None and allows_tf32()
     return chosen(backend), tuning.situation(), tf32
+
+
+def known_situation() -> tuple[list[Any], list[Any]]:
+    """What `_situation` and `unit` go by beside tensors and arguments, as `make_memo` of
+    gdfast._cpu takes it: what modules have under a name, and what functions answer."""
+    names = (registry, "_switch"), (tuning, "_epoch"), (conv2d_dispatch, "generation")
+    kept = [(vars(module), name, vars(module)[name]) for module, name in names]
+    functions: list[Any] = [
+        torch.get_num_threads, torch._C._get_deterministic_algorithms, torch.is_grad_enabled,
+        torch._C._is_any_autocast_enabled, is_strict,
+    ]  # fmt: skip
+    if native.cuda is not None:
+        functions.append(allows_tf32)
+    return kept, [(function, function()) for function in functions]
 
 
 class _UnitFunction(torch.autograd.Function):
