@@ -35,6 +35,7 @@ CASES = (
     Conv2dCase("odd-channels", 5, 70, 7, 30, 130, 3, 3, padding=(1, 1)),
     Conv2dCase("many-tiles", 8, 24, 45, 47, 20, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels", 3, 260, 14, 14, 200, 3, 3, padding=(1, 1)),
+    Conv2dCase("many-channels-of-few-tiles", 2, 264, 7, 7, 136, 3, 3, padding=(1, 1)),
     Conv2dCase("more-channels", 1, 512, 7, 7, 512, 3, 3, padding=(1, 1)),
 )
 STRIDE2_CASES = (

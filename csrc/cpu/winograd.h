@@ -5,11 +5,12 @@
 // independent products of matrices (tiles x channels by channels x outputs), and transformed back.
 // Few channels: winograd_blocks.h. Many: the transformed weights are four times as large as the
 // weights, too large to be written and read back; the image is transformed for all panels, a round
-// of tiles at a time, and a task transforms a part of its panel's weights just before use:
+// of tiles at a time, and a task transforms its panel's weights just before use, a part of the
+// channels and two lines of products at a time:
 //
-//   image   [tiles][channels / lanes][36][lanes]   one vector for each tile, lane group and product
-//   weights [part][36][channels of the part][width]
-//   sums    [36][tiles][width]                      of one panel of output channels
+//   image   [part][36][tiles][channels of the part]  what one product of a part reads lies together
+//   weights [12][channels of the part][width]
+//   sums    [36][tiles][width]                       of a task's outputs
 #pragma once
 
 #include "shares.h"

@@ -232,27 +232,5 @@ class TileReader {
   int64_t channels_, height_, width_, low_h_, low_w_;
 };
 
-using ImageReader = TileReader<kTileIn>;
-
-// B^T x B of one tile: to[product * product_step] for each of the 36 products.
-inline void transform_image_tile(const float* const* from, int64_t offset, float* to,
-                                 int64_t product_step) {
-  Vec<float> half[kProducts];
-#pragma GCC unroll 6
-  for (int j = 0; j < kTileIn; ++j) {
-    Vec<float> column[kTileIn];
-#pragma GCC unroll 6
-    for (int i = 0; i < kTileIn; ++i) column[i] = load(from[i * kTileIn + j] + offset);
-    transform_image<float>(column, 1, half + j, kTileIn);
-  }
-#pragma GCC unroll 6
-  for (int i = 0; i < kTileIn; ++i) {
-    Vec<float> line[kTileIn];
-    transform_image<float>(half + i * kTileIn, 1, line, 1);
-#pragma GCC unroll 6
-    for (int j = 0; j < kTileIn; ++j) store<float>(to + (i * kTileIn + j) * product_step, line[j]);
-  }
-}
-
 }  // namespace
 }  // namespace gdfast::cpu
