@@ -22,8 +22,10 @@ class WinogradBlocks {
   static constexpr int kWidth = kLanes<T>;
   // Channels whose products are summed at once: sums of sums keep the error of long ones small.
   static constexpr int64_t kPartChannels = 64;
-  // Of a block's slots: half of an L2.
-  static constexpr int64_t kBlockBytes = 256 << 10;
+  // Of a block's slots: they share an L2 with its outputs' pixels and those of the next image.
+  static constexpr int64_t kBlockBytes = 144 << 10;
+  // A block that is smaller does not make reading the weights worth its while.
+  static constexpr int64_t kLeastCalls = 2;
 
  public:
   static bool fits(const TapConv& conv) {
@@ -46,7 +48,7 @@ class WinogradBlocks {
         line_(max_of(channels_, panels_.count * panels_.width)) {
     // As many blocks as fit, or somewhat more: each thread then has as many, of one size.
     const int64_t line_bytes = (kProducts + 1) * line_ * static_cast<int64_t>(sizeof(T));
-    const int64_t most = max_of(1, kBlockBytes / line_bytes / kTileRows);
+    const int64_t most = max_of(kLeastCalls, kBlockBytes / line_bytes / kTileRows);
     calls_ = ceil_div(grid_.count, kTileRows);
     blocks_ = min_of(calls_, round_up(ceil_div(calls_, most), threads));
     tiles_ = ceil_div(calls_, blocks_) * kTileRows;
@@ -71,9 +73,9 @@ class WinogradBlocks {
     return min_of(calls_ * index / blocks_ * kTileRows, grid_.count);
   }
 
-  // Micro-kernels may run on beyond the last tile. A cache line more than there is, so that the
-  // same place of all slots spreads over the cache.
-  int64_t slot_size() const { return (tiles_ + kTileRows) * line_ + 16; }
+  // A cache line more than there is, so that the same place of all slots spreads over the cache.
+  // Where tiles need different products, a call may run on beyond the last one.
+  int64_t slot_size() const { return (tiles_ + (grid_.is_whole() ? 0 : kTileRows)) * line_ + 16; }
   int64_t panel_size() const { return channels_ * panels_.width; }
   int64_t product_size() const { return panels_.count * panel_size() + 16; }
 

@@ -75,8 +75,9 @@ GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t c
 // For any number of tiles, whose sums lie as far apart as their images: up to kTileRows - 1 more
 // are read and written.
 template <int kVectors>
-void multiply_block(const float* rows, int64_t line, int64_t tiles, int64_t channels,
-                    const float* panel, bool accumulate, float* sums, const Ahead& ahead) {
+__attribute__((noinline)) void multiply_block(const float* rows, int64_t line, int64_t tiles,
+                                              int64_t channels, const float* panel, bool accumulate,
+                                              float* sums, const Ahead& ahead) {
   for (int64_t tile = 0; tile < tiles; tile += kTileRows, rows += kTileRows * line) {
     ahead.fetch(tile, tile + kTileRows);
     multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,

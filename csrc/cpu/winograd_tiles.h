@@ -53,6 +53,9 @@ struct TileGridOf {
     kinds_[3] = {high, low, 0, wide, kinds_[2].first + batch * low * narrow};
   }
 
+  // Whether all tiles have kOut x kOut pixels.
+  bool is_whole() const { return down.whole == down.count && across.whole == across.count; }
+
   // Where a tile lies: its image, the pixel of the grid that it begins at, and how many it has.
   struct At {
     int64_t n, h, w, rows, columns;
