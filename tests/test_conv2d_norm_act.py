@@ -392,6 +392,14 @@ def test_what_decides_for_layers_that_ran_before() -> None:
     assert layer.conv in seen
 
 
+def test_evaluation_without_a_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, batch = block(momentum=None).eval(), images()
+    ours = [run(layer, batch) for _ in range(5)]
+    apart(monkeypatch)
+    for each in ours:
+        same(each, run(layer, batch))
+
+
 def test_layers_are_freed() -> None:
     layer, batch = block(), images()
     for _ in range(5):
