@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
+import gdfast
 from gdfast import nn
+from gdfast.backends import plans
 from gdfast.nn import norm as norm_module
 from gdfast.ops import conv2d_dispatch
 
@@ -84,7 +88,7 @@ def test_gives_the_same_bits(
     if with_residual:
         residual = torch.randn(layer(batch).shape, dtype=dtype).requires_grad_()
         twin = copy.deepcopy(layer)
-    results = [run(layer, batch, residual) for _ in range(3)]
+    results = [run(layer, batch, residual) for _ in range(5)]
     output = layer(batch, residual)
     assert nodes(output)[0] == "_UnitFunctionBackward"
     assert nodes(output)[1].endswith("AccumulateGrad")
@@ -104,7 +108,7 @@ def test_gives_the_gradients_that_are_asked_for(
     assert layer.conv.bias is not None
     layer.conv.bias.requires_grad_(frozen != "conv bias")
     twin = copy.deepcopy(layer)
-    results = [run(layer, batch) for _ in range(3)]
+    results = [run(layer, batch) for _ in range(5)]
     assert nodes(layer(batch))[0] == "_UnitFunctionBackward"
     apart(monkeypatch)
     for each in results:
@@ -164,7 +168,7 @@ def test_what_backward_reads_may_not_be_written_to(changed: str) -> None:
 def test_checkpointing_may_begin_before_it_is_known() -> None:
     layer, batch = block(), images()
     twin = copy.deepcopy(layer)
-    for _ in range(3):
+    for _ in range(6):
         output = checkpoint(layer, batch, use_reentrant=False)
         expected = twin(batch)
         parameters = list(layer.parameters())
@@ -220,7 +224,7 @@ def test_other_sizes_modes_and_settings_are_other_ones() -> None:
     ):  # fmt: skip
         change(layer)
         change(twin)
-        ours = [run(layer, batch) for _ in range(3)]
+        ours = [run(layer, batch) for _ in range(5)]
         with pytest.MonkeyPatch.context() as patch:
             apart(patch)
             for each in ours:
@@ -257,7 +261,7 @@ def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
             output = each(batch)
         return [output, *torch.autograd.grad(output.float().sum(), [batch, *each.parameters()])]
 
-    ours = [cast(layer) for _ in range(3)]
+    ours = [cast(layer) for _ in range(5)]
     assert ours[2][0].dtype == torch.bfloat16
     apart(monkeypatch)
     for each in ours:
@@ -298,7 +302,7 @@ def test_saved_tensors_may_come_back_in_another_layout(known_first: bool) -> Non
     layer, batch = block(bias=True), images(channels_last=True)
     expected = run(copy.deepcopy(layer).double(), batch.detach().double().requires_grad_())
     if known_first:
-        for _ in range(3):
+        for _ in range(6):
             run(layer, batch)
     for contiguous in (True, True, False, True):
         unpack = Tensor.contiguous if contiguous else Tensor.detach
@@ -324,8 +328,96 @@ def test_copies_for_autocast_are_freed_with_what_is_saved() -> None:
     layer = block()
     batch = images().detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(3):
+        for _ in range(6):
             output = layer(batch)
             output.float().sum().backward()
     assert nodes(output)[0].startswith("_UnitFunction") and output.grad_fn is not None
     assert getattr(output.grad_fn, "weight") is None  # noqa: B009
+
+
+def parameter(like: Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.full_like(like, 0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda each: setattr(each.conv, "weight", parameter(each.conv.weight)),
+        lambda each: setattr(each.conv, "bias", parameter(each.norm.bias)),
+        lambda each: setattr(each.norm, "weight", None),
+        lambda each: setattr(each.norm, "momentum", 0.7),
+        lambda each: setattr(each.norm, "momentum", None),
+        lambda each: setattr(each.norm, "eps", 0.5),
+        lambda each: setattr(each.norm, "track_running_stats", False),
+        lambda each: setattr(each.conv, "dilation", (2, 2)),
+        lambda each: each.norm.eval(),
+        lambda each: each.norm.weight.requires_grad_(False),
+        lambda each: each.conv.weight.requires_grad_(False),
+        lambda each: each.double(),
+        lambda each: each.conv.register_forward_hook(lambda _, __, output: output * 2),
+        lambda each: setattr(each, "act", torch.nn.SiLU()),
+    ],
+)
+def test_changes_to_layers_that_ran_before(change: Callable[[Any], Any]) -> None:
+    layer, batch = block(), images()
+    twin = copy.deepcopy(layer)
+    ours = [run(layer, batch) for _ in range(6)][-1]
+    with pytest.MonkeyPatch.context() as patch:
+        apart(patch)
+        same(ours, [run(twin, batch) for _ in range(6)][-1])
+    change(layer)
+    change(twin)
+    batch = batch.detach().to(layer.conv.weight.dtype).requires_grad_()
+    ours = run(layer, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        apart(patch)
+        same(ours, run(twin, batch))
+
+
+def test_what_decides_for_layers_that_ran_before() -> None:
+    layer, batch = block(), images()
+    for _ in range(5):
+        run(layer, batch)
+    with gdfast.backend("native"):
+        assert "NativeBatchNorm" in "".join(nodes(layer(batch)))
+    with torch.no_grad():
+        assert layer(batch).grad_fn is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(batch).dtype is torch.bfloat16
+    assert layer(batch.detach()).requires_grad
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
+    layer(batch)
+    handle.remove()
+    assert layer.conv in seen
+
+
+def test_evaluation_without_a_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, batch = block(momentum=None).eval(), images()
+    ours = [run(layer, batch) for _ in range(5)]
+    apart(monkeypatch)
+    for each in ours:
+        same(each, run(layer, batch))
+
+
+def test_layers_are_freed() -> None:
+    layer, batch = block(), images()
+    for _ in range(5):
+        run(layer, batch)
+    weight = weakref.ref(layer.conv.weight)
+    del layer
+    gc.collect()
+    assert weight() is None
+
+
+def test_plans_and_single_calls_give_the_same_bits() -> None:
+    layer, batch = (
+        block(bias=True).to(memory_format=torch.channels_last),
+        images(channels_last=True),
+    )
+    residual = torch.randn_like(layer(batch)).requires_grad_()
+    twin = copy.deepcopy(layer)
+    ours = [run(layer, batch, residual) for _ in range(6)]
+    with plans.disabled():
+        for each in ours:
+            same(each, run(twin, batch, residual))

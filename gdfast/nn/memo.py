@@ -15,6 +15,7 @@ import torch.nn.modules.module as _module
 from torch import Tensor
 
 from gdfast import native
+from gdfast.ops.conv2d import autocast
 from gdfast.ops.conv2d_norm_act import Tensors, Unit, known_situation
 from gdfast.ops.ordinary import unwatched_facts
 
@@ -33,6 +34,7 @@ class _Memo(NamedTuple):
     conv: weakref.ref[Any]
     ending: tuple[str, float]  # activation and slope
     unit: Unit
+    casts: bool  # for autocast
     momentum: float
     capsule: Any  # None after a call of its kind: what changes all the time is not noted
 
@@ -56,13 +58,20 @@ def run_again(
         return None
     assert native.cpu is not None
     tensors = native.cpu.recall(memo.capsule, input, residual, None)
-    return None if tensors is None else memo.unit.run(tensors, memo.momentum)
+    if tensors is None:
+        return None
+    if memo.casts:
+        tensors = *autocast(*tensors[:3]), *tensors[3:]
+    return memo.unit.run(tensors, memo.momentum)
 
 
-def note(norm: Any, conv: Any, tensors: Tensors, ending: tuple[str, float], unit: Unit) -> None:
+def note(
+    norm: Any, conv: Any, tensors: Tensors, ending: tuple[str, float], unit: Unit, casts: bool
+) -> None:
     """Notes a call of a unit on these tensors, when it is made for the second time.
 
-    The modules have their parameters and buffers, and the hooks and settings of a call as one.
+    `casts` tells whether the unit took what autocast makes of them. The modules have their
+    parameters and buffers, and the hooks and settings of a call as one.
     """
     key = id(norm)
     before = _memos.get(key)
@@ -71,7 +80,9 @@ def note(norm: Any, conv: Any, tensors: Tensors, ending: tuple[str, float], unit
     else:
         capsule = None
     forget = partial(_forget, key)
-    memo = _Memo(weakref.ref(norm, forget), weakref.ref(conv), ending, unit, norm.momentum, capsule)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    modules = weakref.ref(norm, forget), weakref.ref(conv)
+    memo = _Memo(*modules, ending, unit, casts, momentum, capsule)
     _memos[key] = memo
 
 
@@ -91,7 +102,7 @@ def _capsule(norm: Any, conv: Any, tensors: Tensors) -> Any:
     kept += [(of_conv, name, _FALSE) for name in _HOOKS]
     kept += [(of_conv, name, _ABSENT) for name in ("forward", "_conv_forward")]
     kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
-    kept_of_situation, asked = known_situation()
+    kept_of_situation, asked = known_situation(tensors[0].device)
     params, buffers = of_norm["_parameters"], of_norm["_buffers"]
     sources: list[Any] = [
         _INPUT, (of_conv["_parameters"], "weight"), (of_conv["_parameters"], "bias"),

@@ -95,18 +95,12 @@ def run_as_one(
     training, weight, bias, mean, variance, batches = _state(norm)
     momentum = of_norm["momentum"]
     counts = batches is not None and momentum is not None  # the average needs the count
+    given = (
+        input, parameters["weight"], parameters["bias"], weight, bias, mean, variance, residual,
+        batches if counts else None,
+    )  # fmt: skip
     found = unit(
-        (
-            input,
-            parameters["weight"],
-            parameters["bias"],
-            weight,
-            bias,
-            mean,
-            variance,
-            residual,
-            batches if counts else None,
-        ),
+        given,
         (of_conv["stride"], of_conv["padding"], of_conv["dilation"], of_conv["groups"]),
         (training, of_norm["eps"], activation, negative_slope),
         native.cuda is not None and training,
@@ -115,7 +109,7 @@ def run_as_one(
         return None
     run, tensors = found
     if counts or batches is None:
-        memo.note(norm, conv, tensors, ending, run)
+        memo.note(norm, conv, given, ending, run, tensors is not given)
     return run.run(tensors, momentum if counts else _next_momentum(norm))
 
 

@@ -8,6 +8,7 @@ what both operations have run before is known, so that checks, errors and choice
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -130,7 +131,7 @@ class Unit:
         ):
             return self._learn_gradients(ctx, grad_output, saved, facts)
         if found.plan is not None and plans.enabled:
-            self._last = found.noted(facts)
+            self._last = found.noted(facts, grad_output.device)
             results = found.plan((grad_output, *saved), 0.0, *self._place())
             if results is not None:
                 return results
@@ -210,12 +211,12 @@ class _Backward(NamedTuple):
     needs: tuple[bool, ...]
     memo: Any = None  # of a call of the plan
 
-    def noted(self, facts: bytes) -> _Backward | None:
+    def noted(self, facts: bytes, device: torch.device) -> _Backward | None:
         """The same with a memo of a call now, on tensors with these facts."""
         if not isinstance(facts, bytes):
             return None
         assert native.cpu is not None
-        kept, asked = known_situation()
+        kept, asked = known_situation(device)
         kept.append((vars(in_backward), "targets", ...))  # empty
         tensors = tuple(range(_SAVED + 1))
         memo = native.cpu.make_memo(tuple(kept), tuple(asked), tensors, facts, ())
@@ -298,7 +299,7 @@ def _situation(backend: str) -> tuple[str, int, bool]:
     return chosen(backend), tuning.situation(), tf32
 
 
-def known_situation() -> tuple[list[Any], list[Any]]:
+def known_situation(device: torch.device) -> tuple[list[Any], list[Any]]:
     """What `_situation` and `unit` go by beside tensors and arguments, as `make_memo` of
     gdfast._cpu takes it: what modules have under a name, and what functions answer."""
     names = (registry, "_switch"), (tuning, "_epoch"), (conv2d_dispatch, "generation")
@@ -309,6 +310,9 @@ def known_situation() -> tuple[list[Any], list[Any]]:
     ]  # fmt: skip
     if native.cuda is not None:
         functions.append(allows_tf32)
+    if torch._C._is_any_autocast_enabled():
+        for function in (torch.is_autocast_enabled, torch.get_autocast_dtype):
+            functions.append(partial(function, device.type))
     return kept, [(function, function()) for function in functions]
 
 

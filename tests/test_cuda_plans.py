@@ -1,0 +1,79 @@
+"""Plans of CUDA kernels: they give what single calls give, in the simulator or on a GPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+import gdfast
+from gdfast import nn
+from gdfast.backends import plans
+from gdfast.ops import conv2d_dispatch
+
+pytestmark = [
+    pytest.mark.cuda_simulator,
+    pytest.mark.usefixtures("nan_filled_memory", "fresh_registry", "compiled_cpu"),
+    pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
+]
+
+
+def passes(layer: nn.ConvNormAct, images: Tensor, residual: Tensor | None) -> list[Tensor]:
+    """Output, gradients and buffers of a pass both ways."""
+    inputs = [images, *layer.parameters(), *([] if residual is None else [residual])]
+    output = layer(images, residual)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).to(output.dtype)
+    weights = weights.view(output.shape).contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad(output, inputs, weights)
+    return [output.detach(), *gradients, *(each.clone() for each in layer.buffers())]
+
+
+def planned() -> tuple[int, int]:
+    """How many units have plans forward, and how many backward."""
+    units = conv2d_dispatch.units.values()
+    backward = [any(each.plan for each in unit._backward.values()) for unit in units]
+    return sum(unit._plan is not None for unit in units), sum(backward)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gives_the_same_bits(
+    dtype: torch.dtype, activation: str, with_residual: bool, cuda_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    options = {"activation": activation, "device": cuda_device, "dtype": dtype}
+    layer = nn.ConvNormAct(8, 16, 3, bias=with_residual, **options)
+    layer = layer.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(layer)
+
+    def randoms(channels: int) -> Tensor:
+        images = torch.randn(3, channels, 6, 5).to(cuda_device, dtype)
+        return images.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    images, residual = randoms(8), randoms(16) if with_residual else None
+    with gdfast.backend("cuda"):
+        for _ in range(6):
+            ours = passes(layer, images, residual)
+            with plans.disabled():
+                theirs = passes(twin, images, residual)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert planned() == (1, 1)
+
+
+def test_tf32_may_be_allowed_between_calls(cuda_device: torch.device) -> None:
+    layer = nn.ConvNormAct(8, 16, 3, device=cuda_device).to(memory_format=torch.channels_last)
+    images = torch.randn(3, 8, 6, 5).to(cuda_device, memory_format=torch.channels_last)
+    images.requires_grad_()
+    results = {}
+    with gdfast.backend("cuda"):
+        for allowed in (True, False) * 3:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+                *ours, _, _, _ = passes(layer, images, None)
+                with plans.disabled():
+                    *theirs, _, _, _ = passes(copy.deepcopy(layer), images, None)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            results[allowed] = ours[0]
+    assert not torch.equal(results[True], results[False])
