@@ -83,6 +83,41 @@ void bind_batch_norm(py::module_& m) {
       py::arg("problem"), py::arg("training"), py::arg("pre_activation"),
       "A launch of batch_norm_backward, on grad_output, input, weight, bias, residual_or_output, "
       "mean, invstd and the gradients of input, weight, bias and residual.");
+  m.def(
+      "conv2d_norm_fits",
+      [](const Conv2dProblem& conv, bool backward, int threads) {
+        check_threads("conv2d_norm_fits", threads);
+        return cpu::kernels().conv2d_norm_fits(conv, backward, threads);
+      },
+      py::arg("conv"), py::arg("backward"), py::arg("threads"),
+      "Whether a convolution, or `backward` the problem of one of its gradients, joins with a norm "
+      "in training, which has to be of float32 and the layout of its output.");
+  m.def(
+      "conv2d_norm_launch",
+      [](const Conv2dProblem& conv, const BatchNormProblem& norm) {
+        return as_object([=](void* const* at, const Call& call) {
+          cpu::kernels().conv2d_norm(conv, norm, at[0], at[1], at[2], forward_at(at + 4), at[3],
+                                     call.momentum, call.where);
+          if (at[14] != nullptr) ++*static_cast<int64_t*>(at[14]);
+        });
+      },
+      py::arg("conv"), py::arg("norm"),
+      "A launch of both, on the tensors of conv2d_launch and then those of batch_norm_launch.");
+  m.def(
+      "conv2d_norm_backward_launch",
+      [](const BatchNormProblem& norm, const std::string& pre_activation,
+         const Conv2dProblem& of_input, const Conv2dProblem& of_weight) {
+        const PreActivation from = pre_activation_named(pre_activation, norm.activation);
+        return as_object([=](void* const* at, const Call& call) {
+          const Conv2dGradients conv{at[15], at[12], at[13], at[16], at[17]};
+          cpu::kernels().conv2d_norm_backward(of_input, of_weight, norm, backward_at(at), from,
+                                              conv, call.where);
+        });
+      },
+      py::arg("norm"), py::arg("pre_activation"), py::arg("of_input"), py::arg("of_weight"),
+      "A launch of all gradients, on the tensors of batch_norm_backward_launch, "
+      "conv2d_grad_input_launch and conv2d_grad_weight_launch; what one hands to the next is "
+      "none.");
 }
 
 }  // namespace gdfast

@@ -51,4 +51,13 @@ struct Conv2dProblem {
   bool is_depthwise() const { return groups > 1 && C == groups && K == groups; }
 };
 
+// The addresses of both gradients of a convolution. grad_input and grad_bias may be null.
+struct Conv2dGradients {
+  const void* input;
+  const void* weight;
+  void* grad_input;
+  void* grad_weight;
+  void* grad_bias;
+};
+
 }  // namespace gdfast

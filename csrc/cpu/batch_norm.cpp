@@ -5,6 +5,7 @@
 #include "batch_norm_planes.h"
 #include "batch_norm_rows.h"
 #include "kernels.h"
+#include "norm_pieces.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -40,7 +41,7 @@ void take_running(const BatchNormProblem& p, const BatchNormForward& to) {
 
 template <typename T, template <typename> typename Layout>
 void forward(const BatchNormProblem& p, const BatchNormForward& to, bool training, double momentum,
-             const BatchNormSums* given, int threads) {
+             const BatchNormSums* given, const PixelSource* source, int threads) {
   using A = typename Accumulator<T>::type;
   const Layout<T> layout(p);
   const int64_t columns = layout.columns();
@@ -112,6 +113,7 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
     return;
   }
   std::memset(parts.totals, 0, totals_size * sizeof(double));
+  if (source != nullptr) source->write(source->self, 0, 1, 0);
   for (int64_t column = 0; column < columns; ++column) {
     const A sample = static_cast<A>(widen(input[layout.sample_of(column % p.C)]));
     parts.origin[column] = std::isfinite(sample) ? sample : A(0);
@@ -119,8 +121,14 @@ void forward(const BatchNormProblem& p, const BatchNormForward& to, bool trainin
   run_passes(
       layout, cut, parts.totals, threads,
       [&](const Region& region, const Sums& sums, int thread) {
-        layout.statistics(region, input, parts.origin, parts.scratch + thread * layout.scratch(),
-                          sums);
+        layout.for_pieces(region, source != nullptr, [&](const Region& piece) {
+          if (source != nullptr) {
+            const PixelRange pixels = layout.pixels_of(piece);
+            source->write(source->self, pixels.first, pixels.end, thread);
+          }
+          layout.statistics(piece, input, parts.origin, parts.scratch + thread * layout.scratch(),
+                            sums);
+        });
       },
       [&](int64_t c, int64_t c_end, const Sums& sums) {
         for (; c < min_of(c_end, p.C); ++c) {
@@ -144,11 +152,16 @@ void batch_norm(const BatchNormProblem& problem, const BatchNormForward& to, boo
   with_dtype(problem.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (problem.channels_last) {
-      forward<T, Rows>(problem, to, training, momentum, sums, threads);
+      forward<T, Rows>(problem, to, training, momentum, sums, nullptr, threads);
     } else {
-      forward<T, Planes>(problem, to, training, momentum, sums, threads);
+      forward<T, Planes>(problem, to, training, momentum, sums, nullptr, threads);
     }
   });
+}
+
+void batch_norm_pieces(const BatchNormProblem& problem, const BatchNormForward& to, double momentum,
+                       const PixelSource& source, int threads) {
+  forward<float, Rows>(problem, to, true, momentum, nullptr, &source, threads);
 }
 
 }  // namespace gdfast::cpu::GDFAST_ISA

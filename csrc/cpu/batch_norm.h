@@ -22,6 +22,10 @@ struct Region {
   int64_t s, s_end;
 };
 
+struct PixelRange {
+  int64_t first, end;
+};
+
 // How a layout cuts the work. Where `by_channel`, no two regions have a channel in common: one
 // task takes both passes over a region, the second one from the cache. Else regions divide the
 // images, each has sums of its own, and all of them are added in the order of the regions.
@@ -170,23 +174,12 @@ inline void set_param(void* param, DType dtype, int64_t c, A value) {
   });
 }
 
-// Runs first(region, sums), finish(c, c_end, sums) and second(region, index) over all regions.
-// The second pass goes backwards through them: what the first one read last is still in a cache.
-// `totals` has room for 2 * columns of each region.
-template <typename Layout, typename First, typename Finish, typename Second>
-void run_passes(const Layout& layout, const Cut& cut, double* totals, int threads,
-                const First& first, const Finish& finish, const Second& second) {
+// Where layouts do not cut by channel: first(region, sums) over all regions, then finish(c, c_end,
+// sums). `totals` has room for 2 * columns of each region.
+template <typename Layout, typename First, typename Finish>
+void run_sums(const Layout& layout, const Cut& cut, double* totals, int threads, const First& first,
+              const Finish& finish) {
   const int64_t columns = layout.columns();
-  if (cut.by_channel) {
-    const Sums sums{totals, totals + columns};
-    parallel_for(cut.regions, threads, [&](int64_t index, int thread) {
-      const Region region = layout.region(cut, index);
-      first(region, sums, thread);
-      finish(region.c, region.c_end, sums);
-      second(region);
-    });
-    return;
-  }
   const auto sums_of = [&](int64_t index) {
     return Sums{totals + 2 * index * columns, totals + (2 * index + 1) * columns};
   };
@@ -202,6 +195,24 @@ void run_passes(const Layout& layout, const Cut& cut, double* totals, int thread
     }
   }
   finish(0, columns, all);
+}
+
+// Runs first(region, sums), finish(c, c_end, sums) and second(region, index) over all regions.
+// The second pass goes backwards through them: what the first one read last is still in a cache.
+template <typename Layout, typename First, typename Finish, typename Second>
+void run_passes(const Layout& layout, const Cut& cut, double* totals, int threads,
+                const First& first, const Finish& finish, const Second& second) {
+  if (cut.by_channel) {
+    const Sums sums{totals, totals + layout.columns()};
+    parallel_for(cut.regions, threads, [&](int64_t index, int thread) {
+      const Region region = layout.region(cut, index);
+      first(region, sums, thread);
+      finish(region.c, region.c_end, sums);
+      second(region);
+    });
+    return;
+  }
+  run_sums(layout, cut, totals, threads, first, finish);
   parallel_for(cut.regions, threads,
                [&](int64_t index, int) { second(layout.region(cut, cut.regions - 1 - index)); });
 }

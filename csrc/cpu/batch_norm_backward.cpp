@@ -15,6 +15,7 @@
 #include "batch_norm_planes.h"
 #include "batch_norm_rows.h"
 #include "kernels.h"
+#include "norm_pieces.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -67,9 +68,35 @@ auto choose_grad_input(Activation activation, PreActivation from) {
   return chosen;
 }
 
+// The second pass, for whoever asks for the gradient of some pixels: they are a table by
+// themselves.
+struct PixelPass {
+  const BatchNormProblem& p;
+  const Gradients<float>& gradients;
+  const Factors<float>& factors;
+  decltype(choose_grad_input<float, Rows>(Activation::kNone, PreActivation::kInput)) run;
+  bool training;
+
+  static void write(const void* self, int64_t first, int64_t end, float* to) {
+    const PixelPass& pass = *static_cast<const PixelPass*>(self);
+    BatchNormProblem piece = pass.p;
+    piece.N = 1;
+    piece.S = end - first;
+    const Rows<float> table(piece);
+    const int64_t offset = first * piece.C;
+    Gradients<float> at = pass.gradients;
+    at.grad_output += offset;
+    at.input += offset;
+    if (at.other != nullptr) at.other += offset;
+    at.grad_input = to;
+    (table.*pass.run)(table.whole(), at, pass.factors, static_cast<float>(piece.negative_slope),
+                      pass.training, false);
+  }
+};
+
 template <typename T, template <typename> typename Layout>
 void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool training,
-              PreActivation from, int threads) {
+              PreActivation from, const GradientUser* user, int threads) {
   using A = typename Accumulator<T>::type;
   const Layout<T> layout(p);
   const int64_t columns = layout.columns();
@@ -125,37 +152,43 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
 
   const bool stream = streams<T>(p, to.grad_input, layout.pitch()) &&
                       streams<T>(p, to.grad_residual, layout.pitch());
-  run_passes(
-      layout, cut, parts.totals, threads,
-      [&](const Region& region, const Sums& sums, int thread) {
-        if (!reduces) return;
-        (layout.*reduce)(region, first_pass, factors, negative_slope, stream,
-                         parts.scratch + thread * layout.scratch(), sums);
-        if (stream) stream_fence();
-      },
-      [&](int64_t c, int64_t c_end, const Sums& sums) {
-        const double count = static_cast<double>(p.N * p.S);
-        for (; c < min_of(c_end, p.C); ++c) {
-          double sum = 0, product = 0;
-          for (int64_t column = c; column < columns; column += p.C) {
-            sum += sums.first[column];
-            product += sums.second[column];
-          }
-          const double scale = static_cast<double>(invstd[c]);
-          set_param(to.grad_bias, p.param_dtype, c, sum);
-          set_param(to.grad_weight, p.param_dtype, c, product * scale);
-          const double factor = -static_cast<double>(parts.scale[c]) / count;
-          for (int64_t column = c; column < columns; column += p.C) {
-            parts.slope[column] = static_cast<A>(factor * product * scale * scale);
-            parts.offset[column] = static_cast<A>(factor * sum);
-          }
-        }
-      },
-      [&](const Region& region) {
-        if (to.grad_input == nullptr) return;
-        (layout.*grad_input)(region, second_pass, factors, negative_slope, training, stream);
-        if (stream) stream_fence();
-      });
+  const auto first = [&](const Region& region, const Sums& sums, int thread) {
+    if (!reduces) return;
+    (layout.*reduce)(region, first_pass, factors, negative_slope, stream,
+                     parts.scratch + thread * layout.scratch(), sums);
+    if (stream) stream_fence();
+  };
+  const auto finish = [&](int64_t c, int64_t c_end, const Sums& sums) {
+    const double count = static_cast<double>(p.N * p.S);
+    for (; c < min_of(c_end, p.C); ++c) {
+      double sum = 0, product = 0;
+      for (int64_t column = c; column < columns; column += p.C) {
+        sum += sums.first[column];
+        product += sums.second[column];
+      }
+      const double scale = static_cast<double>(invstd[c]);
+      set_param(to.grad_bias, p.param_dtype, c, sum);
+      set_param(to.grad_weight, p.param_dtype, c, product * scale);
+      const double factor = -static_cast<double>(parts.scale[c]) / count;
+      for (int64_t column = c; column < columns; column += p.C) {
+        parts.slope[column] = static_cast<A>(factor * product * scale * scale);
+        parts.offset[column] = static_cast<A>(factor * sum);
+      }
+    }
+  };
+  if constexpr (std::is_same<Layout<T>, Rows<float>>::value) {
+    if (user != nullptr) {
+      run_sums(layout, cut, parts.totals, threads, first, finish);
+      const PixelPass pass{p, second_pass, factors, grad_input, training};
+      user->run(user->self, {PixelPass::write, &pass});
+      return;
+    }
+  }
+  run_passes(layout, cut, parts.totals, threads, first, finish, [&](const Region& region) {
+    if (to.grad_input == nullptr) return;
+    (layout.*grad_input)(region, second_pass, factors, negative_slope, training, stream);
+    if (stream) stream_fence();
+  });
 }
 
 }  // namespace
@@ -165,11 +198,17 @@ void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackwar
   with_dtype(problem.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (problem.channels_last) {
-      backward<T, Rows>(problem, to, training, from, threads);
+      backward<T, Rows>(problem, to, training, from, nullptr, threads);
     } else {
-      backward<T, Planes>(problem, to, training, from, threads);
+      backward<T, Planes>(problem, to, training, from, nullptr, threads);
     }
   });
+}
+
+void batch_norm_backward_pieces(const BatchNormProblem& problem, const BatchNormBackward& to,
+                                bool training, PreActivation from, const GradientUser& user,
+                                int threads) {
+  backward<float, Rows>(problem, to, training, from, &user, threads);
 }
 
 }  // namespace gdfast::cpu::GDFAST_ISA

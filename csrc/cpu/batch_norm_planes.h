@@ -57,6 +57,13 @@ class Planes {
             min_of((part + 1) * length, pixels_)};
   }
 
+  // Images are never normalised piece by piece.
+  template <typename Visit>
+  void for_pieces(const Region& g, bool, const Visit& visit) const {
+    visit(g);
+  }
+  PixelRange pixels_of(const Region&) const { return {0, 0}; }
+
   // Adds to sums: the values less origin[channel], and their squares.
   void statistics(const Region& g, const T* input, const A* origin, A*, const Sums& sums) const {
     for (int64_t c = g.c; c < g.c_end; ++c) {

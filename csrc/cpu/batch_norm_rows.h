@@ -50,6 +50,28 @@ class Rows {
     return {0, columns_, begin, min_of(end, rows_), 0, 0};
   }
 
+  Region whole() const { return {0, columns_, 0, rows_, 0, 0}; }
+
+  // visit(piece) for parts of a region, one after the other, that give the sums of the whole: they
+  // begin where a sum does. With `many`, each fits a core's cache.
+  template <typename Visit>
+  void for_pieces(const Region& g, bool many, const Visit& visit) const {
+    const int64_t bytes = kSumLength * columns_ * static_cast<int64_t>(sizeof(T));
+    const int64_t step = kSumLength * max_of(1, kPieceBytes / bytes);
+    if (!many || g.i_end - g.i <= step) return visit(g);
+    for (Region piece = g; piece.i < g.i_end; piece.i = piece.i_end) {
+      piece.i_end = min_of(piece.i + step, g.i_end);
+      visit(piece);
+    }
+  }
+
+  // The pixels of a region's rows, those of the short row with it.
+  PixelRange pixels_of(const Region& g) const {
+    const int64_t of_row = columns_ / channels_;
+    const int64_t left_over = g.i_end == rows_ ? short_row_ / channels_ : 0;
+    return {g.i * of_row, g.i_end * of_row + left_over};
+  }
+
   // Adds to sums: the values less origin[channel], and their squares.
   void statistics(const Region& g, const T* input, const A* origin, A* scratch,
                   const Sums& sums) const {
@@ -188,6 +210,7 @@ class Rows {
 
  private:
   static constexpr int64_t kRegionsPerThread = 4;
+  static constexpr int64_t kPieceBytes = 128 * 1024;
   static constexpr int64_t kMostColumns = 4096;
   // Rows whose mean the sums are taken about, of kSumLength.
   static constexpr int64_t kNearRows = 8;

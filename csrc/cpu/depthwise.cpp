@@ -2,6 +2,7 @@
 #include "depthwise.h"
 
 #include "depthwise_grad_weight.h"
+#include "depthwise_norm.h"
 #include "grad_input_phases.h"
 #include "kernels.h"
 
@@ -38,6 +39,31 @@ void depthwise_grad_weight(const Conv2dProblem& p, const void* grad_output, cons
     run_depthwise_grad_weight(p, static_cast<const T*>(grad_output), static_cast<const T*>(input),
                               static_cast<T*>(grad_weight), static_cast<T*>(grad_bias), threads);
   });
+}
+
+void depthwise_norm(const Conv2dProblem& p, const BatchNormProblem& norm, const void* input,
+                    const void* weight, const void* bias, const BatchNormForward& to, void* between,
+                    double momentum, int threads) {
+  Workspace tap_memory(p.R * p.S * sizeof(Tap));
+  const TapConv conv = forward_tap_conv(p, reinterpret_cast<Tap*>(tap_memory.data()));
+  const DepthwisePixels pixels(conv, static_cast<const float*>(input),
+                               static_cast<const float*>(weight), static_cast<const float*>(bias),
+                               static_cast<float*>(between), threads);
+  batch_norm_pieces(norm, to, momentum, {DepthwisePixels::write, &pixels}, threads);
+}
+
+void depthwise_norm_backward(const Conv2dProblem& of_input, const Conv2dProblem& of_weight,
+                             const BatchNormProblem& norm, const BatchNormBackward& to,
+                             PreActivation from, const Conv2dGradients& conv, int threads) {
+  const int64_t taps = DepthwiseNormGradients::kTapSets * of_input.R * of_input.S;
+  Workspace tap_memory(taps * sizeof(Tap));
+  const DepthwiseNormGradients gradients(
+      of_input, of_weight, static_cast<const float*>(conv.input),
+      static_cast<const float*>(conv.weight), static_cast<float*>(conv.grad_input),
+      static_cast<float*>(conv.grad_weight), static_cast<float*>(conv.grad_bias),
+      reinterpret_cast<Tap*>(tap_memory.data()), threads);
+  batch_norm_backward_pieces(norm, to, true, from, {DepthwiseNormGradients::run, &gradients},
+                             threads);
 }
 
 }  // namespace gdfast::cpu::GDFAST_ISA

@@ -57,6 +57,10 @@ class TapRows {
     rows = columns == 0 ? 0 : conv.tap_count / columns;
     spacing = columns == 1 ? step : 1;
     ahead = kBlockPixels * step * conv.source.w;
+    for (int64_t row = 0; row < rows; ++row) {
+      least_ = row == 0 ? tap(row, 0).dw : min_of(least_, tap(row, 0).dw);
+      most_ = row == 0 ? tap(row, 0).dw : max_of(most_, tap(row, 0).dw);
+    }
   }
 
   // The tap that sees the given column of a row.
@@ -86,17 +90,26 @@ class TapRows {
   }
 
   // Writes which pixels dest pixels [j, j + kBlockPixels) of line i see: `seen` for each row.
-  template <typename T>
-  void find(const T* image, int64_t i, int64_t j, int seen, const T* zeros, const T** to) const {
-    for (int64_t row = 0; row < rows; ++row) {
+  // line_at(h) is where a line of the image lies. Away from borders they follow from those of the
+  // block before, where `to` has them.
+  template <typename T, typename LineAt>
+  void find(const LineAt& line_at, int64_t i, int64_t j, bool has_block_before, int seen,
+            const T* zeros, const T** to) const {
+    const bool follows = has_block_before && within(j - kBlockPixels, seen) && within(j, seen);
+    for (int64_t row = 0; row < rows; ++row, to += seen) {
       const Tap& first = tap(row, 0);
       const int64_t h = i * conv_.step_h + first.dh;
       const bool inside = h >= 0 && h < conv_.source_height;
+      if (follows) {
+        if (!inside) continue;
+        for (int x = 0; x < seen; ++x) to[x] += ahead;
+        continue;
+      }
       int64_t w = j * conv_.step_w + first.dw;
-      const T* at = image + h * conv_.source.h + w * conv_.source.w;
-      for (int x = 0; x < seen; ++x, w += spacing, at += spacing * conv_.source.w) {
-        *to++ = inside && w >= 0 && w < conv_.source_width && !(careful_ && j + x >= conv_.width)
-                    ? at
+      const T* const line = inside ? line_at(h) : nullptr;
+      for (int x = 0; x < seen; ++x, w += spacing) {
+        to[x] = inside && w >= 0 && w < conv_.source_width && !(careful_ && j + x >= conv_.width)
+                    ? line + w * conv_.source.w
                     : zeros;
       }
     }
@@ -107,8 +120,15 @@ class TapRows {
   int64_t ahead;        // elements of the image between what two neighbouring blocks see
 
  private:
+  // Whether all that a block from column j on sees lies between the borders of its lines.
+  bool within(int64_t j, int seen) const {
+    const int64_t w = j * conv_.step_w;
+    return !careful_ && w + least_ >= 0 && w + most_ + (seen - 1) * spacing < conv_.source_width;
+  }
+
   const TapConv& conv_;
   bool careful_, reversed_ = false;
+  int64_t least_ = 0, most_ = 0;  // of the rows' first columns, seen from a pixel
 };
 
 // Calls each(c, v) for the vectors of channels, of which c is the first one. The last vector ends
@@ -242,72 +262,110 @@ void gather_channels(const T* from, int64_t pitch, int64_t channels, T* to, int6
   });
 }
 
-// float and double with channels side by side in source and dest, at least one vector of them.
+// Lines of dest for float and double, with channels side by side in source and dest, at least one
+// vector of them.
 template <typename T>
-void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
-                             T* dest, int threads) {
-  bool finite = true;
-  for (int64_t t = 0; t < conv.tap_count && finite; ++t) {
-    finite = all_finite(weight + conv.taps[t].weight, conv.groups, conv.weight_group);
-  }
-  const TapRows taps(conv, !finite);
-  const int64_t channels = conv.groups, size = round_up(channels, kLanes<T>);
-  int most_seen = 0;
-  void (*run)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
-              T* const*) = nullptr;
-  taps.with_shape([&](auto shape) {
-    most_seen = decltype(shape)::kSeen;
-    run = block_sums<T, decltype(shape)>;
-  });
-  T *weights, *starts, *zeros;
-  struct Scratch {
+class DepthwiseLines {
+ public:
+  struct Own {
     const T** seen;
     T* unused;
   };
-  const auto carve = [&](Carver& carver) {
-    return Scratch{carver.template take<const T*>(taps.rows * most_seen),
-                   carver.template take<T>(channels)};
-  };
-  const ThreadScratch memory(
-      threads,
-      [&](Carver& carver) {
-        weights = carver.template take<T>(conv.tap_count * size);
-        starts = carver.template take<T>(size);
-        zeros = carver.template take<T>(channels);
-      },
-      carve);
-  const int64_t pitch = conv.tap_count * kLanes<T>;
-  for (int64_t row = 0; row < taps.rows; ++row) {
-    for (int64_t s = 0; s < taps.columns; ++s) {
-      spread_channels(weight + taps.tap(row, s).weight, conv.weight_group, channels,
-                      weights + (row * taps.columns + s) * kLanes<T>, pitch);
+
+  DepthwiseLines(const TapConv& conv, const T* weight)
+      : conv_(conv),
+        finite_(weights_are_finite(conv, weight)),
+        taps_(conv, !finite_),
+        channels_(conv.groups),
+        size_(round_up(channels_, kLanes<T>)),
+        ending_(Ending<T>::of(conv)) {
+    taps_.with_shape([&](auto shape) {
+      most_seen_ = decltype(shape)::kSeen;
+      run_ = block_sums<T, decltype(shape)>;
+    });
+  }
+
+  void carve_shared(Carver& carver) {
+    weights_ = carver.template take<T>(conv_.tap_count * size_);
+    starts_ = carver.template take<T>(size_);
+    zeros_ = carver.template take<T>(channels_);
+  }
+  Own carve(Carver& carver) const {
+    return {carver.template take<const T*>(taps_.rows * most_seen_),
+            carver.template take<T>(channels_)};
+  }
+
+  // Once there is memory for it. bias may be null.
+  void prepare(const T* weight, const T* bias) {
+    const int64_t pitch = conv_.tap_count * kLanes<T>;
+    for (int64_t row = 0; row < taps_.rows; ++row) {
+      for (int64_t s = 0; s < taps_.columns; ++s) {
+        spread_channels(weight + taps_.tap(row, s).weight, conv_.weight_group, channels_,
+                        weights_ + (row * taps_.columns + s) * kLanes<T>, pitch);
+      }
+    }
+    std::memset(zeros_, 0, channels_ * sizeof(T));
+    std::memset(starts_, 0, size_ * sizeof(T));
+    if (bias != nullptr) spread_channels(bias, 1, channels_, starts_, kLanes<T>);
+  }
+
+  // Pixels [j, end) of line i, which is written to `dest`; line_at(h) is where a line of its source
+  // lies.
+  template <typename LineAt>
+  void line(int64_t i, int64_t j, int64_t end, const LineAt& line_at, T* dest,
+            const Own& own) const {
+    for (const int64_t begin = j; j < end; j += kBlockPixels) {
+      const int64_t count = min_of(kBlockPixels, end - j);
+      T* to[kBlockPixels];
+      for (int x = 0; x < kBlockPixels; ++x) {
+        to[x] = x < count ? dest + (j + x) * conv_.dest.w : own.unused;
+      }
+      taps_.find(line_at, i, j, j > begin, most_seen_, finite_ ? zeros_ : nullptr, own.seen);
+      run_(own.seen, weights_, taps_.rows, starts_, channels_, taps_.ahead, ending_, to);
+      finish_rows(ending_, to, count, channels_);
     }
   }
-  std::memset(zeros, 0, channels * sizeof(T));
-  std::memset(starts, 0, size * sizeof(T));
-  if (bias != nullptr) spread_channels(bias, 1, channels, starts, kLanes<T>);
 
-  const T* const beyond = finite ? zeros : nullptr;
-  const Ending<T> ending = Ending<T>::of(conv);
+ private:
+  static bool weights_are_finite(const TapConv& conv, const T* weight) {
+    bool finite = true;
+    for (int64_t t = 0; t < conv.tap_count && finite; ++t) {
+      finite = all_finite(weight + conv.taps[t].weight, conv.groups, conv.weight_group);
+    }
+    return finite;
+  }
+
+  const TapConv& conv_;
+  bool finite_;
+  TapRows taps_;
+  int64_t channels_, size_;
+  Ending<T> ending_;
+  int most_seen_ = 0;
+  void (*run_)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
+               T* const*) = nullptr;
+  T *weights_ = nullptr, *starts_ = nullptr, *zeros_ = nullptr;
+};
+
+template <typename T>
+void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
+                             T* dest, int threads) {
+  DepthwiseLines<T> lines(conv, weight);
+  const ThreadScratch memory(
+      threads, [&](Carver& carver) { lines.carve_shared(carver); },
+      [&](Carver& carver) { lines.carve(carver); });
+  lines.prepare(weight, bias);
   // Neighbouring lines see the same lines of the image: one thread takes a few of them.
   const int64_t together = max_of(1, min_of(8, conv.batch * conv.height / (8 * threads)));
   const int64_t runs = ceil_div(conv.height, together);
   parallel_for(conv.batch * runs, threads, [&](int64_t index, int thread) {
-    Carver own = memory.of(thread);
-    const Scratch scratch = carve(own);
+    Carver carver = memory.of(thread);
+    const auto own = lines.carve(carver);
     const int64_t n = index / runs, i0 = index % runs * together;
+    const T* image = source + n * conv.source.n;
     for (int64_t i = i0; i < min_of(i0 + together, conv.height); ++i) {
-      T* line = dest + n * conv.dest.n + i * conv.dest.h;
-      for (int64_t j = 0; j < conv.width; j += kBlockPixels) {
-        const int64_t count = min_of(kBlockPixels, conv.width - j);
-        T* to[kBlockPixels];
-        for (int x = 0; x < kBlockPixels; ++x) {
-          to[x] = x < count ? line + (j + x) * conv.dest.w : scratch.unused;
-        }
-        taps.find(source + n * conv.source.n, i, j, most_seen, beyond, scratch.seen);
-        run(scratch.seen, weights, taps.rows, starts, channels, taps.ahead, ending, to);
-        finish_rows(ending, to, count, channels);
-      }
+      lines.line(
+          i, 0, conv.width, [&](int64_t h) { return image + h * conv.source.h; },
+          dest + n * conv.dest.n + i * conv.dest.h, own);
     }
   });
 }

@@ -77,90 +77,139 @@ void depthwise_grad_weight_planes(const Conv2dProblem& p, const TapConv& conv, c
 // Channels side by side: a task owns a share of the lines, with sums of its own for all channels:
 // [vector][tap][lane], and behind them those of the bias.
 template <typename T>
+class DepthwiseGradWeightLines {
+  // So many pixels are added up before they go to the totals, lest the error grow with each.
+  static constexpr int64_t kSumLength = 128;
+  static constexpr int kWidth = kLanes<T>;
+
+ public:
+  struct Own {
+    const T** seen;
+    T* sums;
+    int64_t pixels = 0;  // that are in the sums
+  };
+
+  // A careful one multiplies nothing by the zeros beyond the border.
+  DepthwiseGradWeightLines(const TapConv& conv, const T* input, bool has_bias, int threads,
+                           bool careful)
+      : conv_(conv),
+        input_(input),
+        has_bias_(has_bias),
+        careful_(careful),
+        taps_(conv, careful),
+        channels_(conv.groups),
+        all_taps_(conv.tap_count * round_up(channels_, kWidth)),
+        size_(all_taps_ + round_up(channels_, kWidth)),
+        lines_(conv.batch * conv.height),
+        shares_(max_of(1, min_of(2 * threads, lines_))) {
+    taps_.with_shape([&](auto shape) {
+      most_seen_ = decltype(shape)::kSeen;
+      run_ = block_tap_sums<T, decltype(shape)>;
+    });
+  }
+
+  int64_t shares() const { return shares_; }
+  // The lines of a share, counted through the batch, begin and end with its neighbours'.
+  int64_t first_line(int64_t share) const { return lines_ * share / shares_; }
+
+  void carve_shared(Carver& carver) {
+    totals_ = carver.template take<T>(shares_ * size_);
+    zeros_ = carver.template take<T>(channels_);
+  }
+  Own carve(Carver& carver) const {
+    return {carver.template take<const T*>(taps_.rows * most_seen_),
+            carver.template take<T>(size_)};
+  }
+
+  // Once there is memory for it.
+  void prepare() {
+    std::memset(totals_, 0, shares_ * size_ * sizeof(T));
+    std::memset(zeros_, 0, channels_ * sizeof(T));
+  }
+
+  void begin(Own& own) const {
+    std::memset(own.sums, 0, size_ * sizeof(T));
+    own.pixels = 0;
+  }
+
+  // Adds a line of a share: `grad_line` is that of grad_output, whose pixels lie `step` apart.
+  void add(int64_t share, int64_t line, const T* grad_line, int64_t step, Own& own) const {
+    const int64_t i = line % conv_.height, width = conv_.width;
+    const T* image = input_ + line / conv_.height * conv_.source.n;
+    const auto line_at = [&](int64_t h) { return image + h * conv_.source.h; };
+    for (int64_t j = 0; j < width; j += kBlockPixels) {
+      const T* grads[kBlockPixels];
+      for (int x = 0; x < kBlockPixels; ++x) {
+        grads[x] = j + x < width ? grad_line + (j + x) * step : zeros_;
+      }
+      taps_.find(line_at, i, j, j > 0, most_seen_, careful_ ? nullptr : zeros_, own.seen);
+      run_(own.seen, grads, taps_.rows, channels_, taps_.ahead, own.sums);
+      if (!has_bias_) continue;
+      for_channel_vectors<T>(channels_, [&](int64_t c, int64_t v) {
+        T* to = own.sums + all_taps_ + v * kWidth;
+        Vec<T> sum = load(to);
+        for (const T* grad : grads) sum += load(grad + c);
+        store<T>(to, sum);
+      });
+    }
+    own.pixels += width;
+    if (own.pixels < kSumLength && line + 1 < first_line(share + 1)) return;
+    T* const total = totals_ + share * size_;
+    for (int64_t x = 0; x < size_; ++x) total[x] += own.sums[x];
+    begin(own);
+  }
+
+  // Adds up the shares. False where a sum is not finite: zeros beyond the border may have done it.
+  bool finish() {
+    for (int64_t share = 1; share < shares_; ++share) {
+      for (int64_t x = 0; x < size_; ++x) totals_[x] += totals_[share * size_ + x];
+    }
+    return careful_ || all_finite(totals_, all_taps_, 1);
+  }
+
+  // grad_bias may be null.
+  void write(int64_t weight_step, T* grad_weight, T* grad_bias) const {
+    for (int64_t row = 0; row < taps_.rows; ++row) {
+      for (int64_t s = 0; s < taps_.columns; ++s) {
+        gather_channels(totals_ + (row * taps_.columns + s) * kWidth, conv_.tap_count * kWidth,
+                        channels_, grad_weight + taps_.tap(row, s).weight, weight_step);
+      }
+    }
+    if (grad_bias != nullptr) gather_channels(totals_ + all_taps_, kWidth, channels_, grad_bias, 1);
+  }
+
+ private:
+  const TapConv& conv_;
+  const T* input_;
+  bool has_bias_, careful_;
+  TapRows taps_;
+  int64_t channels_, all_taps_, size_, lines_, shares_;
+  int most_seen_ = 0;
+  void (*run_)(const T* const*, const T* const*, int64_t, int64_t, int64_t, T*) = nullptr;
+  T *totals_ = nullptr, *zeros_ = nullptr;
+};
+
+template <typename T>
 void depthwise_grad_weight_channel_lines(const Conv2dProblem& p, const TapConv& conv,
                                          const T* grad_output, const T* input, T* grad_weight,
                                          T* grad_bias, int threads, bool careful = false) {
-  // So many pixels are added up before they go to the totals, lest the error grow with each.
-  constexpr int64_t kSumLength = 128;
-  constexpr int kWidth = kLanes<T>;
-  const TapRows taps(conv, careful);
-  const int64_t channels = conv.groups, padded = round_up(channels, kWidth);
-  const int64_t all_taps = conv.tap_count * padded, size = all_taps + padded;
-  const int64_t lines = conv.batch * conv.height;
-  const int64_t shares = max_of(1, min_of(2 * threads, lines));
-  int most_seen = 0;
-  void (*run)(const T* const*, const T* const*, int64_t, int64_t, int64_t, T*) = nullptr;
-  taps.with_shape([&](auto shape) {
-    most_seen = decltype(shape)::kSeen;
-    run = block_tap_sums<T, decltype(shape)>;
-  });
-  T *totals, *zeros;
-  struct Scratch {
-    const T** seen;
-    T* sums;
-  };
-  const auto carve = [&](Carver& carver) {
-    return Scratch{carver.template take<const T*>(taps.rows * most_seen),
-                   carver.template take<T>(size)};
-  };
+  DepthwiseGradWeightLines<T> lines(conv, input, grad_bias != nullptr, threads, careful);
   const ThreadScratch memory(
-      threads,
-      [&](Carver& carver) {
-        totals = carver.template take<T>(shares * size);
-        zeros = carver.template take<T>(channels);
-      },
-      carve);
-  std::memset(totals, 0, shares * size * sizeof(T));
-  std::memset(zeros, 0, channels * sizeof(T));
-
-  parallel_for(shares, threads, [&](int64_t share, int thread) {
-    Carver own = memory.of(thread);
-    const Scratch scratch = carve(own);
-    T* const total = totals + share * size;
-    const int64_t end = lines * (share + 1) / shares;
-    std::memset(scratch.sums, 0, size * sizeof(T));
-    int64_t pixels = 0;
-    for (int64_t line = lines * share / shares; line < end; ++line) {
+      threads, [&](Carver& carver) { lines.carve_shared(carver); },
+      [&](Carver& carver) { lines.carve(carver); });
+  lines.prepare();
+  parallel_for(lines.shares(), threads, [&](int64_t share, int thread) {
+    Carver carver = memory.of(thread);
+    auto own = lines.carve(carver);
+    lines.begin(own);
+    for (int64_t line = lines.first_line(share); line < lines.first_line(share + 1); ++line) {
       const int64_t n = line / conv.height, i = line % conv.height;
-      const T* grad_line = grad_output + n * conv.dest.n + i * conv.dest.h;
-      for (int64_t j = 0; j < conv.width; j += kBlockPixels) {
-        const T* grads[kBlockPixels];
-        for (int x = 0; x < kBlockPixels; ++x) {
-          grads[x] = j + x < conv.width ? grad_line + (j + x) * conv.dest.w : zeros;
-        }
-        taps.find(input + n * conv.source.n, i, j, most_seen, careful ? nullptr : zeros,
-                  scratch.seen);
-        run(scratch.seen, grads, taps.rows, channels, taps.ahead, scratch.sums);
-        if (grad_bias == nullptr) continue;
-        for_channel_vectors<T>(channels, [&](int64_t c, int64_t v) {
-          T* to = scratch.sums + all_taps + v * kWidth;
-          Vec<T> sum = load(to);
-          for (const T* grad : grads) sum += load(grad + c);
-          store<T>(to, sum);
-        });
-      }
-      pixels += conv.width;
-      if (pixels < kSumLength && line + 1 < end) continue;
-      pixels = 0;
-      for (int64_t x = 0; x < size; ++x) total[x] += scratch.sums[x];
-      std::memset(scratch.sums, 0, size * sizeof(T));
+      lines.add(share, line, grad_output + n * conv.dest.n + i * conv.dest.h, conv.dest.w, own);
     }
   });
-
-  for (int64_t share = 1; share < shares; ++share) {
-    for (int64_t x = 0; x < size; ++x) totals[x] += totals[share * size + x];
-  }
-  if (!careful && !all_finite(totals, all_taps, 1)) {
-    return depthwise_grad_weight_channel_lines(p, conv, grad_output, input, grad_weight, grad_bias,
-                                               threads, true);
-  }
-  for (int64_t row = 0; row < taps.rows; ++row) {
-    for (int64_t s = 0; s < taps.columns; ++s) {
-      gather_channels(totals + (row * taps.columns + s) * kWidth, conv.tap_count * kWidth, channels,
-                      grad_weight + taps.tap(row, s).weight, p.weight.n);
-    }
-  }
-  if (grad_bias != nullptr) gather_channels(totals + all_taps, kWidth, channels, grad_bias, 1);
+  if (lines.finish()) return lines.write(p.weight.n, grad_weight, grad_bias);
+  depthwise_grad_weight_channel_lines(p, conv, grad_output, input, grad_weight, grad_bias, threads,
+                                      true);
 }
 
 template <typename T>

@@ -19,7 +19,10 @@ namespace {
    others::linear_backward,                    \
    others::sgd,                                \
    others::batch_norm,                         \
-   others::batch_norm_backward}
+   others::batch_norm_backward,                \
+   others::conv2d_norm_fits,                   \
+   others::conv2d_norm,                        \
+   others::conv2d_norm_backward}
 
 constexpr KernelTable kTables[] = {
     GDFAST_TABLE(baseline, baseline),

@@ -12,12 +12,13 @@
 namespace gdfast::cpu {
 namespace {
 
-// Calls run(conv, offset) for each phase, whose pixels begin at that offset of grad_input; taps is
+// The convolution that gives one phase of grad_input, whose pixels begin at phase_offset(); taps is
 // room for R * S of them.
-template <typename Run>
-void for_each_phase(const Conv2dProblem& p, Tap* taps, const Run& run) {
+inline TapConv phase_tap_conv(const Conv2dProblem& p, int64_t phase_h, int64_t phase_w, Tap* taps) {
   TapConv conv;
   conv.batch = p.N;
+  conv.height = ceil_div(p.H - phase_h, p.stride_h);
+  conv.width = ceil_div(p.W - phase_w, p.stride_w);
   conv.step_h = conv.step_w = 1;
   conv.source_height = p.P;
   conv.source_width = p.Q;
@@ -32,23 +33,30 @@ void for_each_phase(const Conv2dProblem& p, Tap* taps, const Run& run) {
   conv.dest_group = conv.produced * p.input.c;
   conv.weight_group = conv.reduced * p.weight.n;
   conv.taps = taps;
+  conv.tap_count = 0;
+  for (int64_t r = 0; r < p.R; ++r) {
+    const int64_t h = phase_h + p.pad_h - r * p.dilation_h;
+    if (h % p.stride_h != 0) continue;
+    for (int64_t s = 0; s < p.S; ++s) {
+      const int64_t w = phase_w + p.pad_w - s * p.dilation_w;
+      if (w % p.stride_w != 0) continue;
+      taps[conv.tap_count++] = {h / p.stride_h, w / p.stride_w, r * p.weight.h + s * p.weight.w};
+    }
+  }
+  return conv;
+}
 
+inline int64_t phase_offset(const Conv2dProblem& p, int64_t phase_h, int64_t phase_w) {
+  return phase_h * p.input.h + phase_w * p.input.w;
+}
+
+// Calls run(conv, offset) for each phase, whose pixels begin at that offset of grad_input; taps is
+// room for R * S of them.
+template <typename Run>
+void for_each_phase(const Conv2dProblem& p, Tap* taps, const Run& run) {
   for (int64_t phase_h = 0; phase_h < min_of(p.stride_h, p.H); ++phase_h) {
     for (int64_t phase_w = 0; phase_w < min_of(p.stride_w, p.W); ++phase_w) {
-      conv.height = ceil_div(p.H - phase_h, p.stride_h);
-      conv.width = ceil_div(p.W - phase_w, p.stride_w);
-      conv.tap_count = 0;
-      for (int64_t r = 0; r < p.R; ++r) {
-        const int64_t h = phase_h + p.pad_h - r * p.dilation_h;
-        if (h % p.stride_h != 0) continue;
-        for (int64_t s = 0; s < p.S; ++s) {
-          const int64_t w = phase_w + p.pad_w - s * p.dilation_w;
-          if (w % p.stride_w != 0) continue;
-          taps[conv.tap_count++] = {h / p.stride_h, w / p.stride_w,
-                                    r * p.weight.h + s * p.weight.w};
-        }
-      }
-      run(conv, phase_h * p.input.h + phase_w * p.input.w);
+      run(phase_tap_conv(p, phase_h, phase_w, taps), phase_offset(p, phase_h, phase_w));
     }
   }
 }

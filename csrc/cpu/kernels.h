@@ -71,6 +71,25 @@ namespace gdfast::cpu {
   /* Its gradients. */                                                                             \
   void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,           \
                            bool training, PreActivation from, int threads);                        \
+  /* A convolution and the batch normalisation behind it, in training, as one kernel: what one     \
+     writes and the other reads stays in a cache. It gives what both give, bit by bit. `to` and    \
+     the problems are those of both; between is the convolution's output, to.input. */             \
+  void conv2d_norm(const Conv2dProblem& conv, const BatchNormProblem& norm, const void* input,     \
+                   const void* weight, const void* bias, const BatchNormForward& to,               \
+                   void* between, double momentum, int threads);                                   \
+  /* All gradients, to.grad_input null; the convolution has a problem for each. */                 \
+  void conv2d_norm_backward(const Conv2dProblem& of_input, const Conv2dProblem& of_weight,         \
+                            const BatchNormProblem& norm, const BatchNormBackward& to,             \
+                            PreActivation from, const Conv2dGradients& conv, int threads);         \
+  /* Whether they take a convolution, or `backward` the problem of one of its gradients. */        \
+  bool conv2d_norm_fits(const Conv2dProblem& conv, bool backward, int threads);                    \
+  /* The same for a problem that is_depthwise(). */                                                \
+  void depthwise_norm(const Conv2dProblem& conv, const BatchNormProblem& norm, const void* input,  \
+                      const void* weight, const void* bias, const BatchNormForward& to,            \
+                      void* between, double momentum, int threads);                                \
+  void depthwise_norm_backward(const Conv2dProblem& of_input, const Conv2dProblem& of_weight,      \
+                               const BatchNormProblem& norm, const BatchNormBackward& to,          \
+                               PreActivation from, const Conv2dGradients& conv, int threads);      \
   }
 
 GDFAST_DECLARE_KERNELS(baseline)
@@ -95,6 +114,9 @@ struct KernelTable {
   decltype(&baseline::sgd) sgd;
   decltype(&baseline::batch_norm) batch_norm;
   decltype(&baseline::batch_norm_backward) batch_norm_backward;
+  decltype(&baseline::conv2d_norm_fits) conv2d_norm_fits;
+  decltype(&baseline::conv2d_norm) conv2d_norm;
+  decltype(&baseline::conv2d_norm_backward) conv2d_norm_backward;
 };
 
 // The table in force: the best that this processor runs, or the one that select_isa() asked for.

@@ -66,22 +66,48 @@ class Pointwise {
   }
 
   void run() {
-    ThreadScratch scratch(
+    const ThreadScratch scratch = make_scratch();
+    pack_weights();
+    parallel_for(blocks_ * panel_groups_, threads_, [&](int64_t index, int thread) {
+      const int64_t at = index / panel_groups_;
+      const int64_t first = tiles_ * at / blocks_ * kTileRows;
+      const int64_t end = min_of(tiles_ * (at + 1) / blocks_ * kTileRows, conv_.pixels());
+      Carver carver = scratch.of(thread);
+      block(first, end, index % panel_groups_, panel_groups_, nullptr, carve(carver));
+    });
+  }
+
+  // What run_pixels() needs, beside pack_weights() in front of it.
+  ThreadScratch make_scratch() {
+    return ThreadScratch(
         threads_,
         [&](Carver& carver) {
           packed_ = carver.template take<T>(vectors_ * kLanes<T> * conv_.reduced);
           starts_ = carver.template take<T>(vectors_ * kLanes<T>);
         },
         [&](Carver& carver) { carve(carver); });
+  }
+
+  void pack_weights() {
     const int64_t packs = ceil_div(panels_, kPanelsAtOnce);
     parallel_for(packs, threads_, [&](int64_t index, int) {
       const int64_t first = index * kPanelsAtOnce;
       pack(first, min_of(first + kPanelsAtOnce, panels_));
     });
-    parallel_for(blocks_ * panel_groups_, threads_, [&](int64_t index, int thread) {
-      Carver carver = scratch.of(thread);
-      block(index / panel_groups_, index % panel_groups_, carve(carver));
-    });
+  }
+
+  // Pixels [first, end) of dest, on the calling thread alone; with `lines`, those of source lie
+  // there, side by side.
+  void run_pixels(int64_t first, int64_t end, const T* lines, const ThreadScratch& scratch,
+                  int thread) const {
+    Carver carver = scratch.of(thread);
+    const Own own = carve(carver);
+    while (first < end) {
+      const int64_t next = min_of(first + most_pixels_, end);
+      block(first, next, 0, 1, lines, own);
+      if (lines != nullptr) lines += (next - first) * conv_.reduced;
+      first = next;
+    }
   }
 
  private:
@@ -146,19 +172,18 @@ class Pointwise {
     }
   }
 
-  void block(int64_t index, int64_t panel_group, const Own& own) const {
-    const int64_t first = tiles_ * index / blocks_ * kTileRows;
-    const int64_t end = min_of(tiles_ * (index + 1) / blocks_ * kTileRows, conv_.pixels());
+  void block(int64_t first, int64_t end, int64_t panel_group, int64_t panel_groups, const T* lines,
+             const Own& own) const {
     const int64_t pixels = end - first, tiles = ceil_div(pixels, kTileRows);
-    const int64_t panel0 = panels_ * panel_group / panel_groups_;
-    const int64_t panel_end = panels_ * (panel_group + 1) / panel_groups_;
+    const int64_t panel0 = panels_ * panel_group / panel_groups;
+    const int64_t panel_end = panels_ * (panel_group + 1) / panel_groups;
     point_out(first, pixels, own);
     for (int64_t part = 0; part < parts_; ++part) {
       const int64_t channel = part * depth_;
       ColumnArgs<T> args;
       args.length = min_of(depth_, conv_.reduced - channel);
       if (part == parts_ - 1) args.ending = Ending<T>::of(conv_);
-      point_rows(first, pixels, channel, own);
+      point_rows(first, pixels, channel, lines, own);
       for (int64_t panel = panel0; panel < panel_end; ++panel) {
         const bool narrow = !ends_whole() && panel == panels_ - 1;
         args.column = narrow ? 0 : first_channel(panel);
@@ -196,11 +221,14 @@ class Pointwise {
     }
   }
 
-  void point_rows(int64_t first, int64_t pixels, int64_t channel, const Own& own) const {
+  void point_rows(int64_t first, int64_t pixels, int64_t channel, const T* lines,
+                  const Own& own) const {
     GridPoint at = GridPoint::at(conv_, first);
     for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
-      own.source[x] = source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
-                      at.j * conv_.step_w * conv_.source.w + channel;
+      own.source[x] = lines != nullptr
+                          ? lines + x * conv_.reduced + channel
+                          : source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
+                                at.j * conv_.step_w * conv_.source.w + channel;
     }
     // Pixels past the end are computed like the last one, and stored where nobody looks.
     const int64_t padded = round_up(pixels, kTileRows);

@@ -25,10 +25,16 @@ inline bool is_pointwise_grad_weight(const Conv2dProblem& p) {
          (p.Q - 1) * p.stride_w < p.W;
 }
 
+// What writes a chunk of grad_output, pixels [first, end), where it is needed: side by side.
+struct ChunkSource {
+  void (*write)(const void* self, int64_t first, int64_t end, float* to, int thread);
+  const void* self;
+};
+
 class PointwiseGradWeight {
   using T = float;
   static constexpr int64_t kLine = 64 / sizeof(T);
-  static constexpr int64_t kChunkPixels = 128;
+  static constexpr int64_t kChunkPixels = 126;  // whole tiles of what runs over pixels
   // Tiles of a block: 128 KB of a chunk's pixels.
   static constexpr int64_t kMostTiles = 128 * 1024 / (kChunkPixels * kTileRows * sizeof(T));
   static constexpr int64_t kPanelsAtOnce = 8;  // in copying, so that 512 bytes are read in a row
@@ -58,14 +64,19 @@ class PointwiseGradWeight {
       shares_ = min_of(ceil_div(threads, ranges_), most_shares);
     }
     const int64_t share = ceil_div(pixels_, shares_);
-    chunk_ = ceil_div(share, ceil_div(share, kChunkPixels));
+    chunk_ = round_up(ceil_div(share, ceil_div(share, kChunkPixels)), kTileRows);
     const int64_t range = ceil_div(tiles_, ranges_);
     block_tiles_ = ceil_div(range, ceil_div(range, kMostTiles));
     in_place_ = shares_ == 1 && p.C % kLanes<T> == 0;
     width_ = vectors_ * kLanes<T>;
   }
 
-  void run() {
+  // Whether each pixel belongs to one task alone.
+  bool takes_pixels_once() const { return ranges_ == 1; }
+
+  // With a source, each chunk of grad_output comes from there.
+  void run(const ChunkSource* source = nullptr) {
+    source_ = source;
     ThreadScratch scratch(
         threads_,
         [&](Carver& carver) {
@@ -77,7 +88,7 @@ class PointwiseGradWeight {
     std::memset(zeros_, 0, kPanelWidth<T> * sizeof(T));
     parallel_for(ranges_ * shares_, threads_, [&](int64_t index, int thread) {
       Carver carver = scratch.of(thread);
-      task(index / shares_, index % shares_, carve(carver));
+      task(index / shares_, index % shares_, thread, carve(carver));
     });
     if (grad_bias_ != nullptr) write_bias();
     if (in_place_) return;
@@ -97,6 +108,7 @@ class PointwiseGradWeight {
     const T** grad_output;  // [chunk pixels]
     const T** input;        // [chunk pixels]
     T* unused;              // a line of sums, for rows past the last k
+    T* lines;               // [chunk pixels][K], what a source writes
   };
 
   Own carve(Carver& carver) const {
@@ -109,6 +121,7 @@ class PointwiseGradWeight {
     own.grad_output = carver.template take<const T*>(chunk_);
     own.input = carver.template take<const T*>(chunk_);
     own.unused = carver.template take<T>(width_);
+    own.lines = carver.template take<T>(source_ == nullptr ? 0 : chunk_ * p_.K);
     return own;
   }
 
@@ -122,12 +135,14 @@ class PointwiseGradWeight {
     return own.panels + panel * (pixels * panel_vectors_ * kLanes<T> + kLine);
   }
 
-  void task(int64_t range, int64_t share, const Own& own) const {
+  void task(int64_t range, int64_t share, int thread, const Own& own) const {
     const int64_t tile0 = tiles_ * range / ranges_, tile_end = tiles_ * (range + 1) / ranges_;
     const int64_t begin = pixels_ * share / shares_, end = pixels_ * (share + 1) / shares_;
     for (int64_t first = begin; first < end; first += chunk_) {
       const int64_t pixels = min_of(chunk_, end - first);
       point(first, pixels, own);
+      if (source_ != nullptr)
+        source_->write(source_->self, first, first + pixels, own.lines, thread);
       pack_panels(pixels, own);
       ColumnArgs<T> args;
       args.rows = own.row;
@@ -157,8 +172,8 @@ class PointwiseGradWeight {
   // What the next chunk reads, as two stretches of memory. With a stride it would be many, but of
   // more bytes each: those come quickly enough by themselves.
   struct Ahead {
-    const T *input, *input_end;
-    const T *grad_output, *grad_output_end;
+    const T *from, *end;
+    const T *then, *then_end;
   };
 
   Ahead ahead_of(int64_t first, int64_t end, const Own& own) const {
@@ -167,19 +182,19 @@ class PointwiseGradWeight {
     const T* input = own.input[last] + p_.C;
     // With several ranges of k each thread needs a part of every line.
     const T* grad_output = own.grad_output[last] + p_.K;
-    const int64_t count = ranges_ == 1 ? pixels * p_.K : 0;
+    const int64_t count = ranges_ == 1 && source_ == nullptr ? pixels * p_.K : 0;
     return {input, input + pixels * p_.C, grad_output, grad_output + count};
   }
 
   // A column's share of that: as a tile's rows of the chunk are read, so many bytes are fetched.
   const T* const* fetch(Ahead& ahead, int64_t pixels, int64_t tiles, const Own& own) const {
-    const bool input = ahead.input < ahead.input_end;
-    const T*& from = input ? ahead.input : ahead.grad_output;
-    const T* end = input ? ahead.input_end : ahead.grad_output_end;
-    if (from >= end) return nullptr;
     for (int64_t i = 0; i < tiles * kTileRows; i += kTileRows) {
-      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = from + j * kLine;
-      if (from < end) from += round_up(pixels, kLine) * kTileRows;
+      if (ahead.from >= ahead.end) {
+        if (i == 0 && ahead.then >= ahead.then_end) return nullptr;
+        if (ahead.then < ahead.then_end) ahead = {ahead.then, ahead.then_end, nullptr, nullptr};
+      }
+      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = ahead.from + j * kLine;
+      if (ahead.from < ahead.end) ahead.from += round_up(pixels, kLine) * kTileRows;
     }
     return own.ahead;
   }
@@ -187,7 +202,9 @@ class PointwiseGradWeight {
   void point(int64_t first, int64_t pixels, const Own& own) const {
     int64_t q = first % p_.Q, p = first / p_.Q % p_.P, n = first / p_.Q / p_.P;
     for (int64_t x = 0; x < pixels; ++x) {
-      own.grad_output[x] = grad_output_ + n * p_.output.n + p * p_.output.h + q * p_.output.w;
+      own.grad_output[x] = source_ != nullptr
+                               ? own.lines + x * p_.K
+                               : grad_output_ + n * p_.output.n + p * p_.output.h + q * p_.output.w;
       own.input[x] =
           input_ + n * p_.input.n + p * p_.stride_h * p_.input.h + q * p_.stride_w * p_.input.w;
       if (++q < p_.Q) continue;
@@ -248,10 +265,21 @@ class PointwiseGradWeight {
       own.row[i] = own.rows + i / kTileRows * (pixels * kTileRows + kLine) + i % kTileRows;
     }
     const int64_t whole = min_of(tiles, p_.K / kTileRows - tile0);
+    // Where a vector is longer than a tile and does not leave the pixel, it is copied: what it has
+    // too much is overwritten by the next pixel, or lies in the line between two tiles.
+    static_assert(kLanes < T > -kTileRows <= kLine);
+    const int64_t left = p_.K - tile0 * kTileRows - kLanes<T>;
+    const int64_t overlapping =
+        kLanes<T> < kTileRows || left < 0 ? 0 : min_of(whole, left / kTileRows + 1);
     for (int64_t x = 0; x < pixels; ++x) {
       const T* from = own.grad_output[x] + tile0 * kTileRows;
       T* to = own.rows + x * kTileRows;
-      for (int64_t tile = 0; tile < whole; ++tile) {
+      for (int64_t tile = 0; tile < overlapping; ++tile) {
+        store<T>(to, load(from));
+        from += kTileRows;
+        to += pixels * kTileRows + kLine;
+      }
+      for (int64_t tile = overlapping; tile < whole; ++tile) {
         std::memcpy(to, from, kTileRows * sizeof(T));
         from += kTileRows;
         to += pixels * kTileRows + kLine;
@@ -337,6 +365,7 @@ class PointwiseGradWeight {
   T* sums_;
   T* bias_sums_;
   T* zeros_;
+  const ChunkSource* source_ = nullptr;
 };
 
 }  // namespace

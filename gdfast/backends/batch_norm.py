@@ -133,7 +133,8 @@ def cpu(query: BatchNormQuery) -> Forward:
         return results
 
     launch = native.cpu.batch_norm_launch(problem, training)
-    return plans.drafted(kernel, draft)
+    told = (problem,) if _may_join(query) else ()
+    return plans.drafted(kernel, draft, *told)
 
 
 def cpu_backward(query: BatchNormQuery) -> Backward:
@@ -180,7 +181,13 @@ def cpu_backward(query: BatchNormQuery) -> Backward:
         return [*grads[:3], tensors[0]] if wants_residual and hands_on else grads
 
     launch = native.cpu.batch_norm_backward_launch(problem, training, pre_activation)
-    return plans.drafted(kernel, draft)
+    told = (problem, pre_activation) if _may_join(query) else ()
+    return plans.drafted(kernel, draft, *told)
+
+
+def _may_join(query: BatchNormQuery) -> bool:
+    """Whether a convolution in front may run with it as one kernel: see `cpu_conv2d_norm`."""
+    return query.training and query.channels_last and query.dtype == torch.float32
 
 
 def cuda_why_not(query: BatchNormQuery) -> str:

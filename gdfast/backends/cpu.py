@@ -109,7 +109,7 @@ def conv2d(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor, Tensor
         return output
 
     launch = native.cpu.conv2d_launch(problem)
-    return plans.drafted(kernel, draft)
+    return plans.drafted(kernel, draft, problem)
 
 
 def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Tensor], Tensor]:
@@ -132,7 +132,7 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         return grad_input
 
     launch = native.cpu.conv2d_grad_input_launch(problem)
-    return plans.drafted(kernel, draft)
+    return plans.drafted(kernel, draft, problem)
 
 
 def conv2d_grad_weight(
@@ -162,7 +162,17 @@ def conv2d_grad_weight(
         return grad_weight, grad_bias
 
     launch = native.cpu.conv2d_grad_weight_launch(problem)
-    return plans.drafted(kernel, draft)
+    return plans.drafted(kernel, draft, problem)
+
+
+def joins_norm(op: str, query: Conv2dQuery) -> bool:
+    """Whether one of our passes and a batch normalisation behind the convolution run as one kernel:
+    see `cpu_conv2d_norm`.
+    """
+    assert native.cpu is not None
+    problem = _problem(query, cpu_algorithms.DIRECT)
+    fits: bool = native.cpu.conv2d_norm_fits(problem, op != "conv2d", torch.get_num_threads())
+    return fits
 
 
 def missing() -> str:

@@ -48,15 +48,20 @@ def disabled() -> Iterator[None]:
         enabled = before
 
 
-def drafted(kernel: K, draft: Callable[..., Any]) -> K:
-    """The kernel, which carries a draft from now on."""
-    kernel.draft = draft  # type: ignore[attr-defined]
+def drafted(kernel: K, draft: Callable[..., Any], *told: Any) -> K:
+    """The kernel, which carries a draft from now on, and what its launch was told."""
+    kernel.draft, kernel.told = draft, told  # type: ignore[attr-defined]
     return kernel
 
 
 def draft_of(kernel: Any) -> Callable[..., Any] | None:
     """The draft that a kernel carries, if it does."""
     return getattr(kernel, "draft", None)
+
+
+def told(kernel: Any) -> tuple[Any, ...]:
+    """What the launch of a kernel was told, if `drafted` knows."""
+    return getattr(kernel, "told", ())
 
 
 class Draft:
@@ -82,6 +87,11 @@ class Draft:
     def launch(self, launch: Any, *tensors: int) -> None:
         """Adds a launch on these tensors, in the order that its binding names."""
         self._launches.append((launch, tensors))
+
+    def join(self, count: int, launch: Any) -> None:
+        """Puts one launch in the place of the last `count`, on the tensors of all of them."""
+        tensors = [t for _, each in self._launches[-count:] for t in each]
+        self._launches[-count:] = [(launch, tuple(tensors))]
 
     def align(self, *tensors: int) -> None:
         """Asks for addresses of given tensors that 16 divides."""

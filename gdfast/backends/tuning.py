@@ -269,11 +269,11 @@ def _choose(
                 f"{op}: backend: none of its kernels gives native PyTorch's result for "
                 f"{query.dtype} and {query.geometry}. Ask for 'auto' to let another backend run it."
             )
-    fresh = 0.0 if on_gpu else memory.seconds_of_fresh_pages(_result_bytes(op, query))
+    elsewhere = 0.0 if on_gpu else _seconds_elsewhere(op, query)
     if op == MOMENTS:
         calls = tuning_norm.followed(calls, query)
     calls = {name: partial(call, *arguments) for name, call in calls.items()}
-    choice = _timed(predicted.name, calls, wait, fresh)
+    choice = _timed(predicted.name, calls, wait, elsewhere)
     if not choice.seconds:
         return choice  # nothing was found out that would be worth remembering
     if _mode == FORCE:
@@ -330,16 +330,27 @@ def _result_bytes(op: str, query: Conv2dQuery) -> int:
     return prod(sizes.get(op, g.output_size)) * query.dtype.itemsize
 
 
+def _seconds_elsewhere(op: str, query: Conv2dQuery) -> float:
+    """What native costs beside its own time: fresh memory for the result and, in a gradient, what
+    ours would save where a batch normalisation stands behind the convolution, as most often one
+    does. Its gradient is then neither written nor read by itself: a pass over memory for each.
+    """
+    seconds = memory.seconds_of_fresh_pages(_result_bytes(op, query))
+    if op in ("conv2d_grad_input", "conv2d_grad_weight") and cpu.joins_norm(op, query):
+        seconds += prod(query.geometry.output_size) * query.dtype.itemsize / (2 * _BANDWIDTH)
+    return seconds
+
+
 def _timed(
     predicted: str, calls: Mapping[str, Callable[[], Any]], wait: Callable[[], Any] | None = None,
-    fresh: float = 0.0,
+    elsewhere: float = 0.0,
 ) -> Choice:  # fmt: skip
-    """The fastest; native's time has what fresh memory for its result costs beside it."""
+    """The fastest; native's time has what it costs elsewhere beside it."""
     measured = tuning_timer.measure(calls, wait)
     if not measured:
         return Choice(predicted)
     if NATIVE in measured:
-        measured[NATIVE] += fresh
+        measured[NATIVE] += elsewhere
     seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
     return Choice(min(seconds, key=lambda name: _handicap(name) * seconds[name]), seconds)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdfast.backends import cpu_conv2d_norm
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.plans import NONE, Draft, Plan, draft_of
 
@@ -38,6 +39,8 @@ def forward_plan(
     else:
         made, mask = draft_conv(draft, *given[:3]), NONE
         results = draft_norm(draft, made, *given[3:])
+        if launch := cpu_conv2d_norm.forward_launch(conv, norm):
+            draft.join(2, launch)
     output, mean, invstd = results
     written = [each for each in (*given[5:7], given[-1]) if each != NONE]
     results = output, made, mean, invstd, mask
@@ -61,13 +64,17 @@ def backward_plan(
     if not _are_packed(*params) or not _lie_alike(image, *images):
         return None
     draft = Draft(1 + len(saved))
-    wanted = True, needs[3], needs[4], needs[7]
+    launch = cpu_conv2d_norm.backward_launch(norm, conv_input, conv_weight) if needs[0] else None
+    # Where all is one, the gradient between norm and convolution is never stored.
+    wanted = launch is None, needs[3], needs[4], needs[7]
     output, input, weight, *rest = _numbers((grad_output, *saved))
     grad, *of_params = of_norm(draft, output, *rest, wanted=wanted)
     grad_input = of_input(draft, grad, weight) if needs[0] and of_input is not None else NONE
     gradients = of_weight(draft, grad, input, needs[2])
     if grad_input is None or gradients is None:
         return None
+    if launch is not None:
+        draft.join(3, launch)
     return draft.plan((grad_input, *gradients, *of_params), device=image.device)
 
 
