@@ -130,6 +130,7 @@ def test_errors_are_natively_those_of_autograd() -> None:
         output.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:conv2d. running on native:gdfast.errors.FallbackWarning")
 def test_what_looks_at_operations_sees_them() -> None:
     arguments = tensors()
     for _ in range(3):

@@ -97,15 +97,14 @@ class _Costs(NamedTuple):
     planes: float  # what the direct kernels take longer where channels do not lie side by side
 
 
-# By stride and operation, fitted to times of AVX2 kernels by `benchmarks/cost_model.py`; the first
-# stride's products and tiles to those of AVX-512 as well.
+# By stride and operation, fitted to times of AVX2 kernels: see `benchmarks/cost_model.py`.
 _COSTS = {
-    (1, "conv2d"): _Costs(1.4, 10, 350, 720, 1.0),
-    (1, "conv2d_grad_input"): _Costs(1.4, 49, 250, 380, 1.1),
-    (1, "conv2d_grad_weight"): _Costs(1.4, 49, 370, 270, 1.0),
-    (2, "conv2d"): _Costs(1.3, 61, 30, 690, 1.0),
-    (2, "conv2d_grad_input"): _Costs(1.4, 10, 60, 340, 2.4),
-    (2, "conv2d_grad_weight"): _Costs(1.1, 22, 250, 50, 1.0),
+    (1, "conv2d"): _Costs(1.4, 12, 340, 390, 1.1),
+    (1, "conv2d_grad_input"): _Costs(1.5, 56, 210, 340, 1.2),
+    (1, "conv2d_grad_weight"): _Costs(1.4, 41, 320, 340, 1.0),
+    (2, "conv2d"): _Costs(1.3, 65, 30, 490, 1.0),
+    (2, "conv2d_grad_input"): _Costs(1.4, 10, 60, 100, 1.9),
+    (2, "conv2d_grad_weight"): _Costs(1.1, 17, 240, 70, 1.0),
 }
 _DIRECT_PRODUCT = 1.14
 # Sums of a tile; its outputs along an axis, and its products there beyond 5.
