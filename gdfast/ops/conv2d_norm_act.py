@@ -60,7 +60,8 @@ class Unit:
         # By pre_activation, which gradients of the convolution are asked for, and the facts of the
         # tensors: what was saved may come back in another layout, from hooks that pack it.
         self._backward: dict[tuple[Any, ...], _Backward] = {}
-        self._last: _Backward | None = None  # noted
+        self._last: _Backward | None = None  # noted, when it came for the second time in a row
+        self._before: _Backward | None = None
 
     def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
@@ -131,7 +132,9 @@ class Unit:
         ):
             return self._learn_gradients(ctx, grad_output, saved, facts)
         if found.plan is not None and plans.enabled:
-            self._last = found.noted(facts, grad_output.device)
+            if found is self._before:
+                self._last = found.noted(facts, grad_output.device)
+            self._before = found
             results = found.plan((grad_output, *saved), 0.0, *self._place())
             if results is not None:
                 return results
