@@ -44,28 +44,28 @@ class GraphedStep:
     recorded; the rest take ordinary steps.
 
     On a GPU the record is a CUDA graph, on the CPU a tape of the calls of kernels and operators,
-    whose results are bit by bit those of ordinary steps. On both it follows learning rates, and
-    what `optimizer.step` changes. Python code of the model (prints, hooks, branches on values,
-    numbers that it draws or counts itself) runs only while recording. Gradients are those of the
-    last call. The memory of the record is kept, for each kind of batch: about what a step needs at
-    its peak, and on the CPU all results of PyTorch's own operators beside each other.
+    whose results are bit by bit those of ordinary steps. Python code of the model (prints, hooks,
+    branches on values, numbers that it draws or counts itself) runs only while recording. Gradients
+    are those of the last call. The memory of the record is kept, for each kind of batch: about what
+    a step needs at its peak, and on the CPU all results of PyTorch's own operators side by side.
 
     The learning rates of the optimizer become tensors on its parameters' device, so that schedulers
     and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused
     optimizers read them there. When another setting of the optimizer changes (on the CPU the rate
     of other optimizers too), or a module goes from train to eval, what was recorded is dropped and
     recorded anew. On the CPU that also happens where modules, parameters, buffers or the
-    optimizer's state were replaced; the number of threads, precision, backend and autocast make
-    kinds of their own. On a GPU those must stay.
+    optimizer's state were replaced; and the number of threads, precision, backend and autocast make
+    kinds of their own. On a GPU those must stay as they are.
 
-    What has a value read back (`.item()`, `.numpy()`, GradScaler, clipping that reads the norm,
-    optimizers that count their steps in Python), as many elements as values say (`nonzero`, masks
-    as indices), or operators that are not PyTorch's, cannot be recorded: RuntimeError on a GPU, on
-    the CPU ordinary steps from then on, with a warning that names the operator. There modules that
-    torch.compile took, tensors that are no plain ones and batches with gradients take ordinary
-    steps too. Kernels that PyTorch does not know of, called by their address, are not seen. While
-    a step is recorded on a GPU, no loss that was computed elsewhere from the model's parameters may
-    be alive with its graph.
+    What cannot be recorded: values that are read back (`.item()`, `.numpy()`, GradScaler, clipping
+    that reads the norm, optimizers that count their steps in Python), as many elements as values
+    say (`nonzero`, masks as indices), operators that are not PyTorch's. On a GPU that raises
+    RuntimeError; on the CPU steps are ordinary ones from then on, with a warning that names the
+    operator. Ordinary on the CPU are also steps of compiled modules, of parameters that are no
+    plain tensors, of batches with gradients, and while a mode of torch looks at what runs. Kernels
+    that PyTorch does not know of, called by addresses, are not seen. While a step is recorded on a
+    GPU, no loss that was computed elsewhere from the model's parameters may be alive with its
+    graph.
 
     Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
     devices, and RuntimeError where a step cannot be recorded on a GPU.

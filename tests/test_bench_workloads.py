@@ -165,6 +165,14 @@ def test_our_step_passes_its_check_against_plain_layers(dtype):
     assert work.check().ok
 
 
+def test_recorded_steps_pass_their_check():
+    work = suites.step_workload(cases.STEPS[0], torch.float32, recorded=True)
+    assert set(work.ours) == {"NCHW recorded", "channels_last recorded"}
+    losses = [[call().item() for _ in range(6)] for call in work.ours.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert work.check().ok
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_the_table_names_the_backend_asked_for(backend):
     with gdfast.backend(backend):
