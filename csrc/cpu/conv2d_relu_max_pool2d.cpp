@@ -3,7 +3,7 @@
 //
 // The convolution's values exist in registers alone: vectors run over pooled outputs, and the
 // values of a window's places follow each other, compared as they come. The commonest case, 2x2
-// windows over a 3x3 kernel, has all four at once.
+// windows over a 3x3 kernel, has all four at once, as a tile of F(2x2, 3x3).
 #include <cmath>
 #include <limits>
 
@@ -17,6 +17,9 @@ namespace {
 // Output channels at once: each vector of pixels that is read serves as many. With the 4 places of
 // a 2x2 window that takes 16 accumulators of 32 registers, or 8 of 16.
 constexpr int kChannels = kVectorRegisters == 32 ? 4 : 2;
+// The same for tiles, and vectors of outputs one after another, whose places are stored together.
+constexpr int kTileChannels = 2;
+constexpr int kTileVectors = 2;
 
 template <typename T>
 class FusedPool {
@@ -37,7 +40,8 @@ class FusedPool {
         taps_(conv.C * conv.R * conv.S),
         places_(pool.R * pool.S),
         blocks_(ceil_div(conv.K, kChannels)),
-        flat_(kSame<T, A> && pool.output.w == 1 && pool.output.h == pool.Q) {}
+        flat_(kSame<T, A> && pool.output.w == 1 && pool.output.h == pool.Q),
+        tiles_(flat_ && lanes_.is_square()) {}
 
   void run() {
     const ThreadScratch memory(
@@ -45,7 +49,10 @@ class FusedPool {
         [&](Carver& carver) { carve(carver); });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     pack_weights();
-    const bool square = flat_ && lanes_.is_square();
+    for (int thread = 0; thread < threads_; ++thread) {
+      Carver own = memory.of(thread);
+      *carve(own).has_weights = false;
+    }
     // Where channels lie side by side, two threads would write to the same lines.
     const int64_t groups = flat_ ? channel_groups(conv_.K, threads_) : 1;
     const int64_t bands = conv_.N * lanes_.bands();
@@ -59,15 +66,14 @@ class FusedPool {
       part.end = min_of(pool_.P, part.begin + lanes_.band());
       part.begin_k = group * blocks_ / groups * kChannels;
       part.end_k = min_of(conv_.K, (group + 1) * blocks_ / groups * kChannels);
-      const T* image = input_ + part.n * conv_.input.n;
-      const A largest = lanes_.fill(image, part.begin, part.end, scratch.lanes);
+      if constexpr (kSame<T, A>) {
+        if (tiles_ && run_tiles(part, scratch)) return;
+      }
       // No NaN comes of sums that cannot reach infinity; comparing them takes half as long.
-      if (!(largest * all_weights_ + all_biases_ < std::numeric_limits<A>::max() / 2)) {
-        run_part<false>(part, scratch);
-      } else if (square) {
-        run_square(part, scratch);
-      } else {
+      if (is_finite(fill<false>(part, scratch))) {
         run_part<true>(part, scratch);
+      } else {
+        run_part<false>(part, scratch);
       }
     });
   }
@@ -76,6 +82,8 @@ class FusedPool {
   struct Scratch {
     typename WindowLanes<T>::Scratch lanes;
     A* values;  // [blocks * kChannels][kLanes]
+    bool* has_weights;
+    A* weights;  // of tiles: [K][bias, C * 16][kLanes], made by the thread that reads them
   };
 
   // Lines [begin, end) of the outputs of one image, in some of its channels.
@@ -93,6 +101,9 @@ class FusedPool {
     Scratch scratch;
     scratch.lanes = lanes_.carve(carver);
     scratch.values = carver.template take<A>(blocks_ * kChannels * kLanes<A>);
+    scratch.has_weights = carver.template take<bool>(1);
+    scratch.weights =
+        carver.template take<A>(tiles_ ? round_up(conv_.K, kTileChannels) * tile_size() : 0);
     return scratch;
   }
 
@@ -103,7 +114,7 @@ class FusedPool {
     for (int64_t k0 = 0; k0 < blocks_ * kChannels; k0 += kChannels) {
       for (int64_t t = -1; t < taps_; ++t) {
         for (int64_t k = k0; k < k0 + kChannels; ++k, ++to) {
-          *to = k < conv_.K ? weight_at(k, t) : A(0);
+          *to = weight_at(k, t);
           (t < 0 ? all_biases_ : all_weights_) += std::abs(*to);
         }
       }
@@ -111,10 +122,54 @@ class FusedPool {
   }
 
   A weight_at(int64_t k, int64_t tap) const {
+    if (k >= conv_.K) return A(0);
     if (tap < 0) return bias_ == nullptr ? A(0) : widen(bias_[k]);
     const int64_t s = tap % conv_.S, r = tap / conv_.S % conv_.R, c = tap / conv_.S / conv_.R;
     return widen(
         weight_[k * conv_.weight.n + c * conv_.weight.c + r * conv_.weight.h + s * conv_.weight.w]);
+  }
+
+  int64_t tile_size() const { return (1 + conv_.C * 16) * kLanes<A>; }
+
+  // G g G^T of the taps g of each channel.
+  void transform_weights(A* to) const {
+    const auto write = [&](A value) {
+      store<A>(to, broadcast(value));
+      to += kLanes<A>;
+    };
+    for (int64_t k = 0; k < round_up(conv_.K, kTileChannels); ++k) {
+      write(weight_at(k, -1));
+      for (int64_t c = 0; c < conv_.C; ++c) {
+        A rows[4][3];
+        for (int s = 0; s < 3; ++s) {
+          const auto at = [&](int r) { return weight_at(k, (c * 3 + r) * 3 + s); };
+          transform(at(0), at(1), at(2), [&](int y, A value) { rows[y][s] = value; });
+        }
+        for (const auto& row : rows) {
+          transform(row[0], row[1], row[2], [&](int, A value) { write(value); });
+        }
+      }
+    }
+  }
+
+  template <typename Put>
+  static void transform(A first, A second, A third, const Put& put) {
+    const A ends = (first + third) * A(0.5), middle = second * A(0.5);
+    put(0, first);
+    put(1, ends + middle);
+    put(2, ends - middle);
+    put(3, third);
+  }
+
+  template <bool kTiles>
+  A fill(const Part& part, const Scratch& scratch) const {
+    const T* image = input_ + part.n * conv_.input.n;
+    return lanes_.template fill<kTiles>(image, part.begin, part.end, scratch.lanes);
+  }
+
+  // Whether no sum of products with pixels up to a magnitude overflows.
+  bool is_finite(A magnitude) const {
+    return magnitude * all_weights_ + all_biases_ < std::numeric_limits<A>::max() / 64;
   }
 
   template <bool kNumbers>
@@ -149,40 +204,36 @@ class FusedPool {
     }
   }
 
-  // Some channels after another, whose weights stay close. Only for flat_ outputs.
-  void run_square(const Part& part, const Scratch& scratch) const {
+  // Some channels after another, whose weights stay close. False, with nothing written, where
+  // values are so large that differences of pixels might overflow or are not numbers.
+  bool run_tiles(const Part& part, const Scratch& scratch) const {
+    if (!is_finite(fill<true>(part, scratch))) return false;
+    if (!*scratch.has_weights) {
+      transform_weights(scratch.weights);
+      *scratch.has_weights = true;
+    }
     const int64_t first = part.begin * pool_.Q, count = (part.end - part.begin) * pool_.Q;
     const int64_t plane = pool_.P * pool_.Q;
-    for (int64_t k0 = part.begin_k; k0 < part.end_k; k0 += kChannels) {
-      T* values = output_ + part.n * pool_.output.n + k0 * pool_.output.c + first;
-      uint8_t* places = argmax_ + (part.n * conv_.K + k0) * plane + first;
-      Best<A> best[kChannels];
-      int64_t i = 0;
-      if (k0 + kChannels <= part.end_k) {
-        for (; i + kLanes<A> <= count; i += kLanes<A>) {
-          find_best_of_square(scratch.lanes.stretches + i, k0, best);
-#pragma GCC unroll 4
-          for (int k = 0; k < kChannels; ++k) {
-            store<A>(reinterpret_cast<A*>(values + k * pool_.output.c + i), best[k].value);
-          }
-#pragma GCC unroll 2
-          for (int k = 0; k < kChannels; k += 2) {
-            uint8_t* to = places + k * plane + i;
-            store_two_places<A>(to, to + plane, best[k].place, best[k + 1].place);
-          }
-        }
-      }
-      for (; i < count; i += kLanes<A>) {
-        find_best_of_square(scratch.lanes.stretches + i, k0, best);
-        const int64_t rest = min_of(kLanes<A>, count - i);
-        for (int64_t k = 0; k < min_of(kChannels, part.end_k - k0); ++k) {
-          for (int64_t x = 0; x < rest; ++x) {
-            values[k * pool_.output.c + i + x] = narrow<T>(best[k].value[x]);
-          }
-          store_few_places(places + k * plane + i, best[k].place, rest);
+    constexpr int64_t kStep = kTileVectors * kLanes<A>;
+    for (int64_t k = part.begin_k; k < part.end_k; k += kTileChannels) {
+      T* values = output_ + part.n * pool_.output.n + k * pool_.output.c + first;
+      uint8_t* places = argmax_ + (part.n * conv_.K + k) * plane + first;
+      const A *from = scratch.lanes.tiles, *weights = scratch.weights + k * tile_size();
+      const int64_t channels = min_of(kTileChannels, part.end_k - k);
+      const int64_t whole = channels == kTileChannels ? count / kStep * kStep : 0;
+      find_best_of_tiles(from, weights, whole, {values, pool_.output.c, places, plane});
+      for (int64_t i = whole; i < count; i += kStep) {
+        A few[kTileChannels][kStep];
+        uint8_t few_places[kTileChannels][kStep];
+        find_best_of_tiles(from + i * 16, weights, kStep, {few[0], kStep, few_places[0], kStep});
+        const int64_t rest = min_of(kStep, count - i);
+        for (int64_t j = 0; j < channels; ++j) {
+          std::memcpy(values + j * pool_.output.c + i, few[j], rest * sizeof(A));
+          std::memcpy(places + j * plane + i, few_places[j], rest);
         }
       }
     }
+    return true;
   }
 
   void store_few_places(uint8_t* to, Places<A> places, int64_t count) const {
@@ -192,50 +243,119 @@ class FusedPool {
     std::memcpy(to, few, count);
   }
 
-  // The largest of 2x2 values that a 3x3 kernel makes of 4x4 pixels in each channel, all finite.
-  GDFAST_INLINE void find_best_of_square(const A* from, int64_t k0,
-                                         Best<A> (&best)[kChannels]) const {
-    const A* weights = weights_ + k0 * (taps_ + 1);
-    const int64_t step = lanes_.length();
-    Vec<A> sum[kChannels][2][2];
-#pragma GCC unroll 4
-    for (int k = 0; k < kChannels; ++k) {
-      sum[k][0][0] = sum[k][0][1] = sum[k][1][0] = sum[k][1][1] = broadcast(weights[k]);
+  // Where values of two channels go, and their places.
+  struct Outputs {
+    A* values;
+    int64_t values_step;
+    uint8_t* places;
+    int64_t places_step;
+  };
+
+  void find_best_of_tiles(const A* from, const A* weights, int64_t count, Outputs to) const {
+    if (conv_.C == 1) {
+      find_best_of_tiles<1>(from, weights, count, to);
+    } else {
+      find_best_of_tiles<0>(from, weights, count, to);
     }
-    for (int64_t c = 0; c < conv_.C; ++c, from += 16 * step) {
-#pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) {
-        const A *above = from + r * 4 * step, *below = above + 4 * step;
-#pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) {
-          weights += kChannels;
-          const Vec<A> pixel[2][2] = {{load(above + s * step), load(above + (s + 1) * step)},
-                                      {load(below + s * step), load(below + (s + 1) * step)}};
+  }
+
+  // The largest value of each of `count` 2x2 windows in two channels, whole steps of them. The
+  // input has kC channels, or as many as it has if 0.
+  template <int kC>
+  __attribute__((noinline)) void find_best_of_tiles(const A* from, const A* weights, int64_t count,
+                                                    Outputs to) const {
+    for (int64_t i = 0; i < count; i += kTileVectors * kLanes<A>) {
+      Places<A> places[kTileChannels][kTileVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v, from += 16 * kLanes<A>) {
+        Vec<A> value[kTileChannels][2][2];
+        multiply_tiles<kC>(from, weights, value);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTileChannels; ++k) {
+          const Best<A> best = best_of_four(value[k]);
+          store<A>(to.values + k * to.values_step + i + v * kLanes<A>, best.value);
+          places[k][v] = best.place;
+        }
+      }
+      uint8_t* first = to.places + i;
+      store_pairs_of_places<A>(first, first + to.places_step, places[0], places[1]);
+    }
+  }
+
+  // A^T m A of the products m of each tile in two channels, all of them finite.
+  template <int kC>
+  GDFAST_INLINE void multiply_tiles(const A* from, const A* weights,
+                                    Vec<A> (&value)[kTileChannels][2][2]) const {
+    const int64_t channels = kC == 0 ? conv_.C : kC, step = lanes_.tiles_size();
+    const int64_t size = (1 + channels * 16) * kLanes<A>;
 #pragma GCC unroll 4
-          for (int k = 0; k < kChannels; ++k) {
-            Vec<A> weight = broadcast(weights[k]);
-            keep_in_register<A>(weight);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; ++j) sum[k][j / 2][j % 2] += weight * pixel[j / 2][j % 2];
-          }
+    for (int x = 0; x < 4; ++x) {
+      const auto factor = [&](int64_t c, int y) __attribute__((always_inline)) {
+        Vec<A> read = load(from + c * step + (y * 4 + x) * kLanes<A>);
+        keep_in_register<A>(read);  // it serves both channels
+        return read;
+      };
+      const auto weight = [&](int k, int64_t c, int y) __attribute__((always_inline)) {
+        return load(weights + k * size + (1 + c * 16 + y * 4 + x) * kLanes<A>);
+      };
+      // What the rows of the tile add to the upper and the lower values.
+      Vec<A> sums[kTileChannels][2];
+      Vec<A> read = factor(0, 1);
+#pragma GCC unroll 2
+      for (int k = 0; k < kTileChannels; ++k) {
+        sums[k][0] = weight(k, 0, 1) * read;
+        // One of the products counts in all four values: the bias goes with it.
+        if (x == 1) sums[k][0] += load(weights + k * size);
+      }
+      for (int64_t c = 1; c < channels; ++c) {
+        read = factor(c, 1);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTileChannels; ++k) sums[k][0] += weight(k, c, 1) * read;
+      }
+#pragma GCC unroll 2
+      for (int k = 0; k < kTileChannels; ++k) {
+        keep_in_register<A>(sums[k][0]);  // else it is multiplied twice
+        sums[k][1] = sums[k][0];
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        read = factor(c, 2);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTileChannels; ++k) {
+          Vec<A> both = weight(k, c, 2);
+          keep_in_register<A>(both);
+          sums[k][0] += both * read;
+          sums[k][1] -= both * read;
+        }
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        const Vec<A> first = factor(c, 0);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTileChannels; ++k) sums[k][0] += weight(k, c, 0) * first;
+        const Vec<A> last = factor(c, 3);
+#pragma GCC unroll 2
+        for (int k = 0; k < kTileChannels; ++k) sums[k][1] -= weight(k, c, 3) * last;
+      }
+#pragma GCC unroll 2
+      for (int k = 0; k < kTileChannels; ++k) {
+#pragma GCC unroll 2
+        for (int y = 0; y < 2; ++y) {
+          Vec<A>&left = value[k][y][0], &right = value[k][y][1];
+          left = x == 0 ? sums[k][y] : (x < 3 ? left + sums[k][y] : left);
+          right = x == 1 ? sums[k][y] : (x > 1 ? right - sums[k][y] : right);
         }
       }
     }
-#pragma GCC unroll 4
-    for (int k = 0; k < kChannels; ++k) best[k] = best_of_four(sum[k]);
   }
 
   // Of equal values the first.
   static GDFAST_INLINE Best<A> best_of_four(const Vec<A> (&sum)[2][2]) {
     const Places<A> right_above = sum[0][1] > sum[0][0], right_below = sum[1][1] > sum[1][0];
-    const Vec<A> above = right_above ? sum[0][1] : sum[0][0];
-    const Vec<A> below = right_below ? sum[1][1] : sum[1][0];
-    const Places<A> is_below = below > above;
-    const Places<A> right = is_below ? right_below : right_above;
-    // A mask of all bits set is the number -1.
-    Best<A> best = {is_below ? below : above, -(is_below + is_below + right)};
-    best.clamp();
-    return best;
+    const Vec<A> above = larger<A>(sum[0][1], sum[0][0]), below = larger<A>(sum[1][1], sum[1][0]);
+    const Places<A> is_below = below > above, right = is_below ? right_below : right_above;
+    const Vec<A> value = larger<A>(larger<A>(below, above), Vec<A>{});
+    // A mask of all bits set is the number -1, and nowhere.
+    const Places<A> clamped = value <= Vec<A>{};
+    return {value, clamped | -(is_below + is_below + right)};
   }
 
   // Values of kPlaces places of each window at a time, a divisor of their number.
@@ -297,7 +417,8 @@ class FusedPool {
   int threads_;
   WindowLanes<T> lanes_;
   int64_t taps_, places_, blocks_;
-  bool flat_;  // whether an image's outputs of one channel lie side by side
+  bool flat_;   // whether an image's outputs of one channel lie side by side
+  bool tiles_;  // whether there are tiles, and their values are of type T
   int64_t* tap_offsets_;
   int64_t* place_offsets_;
   A* weights_;

@@ -4,10 +4,8 @@
 // Vectors run over pooled outputs, as in the forward kernel. Every block of images has sums of its
 // own, which are added up in order: which thread made them does not matter.
 //
-// A 2x2 window and the 4x4 pixels that a 3x3 kernel sees from it are a tile of F(2x2, 3x3) (Lavin
-// and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): 16 products instead of
-// 36, whose factors are differences and sums of two pixels in either direction. Of the window's
-// four gradients one is not zero, so that those of the tile are that one or its negative.
+// Of the four gradients of a tile of F(2x2, 3x3) one is not zero, so that those that its factors
+// are multiplied by are that one or its negative.
 #include "kernels.h"
 #include "shares.h"
 #include "window_lanes.h"
@@ -19,7 +17,6 @@ namespace {
 constexpr int64_t kBlocks = 8;
 // Rows of a tile whose 4 sums each stay in registers, beside what makes up their factors.
 constexpr int kTileRows = kVectorRegisters == 32 ? 4 : 2;
-constexpr uint8_t kNowhereStored = static_cast<uint8_t>(kNowhere);
 
 template <typename T>
 class FusedGrad {
@@ -57,15 +54,17 @@ class FusedGrad {
       for (int64_t band = block * bands / blocks; band < (block + 1) * bands / blocks; ++band) {
         const int64_t n = band / lanes_.bands(), begin = band % lanes_.bands() * lanes_.band();
         const int64_t end = min_of(pool_.P, begin + lanes_.band());
-        const A largest = lanes_.fill(input_ + n * conv_.input.n, begin, end, scratch.lanes);
+        const T* image = input_ + n * conv_.input.n;
         // Differences of pixels must not overflow, nor spread what is not finite.
-        const bool tiles = tile_ > 0 && largest < std::numeric_limits<A>::max() / (1LL << 32);
-        if (tiles) transform_pixels((end - begin) * pool_.Q, scratch);
+        const bool tiles =
+            tile_ > 0 && lanes_.template fill<true>(image, begin, end, scratch.lanes) <
+                             std::numeric_limits<A>::max() / (1LL << 32);
+        if (!tiles) lanes_.template fill<false>(image, begin, end, scratch.lanes);
         for (int64_t k = begin_k; k < end_k; ++k) {
           const Gradients grads = gradients(n, k, begin, end, scratch.line);
           A* sums = scratch.sums + k * sums_size();
           if (tiles) {
-            add_tiles(grads, scratch.tiles, sums + (taps_ + 1) * kLanes<A>, sums);
+            add_tiles(grads, scratch.lanes.tiles, sums + (taps_ + 1) * kLanes<A>, sums);
           } else {
             add_products(grads, scratch, sums);
           }
@@ -81,9 +80,8 @@ class FusedGrad {
  private:
   struct Scratch {
     typename WindowLanes<T>::Scratch lanes;
-    A* tiles;  // [C][vectors of a band][4][4][kLanes]
-    A* line;   // one band of grad_output, where its own memory is not in that order and type
-    A* sums;   // [K][bias, taps, tiles][kLanes]
+    A* line;  // one band of grad_output, where its own memory is not in that order and type
+    A* sums;  // [K][bias, taps, tiles][kLanes]
   };
 
   // One channel's band of grad_output, and the place in its window that each value goes to.
@@ -105,7 +103,6 @@ class FusedGrad {
   Scratch carve(Carver& carver) const {
     Scratch scratch;
     scratch.lanes = lanes_.carve(carver);
-    scratch.tiles = carver.template take<A>(tile_ * lanes_.length());
     scratch.line = carver.template take<A>(lanes_.length());
     scratch.sums = carver.template take<A>(conv_.K * sums_size());
     return scratch;
@@ -133,74 +130,47 @@ class FusedGrad {
     return {values, places, (end - begin) * pool_.Q, whole};
   }
 
-  // What the gradients of tiles are multiplied by: B^T d B of the pixels d, for `count` outputs.
-  void transform_pixels(int64_t count, const Scratch& scratch) const {
-    const int64_t step = lanes_.length();
-    A* to = scratch.tiles;
-    for (int64_t c = 0; c < conv_.C; ++c) {
-      for (int64_t i = 0; i < count; i += kLanes<A>, to += 16 * kLanes<A>) {
-        const A* from = scratch.lanes.stretches + c * 16 * step + i;
-        Vec<A> rows[4][4];
-#pragma GCC unroll 4
-        for (int x = 0; x < 4; ++x) {
-          const Vec<A> d0 = load(from + x * step), d1 = load(from + (4 + x) * step);
-          const Vec<A> d2 = load(from + (8 + x) * step), d3 = load(from + (12 + x) * step);
-          rows[0][x] = d0 - d2;
-          rows[1][x] = d1 + d2;
-          rows[2][x] = d2 - d1;
-          rows[3][x] = d1 - d3;
-        }
-#pragma GCC unroll 4
-        for (int y = 0; y < 4; ++y) {
-          A* row = to + y * 4 * kLanes<A>;
-          store<A>(row, rows[y][0] - rows[y][2]);
-          store<A>(row + kLanes<A>, rows[y][1] + rows[y][2]);
-          store<A>(row + 2 * kLanes<A>, rows[y][2] - rows[y][1]);
-          store<A>(row + 3 * kLanes<A>, rows[y][1] - rows[y][3]);
-        }
-      }
-    }
-  }
-
-  // Adds the products of one channel's gradients with transformed pixels: [C][4][4][kLanes].
-  void add_tiles(const Gradients& grads, const A* tiles, A* sums, A* bias) const {
+  // Adds the products of one channel's gradients with the factors of tiles: [C][4][4][kLanes].
+  void add_tiles(const Gradients& grads, const A* factors, A* sums, A* bias) const {
     for (int64_t c = 0; c < conv_.C; ++c, sums += 16 * kLanes<A>) {
-      add_tile_rows<0>(grads, tiles, sums, c == 0 ? bias : nullptr);
-      if constexpr (kTileRows == 2) add_tile_rows<2>(grads, tiles, sums, nullptr);
-      tiles += ceil_div(grads.count, kLanes<A>) * 16 * kLanes<A>;
+      add_tile_rows<0>(grads, factors, sums, c == 0 ? bias : nullptr);
+      if constexpr (kTileRows == 2) add_tile_rows<2>(grads, factors, sums, nullptr);
+      factors += lanes_.tiles_size();
     }
   }
 
   // Rows [kFirst, kFirst + kTileRows).
   template <int kFirst>
-  void add_tile_rows(const Gradients& grads, const A* tiles, A* sums, A* bias) const {
+  void add_tile_rows(const Gradients& grads, const A* factors, A* sums, A* bias) const {
     Vec<A> sum[kTileRows][4], bias_sum{};
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * kTileRows; ++i) {
       sum[i / 4][i % 4] = load(sums + (kFirst * 4 + i) * kLanes<A>);
     }
-    const auto add = [&](Vec<A> grad, Places<A> place) __attribute__((always_inline)) {
-      constexpr int kSign = 8 * sizeof(A) - 1;
-      const Places<A> g = place == same_places<A>(kNowhereStored) ? Places<A>{} : (Places<A>)grad;
-      // Place 2 * a + b has row a and column b of the window: as signs, and as masks.
-      const Places<A> sign_a = place >> 1 << kSign, sign_b = place << kSign;
-      const Places<A> a = sign_a < Places<A>{}, b = sign_b < Places<A>{};
+    const auto add = [&](Vec<A> grad, Places<A> place, int64_t at) __attribute__((always_inline)) {
+      // Place 2 * a + b has row a and column b of the window.
+      const Places<A> one = same_places<A>(1), a = place > one, b = (place & one) == one;
+      const auto only = [](Vec<A> value, Places<A> mask) __attribute__((always_inline)) {
+        return (Vec<A>)((Places<A>)value & mask);
+      };
+      const Vec<A> g = only(grad, place >= Places<A>{});
       // A y of the two gradients y of a column or row, but the last with the other sign.
-      const Places<A> rows[4] = {g & ~a, g, g ^ sign_a, g & a};
-      if constexpr (kFirst == 0) bias_sum += (Vec<A>)g;
+      // Differences are exact, of a number and itself or 0, and need neither more masks nor their
+      // units.
+      const Vec<A> last_row = only(g, a), first_row = g - last_row;
+      const Vec<A> rows[4] = {first_row, g, first_row - last_row, last_row};
+      if constexpr (kFirst == 0) bias_sum += g;
+      const A* factor = factors + at * 16 + kFirst * 4 * kLanes<A>;
 #pragma GCC unroll 4
-      for (int y = 0; y < kTileRows; ++y) {
-        const Places<A> row = rows[kFirst + y];
-        const Places<A> factors[4] = {row & ~b, row, row ^ sign_b, row & b};
-#pragma GCC unroll 4
-        for (int x = 0; x < 4; ++x) {
-          sum[y][x] += (Vec<A>)factors[x] * load(tiles + ((kFirst + y) * 4 + x) * kLanes<A>);
-        }
+      for (int y = 0; y < kTileRows; ++y, factor += 4 * kLanes<A>) {
+        const Vec<A> row = rows[kFirst + y], last = only(row, b), first = row - last;
+        sum[y][0] += first * load(factor);
+        sum[y][1] += row * load(factor + kLanes<A>);
+        sum[y][2] += (first - last) * load(factor + 2 * kLanes<A>);
+        sum[y][3] += last * load(factor + 3 * kLanes<A>);
       }
-      tiles += 16 * kLanes<A>;
     };
-    for_vectors(grads, [&](Vec<A> grad, Places<A> place, int64_t)
-                           __attribute__((always_inline)) { add(grad, place); });
+    for_vectors<int8_t>(grads, add);
 #pragma GCC unroll 16
     for (int i = 0; i < 4 * kTileRows; ++i) {
       store<A>(sums + (kFirst * 4 + i) * kLanes<A>, sum[i / 4][i % 4]);
@@ -208,26 +178,27 @@ class FusedGrad {
     if (bias != nullptr) store<A>(bias, load(bias) + bias_sum);
   }
 
-  // Calls add with gradients, their places and the index of the first of them.
-  template <typename Add>
+  // Calls add with gradients, their places read as type I, and the index of the first of them.
+  template <typename I, typename Add>
   GDFAST_INLINE void for_vectors(const Gradients& grads, const Add& add) const {
+    const I* places = reinterpret_cast<const I*>(grads.places);
     int64_t i = 0;
     for (; i + kLanes<A> <= grads.count; i += kLanes<A>) {
-      add(load(grads.values + i), load_places<A>(grads.places + i), i);
+      add(load(grads.values + i), load_places<A>(places + i), i);
     }
     if (i < grads.count) {
       A values[kLanes<A>] = {};
-      uint8_t places[kLanes<A>] = {};
+      I few[kLanes<A>] = {};
       Places<A> lane;
       for (int x = 0; x < kLanes<A>; ++x) lane[x] = x;
       const int64_t rest = grads.count - i;
       if (!grads.whole) {
         std::memcpy(values, grads.values + i, rest * sizeof(A));
-        std::memcpy(places, grads.places + i, rest);
+        std::memcpy(few, places + i, rest);
       }
       const Vec<A> grad = load(grads.whole ? grads.values + i : values);
-      const Places<A> place = load_places<A>(grads.whole ? grads.places + i : places);
-      add(grad, lane < same_places<A>(rest) ? place : same_places<A>(kNowhereStored), i);
+      const Places<A> place = load_places<A>(grads.whole ? places + i : few);
+      add(grad, lane < same_places<A>(rest) ? place : same_places<A>(I(kNowhere)), i);
     }
   }
 
@@ -263,7 +234,7 @@ class FusedGrad {
     if constexpr (kBias) bias_sum = load(sums);
     const auto add = [&](Vec<A> grad, Places<A> place, int64_t i) __attribute__((always_inline)) {
       if constexpr (kBias) {
-        bias_sum += place == same_places<A>(kNowhereStored) ? Vec<A>{} : grad;
+        bias_sum += place == same_places<A>(uint8_t(kNowhere)) ? Vec<A>{} : grad;
       }
       // Each gradient belongs to one place; at the others it counts as zero.
       for (int64_t j = 0; j < places_ && kTaps > 0; ++j) {
@@ -275,7 +246,7 @@ class FusedGrad {
         }
       }
     };
-    for_vectors(grads, add);
+    for_vectors<uint8_t>(grads, add);
 #pragma GCC unroll 9
     for (int t = 0; t < kTaps; ++t) store<A>(to + t * kLanes<A>, sum[t]);
     if constexpr (kBias) store<A>(sums, bias_sum);

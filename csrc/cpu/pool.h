@@ -32,11 +32,14 @@ GDFAST_INLINE Places<A> load_places(const I* from) {
 #if defined(__AVX512F__)
   if constexpr (kBytes) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return (Places<A>)_mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    return (Places<A>)(std::is_signed_v<I> ? _mm512_maskz_cvtepi8_epi32(0xffff, bytes)
+                                           : _mm512_maskz_cvtepu8_epi32(0xffff, bytes));
   }
 #elif defined(__AVX2__)
   if constexpr (kBytes) {
-    return (Places<A>)_mm256_cvtepu8_epi32(_mm_loadu_si64(from));
+    const __m128i bytes = _mm_loadu_si64(from);
+    return (Places<A>)(std::is_signed_v<I> ? _mm256_cvtepi8_epi32(bytes)
+                                           : _mm256_cvtepu8_epi32(bytes));
   }
 #endif
   typedef I Narrow __attribute__((vector_size(kLanes<A> * sizeof(I))));
@@ -70,23 +73,28 @@ GDFAST_INLINE void store_places(I* to, Places<A> places) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// The same for two vectors of places below 128, or nowhere.
+// The same for two pairs of vectors of places below 128, or nowhere. Stores that are not aligned
+// take as long for 8 bytes as for 16.
 template <typename A>
-GDFAST_INLINE void store_two_places(uint8_t* to, uint8_t* other_to, Places<A> places,
-                                    Places<A> other) {
+GDFAST_INLINE void store_pairs_of_places(uint8_t* to, uint8_t* other_to,
+                                         const Places<A> (&places)[2],
+                                         const Places<A> (&other)[2]) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
-    const __m256i words = _mm256_packs_epi32((__m256i)places, (__m256i)other);
-    const __m256i bytes = _mm256_packs_epi16(words, words);  // four of each, in either half
-    const __m128i both =
-        _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-    _mm_storeu_si64(to, both);
-    _mm_storeu_si64(other_to, _mm_unpackhi_epi64(both, both));
+    const __m256i bytes =
+        _mm256_packs_epi16(_mm256_packs_epi32((__m256i)places[0], (__m256i)other[0]),
+                           _mm256_packs_epi32((__m256i)places[1], (__m256i)other[1]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);  // of fours of places
+    const __m256i both = _mm256_permutevar8x32_epi32(bytes, order);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(both));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(other_to), _mm256_extracti128_si256(both, 1));
     return;
   }
 #endif
-  store_places<A>(to, places);
-  store_places<A>(other_to, other);
+  for (int i = 0; i < 2; ++i) {
+    store_places<A>(to + i * kLanes<A>, places[i]);
+    store_places<A>(other_to + i * kLanes<A>, other[i]);
+  }
 }
 
 template <typename A, typename T>
@@ -123,6 +131,15 @@ GDFAST_INLINE Vec<A> rounded(Vec<A> value) {
     for (int i = 0; i < kLanes<A>; ++i) lanes[i] = widen(narrow<T>(lanes[i]));
     return load(lanes);
   }
+}
+
+// The larger of each two numbers. GCC makes a comparison and a choice of it otherwise.
+template <typename A>
+GDFAST_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return (Vec<A>)_mm256_max_ps((__m256)a, (__m256)b);
+#endif
+  return a > b ? a : b;
 }
 
 // The largest values so far, and where they were.

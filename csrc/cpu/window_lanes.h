@@ -3,7 +3,12 @@
 // Output (p, q) sees pixel (y, x) of a patch of its own, which begins at line p * step_h - pad_h
 // and column q * step_w - pad_w. Value (c, y, x) of the patches of all outputs of a band lies in
 // one stretch, in the order of the outputs: a value of the convolution is then a sum of stretches,
-// each times one weight, and so is its gradient in the weight.
+// each times one weight, and so is its gradient in the weight. Pixel y + step_h of a patch is pixel
+// y of the patch below: the stretch of the one is that of the other from its second line on.
+//
+// A 2x2 window and the 4x4 pixels that a 3x3 kernel sees from it are a tile of F(2x2, 3x3) (Lavin
+// and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): 16 products instead of
+// 36, whose factors are differences and sums of two pixels in either direction.
 #pragma once
 
 #include <limits>
@@ -33,62 +38,70 @@ class WindowLanes {
     // Whole vectors are read beyond the last column.
     columns_ =
         left_ + max_of(round_up(pool.Q, kLanes<A>) + max_of(0, last), ceil_div(conv.W, step_w_));
-    whole_ = conv.W / step_w_;
-    rest_ = conv.W % step_w_;
-    const int64_t per_line = conv.C * (height_ * width_ * pool.Q + step_h_ * line_size());
+    heights_ = min_of(step_h_, height_);
+    const int64_t per_output = heights_ * width_ + (is_square_ ? 16 : 0);
+    const int64_t per_line = conv.C * per_output * pool.Q + step_h_ * line_size();
     band_ = min_of(pool.P, max_of(1, kBytes / (per_line * static_cast<int64_t>(sizeof(A)))));
     bands_ = ceil_div(pool.P, band_);
     band_ = ceil_div(pool.P, bands_);
-    length_ = round_up(band_ * pool.Q, kLanes<A>) + kLanes<A>;
+    const int64_t below = (height_ - 1) / step_h_;
+    length_ = round_up((band_ + below) * pool.Q, kLanes<A>) + kLanes<A>;
   }
 
   int64_t band() const { return band_; }      // lines of outputs
   int64_t bands() const { return bands_; }    // of one image
-  int64_t length() const { return length_; }  // from one stretch to the next
+  int64_t length() const { return length_; }  // of a stretch, at least
   // Whether a 3x3 kernel and a 2x2 window see patches of 4x4 pixels.
   bool is_square() const { return is_square_; }
   int64_t stretch(int64_t c, int64_t y, int64_t x) const {
-    return ((c * height_ + y) * width_ + x) * length_;
+    const int64_t height = y % step_h_, below = y / step_h_;
+    return ((c * heights_ + height) * width_ + x) * length_ + below * outputs_w_;
   }
+  // From the tiles of one channel to those of the next.
+  int64_t tiles_size() const { return is_square_ ? 16 * length_ : 0; }
 
   struct Scratch {
-    A* stretches;  // [C][height][width][length]
+    A* stretches;  // [C][heights][width][length]
+    A* tiles;      // [C][length / kLanes][4][4][kLanes]
     A* lines;      // [(band - 1) * step_h + height][step_w][columns]
     A* line;       // one line in order
   };
   Scratch carve(Carver& carver) const {
-    return {carver.template take<A>(conv_.C * height_ * width_ * length_),
-            carver.template take<A>(line_count(band_) * line_size()),
+    return {carver.template take<A>(conv_.C * heights_ * width_ * length_),
+            carver.template take<A>(conv_.C * tiles_size()),
+            carver.template take<A>(line_count(band_) * line_size() + kLanes<A>),
             carver.template take<A>(conv_.W)};
   }
 
-  // Sorts what output lines [begin, end) of one image see. Returns the largest magnitude there is
-  // among it, a NaN where there is one.
+  // Sorts what output lines [begin, end) of one image see, or makes the factors of their tiles of
+  // it. Returns the largest magnitude there is among the pixels, a NaN where there is one.
+  template <bool kTiles>
   A fill(const T* image, int64_t begin, int64_t end, const Scratch& scratch) const {
-    const int64_t used = (end - begin) * outputs_w_;
+    const int64_t count = line_count(end - begin);
     PlaceOf<A> largest = 0;
     for (int64_t c = 0; c < conv_.C; ++c) {
-      for (int64_t i = 0; i < line_count(end - begin); ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         copy_line(image + c * conv_.input.c, begin * step_h_ - conv_.pad_h + i,
                   scratch.lines + i * line_size(), scratch.line);
       }
-      const int64_t count = line_count(end - begin) * line_size();
-      const PlaceOf<A> magnitude = largest_magnitude(scratch.lines, count);
+      const PlaceOf<A> magnitude = largest_magnitude(scratch.lines, count * line_size());
       largest = magnitude > largest ? magnitude : largest;
-      for (int64_t x = 0; x < width_; ++x) {
-        const int64_t w = x - conv_.pad_w, shift = floor_quotient(w, step_w_);
-        const A* from = scratch.lines + (w - shift * step_w_) * columns_ + left_ + shift;
-        for (int64_t y = 0; y < height_; ++y, from += line_size()) {
-          A* to = scratch.stretches + stretch(c, y, x);
-          if (outputs_w_ <= kLanes<A>) {
-            copy_outputs<1>(from, end - begin, to);
-          } else if (outputs_w_ <= 2 * kLanes<A>) {
-            copy_outputs<2>(from, end - begin, to);
+      for (int64_t height = 0; height < heights_; ++height) {
+        A* to = scratch.stretches + stretch(c, height, 0);
+        for (int64_t i = height; i < count; i += step_h_, to += outputs_w_) {
+          const A* line = scratch.lines + i * line_size();
+          if constexpr (kTiles) {
+            transform_line(line, to);
           } else {
-            copy_outputs<0>(from, end - begin, to);
+            for (int64_t x = 0; x < width_; ++x) copy_line_of(line + column(x), to + x * length_);
           }
-          store<A>(to + used, Vec<A>{});
         }
+        // What is read beyond the last output is a number.
+        for (int64_t x = 0; x < width_; ++x) store<A>(to + x * length_, Vec<A>{});
+      }
+      if constexpr (kTiles) {
+        transform_columns(scratch.stretches + stretch(c, 0, 0), (end - begin) * outputs_w_,
+                          scratch.tiles + c * tiles_size());
       }
     }
     A magnitude;
@@ -97,14 +110,46 @@ class WindowLanes {
   }
 
  private:
-  // Of every step_h-th line what its outputs see, kVectors vectors of it or, if 0, as many as there
-  // are. What a line writes past its end, the next one writes over.
-  template <int kVectors>
-  void copy_outputs(const A* from, int64_t lines, A* to) const {
-    const int64_t step = step_h_ * line_size();
-    const int64_t width = kVectors == 0 ? outputs_w_ : kVectors * kLanes<A>;
-    for (int64_t p = 0; p < lines; ++p, from += step, to += outputs_w_) {
-      for (int64_t q = 0; q < width; q += kLanes<A>) store<A>(to + q, load(from + q));
+  // Where in a sorted line the first output sees its column x.
+  int64_t column(int64_t x) const {
+    const int64_t w = x - conv_.pad_w, shift = floor_quotient(w, step_w_);
+    return (w - shift * step_w_) * columns_ + left_ + shift;
+  }
+
+  // What one column's pixels of a line of outputs are, in whole vectors: what is written past its
+  // end, the next line writes over.
+  void copy_line_of(const A* from, A* to) const {
+    for (int64_t q = 0; q < outputs_w_; q += kLanes<A>) store<A>(to + q, load(from + q));
+  }
+
+  // The same for all four columns of a tile, d B of its pixels d.
+  void transform_line(const A* line, A* to) const {
+    const A *at0 = line + column(0), *at1 = line + column(1);
+    const A *at2 = line + column(2), *at3 = line + column(3);
+    for (int64_t q = 0; q < outputs_w_; q += kLanes<A>, to += kLanes<A>) {
+      const Vec<A> d0 = load(at0 + q), d1 = load(at1 + q), d2 = load(at2 + q), d3 = load(at3 + q);
+      store<A>(to, d0 - d2);
+      store<A>(to + length_, d1 + d2);
+      store<A>(to + 2 * length_, d2 - d1);
+      store<A>(to + 3 * length_, d1 - d3);
+    }
+  }
+
+  // B^T times that, for `count` outputs.
+  void transform_columns(const A* from, int64_t count, A* to) const {
+    const A *row1 = from + stretch(0, 1, 0), *row2 = from + stretch(0, 2, 0);
+    const A* row3 = from + stretch(0, 3, 0);
+    for (int64_t i = 0; i < count; i += kLanes<A>, to += 16 * kLanes<A>) {
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; ++x) {
+        const int64_t at = i + x * length_;
+        const Vec<A> d0 = load(from + at), d1 = load(row1 + at);
+        const Vec<A> d2 = load(row2 + at), d3 = load(row3 + at);
+        store<A>(to + x * kLanes<A>, d0 - d2);
+        store<A>(to + (4 + x) * kLanes<A>, d1 + d2);
+        store<A>(to + (8 + x) * kLanes<A>, d2 - d1);
+        store<A>(to + (12 + x) * kLanes<A>, d1 - d3);
+      }
     }
   }
 
@@ -135,12 +180,9 @@ class WindowLanes {
       if (conv_.input.w == 1) in_order = from;
     }
     if (in_order == line) copy_widened(from, conv_.input.w, conv_.W, line);
+    // Zeros to the left and to the right.
+    for (int64_t x = 0; x < line_size(); x += kLanes<A>) store<A>(to + x, Vec<A>{});
     split_phases(in_order, conv_.W, step_w_, to + left_, columns_);
-    for (int64_t phase = 0; phase < step_w_; ++phase, to += columns_) {
-      const int64_t count = whole_ + (phase < rest_ ? 1 : 0);
-      for (int64_t x = 0; x < left_; ++x) to[x] = A(0);
-      for (int64_t x = left_ + count; x < columns_; ++x) to[x] = A(0);
-    }
   }
 
   const Conv2dProblem& conv_;
@@ -148,8 +190,8 @@ class WindowLanes {
   int64_t step_h_, step_w_;
   int64_t height_, width_;  // of a patch
   bool is_square_;
+  int64_t heights_;  // lines of a patch that are in no other's first ones
   int64_t left_, columns_;
-  int64_t whole_, rest_;  // pixels of a line in each phase, and phases that have one more
   int64_t band_, bands_, length_;
 };
 
