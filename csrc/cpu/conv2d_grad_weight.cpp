@@ -365,7 +365,7 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
           return;
         }
         if (p.algorithm == Algorithm::kWinograd && winograd_stride2_fits(p)) {
-          Stride2GradWeight(p, grad_output, input, grad_weight, grad_bias, threads).run();
+          run_stride2_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
           return;
         }
       }
