@@ -3,8 +3,7 @@
 // Output (p, q) sees pixel (y, x) of a patch of its own, which begins at line p * step_h - pad_h
 // and column q * step_w - pad_w. Value (c, y, x) of the patches of all outputs of a band lies in
 // one stretch, in the order of the outputs: a value of the convolution is then a sum of stretches,
-// each times one weight, and so is its gradient in the weight. Pixel y + step_h of a patch is pixel
-// y of the patch below: the stretch of the one is that of the other from its second line on.
+// each times one weight, and so is its gradient in the weight.
 //
 // A 2x2 window and the 4x4 pixels that a 3x3 kernel sees from it are a tile of F(2x2, 3x3) (Lavin
 // and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016): 16 products instead of
@@ -38,13 +37,12 @@ class WindowLanes {
     // Whole vectors are read beyond the last column.
     columns_ =
         left_ + max_of(round_up(pool.Q, kLanes<A>) + max_of(0, last), ceil_div(conv.W, step_w_));
-    heights_ = min_of(step_h_, height_);
-    const int64_t per_output = heights_ * width_ + (is_square_ ? 16 : 0);
+    const int64_t per_output = height_ * width_ + (is_square_ ? 16 : 0);
     const int64_t per_line = conv.C * per_output * pool.Q + step_h_ * line_size();
     band_ = min_of(pool.P, max_of(1, kBytes / (per_line * static_cast<int64_t>(sizeof(A)))));
     bands_ = ceil_div(pool.P, band_);
     band_ = ceil_div(pool.P, bands_);
-    const int64_t below = (height_ - 1) / step_h_;
+    const int64_t below = is_square_ ? 3 / step_h_ : 0;  // a tile's lines that others begin with
     length_ = round_up((band_ + below) * pool.Q, kLanes<A>) + kLanes<A>;
   }
 
@@ -54,20 +52,19 @@ class WindowLanes {
   // Whether a 3x3 kernel and a 2x2 window see patches of 4x4 pixels.
   bool is_square() const { return is_square_; }
   int64_t stretch(int64_t c, int64_t y, int64_t x) const {
-    const int64_t height = y % step_h_, below = y / step_h_;
-    return ((c * heights_ + height) * width_ + x) * length_ + below * outputs_w_;
+    return ((c * height_ + y) * width_ + x) * length_;
   }
   // From the tiles of one channel to those of the next.
   int64_t tiles_size() const { return is_square_ ? 16 * length_ : 0; }
 
   struct Scratch {
-    A* stretches;  // [C][heights][width][length]
+    A* stretches;  // [C][height][width][length]
     A* tiles;      // [C][length / kLanes][4][4][kLanes]
     A* lines;      // [(band - 1) * step_h + height][step_w][columns]
     A* line;       // one line in order
   };
   Scratch carve(Carver& carver) const {
-    return {carver.template take<A>(conv_.C * heights_ * width_ * length_),
+    return {carver.template take<A>(conv_.C * height_ * width_ * length_),
             carver.template take<A>(conv_.C * tiles_size()),
             carver.template take<A>(line_count(band_) * line_size() + kLanes<A>),
             carver.template take<A>(conv_.W)};
@@ -86,22 +83,12 @@ class WindowLanes {
       }
       const PlaceOf<A> magnitude = largest_magnitude(scratch.lines, count * line_size());
       largest = magnitude > largest ? magnitude : largest;
-      for (int64_t height = 0; height < heights_; ++height) {
-        A* to = scratch.stretches + stretch(c, height, 0);
-        for (int64_t i = height; i < count; i += step_h_, to += outputs_w_) {
-          const A* line = scratch.lines + i * line_size();
-          if constexpr (kTiles) {
-            transform_line(line, to);
-          } else {
-            for (int64_t x = 0; x < width_; ++x) copy_line_of(line + column(x), to + x * length_);
-          }
-        }
-        // What is read beyond the last output is a number.
-        for (int64_t x = 0; x < width_; ++x) store<A>(to + x * length_, Vec<A>{});
-      }
+      A* const to = scratch.stretches + stretch(c, 0, 0);
       if constexpr (kTiles) {
-        transform_columns(scratch.stretches + stretch(c, 0, 0), (end - begin) * outputs_w_,
-                          scratch.tiles + c * tiles_size());
+        transform_lines(scratch.lines, count, to);
+        transform_columns(to, (end - begin) * outputs_w_, scratch.tiles + c * tiles_size());
+      } else {
+        copy_lines(scratch.lines, end - begin, to);
       }
     }
     A magnitude;
@@ -116,35 +103,56 @@ class WindowLanes {
     return (w - shift * step_w_) * columns_ + left_ + shift;
   }
 
-  // What one column's pixels of a line of outputs are, in whole vectors: what is written past its
-  // end, the next line writes over.
-  void copy_line_of(const A* from, A* to) const {
-    for (int64_t q = 0; q < outputs_w_; q += kLanes<A>) store<A>(to + q, load(from + q));
+  // To every pixel of a patch its stretch, in whole vectors: what is written past the end of a line
+  // of outputs, the next line writes over. What is read beyond the last output is a number.
+  void copy_lines(const A* lines, int64_t count, A* to) const {
+    for (int64_t y = 0; y < height_; ++y) {
+      for (int64_t x = 0; x < width_; ++x, to += length_) {
+        const A* from = lines + y * line_size() + column(x);
+        for (int64_t p = 0; p < count; ++p, from += step_h_ * line_size()) {
+          for (int64_t q = 0; q < outputs_w_; q += kLanes<A>) {
+            store<A>(to + p * outputs_w_ + q, load(from + q));
+          }
+        }
+        store<A>(to + count * outputs_w_, Vec<A>{});
+      }
+    }
   }
 
-  // The same for all four columns of a tile, d B of its pixels d.
-  void transform_line(const A* line, A* to) const {
-    const A *at0 = line + column(0), *at1 = line + column(1);
-    const A *at2 = line + column(2), *at3 = line + column(3);
-    for (int64_t q = 0; q < outputs_w_; q += kLanes<A>, to += kLanes<A>) {
-      const Vec<A> d0 = load(at0 + q), d1 = load(at1 + q), d2 = load(at2 + q), d3 = load(at3 + q);
-      store<A>(to, d0 - d2);
-      store<A>(to + length_, d1 + d2);
-      store<A>(to + 2 * length_, d2 - d1);
-      store<A>(to + 3 * length_, d1 - d3);
+  // Lines y, y + step_h and so on of all tiles in one stretch, whose pixels y + step_h are thus
+  // those of y from the second line of outputs on: the pixels d of a line as d B.
+  void transform_lines(const A* lines, int64_t count, A* to) const {
+    const A *at0 = lines + column(0), *at1 = lines + column(1);
+    const A *at2 = lines + column(2), *at3 = lines + column(3);
+    for (int64_t y = 0; y < min_of(step_h_, 4); ++y, to += 4 * length_) {
+      int64_t i = 0;
+      for (int64_t line = y; line < count; line += step_h_, i += outputs_w_) {
+        const int64_t from = line * line_size();
+        for (int64_t q = 0; q < outputs_w_; q += kLanes<A>) {
+          const Vec<A> d0 = load(at0 + from + q), d1 = load(at1 + from + q);
+          const Vec<A> d2 = load(at2 + from + q), d3 = load(at3 + from + q);
+          store<A>(to + i + q, d0 - d2);
+          store<A>(to + length_ + i + q, d1 + d2);
+          store<A>(to + 2 * length_ + i + q, d2 - d1);
+          store<A>(to + 3 * length_ + i + q, d1 - d3);
+        }
+      }
+      for (int64_t x = 0; x < 4; ++x) store<A>(to + x * length_ + i, Vec<A>{});
     }
   }
 
   // B^T times that, for `count` outputs.
-  void transform_columns(const A* from, int64_t count, A* to) const {
-    const A *row1 = from + stretch(0, 1, 0), *row2 = from + stretch(0, 2, 0);
-    const A* row3 = from + stretch(0, 3, 0);
+  void transform_columns(const A* stretches, int64_t count, A* to) const {
+    const A* rows[4];
+    for (int64_t y = 0; y < 4; ++y) {
+      rows[y] = stretches + y % step_h_ * 4 * length_ + y / step_h_ * outputs_w_;
+    }
     for (int64_t i = 0; i < count; i += kLanes<A>, to += 16 * kLanes<A>) {
 #pragma GCC unroll 4
       for (int x = 0; x < 4; ++x) {
         const int64_t at = i + x * length_;
-        const Vec<A> d0 = load(from + at), d1 = load(row1 + at);
-        const Vec<A> d2 = load(row2 + at), d3 = load(row3 + at);
+        const Vec<A> d0 = load(rows[0] + at), d1 = load(rows[1] + at);
+        const Vec<A> d2 = load(rows[2] + at), d3 = load(rows[3] + at);
         store<A>(to + x * kLanes<A>, d0 - d2);
         store<A>(to + (4 + x) * kLanes<A>, d1 + d2);
         store<A>(to + (8 + x) * kLanes<A>, d2 - d1);
