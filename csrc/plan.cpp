@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kPlanCapsule = "gdfast.plan";
 constexpr Py_ssize_t kMostOfPlan = 32;
-constexpr Py_ssize_t kMostOfLaunch = 16;
+constexpr Py_ssize_t kMostOfLaunch = 24;
 constexpr uintptr_t kAlignment = 16;
 
 using Numbers = std::vector<Py_ssize_t>;
@@ -75,7 +75,7 @@ bool read_steps(PyObject* launches, Py_ssize_t count, Plan* plan) {
     step.launch = static_cast<const Launch*>(PyCapsule_GetPointer(capsule, kLaunchCapsule));
     if (step.launch == nullptr || !read(tensors, -1, count, &step.tensors)) return false;
     if (static_cast<Py_ssize_t>(step.tensors.size()) > kMostOfLaunch) {
-      PyErr_SetString(PyExc_ValueError, "make_plan: launches: expected at most 16 tensors");
+      PyErr_SetString(PyExc_ValueError, "make_plan: launches: expected at most 24 tensors");
       return false;
     }
     Py_INCREF(capsule);
