@@ -97,7 +97,8 @@ class _Costs(NamedTuple):
     planes: float  # what the direct kernels take longer where channels do not lie side by side
 
 
-# By stride and operation, fitted to times of AVX2 kernels: see `benchmarks/cost_model.py`.
+# By stride and operation, fitted to times of AVX2 kernels, and taken for the others too, which were
+# not timed: see `benchmarks/cost_model.py`.
 _COSTS = {
     (1, "conv2d"): _Costs(1.4, 12, 340, 390, 1.1),
     (1, "conv2d_grad_input"): _Costs(1.5, 56, 210, 340, 1.2),
@@ -110,7 +111,7 @@ _DIRECT_PRODUCT = 1.14
 # Sums of a tile; its outputs along an axis, and its products there beyond 5.
 _SUMS = {(2, "conv2d"): 25, (2, "conv2d_grad_input"): 49, (2, "conv2d_grad_weight"): 25}
 _TILE = {1: (4, 1), 2: (3, 2)}
-# What Winograd must be better by before it is preferred: it costs accuracy.
+# What Winograd must be better by before it is preferred: it costs accuracy, within a stated bound.
 _MARGIN = 0.95
 
 

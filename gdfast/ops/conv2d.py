@@ -12,18 +12,11 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from gdfast.backends import chosen, fall_back, tuning
-from gdfast.geometry import (
-    integer,
-    named_padding,
-    pair,
-)
+from gdfast.geometry import integer, named_padding, pair
 from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d_autograd import conv
 from gdfast.ops.conv2d_layer import Layer
-from gdfast.ops.ordinary import (
-    is_watched,
-    ordinary_facts,
-)
+from gdfast.ops.ordinary import is_watched, ordinary_facts
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Asked once: torch.compile of torch 2.11 cannot trace the question.

@@ -32,11 +32,7 @@ _MOST_BACKWARD = 64  # layouts and subsets of gradients that one layer meets
 
 
 class Layer:
-    """A layer on tensors of certain sizes that has run before, and the kernels that it ran.
-
-    What stands before the kernels of an operation is gone through once: after a large kernel, with
-    cold caches, it takes as long as a small layer.
-    """
+    """A layer on tensors of certain sizes that has run before, and the kernels that it ran."""
 
     def __init__(
         self, kernel: Callable[..., Any], input: Tensor, weight: Tensor, has_bias: bool,
@@ -73,7 +69,7 @@ class Layer:
         if self._is_native is None and self.arguments[-1] == AUTO:
             of_layer = layer_key(input, weight, self._has_bias, self.arguments)
             self._is_native = dispatch.all_native.get(of_layer)
-        if self._is_native and input.requires_grad and weight.requires_grad:
+        if self._is_native and input.requires_grad and weight.requires_grad:  # without autocast
             stride, padding, dilation, groups, _ = self.arguments
             return F.conv2d(input, weight, bias, stride, padding[:2], dilation, groups)
         return _apply_layer(input, weight, bias, self)

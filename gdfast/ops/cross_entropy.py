@@ -46,8 +46,9 @@ def cross_entropy(
 
     input [N, C], target [N]: classes. Ours are up to 8,192 float32 logits on the CPU with reduction
     "mean" or "sum", label smoothing and ignored classes, without weights; sums are taken in
-    float64. All else, and what a transform or torch.compile calls, runs on native PyTorch, without
-    a warning. Raises what native raises.
+    float64. Unlike native's, backward must find the logits unchanged. All else, and what a
+    transform or torch.compile calls, runs on native PyTorch, without a warning. Raises what native
+    raises.
     """
     settings = size_average, ignore_index, reduce, reduction, label_smoothing
     if has_torch_function_variadic(input, target, weight):
