@@ -70,8 +70,7 @@ void bind_batch_norm(py::module_& m) {
       },
       py::arg("problem"), py::arg("training"),
       "A launch of batch_norm, on input, weight, bias, running_mean, running_var, residual, "
-      "output, "
-      "mean, invstd, none, and a counter of batches, to which it adds 1.");
+      "output, mean, invstd, none, and a counter of batches, to which it adds 1.");
   m.def(
       "batch_norm_backward_launch",
       [](const BatchNormProblem& problem, bool training, const std::string& pre_activation) {

@@ -1,7 +1,8 @@
 #include "plan.h"
 
 #include <exception>
-#include <string>
+#include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "launch.h"
@@ -92,8 +93,12 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
                         &parts, &PyTuple_Type, &launches, &results, &aligned, &written)) {
     return nullptr;
   }
+  if (given < 0 || given > kMostOfPlan) {
+    PyErr_SetString(PyExc_ValueError, "make_plan: given: expected 0 to 32 tensors");
+    return nullptr;
+  }
   const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh), all = count + PyTuple_GET_SIZE(parts);
-  if (given < 0 || all > kMostOfPlan || (all > count && count == given)) {
+  if (all > kMostOfPlan || (all > count && count == given)) {
     PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 32 tensors");
     return nullptr;
   }
@@ -134,25 +139,39 @@ bool make_fresh(const Plan& plan, Tensors* tensors) {
   return true;
 }
 
+// As what a kernel throws is raised where Python calls it by itself.
+void raise(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::invalid_argument& thrown) {
+    PyErr_SetString(PyExc_ValueError, thrown.what());
+  } catch (const std::exception& thrown) {
+    PyErr_SetString(PyExc_RuntimeError, thrown.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "run_plan: a kernel failed");
+  }
+}
+
 bool launch_all(const Plan& plan, const Tensors& tensors, const Call& call) {
-  std::string error;
+  std::exception_ptr error;
   Py_BEGIN_ALLOW_THREADS;
   try {
     for (const Step& step : plan.steps) {
-      void* addresses[kMostOfLaunch];
+      void* addresses[kMostOfLaunch] = {};
       void** next = addresses;
       for (Py_ssize_t tensor : step.tensors) {
         *next++ = tensor < 0 ? nullptr : tensors.addresses[tensor];
       }
       (*step.launch)(addresses, call);
     }
-  } catch (const std::exception& thrown) {
-    error = thrown.what();
-    if (error.empty()) error = "run_plan: a kernel failed";
+  } catch (...) {
+    error = std::current_exception();
   }
   Py_END_ALLOW_THREADS;
-  if (!error.empty()) PyErr_SetString(PyExc_RuntimeError, error.c_str());
-  return error.empty();
+  if (error) raise(error);
+  return !error;
 }
 
 PyObject* chosen(const Numbers& numbers, const Tensors& tensors) {
@@ -194,15 +213,16 @@ PyObject* run_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t number : plan->aligned) {
     if (reinterpret_cast<uintptr_t>(tensors.addresses[number]) % kAlignment) Py_RETURN_NONE;
   }
-  if (!make_fresh(*plan, &tensors) || !launch_all(*plan, tensors, call)) return nullptr;
-  if (!plan->written.empty()) {
-    PyObject* const changed = chosen(plan->written, tensors);
-    if (changed == nullptr) return nullptr;
-    const bool told = tell_versions(changed);
-    Py_DECREF(changed);
-    if (!told) return nullptr;
+  PyObject* const changed = chosen(plan->written, tensors);
+  if (changed == nullptr) return nullptr;
+  PyObject* results = nullptr;
+  // Versions rise before the launches: one that fails may have written.
+  if (make_fresh(*plan, &tensors) && (plan->written.empty() || tell_versions(changed)) &&
+      launch_all(*plan, tensors, call)) {
+    results = chosen(plan->results, tensors);
   }
-  return chosen(plan->results, tensors);
+  Py_DECREF(changed);
+  return results;
 }
 
 PyMethodDef methods[] = {

@@ -111,8 +111,11 @@ PyObject* make_memo(PyObject*, PyObject* arguments) {
 int is_kept(const Kept& kept) {
   PyObject* const now = PyDict_GetItemWithError(kept.dict, kept.key);
   if (now == nullptr) return PyErr_Occurred() ? -1 : kept.value == Py_NotImplemented;
-  if (kept.value == Py_Ellipsis) return PyObject_Not(now);
-  return now == kept.value;
+  if (kept.value != Py_Ellipsis) return now == kept.value;
+  Py_INCREF(now);  // asking it may run Python, which may drop it
+  const int is_false = PyObject_Not(now);
+  Py_DECREF(now);
+  return is_false;
 }
 
 int is_answered(const Asked& asked) {

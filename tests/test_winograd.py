@@ -36,6 +36,8 @@ CASES = (
     Conv2dCase("many-tiles", 8, 24, 45, 47, 20, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels", 3, 260, 14, 14, 200, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels-of-few-tiles", 2, 264, 7, 7, 136, 3, 3, padding=(1, 1)),
+    Conv2dCase("many-channels-of-odd-tiles", 3, 192, 7, 7, 192, 3, 3, padding=(1, 1)),
+    Conv2dCase("many-channels-of-a-row", 1, 192, 7, 10, 168, 3, 3, padding=(1, 1)),
     Conv2dCase("more-channels", 1, 512, 7, 7, 512, 3, 3, padding=(1, 1)),
 )
 STRIDE2_CASES = (

@@ -198,7 +198,6 @@ class WindowLanes {
   int64_t step_h_, step_w_;
   int64_t height_, width_;  // of a patch
   bool is_square_;
-  int64_t heights_;  // lines of a patch that are in no other's first ones
   int64_t left_, columns_;
   int64_t band_, bands_, length_;
 };

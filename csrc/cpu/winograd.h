@@ -87,7 +87,8 @@ class WinogradRounds {
   // products spreads over the cache.
   int64_t image_step() const { return round_tiles_ * part_channels_ + 16; }
   int64_t weights_step() const { return part_channels_ * width_ + 16; }
-  int64_t sums_step() const { return tiles_ * width_ + 16; }
+  // Rows beyond the last tile are of no other product, which may be finished or have summed a part.
+  int64_t sums_step() const { return (tiles_ + kRowsBeyond) * width_ + 16; }
 
   int64_t carve(Carver carver) {
     image_ = carver.take<T>(parts_ * kProducts * image_step() + kRowsBeyond * part_channels_);
@@ -96,7 +97,7 @@ class WinogradRounds {
     const int64_t before = carver.used();
     scratch_.packed = carver.take<T>(9 * part_channels_ * width_);
     scratch_.weights = carver.take<T>(2 * kTileIn * weights_step());
-    scratch_.sums = carver.take<T>(kProducts * sums_step() + kRowsBeyond * width_);
+    scratch_.sums = carver.take<T>(kProducts * sums_step());
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;

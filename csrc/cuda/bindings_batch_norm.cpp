@@ -68,8 +68,8 @@ void bind_batch_norm(py::module_& m) {
       },
       py::arg("problem"), py::arg("training"), py::arg("splits"),
       "A launch of batch_norm, on input, weight, bias, running_mean, running_var, residual, "
-      "output, "
-      "mean, invstd, mask, a counter of batches, to which it adds 1, moments and workspace.");
+      "output, mean, invstd, mask, a counter of batches, to which it adds 1, moments and "
+      "workspace.");
   m.def(
       "batch_norm_backward_launch",
       [](const BatchNormProblem& problem, bool training, const std::string& pre_activation) {
