@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -53,19 +54,26 @@ class GraphedStep:
     and assignments to `group["lr"]` reach what was recorded; `gdfast.optim.SGD` and torch's fused
     optimizers read them there. When another setting of the optimizer changes (on the CPU the rate
     of other optimizers too), or a module goes from train to eval, what was recorded is dropped and
-    recorded anew. On the CPU that also happens where modules, parameters, buffers or the
-    optimizer's state were replaced; and the number of threads, precision, backend and autocast make
-    kinds of their own. On a GPU those must stay as they are.
+    recorded anew. On the CPU that also happens where modules, parameters, buffers, the optimizer's
+    state or this object's `model`, `criterion`, `optimizer` and `autocast` were replaced, where
+    hooks were added or removed, or where an attribute of a module or the criterion that is a
+    number, a string, None, a function or a tuple of these was assigned; and the number of threads,
+    precision, backend and autocast make kinds of their own. On a GPU those must stay as they are.
+    What else Python code looks at must stay as it is on either: lists, classes, globals, and what a
+    function closes over. Tensors there are read where they were while recording.
 
     What cannot be recorded: values that are read back (`.item()`, `.numpy()`, GradScaler, clipping
-    that reads the norm, optimizers that count their steps in Python), as many elements as values
-    say (`nonzero`, masks as indices), operators that are not PyTorch's. On a GPU that raises
-    RuntimeError; on the CPU steps are ordinary ones from then on, with a warning that names the
-    operator. Ordinary on the CPU are also steps of compiled modules, of parameters that are no
-    plain tensors, of batches with gradients, and while a mode of torch looks at what runs. Kernels
-    that PyTorch does not know of, called by addresses, are not seen. While a step is recorded on a
-    GPU, no loss that was computed elsewhere from the model's parameters may be alive with its
-    graph.
+    that reads the norm, optimizers that count their steps in Python, on the CPU also those with
+    `capturable`), as many elements as values say (`nonzero`, masks as indices), operators that are
+    not PyTorch's. On a GPU that raises RuntimeError; on the CPU steps are ordinary ones from then
+    on, with a warning that names the operator. Ordinary on the CPU are also steps of compiled
+    modules, of parameters that are no plain tensors, of batches with gradients or with something
+    else than tensors, steps that change tensors, or leave gradients on them, that belong neither to
+    the modules, the optimizer nor the batch, and those while a mode of torch looks at what runs.
+    Not seen are kernels that PyTorch does not know of, called by addresses, and values that a
+    composite operator of PyTorch reads in C++, but for those of `tensor_split`. On the CPU a batch
+    is held until the next call of its kind. While a step is recorded on a GPU, no loss that was
+    computed elsewhere from the model's parameters may be alive with its graph.
 
     Raises TypeError for a DistributedDataParallel model, ValueError for parameters of several
     devices, and RuntimeError where a step cannot be recorded on a GPU.
@@ -102,7 +110,7 @@ class GraphedStep:
         self._stream: Any = None
         self._is_taped, self._tries = True, 0  # until a step refuses
         self._around: step_tape.Surroundings | None = None
-        self._roots = [x for x in (model, criterion) if isinstance(x, Module)]
+        self._parts: tuple[Any, ...] = ()
 
     @property
     def graphs(self) -> int:
@@ -135,17 +143,23 @@ class GraphedStep:
         return recorded.loss.clone()
 
     def _on_cpu(self, kind: tuple[Any, ...], batch: tuple[Tensor, ...]) -> Tensor:
+        parts = self.model, self.criterion, self.optimizer, self.autocast
         if self._around is not None:
             self._follow_rates()
-            if not self._around.hold():
+            if not (all(map(is_, parts, self._parts)) and self._around.hold()):
                 self._forget()
         taped: step_tape.TapedStep | None = self._recorded.get(kind)
         if taped is not None and taped.holds():
-            return taped(batch)
+            try:
+                return taped(batch)
+            except BaseException:
+                self._forget()  # what stopped half way is taken step by step first
+                raise
         if self._is_warming(kind):
             return self._step(batch)
         self._follow_rates()
-        self._around = self._around or step_tape.Surroundings(self._roots, self.optimizer)
+        self._parts = parts
+        self._around = self._around or step_tape.Surroundings(parts[:2], self.optimizer)
         if reason := step_tape.why_not(self.criterion) or self._around.why_not():
             self._refuse(reason)
             return self._step(batch)

@@ -79,30 +79,36 @@ class Recorder(Protocol):
     def paused(self) -> AbstractContextManager[Any]: ...
 
 
-_recorder: Recorder | None = None
-_recording_thread = 0
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+_count, _counting = 0, threading.Lock()  # of threads that are recorded: mostly there are none
 
 
 def recorder() -> Recorder | None:
     """Who records this thread, or None."""
-    return _recorder if _recorder and threading.get_ident() == _recording_thread else None
+    return _thread.recorder if _count else None
 
 
 @contextmanager
 def recorded_by(by: Recorder | None) -> Iterator[None]:
-    """Tells `by`, or nobody, of the CPU kernels that this thread calls.
-
-    Raises RuntimeError while another thread is recorded.
-    """
-    global _recorder, _recording_thread
-    before = _recorder, _recording_thread
-    if _recorder and _recording_thread != threading.get_ident():
-        raise RuntimeError("recorded_by: thread: expected one at a time, got a second")
-    _recorder, _recording_thread = by, threading.get_ident()
+    """Tells `by`, or nobody, of the CPU kernels that this thread calls."""
+    before, _thread.recorder = _thread.recorder, by
+    _count_recorders(by is not None)
     try:
         yield
     finally:
-        _recorder, _recording_thread = before
+        _thread.recorder = before
+        _count_recorders(-(by is not None))
+
+
+def _count_recorders(change: int) -> None:
+    global _count
+    if change:
+        with _counting:
+            _count += change
 
 
 def unrecorded() -> AbstractContextManager[Any]:
@@ -116,7 +122,7 @@ def _recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(kernel)
     def call(*arguments: Any, **named: Any) -> Any:
-        if _recorder and (by := recorder()):
+        if _count and (by := _thread.recorder):
             return by.call(partial(kernel, **named), arguments)
         return kernel(*arguments, **named)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter
-from types import NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Module, Parameter
+from torch.nn.modules import module as _module
 from torch.optim import Optimizer
 
 from gdfast import native
@@ -28,24 +29,39 @@ UNSETTLED = "the model's or the optimizer's state is another one after each step
 
 _OURS = {"cpu", "cuda", "triton", "reference"}
 _address = torch._C.TensorBase.data_ptr
-_requires_grad, _training = attrgetter("requires_grad"), attrgetter("training")
+_requires_grad = attrgetter("requires_grad")
+_hooks_of_tensor = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_TENSORS = "_modules", "_parameters", "_buffers"
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+_GLOBAL_HOOKS = [x for name, x in vars(_module).items() if name.startswith("_global_")
+                 and name.endswith("_hooks")]  # fmt: skip
+_STEP_HOOKS = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
+# Beside numbers and the like, what a module may be set to and keeps through a step.
+_FUNCTIONS = FunctionType, BuiltinFunctionType, MethodType, torch.dtype
 
 
 class Surroundings:
-    """What a tape holds for: modules and how they are set, where parameters, buffers and the
-    optimizer's state are, and the optimizer's settings."""
+    """What a tape holds for: modules, how they are set and their hooks, where parameters, buffers
+    and the optimizer's state are, and the optimizer's settings."""
 
-    def __init__(self, roots: Sequence[Module], optimizer: Optimizer) -> None:
+    def __init__(self, roots: Sequence[Any], optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._modules = list(roots)
+        self._modules = [x for x in roots if isinstance(x, Module)]
         for module in self._modules:  # which grows meanwhile
             self._modules.extend(x for x in module._modules.values() if x is not None)
         # One pass over these dicts sees whatever was replaced.
         self._state, self._groups = optimizer.state, optimizer.param_groups
         self._dicts: list[Any] = [self._state, *self._state.values(), *self._groups]
         for m in self._modules:
-            self._dicts += m._modules, m._parameters, m._buffers
-        self._found = list(_values(self._dicts))  # so that no other object gets the id of one
+            self._dicts += (getattr(m, name) for name in (*_TENSORS, *_HOOKS))
+        self._dicts += _GLOBAL_HOOKS
+        self._dicts += (getattr(optimizer, name) for name in _STEP_HOOKS)
+        # What else they are set to is in here, beside much that is not compared.
+        self._attributes = [vars(m) for m in self._modules]
+        self._attributes += [
+            vars(x) for x in roots if not isinstance(x, Module) and hasattr(x, "__dict__")
+        ]
+        self._found = self._all()  # so that no other object gets the id of one
         self.updated = list(_params(self._groups))
         tensors = (x for x in (*self._found, *self.updated) if isinstance(x, Tensor))
         self.tensors = list({id(x): x for x in tensors}.values())
@@ -60,25 +76,31 @@ class Surroundings:
             # A setting may be another object of the same value: schedules assign them.
             if now[1:] != self._objects[1:] or self._settings() != self._facts:
                 return False
-            self._found, self._objects = list(_values(self._dicts)), now
+            self._found, self._objects = self._all(), now
         return True
+
+    def _all(self) -> list[Any]:
+        return [*_values(self._dicts), *_values(self._attributes)]
 
     def _now(self) -> tuple[list[Any], ...]:
         return (
-            list(map(id, _values(self._dicts))),
+            list(map(id, chain(_values(self._dicts), _values(self._attributes)))),
             list(map(id, self._optimizer.param_groups)),
             list(map(id, _params(self._optimizer.param_groups))),
-            list(map(_training, self._modules)),
             list(map(_address, self.tensors)),
             list(map(_requires_grad, self.tensors)),
+            list(map(_hooks_of_tensor, self.tensors)),
         )
 
     def _settings(self) -> list[Any]:
         """All that was found, numbers and the like by their values."""
-        return [
-            x if isinstance(x, (int, float, str, tuple, NoneType)) else id(x)
-            for x in _values(self._dicts)
+        found = [_told(x) for x in _values(self._dicts)]
+        # A module may also note there what it computes.
+        attributes = [
+            {name: _told(x) for name, x in each.items() if _is_setting(x)}
+            for each in self._attributes
         ]
+        return [found, attributes]
 
     def why_not(self) -> str:
         """Why no step can be recorded in them, or ""."""
@@ -88,6 +110,19 @@ class Surroundings:
             if type(x) not in (Tensor, Parameter) or x.layout is not torch.strided or not x.is_cpu:
                 return f"a parameter or buffer is a {type(x).__name__}, {x.layout}, on {x.device}"
         return ""
+
+
+def _told(value: Any) -> Any:
+    """A value as it can be compared."""
+    if isinstance(value, tuple):
+        return tuple(map(_told, value))
+    return value if isinstance(value, (int, float, str, NoneType)) else id(value)
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, (int, float, str, NoneType, *_FUNCTIONS))
 
 
 def _params(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
@@ -102,6 +137,8 @@ def kind(batch: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """What decides how a step runs beside the model and the optimizer; None where it must be an
     ordinary one, because of its batch or because somebody looks at operators."""
     if dispatch_modes() or torch._C._is_torch_function_mode_enabled() or native.recorder():
+        return None
+    if not all(isinstance(x, Tensor) for x in batch):
         return None
     facts = ordinary_facts(*batch)  # of tensors alone
     if not facts or any(map(_requires_grad, batch)):
@@ -130,10 +167,11 @@ class TapedStep:
     """
 
     def __init__(
-        self, tape: Tape, loss: Tensor, grads: list[tuple[Tensor, Tensor | None]],
-        added: list[tuple[Tensor, Tensor | None]], moved: list[Tensor],
+        self, tape: Tape, loss: Tensor, updated: list[Tensor],
+        grads: list[tuple[Tensor, Tensor | None]], added: list[tuple[Tensor, Tensor | None]],
+        moved: list[Tensor],
     ) -> None:  # fmt: skip
-        self.tape, self._loss = tape, loss
+        self.tape, self._loss, self._updated = tape, loss, updated
         # What parameters end with; what those that the optimizer leaves alone began with; what is
         # written in place, of which autograd is told.
         self._grads, self._added, self._moved = grads, added, moved
@@ -144,8 +182,14 @@ class TapedStep:
 
     def __call__(self, batch: tuple[Tensor, ...]) -> Tensor:
         self.tape.bind(batch)
-        self.tape.replay()
-        increment_version(self._moved)
+        try:
+            self.tape.replay()
+        except BaseException:
+            for param in self._updated:  # as an ordinary step begins
+                param.grad = None
+            raise
+        finally:
+            increment_version(self._moved)
         for param, grad in self._grads:
             if param.grad is not grad:
                 param.grad = grad
@@ -164,7 +208,8 @@ def record(
     step: Callable[[tuple[Tensor, ...]], Tensor], batch: tuple[Tensor, ...], around: Surroundings
 ) -> Recording:
     """Takes a step with a batch of which `kind` gives something, and records it."""
-    batch, known = _apart(batch), around.tensors
+    known = around.tensors
+    batch = _apart(batch, known)
     is_updated = set(map(id, around.updated))
     others = [x for x in known if x.requires_grad and id(x) not in is_updated]
     added = [(param, param.grad) for param in others]
@@ -179,18 +224,22 @@ def record(
         return Recording(loss, None, reason)
     moved = [x for x, version in zip(known, versions, strict=True) if x._version != version]
     grads = [(param, param.grad) for param in (*around.updated, *others)]
-    return Recording(loss.clone(), TapedStep(recorder.tape, loss, grads, added, moved), "")
+    return Recording(
+        loss.clone(), TapedStep(recorder.tape, loss, around.updated, grads, added, moved), ""
+    )
 
 
-def _apart(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The batch, with a copy of each tensor that shares memory with one before it: addresses tell
-    them from each other."""
+def _apart(batch: tuple[Tensor, ...], known: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The batch, with a copy of each tensor that shares memory with one before it or one that is
+    known: addresses tell them from each other."""
+    taken = [extent(x) for x in known]
     found: list[Tensor] = []
     for tensor in batch:
         memory = extent(tensor)
-        if any(x.start < memory.stop and memory.start < x.stop for x in map(extent, found)):
+        if any(x.start < memory.stop and memory.start < x.stop for x in taken):
             tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(
                 tensor
             )
         found.append(tensor)
+        taken.append(extent(tensor))
     return tuple(found)

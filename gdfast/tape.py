@@ -43,6 +43,8 @@ _FILL = {
     _aten.ones.default: 1, _aten.ones_like.default: 1, _aten.new_ones.default: 1,
 }  # fmt: skip
 _COPY = {_aten.clone.default, _aten._to_copy.default}
+# Memory that Python filled, as torch.tensor does, comes out of these as it went in.
+_LIFT = {_aten.lift.default, _aten.lift_fresh.default, _aten.lift_fresh_copy.default}
 # Answers by sizes alone, and operators that note what runs.
 _TELL_NOTHING = {_aten.is_same_size.default}
 _NOTING = "profiler"
@@ -52,6 +54,8 @@ _MOVE_MEMORY = {"resize_", "resize_as_", "_resize_output_", "set_", "_unsafe_set
 _READING = {
     "numpy", "tolist", "__array__", "__dlpack__", "__deepcopy__", "apply_", "map_", "map2_",
 }  # fmt: skip
+# C++ reads tensors in lists that are given to these.
+_READING_LISTS = {"tensor", "as_tensor", "asarray", "new_tensor", "new"}
 _uses: Any = torch._C._storage_Use_Count
 _LEAST_ADDRESS = 1 << 32  # numbers from here on are addresses: kernels count less
 
@@ -74,8 +78,12 @@ class Tape:
     def add(self, call: Callable[[], Any]) -> None:
         self._calls.append(call)
 
-    def add_kernel(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Adds a call that takes addresses."""
+    def add_kernel(
+        self, kernel: Callable[..., Any], arguments: tuple[Any, ...], result: bool | None
+    ) -> None:
+        """Adds a call that takes addresses, and that has to give the same in each replay."""
+        if result is not None:
+            kernel = partial(_same, result, kernel)
         index, given = len(self._calls), list(arguments)
         self.add(partial(kernel, *arguments))
         for place, number in enumerate(arguments):
@@ -84,6 +92,10 @@ class Tape:
             )
             if read is not None:
                 self._bind_number(read, kernel, given, place, index)
+
+    def has_batch(self, numbers: Iterable[int]) -> bool:
+        """Whether one of these is an address in the batch's memory."""
+        return any(number in read.memory for number in numbers for read in self._batch)
 
     def _bind_number(
         self, read: _Read, kernel: Callable[..., Any], given: list[Any], place: int, index: int
@@ -150,6 +162,12 @@ class Tape:
                 call()
 
 
+def _same(expected: bool, kernel: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a kernel, which tells whether it did anything."""
+    if (got := kernel(*arguments)) is not expected:
+        raise RuntimeError(f"a kernel of gdfast: expected {expected} as recorded, got {got}")
+
+
 class _Read:
     """A tensor of the batch, and what has to know where that of another batch is."""
 
@@ -198,13 +216,19 @@ class Recorder(TorchDispatchMode):
         self.tape = Tape(batch)
         self.why_not = ""
         self._blocks: dict[int, list[torch.UntypedStorage]] = {}  # by their size in bytes
+        # Memory whose values are those of the step before, or that a replay fills again.
+        self._sound: set[int] = {x.untyped_storage()._cdata for x in batch}
+        self._leaves: dict[int, tuple[Tensor, Tensor | None]] = {}  # others, and their gradients
         for tensor in known:
-            self.tape.keep(tensor)
+            self._sound.add(self.tape.keep(tensor)._cdata)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         with native.recorded_by(self), _Readings(self), self:
             yield
+        if any(leaf.grad is not grad for leaf, grad in self._leaves.values()):
+            self.refuse("a tensor outside the model and the optimizer gets a gradient")
+        self._leaves.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -223,6 +247,7 @@ class Recorder(TorchDispatchMode):
                     return torch.empty(0, dtype=dtype).set_(storage, 0, size, strides)
         tensor = make()
         blocks.append(self.tape.keep(tensor))
+        self._sound.add(blocks[-1]._cdata)
         return tensor
 
     def refuse(self, reason: str) -> None:
@@ -230,13 +255,18 @@ class Recorder(TorchDispatchMode):
 
     def call(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Calls one of our kernels, which reads what it is given itself."""
-        numbers = [x for x in tree_leaves(arguments) if type(x) is int]
+        inner = [x for x in arguments if type(x) is not int], getattr(kernel, "keywords", {})
+        unbound = [x for x in tree_leaves(inner) if type(x) is int]
+        numbers = [*unbound, *(x for x in arguments if type(x) is int)]
         if not self.tape.keeps(x for x in numbers if x >= _LEAST_ADDRESS):
             self.refuse("a kernel of gdfast reads a tensor that may be gone by the next step")
-        self.tape.add_kernel(kernel, arguments)
+        if self.tape.has_batch(unbound):
+            self.refuse("a kernel of gdfast takes the batch in a list or by a keyword")
         with native.recorded_by(None):
             result = kernel(*arguments)
-        if result is not None and type(result) is not bool:  # whether it did anything
+        if result is None or type(result) is bool:  # whether it did anything
+            self.tape.add_kernel(kernel, arguments, result)
+        else:
             self.refuse(f"a kernel of gdfast gives a {type(result).__name__}")
         return result
 
@@ -246,7 +276,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if native.recorder() is self and not self.why_not:
-            self._note(func, args, kwargs, result)
+            try:
+                self._note(func, args, kwargs, result)
+            except Exception as error:  # the step itself went well
+                self.refuse(f"{func.name()}: {type(error).__name__}: {error}")
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -264,11 +297,34 @@ class Recorder(TorchDispatchMode):
             if self.tape.reads_otherwise(tensor):
                 self.refuse(f"{func.name()} takes the batch for {tensor.dtype}")
                 return
+        self._sound.update(x.untyped_storage()._cdata for x in fresh)
+        if func in _LIFT:
+            self._note_constant(inputs[0], result)
+            return
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
+        for tensor in _written(func, args, kwargs) if writes else ():
+            if not self._is_sound(tensor):
+                self.refuse(f"{func.name()} writes to a tensor that comes from outside the step")
+                return
+        for tensor in inputs:
+            if tensor.requires_grad and tensor.is_leaf and not self._is_sound(tensor):
+                self._leaves.setdefault(id(tensor), (tensor, tensor.grad))
         if func in _MAKE_MEMORY or (outputs and not fresh and not writes):
             return
         args, kwargs = tree_map(self.tape.alias, (args, kwargs))
         self.tape.add(_again(func, args, kwargs, result, fresh))
+
+    def _is_sound(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._sound
+
+    def _note_constant(self, given: Tensor, lifted: Tensor) -> None:
+        """Fills a tensor that Python made with its values of now in each replay: what follows may
+        change them."""
+        storage = given.untyped_storage()
+        # What cannot be resized belongs to somebody else, as an array of NumPy.
+        if lifted.untyped_storage()._cdata != storage._cdata or storage.resizable():
+            self._sound.add(lifted.untyped_storage()._cdata)
+            self.tape.add(partial(lifted.detach().copy_, given.detach().clone()))
 
 
 class _Readings(TorchFunctionMode):
@@ -284,7 +340,18 @@ class _Readings(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _READING:
             self._recorder.refuse(f"Tensor.{name} reads values")
+        elif _reads_arguments(name, args, kwargs or {}):
+            self._recorder.refuse(f"{name} reads the values of a tensor that it is given")
         return func(*args, **(kwargs or {}))
+
+
+def _reads_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether C++ reads values of tensors that a function is given."""
+    if name in _READING_LISTS:
+        lists = [x for x in (*args, *kwargs.values()) if isinstance(x, (list, tuple))]
+        return any(isinstance(x, Tensor) for x in tree_leaves(lists))
+    given = (*args[1:], *(x for key, x in kwargs.items() if key not in ("input", "self")))
+    return name == "tensor_split" and any(isinstance(x, Tensor) for x in given)
 
 
 def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
@@ -311,6 +378,14 @@ def _why_not(func: Any, inputs: list[Tensor], outputs: list[Any]) -> str:
     return ""
 
 
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator changes."""
+    arguments = func._schema.arguments
+    given = {**dict(zip((x.name for x in arguments), args, strict=False)), **kwargs}
+    written = [given.get(x.name) for x in arguments if x.alias_info and x.alias_info.is_write]
+    return [x for x in tree_leaves(written) if isinstance(x, Tensor)]
+
+
 def _again(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, fresh: list[Tensor]
 ) -> Callable[[], Any]:
@@ -322,16 +397,17 @@ def _again(
         return partial(fresh[0].detach().fill_, _FILL[func])
     if func in _COPY:
         return partial(fresh[0].detach().copy_, args[0])
-    results = (result,) if isinstance(result, Tensor) else tuple(result)
+    results = _flat(result)
     targets = tuple(x.detach() if any(x is y for y in fresh) else None for x in results)
     is_random = torch.Tag.nondeterministic_seeded in func.tags
     if len(fresh) == len(targets) and not is_random and (found := _out_variant(func)):
         variant, names = found
-        return partial(variant._op, *args, **kwargs, **dict(zip(names, targets, strict=True)))
+        # One that gives a list takes one.
+        given = (list(targets),) if isinstance(result, list) else targets
+        return partial(variant._op, *args, **kwargs, **dict(zip(names, given, strict=True)))
 
     def call() -> None:
-        made = op()
-        for one, target in zip((made,) if isinstance(made, Tensor) else made, targets, strict=True):
+        for one, target in zip(_flat(op()), targets, strict=True):
             if target is not None:
                 if one.shape != target.shape:
                     expected, got = list(target.shape), list(one.shape)
@@ -339,6 +415,13 @@ def _again(
                 target.copy_(one)
 
     return call
+
+
+def _flat(result: Any) -> Any:
+    """What an operator gives: tensors, or None, also out of a list among them."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return tree_leaves(result) if any(isinstance(x, list) for x in result) else result
 
 
 def _out_variant(func: Any) -> tuple[Any, list[str]] | None:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gdfast
 from gdfast import GraphedStep, models, native, optim
 from gdfast.losses import YoloLoss
+from gdfast.tape import Recorder
 
 Batch = tuple[Tensor, ...]
 SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": True}
@@ -214,6 +215,8 @@ def test_settings_assigned_anew_with_the_same_value_keep_the_record() -> None:
         partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
         partial(torch.optim.AdamW, lr=0.01, fused=True),
+        partial(torch.optim.SGD, lr=0.1, weight_decay=0.01, foreach=True),
+        partial(torch.optim.RMSprop, lr=0.01, weight_decay=0.01, foreach=True),
         partial(optim.SGD, lr=0.1, momentum=0.9, in_backward=True),
         partial(optim.SGD, lr=0.1, momentum=0.9, fused_zero_grad=True),
         partial(optim.SGD, lr=0.1, dampening=0.5, momentum=0.5, maximize=True),
@@ -499,3 +502,197 @@ def test_gradients_are_those_of_the_last_call() -> None:
         assert torch.equal(model[-1].bias.grad, expected)
         model.zero_grad()
     assert step.graphs == 1
+
+
+def constant_sum(scores: Tensor, labels: Tensor) -> Tensor:
+    loss = torch.tensor(0.0)
+    loss += first_loss(scores, labels)
+    return loss
+
+
+def new_constant(scores: Tensor, labels: Tensor) -> Tensor:
+    loss = scores.new_tensor(0.0)
+    loss += first_loss(scores, labels)
+    return loss
+
+
+def constant_weights(scores: Tensor, labels: Tensor) -> Tensor:
+    weights = torch.tensor([1.0] * 10)
+    weights.mul_(1.5)[3] *= 2
+    return F.cross_entropy(scores, labels, weight=weights) * weights[0]
+
+
+def rows(scores: Tensor, labels: Tensor) -> Tensor:
+    parts = torch.split_with_sizes_copy(scores, [2, 2])
+    return first_loss(parts[1], labels[2:]) + torch.unbind_copy(scores)[0].mean()
+
+
+@pytest.mark.parametrize("criterion", [constant_sum, new_constant, constant_weights, rows])
+def test_constants_and_operators_that_give_lists(criterion: Any) -> None:
+    assert_bitwise(small_model(), batches(5, *SMALL), criterion=criterion)
+
+
+def test_what_python_holds_elsewhere_takes_ordinary_steps() -> None:
+    total = torch.zeros(())
+    scale = torch.ones((), requires_grad=True)
+
+    def counts(scores: Tensor, labels: Tensor) -> Tensor:
+        total.add_(1)
+        return first_loss(scores, labels)
+
+    def scaled(scores: Tensor, labels: Tensor) -> Tensor:
+        scale.grad = None
+        return first_loss(scores * scale, labels)
+
+    def splits(scores: Tensor, labels: Tensor) -> Tensor:
+        return first_loss(scores, labels) + scores.tensor_split(labels[:1], dim=1)[0].sum()
+
+    def lists(scores: Tensor, labels: Tensor) -> Tensor:
+        return first_loss(scores, labels) + torch.tensor([labels[0], 1]).sum()
+
+    for criterion, words in (
+        (counts, "writes to a tensor that comes from outside"),
+        (scaled, "outside the model and the optimizer gets a gradient"),
+        (splits, "tensor_split reads"),
+        (lists, "tensor reads"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            assert_bitwise(small_model(), batches(4, *SMALL), graphs=0, criterion=criterion)
+
+
+def test_two_threads_record_at_once() -> None:
+    meet = threading.Barrier(2, timeout=60)
+    lengths: list[int] = []
+
+    def criterion(scores: Tensor, labels: Tensor) -> Tensor:
+        meet.wait()
+        return gdfast.losses.cross_entropy(scores, labels)
+
+    def go(given: list[Batch]) -> None:
+        model = small_model()
+        step = GraphedStep(model, criterion, sgd(model.parameters()), warmup=1)
+        for batch in given:
+            step(*batch)
+        lengths.append(len(next(iter(step._recorded.values())).tape))
+
+    threads = [threading.Thread(target=go, args=(batches(3, *SMALL),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(lengths) == 2 and lengths[0] == lengths[1]
+    assert native.recorder() is None and not native._count
+
+
+def test_a_batch_on_the_memory_of_a_buffer() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("x", torch.randn(SMALL))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images + 2 * self.x
+
+    model = nn.Sequential(Both(), small_model())
+    losses: list[list[float]] = []
+    for warmup in (1, 9):
+        one = copy.deepcopy(model)
+        step = GraphedStep(one, F.cross_entropy, sgd(one.parameters()), warmup=warmup)
+        given = batches(5, *SMALL)
+        images = [one[0].x, one[0].x, *(x for x, _ in given[2:])]
+        pairs = zip(images, given, strict=True)
+        losses.append([step(x, labels).item() for x, (_, labels) in pairs])
+    assert losses[0] == losses[1]
+
+
+def test_something_else_than_tensors_takes_an_ordinary_step() -> None:
+    model = small_model()
+
+    def criterion(scores: Tensor, labels: Tensor, _: Any) -> Tensor:
+        return first_loss(scores, labels)
+
+    step = GraphedStep(model, criterion, sgd(model.parameters()), warmup=1)
+    for batch in batches(3, *SMALL):
+        step(*batch, None)
+    assert step.graphs == 0
+
+
+@pytest.mark.parametrize("what", ["dropout", "momentum", "eps", "hook", "tensor hook"])
+def test_attributes_and_hooks_are_followed(what: str) -> None:
+    def change(index: int, model: Any, optimizer: Any) -> None:
+        if index != 4:
+            return
+        if what == "dropout":
+            model[3].p = 0.5
+        elif what == "hook":
+            model[2].register_forward_hook(lambda *given: given[-1] * 2)
+        elif what == "tensor hook":
+            model[0].weight.register_hook(lambda grad: grad * 2)
+        else:
+            setattr(model[1], what, 0.5)
+
+    assert_bitwise(small_model(nn.Dropout(0.1)), batches(8, *SMALL), change=change)
+
+
+def test_parts_that_are_assigned_are_followed() -> None:
+    model, other = small_model(), small_model()
+    loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    step = GraphedStep(model, loss, sgd([*model.parameters(), *other.parameters()]), warmup=1)
+    (batch,) = batches(1, *SMALL)
+
+    def check() -> None:
+        for _ in range(3):
+            expected = step.criterion(step.model(batch[0]), batch[1]).item()
+            assert step(*batch).item() == pytest.approx(expected, abs=1e-5)
+
+    check()
+    loss.label_smoothing = 0.0
+    check()
+    step.criterion = F.multi_margin_loss
+    check()
+    step.model = other
+    check()
+    assert step.graphs == 1
+
+
+def test_an_error_in_a_replay_leaves_what_one_in_a_step_does() -> None:
+    model = small_model()
+    step = GraphedStep(model, F.cross_entropy, sgd(model.parameters()), warmup=1)
+    given = batches(4, *SMALL)
+    for batch in given[:3]:
+        step(*batch)
+    assert step.graphs == 1
+    version, before = model[0].weight._version, model[0].weight.detach().clone()
+    images, labels = given[3]
+    with pytest.raises(IndexError):
+        step(images, labels + 10)
+    assert all(p.grad is None for p in model.parameters())
+    assert model[0].weight._version > version
+    assert torch.equal(model[0].weight, before)
+    for batch in given:
+        step(*batch)
+    assert step.graphs == 1
+
+
+def test_a_kernel_that_gives_something_else_than_before_stops_a_replay() -> None:
+    images = torch.zeros(3)
+    recorder, gives = Recorder((images,), ()), [True]
+    with recorder.running():
+        recorder.call(lambda number: gives[0], (1,))
+    recorder.tape.replay()
+    gives[0] = False
+    with pytest.raises(RuntimeError, match="expected True as recorded, got False"):
+        recorder.tape.replay()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_kernel_that_takes_the_batch_where_it_cannot_be_replaced(nested: bool) -> None:
+    images = torch.zeros(3)
+    recorder = Recorder((images,), ())
+    address = images.data_ptr()
+    with recorder.running():
+        if nested:
+            recorder.call(lambda numbers: None, ([address],))
+        else:
+            recorder.call(partial(lambda number: None, number=address), ())
+    assert "takes the batch in a list" in recorder.why_not
