@@ -400,8 +400,11 @@ def test_evaluation_without_a_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
         same(each, run(layer, batch))
 
 
-def test_layers_are_freed() -> None:
+@pytest.mark.parametrize("leads_back", [False, True])
+def test_layers_are_freed(leads_back: bool) -> None:
     layer, batch = block(), images()
+    if leads_back:
+        layer.norm.owner = [layer]
     for _ in range(5):
         run(layer, batch)
     weight = weakref.ref(layer.conv.weight)

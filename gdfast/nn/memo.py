@@ -28,6 +28,8 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks_with_kwargs",
 )  # fmt: skip
 
+_OF_ALL = vars(_module.Module()).keys()
+
 
 class _Memo(NamedTuple):
     norm: weakref.ref[Any]
@@ -93,7 +95,7 @@ def _forget(key: int, _: Any) -> None:
 def _capsule(norm: Any, conv: Any, tensors: Tensors) -> Any:
     of_conv, of_norm = vars(conv), vars(norm)
     facts = unwatched_facts(*tensors)
-    if not isinstance(facts, bytes):
+    if not isinstance(facts, bytes) or _leads_on(conv) or _leads_on(norm):
         return None
     names = "padding_mode", "stride", "padding", "dilation", "groups", "_parameters"
     kept = [(of_conv, name, of_conv[name]) for name in names]
@@ -119,3 +121,16 @@ def _capsule(norm: Any, conv: Any, tensors: Tensors) -> Any:
     return native.cpu.make_memo(
         (*kept, *kept_of_situation), tuple(asked), tuple(sources), facts, needs
     )
+
+
+def _leads_on(module: Any) -> bool:
+    """Whether attributes may lead from a module to its model, which a memo would keep alive: the
+    garbage collector does not look into memos."""
+    own = (value for name, value in vars(module).items() if name not in _OF_ALL)
+    return bool(module._modules) or not all(map(_is_plain, own))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
