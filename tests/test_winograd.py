@@ -34,6 +34,7 @@ CASES = (
     Conv2dCase("groups", 2, 32, 9, 9, 64, 3, 3, padding=(1, 1), groups=2),
     Conv2dCase("odd-channels", 5, 70, 7, 30, 130, 3, 3, padding=(1, 1)),
     Conv2dCase("many-tiles", 8, 24, 45, 47, 20, 3, 3, padding=(1, 1)),
+    Conv2dCase("many-tiles-of-few-channels", 5, 16, 45, 46, 13, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels", 3, 260, 14, 14, 200, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels-of-few-tiles", 2, 264, 7, 7, 136, 3, 3, padding=(1, 1)),
     Conv2dCase("many-channels-of-odd-tiles", 3, 192, 7, 7, 192, 3, 3, padding=(1, 1)),

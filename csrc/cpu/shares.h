@@ -10,9 +10,9 @@ namespace {
 // As parallel_for, where thread t of T begins with indices [t * count / T, (t + 1) * count / T) and
 // then helps those that are behind. A line of memory that another core has written takes as long to
 // read as hundreds of multiplications: kernels that hand large tensors over to each other should
-// agree on whose index has which part of them.
-template <typename Task>
-void parallel_shares(int64_t count, int threads, const Task& task) {
+// agree on whose index has which part of them. A thread calls start(thread) before its first task.
+template <typename Start, typename Task>
+void parallel_shares(int64_t count, int threads, const Start& start, const Task& task) {
 #ifdef _OPENMP
   const int team = static_cast<int>(min_of(count, threads));
   if (team > 1 && !is_forked_child()) {
@@ -25,11 +25,15 @@ void parallel_shares(int64_t count, int threads, const Task& task) {
 #pragma omp parallel num_threads(team)
     {
       const int thread = omp_get_thread_num();
+      bool started = false;
       for (int turn = 0; turn < team; ++turn) {
         Share& share = shares[(thread + turn) % team];
         while (__atomic_load_n(&share.next, __ATOMIC_RELAXED) < share.end) {
           const int64_t index = __atomic_fetch_add(&share.next, 1, __ATOMIC_RELAXED);
-          if (index < share.end) task(index, thread);
+          if (index >= share.end) break;
+          if (!started) start(thread);
+          started = true;
+          task(index, thread);
         }
       }
     }
@@ -38,7 +42,13 @@ void parallel_shares(int64_t count, int threads, const Task& task) {
 #else
   (void)threads;
 #endif
+  if (count > 0) start(0);
   for (int64_t index = 0; index < count; ++index) task(index, 0);
+}
+
+template <typename Task>
+void parallel_shares(int64_t count, int threads, const Task& task) {
+  parallel_shares(count, threads, [](int) {}, task);
 }
 
 }  // namespace

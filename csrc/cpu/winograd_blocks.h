@@ -1,5 +1,7 @@
-// Winograd's F(4x4, 3x3) for few channels: the transformed weights are small, made once and shared,
-// and a task takes a block of tiles through all steps within its caches.
+// Winograd's F(4x4, 3x3) for few channels: the transformed weights are small, every thread makes
+// its own, and a task takes a block of tiles through all steps within its caches. Weights that
+// threads share would take longer to write than to make: each of their lines is in the other cores'
+// caches.
 //
 //   weights [36][panel][channels][width]
 //   slots   [37][tiles][line]   a line: the channels of one tile, or its sums
@@ -62,6 +64,7 @@ class WinogradBlocks {
 
  private:
   struct Scratch {
+    T* weights;
     T* slots;
     T* packed;  // [channels][9][width]: weights before they are transformed
     T* stage;
@@ -83,10 +86,10 @@ class WinogradBlocks {
   int64_t ahead_size() const { return tiles_ + kTileRows; }
 
   int64_t carve(Carver carver) {
-    weights_ = carver.take<T>(kProducts * product_size());
     zeros_ = carver.take<T>(kWidth);
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
+    scratch_.weights = carver.take<T>(kProducts * product_size());
     scratch_.slots = carver.take<T>((kProducts + 1) * slot_size());
     scratch_.packed = carver.take<T>(9 * panel_size());
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
@@ -97,8 +100,8 @@ class WinogradBlocks {
 
   Scratch scratch_of(int thread) const {
     const auto move = [&](auto* part) { return part + scratch_bytes_ / sizeof(*part) * thread; };
-    return {move(scratch_.slots), move(scratch_.packed), move(scratch_.stage),
-            move(scratch_.ahead)};
+    return {move(scratch_.weights), move(scratch_.slots), move(scratch_.packed),
+            move(scratch_.stage), move(scratch_.ahead)};
   }
 
   void run_group(int64_t group) {
@@ -110,16 +113,19 @@ class WinogradBlocks {
       const bool has = bias_ != nullptr && o < conv_.produced;
       biases_[o] = has ? bias_[group * conv_.produced + o] : T(0);
     }
-    parallel_for(panels_.count, threads_, [&](int64_t panel, int thread) {
-      transform_weights(conv_, taps_, weight, panel * panels_.width, panels_.width, channels_,
-                        scratch_of(thread).packed, weights_ + panel * panel_size(), product_size());
-    });
+    const auto start = [&](int thread) {
+      const Scratch scratch = scratch_of(thread);
+      for (int64_t panel = 0; panel < panels_.count; ++panel) {
+        transform_weights(conv_, taps_, weight, panel * panels_.width, panels_.width, channels_,
+                          scratch.packed, scratch.weights + panel * panel_size(), product_size());
+      }
+    };
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                                     conv_.source_width, taps_.low_h, taps_.low_w);
     const TilesAhead next(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 1,
                           taps_.low_w + 1);
     const TilesAhead outputs(grid_, dest, conv_.dest, conv_.produced, 0, 0);
-    parallel_shares(blocks_, threads_, [&](int64_t index, int thread) {
+    parallel_shares(blocks_, threads_, start, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t first = begin(index), end = begin(index + 1);
       T* image = scratch.slots + slot_size();
@@ -146,8 +152,13 @@ class WinogradBlocks {
         const int64_t tile = own.begin - first;
         T* sums = scratch.slots + product * slot_size() + tile * line_;
         Ahead ahead = ahead_of(product, next, outputs, scratch.ahead + tile, ahead_size());
+        if (kHoldsWeights && line_ == kWidth) {
+          const T* weights = scratch.weights + product * product_size();
+          multiply_block_held(sums + slot_size(), own.end - own.begin, weights, sums, ahead);
+          continue;
+        }
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
-          const T* weights = weights_ + product * product_size() + panel * panel_size();
+          const T* weights = scratch.weights + product * product_size() + panel * panel_size();
           for (int64_t c = 0; c < channels_; c += kPartChannels) {
             with_vectors(panels_.vectors, [&](auto vectors) {
               multiply_block<decltype(vectors)::value>(
@@ -176,7 +187,6 @@ class WinogradBlocks {
   int64_t line_;
   int64_t calls_, blocks_;
   int64_t tiles_;  // of a block, at most
-  T* weights_;
   T* zeros_;
   T* biases_;
   Scratch scratch_;

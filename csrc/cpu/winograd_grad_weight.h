@@ -213,7 +213,7 @@ class GradWeightShares {
   void multiply_block(const Scratch& scratch, int64_t first, int64_t tiles, bool accumulate,
                       const TilesAhead& next_input, const TilesAhead& next_grads, T* sums) const {
     const int64_t width = panels_.width;
-    const int64_t calls = ceil_div(channels_, kTileRows);
+    const int64_t calls = ceil_div(channels_, channels_at_once(panels_.vectors));
     for (int product = 0; product < kProducts; ++product) {
       bool started = accumulate;
       const auto run = [&](int64_t tile, int64_t count) {

@@ -167,7 +167,8 @@ class GradWeightRounds {
   // each product.
   void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, int64_t channels,
                 T* sums) const {
-    const int64_t width = panels_.width, calls = ceil_div(channels, kTileRows);
+    const int64_t width = panels_.width;
+    const int64_t calls = ceil_div(channels, channels_at_once(panels_.vectors));
     for (int filter = 0; filter < Pass::kFilters; ++filter, sums += sums_step()) {
       bool started = false;
       const auto run = [&](const T* rows, const T* lines, int64_t count) {

@@ -38,6 +38,13 @@ struct Ahead {
   }
 };
 
+// As in multiply_tile, where several vectors share a broadcast value. With AVX-512 a product of one
+// broadcasts it on its way from memory, in two thirds of the time that both take one by one.
+template <int kVectors>
+GDFAST_INLINE void keep_shared(Vec<float>& value) {
+  if constexpr (kVectors > 1) keep_in_register<float>(value);
+}
+
 // sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
 template <int kRows, int kVectors>
 GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t channels,
@@ -55,7 +62,7 @@ GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t c
 #pragma GCC unroll 6
       for (int i = 0; i < kRows; ++i) {
         Vec<T> value = broadcast(rows[i * row_step + c + lane]);
-        keep_in_register<T>(value);  // as in multiply_tile
+        keep_shared<kVectors>(value);
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) sum[i][j] += value * weights[j];
       }
@@ -82,6 +89,35 @@ __attribute__((noinline)) void multiply_block(const float* rows, int64_t line, i
     ahead.fetch(tile, tile + kTileRows);
     multiply_lines<kTileRows, kVectors>(rows, line, channels, panel, kVectors * kLanes<float>,
                                         accumulate, sums + tile * line, line);
+  }
+}
+
+// Whether registers hold the weights of a vector of channels and one of sums, beside the sums.
+constexpr bool kHoldsWeights = kLanes<float> + kTileRows + 1 < kVectorRegisters;
+
+// multiply_block for such weights, whose lines are of one vector.
+__attribute__((noinline)) inline void multiply_block_held(const float* rows, int64_t tiles,
+                                                          const float* panel, float* sums,
+                                                          const Ahead& ahead) {
+  using T = float;
+  constexpr int kWidth = kLanes<T>;
+  Vec<T> weights[kWidth];
+#pragma GCC unroll 16
+  for (int c = 0; c < kWidth; ++c) {
+    weights[c] = load(panel + c * kWidth);
+    keep_in_register<T>(weights[c]);
+  }
+  constexpr int64_t kStep = kTileRows * kWidth;
+  for (int64_t tile = 0; tile < tiles; tile += kTileRows, rows += kStep, sums += kStep) {
+    ahead.fetch(tile, tile + kTileRows);
+    Vec<T> sum[kTileRows] = {};
+#pragma GCC unroll 16
+    for (int c = 0; c < kWidth; ++c) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kTileRows; ++i) sum[i] += broadcast(rows[i * kWidth + c]) * weights[c];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kTileRows; ++i) store<T>(sums + i * kWidth, sum[i]);
   }
 }
 
@@ -124,15 +160,15 @@ void multiply_tiles(const float* image, int64_t image_step, const float* grads, 
     Vec<T> line[kVectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       Vec<T> value = broadcast(image[i]);
-      keep_in_register<T>(value);  // as in multiply_tile
+      keep_shared<kVectors>(value);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
@@ -142,7 +178,13 @@ void multiply_tiles(const float* image, int64_t image_step, const float* grads, 
   }
 }
 
-// `rows` is 4, 5 or 6.
+// Channels that a call of multiply_tiles takes at most. Calls that fetch ahead should be few among
+// them: memory answers no more than so many at once.
+constexpr int channels_at_once(int vectors) {
+  return kVectorRegisters == 32 && vectors == 1 ? 8 : kTileRows;
+}
+
+// `rows` is 4, 5, 6 or channels_at_once(vectors).
 inline void multiply_tiles(int64_t rows, int vectors, const float* image, int64_t image_step,
                            const float* grads, int64_t grads_step, int64_t tiles, bool accumulate,
                            const Ahead& ahead, float* sums) {
@@ -150,7 +192,8 @@ inline void multiply_tiles(int64_t rows, int vectors, const float* image, int64_
     constexpr int kVectors = decltype(count)::value;
     const auto multiply = rows == 4   ? multiply_tiles<4, kVectors>
                           : rows == 5 ? multiply_tiles<5, kVectors>
-                                      : multiply_tiles<6, kVectors>;
+                          : rows == 6 ? multiply_tiles<6, kVectors>
+                                      : multiply_tiles<channels_at_once(kVectors), kVectors>;
     multiply(image, image_step, grads, grads_step, tiles, accumulate, ahead, sums);
   });
 }
