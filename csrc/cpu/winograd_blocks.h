@@ -122,7 +122,8 @@ class WinogradBlocks {
     };
     const RunReader<kTileIn> reader(grid_, source, conv_.source, conv_.reduced, conv_.source_height,
                                     conv_.source_width, taps_.low_h, taps_.low_w);
-    const TilesAhead next(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 1,
+    // The rows above were fetched for the tiles above.
+    const TilesAhead next(grid_, source, conv_.source, conv_.reduced, taps_.low_h + 2,
                           taps_.low_w + 1);
     const TilesAhead outputs(grid_, dest, conv_.dest, conv_.produced, 0, 0);
     parallel_shares(blocks_, threads_, start, [&](int64_t index, int thread) {

@@ -175,8 +175,9 @@ class GradWeightShares {
       if (outputs() > round_up(produced_, kWidth)) {
         std::memset(scratch.grads, 0, kProducts * grads_step() * sizeof(T));
       }
+      // The rows above were fetched for the tiles above.
       const TilesAhead next_input(grid_, input_ + group * reduced_ * p_.input.c, p_.input, reduced_,
-                                  1 - p_.pad_h, 1 - p_.pad_w);
+                                  2 - p_.pad_h, 1 - p_.pad_w);
       const TilesAhead next_grads(grid_, grad_output_ + group * produced_ * p_.output.c, p_.output,
                                   produced_, 0, 0);
       for (int64_t first = begin; first < end; first += block_tiles_) {
