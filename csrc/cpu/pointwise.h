@@ -125,10 +125,10 @@ class Pointwise {
     Own own;
     own.source = carver.template take<const T*>(most_pixels_ + kTileRows);
     own.rows = carver.template take<const T*>(most_pixels_);
-    own.out = carver.template take<T*>(most_pixels_);
+    own.out = carver.template take<T*>(most_pixels_ + kTileRows);
     own.copy = carver.template take<T>(copied_ ? most_pixels_ * depth_ : 0);
     own.narrow = carver.template take<T>(ends_whole() ? 0 : most_pixels_ * kPanelWidth<T>);
-    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_);
+    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_ + kTileRows);
     own.unused = carver.template take<T>(vectors_ * kLanes<T>);
     return own;
   }
@@ -191,6 +191,7 @@ class Pointwise {
         args.start = part == 0 ? starts_ + first_channel(panel) : nullptr;
         args.rows = own.rows;
         args.out = narrow ? own.narrow_out : own.out;
+        args.out_ahead = args.out + kTileRows;
         if (panel == panel0) {
           multiply_fetching(args, tiles, vectors(panel), own);
         } else {
@@ -218,6 +219,7 @@ class Pointwise {
       multiply_column(vectors, args);
       args.rows += kTileRows;
       args.out += kTileRows;
+      args.out_ahead += kTileRows;
     }
   }
 
@@ -240,7 +242,7 @@ class Pointwise {
 
   void point_out(int64_t first, int64_t pixels, const Own& own) const {
     GridPoint at = GridPoint::at(conv_, first);
-    for (int64_t x = 0; x < round_up(pixels, kTileRows); ++x) {
+    for (int64_t x = 0; x < round_up(pixels, kTileRows) + kTileRows; ++x) {
       own.out[x] = x < pixels
                        ? dest_ + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w
                        : own.unused;

@@ -148,6 +148,7 @@ class PointwiseGradWeight {
       args.rows = own.row;
       Ahead ahead = ahead_of(first + pixels, end, own);
       args.out = own.out;
+      args.out_ahead = nullptr;
       args.row_step = kTileRows;
       args.length = pixels;
       args.start = first == begin ? zeros_ : nullptr;

@@ -25,11 +25,22 @@ GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
   sum += a * b;
 }
 
+// Fetches a line that is about to be written.
+template <typename T>
+GDFAST_INLINE void prefetch_to_write(T* line) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*line));
+#else
+  __builtin_prefetch(line, 1);
+#endif
+}
+
 template <typename T>
 struct ColumnArgs {
   const T* const* rows;   // [tiles][kTileRows]
   const T* const* ahead;  // [tiles][kTileRows], what to fetch meanwhile as rows are read; or null
   T* const* out;          // [tiles][kTileRows]
+  T* const* out_ahead;    // [tiles][kTileRows], what is written next, fetched; or null
   int64_t column;         // of out, where the panel's sums begin
   int64_t row_step = 1;
   int64_t tiles, length;
@@ -49,6 +60,8 @@ void multiply_column(const ColumnArgs<T>& args) {
     const T* row[kTileRows];
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[first + i];
+    T* const* out_ahead = args.out_ahead == nullptr ? nullptr : args.out_ahead + first;
+    int fetched = 0;
     const T* panel = args.panel;
     Vec<T> sum[kTileRows][kVectors] = {};
     int64_t at = 0;
@@ -70,6 +83,13 @@ void multiply_column(const ColumnArgs<T>& args) {
       if (ahead != nullptr) {
 #pragma GCC unroll 6
         for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + at);
+      }
+      if (out_ahead != nullptr && fetched < kVectors) {
+#pragma GCC unroll 6
+        for (int i = 0; i < kTileRows; ++i) {
+          prefetch_to_write(out_ahead[i] + column + fetched * kWidth);
+        }
+        ++fetched;
       }
       const int64_t end = min_of(x + kStretch, length);
       for (; x + 2 <= end; x += 2) {
