@@ -35,7 +35,7 @@ struct ChunkSource {
 class PointwiseGradWeight {
   using T = float;
   static constexpr int64_t kLine = 64 / sizeof(T);
-  static constexpr int64_t kChunkPixels = 126;  // whole tiles of what runs over pixels
+  static constexpr int64_t kChunkPixels = kVectorRegisters == 32 ? 252 : 126;
   // Tiles of a block: 128 KB of a chunk's pixels.
   static constexpr int64_t kMostTiles = 128 * 1024 / (kChunkPixels * kTileRows * sizeof(T));
   // Channels on one side for which those on the other are read where they lie.
@@ -133,7 +133,7 @@ class PointwiseGradWeight {
     own.panels = carver.template take<T>(panels_ * (panel_vectors_ * kLanes<T> * chunk_ + kLine));
     own.row = carver.template take<const T*>(block_tiles_ * kTileRows);
     own.ahead = carver.template take<const T*>(block_tiles_ * kTileRows);
-    own.out = carver.template take<T*>(block_tiles_ * kTileRows);
+    own.out = carver.template take<T*>((block_tiles_ + 1) * kTileRows);
     own.grad_output = carver.template take<const T*>(chunk_);
     own.input = carver.template take<const T*>(chunk_);
     own.unused = carver.template take<T>(width_);
@@ -176,7 +176,7 @@ class PointwiseGradWeight {
       args.stretch = stretch_;
       Ahead ahead = ahead_of(first + pixels, end, own);
       args.out = own.out;
-      args.out_ahead = nullptr;
+      args.out_ahead = own.out + kTileRows;
       args.row_step = row_step > 0 ? row_step : kTileRows;
       args.length = pixels;
       args.start = first == begin ? zeros_ : nullptr;
@@ -342,7 +342,7 @@ class PointwiseGradWeight {
   }
 
   void point_out(int64_t tile0, int64_t tiles, int64_t share, const Own& own) const {
-    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
+    for (int64_t i = 0; i < (tiles + 1) * kTileRows; ++i) {
       const int64_t row = tile0 * kTileRows + i;
       own.out[i] = row >= rows_ ? own.unused
                    : in_place_  ? grad_weight_ + row * p_.weight.n
