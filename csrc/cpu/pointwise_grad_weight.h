@@ -156,9 +156,9 @@ class PointwiseGradWeight {
     const T* const* row_lines = swapped_ ? own.input : own.grad_output;
     const T* const* column_lines = swapped_ ? own.grad_output : own.input;
     // What is read often enough is worth a copy.
-    const int64_t row_step = columns_ > kMostInPlace ? 0
-                             : swapped_              ? input_step()
-                                                     : grad_output_step();
+    const int64_t row_step = columns_ > kMostInPlace && rows_ > kMostInPlace ? 0
+                             : swapped_                                      ? input_step()
+                                                                             : grad_output_step();
     const int64_t column_step = rows_ > kMostInPlace ? 0
                                 : swapped_           ? grad_output_step()
                                                      : input_step();
@@ -195,6 +195,7 @@ class PointwiseGradWeight {
         point_out(tile, args.tiles, share, own);
         for (int64_t panel = 0; panel < panels_; ++panel) {
           args.ahead = fetch(ahead, pixels, args.tiles, own);
+          args.row_ahead = row_step > 0 && panel == 0 ? 2 * kTileRows - 1 : 0;
           args.column = first_channel(panel);
           args.panel = columns_lie ? column_lines[0] + args.column : panel_of(panel, pixels, own);
           args.panel_step = columns_lie ? column_step : vectors(panel) * kLanes<T>;

@@ -60,6 +60,9 @@ struct ColumnArgs {
   T* const* out_ahead;  // [tiles][kTileRows], what is written next, fetched; or null
   int64_t column;       // of out, where the panel's sums begin
   int64_t row_step = 1, panel_step;
+  // What lies so far beyond a row's values, with AVX-512, is fetched as they are read: the next
+  // tile's, where each step takes rows from another cache line.
+  int64_t row_ahead = 0;
   int64_t stretch = 64 / sizeof(T);  // steps, for a cache line of rows that lie in one
   int64_t tiles, length;
   const T* panel;
@@ -82,7 +85,7 @@ __attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[first + i];
     T* const* out_ahead = args.out_ahead == nullptr ? nullptr : args.out_ahead + first;
-    const T* panel = args.panel;
+    const T *row_ahead = row[0] + args.row_ahead, *panel = args.panel;
     Vec<T> sum[kTileRows][kVectors] = {};
     int64_t at = 0;
     const auto step = [&]() __attribute__((always_inline)) {
@@ -100,6 +103,7 @@ __attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) add_product<T>(sum[i][j], value, line[j]);
       }
+      if constexpr (kVectorRegisters == 32) __builtin_prefetch(row_ahead + at);
       at += row_step;
       panel += panel_step;
     };
