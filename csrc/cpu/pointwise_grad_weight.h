@@ -3,17 +3,18 @@
 //
 //   grad_weight[k, c] = sum over pixels of grad_output[pixel, k] * input[pixel, c]
 //
-// A tile is rows k x columns c, or the other way round where that fills tiles better. Pixels are
-// taken in chunks. With AVX-512 both operands are read where they lie, if their pixels lie at even
-// distances. Else they are copied into the order that the micro-kernel reads: as they lie in
-// memory, one step of it goes from one pixel to the next, to another page each time. A panel of a
-// chunk stays in L1 while a block of rows passes by, which stays in L2.
+// A tile is rows k x columns c; with AVX-512 the other way round where that fills tiles better.
+// Pixels are taken in chunks, of which both operands are copied into the order that the
+// micro-kernel reads: as they lie in memory, one step of it would go from one pixel to the next, to
+// another page each time. A panel of a chunk stays in L1 while a block of rows passes by, which
+// stays in L2. With AVX-512 a step takes long enough for L2 to answer: there operands that are read
+// few times are not copied, if their pixels lie at even distances.
 //
 // A task owns a range of rows and a share of the pixels. Shares are added up in a fixed order: the
 // result depends on their number, which shape and threads decide, and never on timing.
 #pragma once
 
-#include "pack.h"
+#include "pointwise_chunks.h"
 #include "tile_column.h"
 
 namespace gdfast::cpu {
@@ -32,34 +33,26 @@ struct ChunkSource {
   const void* self;
 };
 
-class PointwiseGradWeight {
-  using T = float;
-  static constexpr int64_t kLine = 64 / sizeof(T);
+class PointwiseGradWeight : ChunkTiles {
   static constexpr int64_t kChunkPixels = kVectorRegisters == 32 ? 252 : 126;
   // Tiles of a block: 128 KB of a chunk's pixels.
   static constexpr int64_t kMostTiles = 128 * 1024 / (kChunkPixels * kTileRows * sizeof(T));
-  // Channels on one side for which those on the other are read where they lie.
+  // Rows and columns up to which what the others multiply is read where it lies.
   static constexpr int64_t kMostInPlace = 512;
-  static constexpr int64_t kPanelsAtOnce = 8;  // in copying, so that 512 bytes are read in a row
 
  public:
   // grad_bias may be null.
   PointwiseGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
                       T* grad_bias, int threads)
-      : p_(p),
+      : ChunkTiles(swaps(p) ? p.C : p.K, swaps(p) ? p.K : p.C),
+        p_(p),
         grad_output_(grad_output),
         input_(input),
         grad_weight_(grad_weight),
         grad_bias_(grad_bias),
         threads_(threads),
         pixels_(p.N * p.P * p.Q),
-        swapped_(pixels_ >= 3 * max_of(p.K, p.C) && step_cost(p.C, p.K) < step_cost(p.K, p.C)),
-        rows_(swapped_ ? p.C : p.K),
-        columns_(swapped_ ? p.K : p.C),
-        tiles_(ceil_div(rows_, kTileRows)),
-        vectors_(ceil_div(columns_, kLanes<T>)),
-        panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
-        panels_(ceil_div(vectors_, panel_vectors_)) {
+        swapped_(swaps(p)) {
     // A share more costs three passes over the weights, a range more one over the input.
     const int64_t most_shares = ceil_div(pixels_, kChunkPixels);
     if (pixels_ >= 3 * rows_) {
@@ -75,10 +68,10 @@ class PointwiseGradWeight {
     block_tiles_ = ceil_div(range, ceil_div(range, kMostTiles));
     in_place_ = shares_ == 1 && !swapped_ && columns_ % kLanes<T> == 0;
     width_ = vectors_ * kLanes<T>;
-    // So many lines of a chunk are fetched ahead by a tile.
+    // So many lines of a chunk are fetched ahead by a tile, or fewer.
     const int64_t lines = ceil_div(chunk_ * (rows_ + columns_), kLine);
     const int64_t by_tile = ceil_div(lines, tiles_ * panels_ * kTileRows);
-    stretch_ = max_of(2, min_of(kLine, chunk_ / by_tile / 2 * 2));
+    stretch_ = kFetchesMore ? max_of(2, min_of(kLine, chunk_ / by_tile / 2 * 2)) : kLine;
   }
 
   // Whether each pixel belongs to one task alone.
@@ -121,6 +114,11 @@ class PointwiseGradWeight {
     T* lines;               // [chunk pixels][K], and a vector more: what a source writes
   };
 
+  static bool swaps(const Conv2dProblem& p) {
+    return kVectorRegisters == 32 && p.N * p.P * p.Q >= 3 * max_of(p.K, p.C) &&
+           step_cost(p.C, p.K) < step_cost(p.K, p.C);
+  }
+
   // What a step of the micro-kernel takes over all rows and columns, in products and loads.
   static int64_t step_cost(int64_t rows, int64_t columns) {
     const int64_t vectors = ceil_div(columns, kLanes<T>), panels = ceil_div(vectors, kMaxVectors);
@@ -129,8 +127,8 @@ class PointwiseGradWeight {
 
   Own carve(Carver& carver) const {
     Own own;
-    own.rows = carver.template take<T>(block_tiles_ * (chunk_ * kTileRows + kLine));
-    own.panels = carver.template take<T>(panels_ * (panel_vectors_ * kLanes<T> * chunk_ + kLine));
+    own.rows = carver.template take<T>(block_tiles_ * tile_size(chunk_));
+    own.panels = carver.template take<T>(panels_ * panel_size(chunk_));
     own.row = carver.template take<const T*>(block_tiles_ * kTileRows);
     own.ahead = carver.template take<const T*>(block_tiles_ * kTileRows);
     own.out = carver.template take<T*>((block_tiles_ + 1) * kTileRows);
@@ -141,27 +139,15 @@ class PointwiseGradWeight {
     return own;
   }
 
-  // All panels but the last have one width.
-  int64_t first_channel(int64_t panel) const { return panel * panel_vectors_ * kLanes<T>; }
-  int64_t vectors(int64_t panel) const {
-    return min_of(panel_vectors_, vectors_ - panel * panel_vectors_);
-  }
-  // Where a panel begins: a line more than it has, or many would meet in one set of L1.
-  T* panel_of(int64_t panel, int64_t pixels, const Own& own) const {
-    return own.panels + panel * (pixels * panel_vectors_ * kLanes<T> + kLine);
-  }
-
   void task(int64_t range, int64_t share, int thread, const Own& own) const {
     const int64_t tile0 = tiles_ * range / ranges_, tile_end = tiles_ * (range + 1) / ranges_;
     const T* const* row_lines = swapped_ ? own.input : own.grad_output;
     const T* const* column_lines = swapped_ ? own.grad_output : own.input;
-    // What is read often enough is worth a copy.
-    const int64_t row_step = columns_ > kMostInPlace && rows_ > kMostInPlace ? 0
-                             : swapped_                                      ? input_step()
-                                                                             : grad_output_step();
-    const int64_t column_step = rows_ > kMostInPlace ? 0
-                                : swapped_           ? grad_output_step()
-                                                     : input_step();
+    // What is read often is worth a copy.
+    const bool copies_rows = columns_ > kMostInPlace && rows_ > kMostInPlace;
+    const int64_t row_step = copies_rows ? 0 : swapped_ ? input_step() : grad_output_step();
+    const bool copies_columns = rows_ > kMostInPlace;
+    const int64_t column_step = copies_columns ? 0 : swapped_ ? grad_output_step() : input_step();
     const int64_t begin = pixels_ * share / shares_, end = pixels_ * (share + 1) / shares_;
     for (int64_t first = begin; first < end; first += chunk_) {
       const int64_t pixels = min_of(chunk_, end - first);
@@ -170,10 +156,11 @@ class PointwiseGradWeight {
         source_->write(source_->self, first, first + pixels, own.lines, thread);
       // Whole vectors of the last pixel may end beyond the tensor.
       const bool columns_lie = column_step > 0 && (columns_ == width_ || first + pixels < pixels_);
-      if (!columns_lie) pack_panels(column_lines, pixels, own);
+      if (!columns_lie) pack_panels(column_lines, pixels, own.panels);
       ColumnArgs<T> args;
       args.rows = own.row;
       args.stretch = stretch_;
+      args.ahead_step = kTileRows * kLine;
       Ahead ahead = ahead_of(first + pixels, end, own);
       args.out = own.out;
       args.out_ahead = own.out + kTileRows;
@@ -185,19 +172,18 @@ class PointwiseGradWeight {
       }
       for (int64_t tile = tile0; tile < tile_end; tile += block_tiles_) {
         args.tiles = min_of(block_tiles_, tile_end - tile);
-        if (row_step > 0) {
-          for (int64_t i = 0; i < args.tiles * kTileRows; ++i) {
-            own.row[i] = row_lines[0] + min_of(tile * kTileRows + i, rows_ - 1);
-          }
-        } else {
-          pack_rows(row_lines, tile, args.tiles, pixels, own);
+        if (row_step == 0) pack_rows(row_lines, tile, args.tiles, pixels, own.rows);
+        for (int64_t i = 0; i < args.tiles * kTileRows; ++i) {
+          own.row[i] = row_step == 0 ? own.rows + i / kTileRows * tile_size(pixels) + i % kTileRows
+                                     : row_lines[0] + min_of(tile * kTileRows + i, rows_ - 1);
         }
         point_out(tile, args.tiles, share, own);
         for (int64_t panel = 0; panel < panels_; ++panel) {
           args.ahead = fetch(ahead, pixels, args.tiles, own);
           args.row_ahead = row_step > 0 && panel == 0 ? 2 * kTileRows - 1 : 0;
           args.column = first_channel(panel);
-          args.panel = columns_lie ? column_lines[0] + args.column : panel_of(panel, pixels, own);
+          args.panel =
+              columns_lie ? column_lines[0] + args.column : own.panels + panel * panel_size(pixels);
           args.panel_step = columns_lie ? column_step : vectors(panel) * kLanes<T>;
           multiply_column(vectors(panel), args);
         }
@@ -229,9 +215,8 @@ class PointwiseGradWeight {
         if (i == 0 && ahead.then >= ahead.then_end) return nullptr;
         if (ahead.then < ahead.then_end) ahead = {ahead.then, ahead.then_end, nullptr, nullptr};
       }
-      const int64_t step = ceil_div(pixels, stretch_) * kLine;
-      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = ahead.from + j * step;
-      if (ahead.from < ahead.end) ahead.from += kTileRows * step;
+      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = ahead.from + j * kLine;
+      if (ahead.from < ahead.end) ahead.from += ceil_div(pixels, stretch_) * kTileRows * kLine;
     }
     return own.ahead;
   }
@@ -263,82 +248,6 @@ class PointwiseGradWeight {
       if (++p < p_.P) continue;
       p = 0;
       ++n;
-    }
-  }
-
-  void pack_panels(const T* const* lines, int64_t pixels, const Own& own) const {
-    const int64_t whole = columns_ / (panel_vectors_ * kLanes<T>);
-    for (int64_t panel = 0; panel < whole; panel += kPanelsAtOnce) {
-      const int64_t count = min_of(kPanelsAtOnce, whole - panel);
-      switch (panel_vectors_) {
-        case 1:
-          copy_panels<1>(lines, panel, count, pixels, own);
-          break;
-        case 2:
-          copy_panels<2>(lines, panel, count, pixels, own);
-          break;
-        case 3:
-          copy_panels<3>(lines, panel, count, pixels, own);
-          break;
-        case 4:
-          copy_panels<4>(lines, panel, count, pixels, own);
-          break;
-      }
-    }
-    if (whole == panels_) return;
-    const int64_t channel = first_channel(whole), width = vectors(whole) * kLanes<T>;
-    T* to = panel_of(whole, pixels, own);
-    for (int64_t x = 0; x < pixels; ++x, to += width) {
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = channel + j < columns_ ? lines[x][channel + j] : T(0);
-      }
-    }
-  }
-
-  template <int kVectors>
-  void copy_panels(const T* const* lines, int64_t panel, int64_t count, int64_t pixels,
-                   const Own& own) const {
-    constexpr int64_t kWidth = kVectors * kLanes<T>;
-    const int64_t step = pixels * kWidth + kLine;
-    T* line = panel_of(panel, pixels, own);
-    for (int64_t x = 0; x < pixels; ++x, line += kWidth) {
-      const T* from = lines[x] + first_channel(panel);
-      T* to = line;
-      for (int64_t i = 0; i < count; ++i, from += kWidth, to += step) {
-        for (int j = 0; j < kVectors; ++j) {
-          store<T>(to + j * kLanes<T>, load(from + j * kLanes<T>));
-        }
-      }
-    }
-  }
-
-  void pack_rows(const T* const* lines, int64_t tile0, int64_t tiles, int64_t pixels,
-                 const Own& own) const {
-    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
-      own.row[i] = own.rows + i / kTileRows * (pixels * kTileRows + kLine) + i % kTileRows;
-    }
-    const int64_t whole = min_of(tiles, rows_ / kTileRows - tile0);
-    // Where a vector is longer than a tile and does not leave the pixel, it is copied: what it has
-    // too much is overwritten by the next pixel, or lies in the line between two tiles.
-    static_assert(kLanes < T > -kTileRows <= kLine);
-    const int64_t left = rows_ - tile0 * kTileRows - kLanes<T>;
-    const int64_t overlapping =
-        kLanes<T> < kTileRows || left < 0 ? 0 : min_of(whole, left / kTileRows + 1);
-    for (int64_t x = 0; x < pixels; ++x) {
-      const T* from = lines[x] + tile0 * kTileRows;
-      T* to = own.rows + x * kTileRows;
-      for (int64_t tile = 0; tile < overlapping; ++tile) {
-        store<T>(to, load(from));
-        from += kTileRows;
-        to += pixels * kTileRows + kLine;
-      }
-      for (int64_t tile = overlapping; tile < whole; ++tile) {
-        std::memcpy(to, from, kTileRows * sizeof(T));
-        from += kTileRows;
-        to += pixels * kTileRows + kLine;
-      }
-      if (whole == tiles) continue;
-      for (int64_t i = 0; i < kTileRows; ++i) to[i] = i < rows_ % kTileRows ? from[i] : T(0);
     }
   }
 
@@ -426,8 +335,7 @@ class PointwiseGradWeight {
   int threads_;
   int64_t pixels_;
   bool swapped_;  // rows of tiles run over the input's channels, columns over grad_output's
-  int64_t rows_, columns_;
-  int64_t tiles_, vectors_, panel_vectors_, panels_, width_;
+  int64_t width_;
   int64_t shares_, ranges_, chunk_, block_tiles_, stretch_;
   bool in_place_;
   T* sums_;

@@ -50,20 +50,24 @@ GDFAST_INLINE void prefetch_to_write(T* line) {
 #endif
 }
 
+// Whether rows of the next tile that lie apart are fetched ahead, and what is written next. With
+// shorter vectors there is more time for what comes from memory, and less room for instructions.
+constexpr bool kFetchesMore = kVectorRegisters == 32;
+
 template <typename T>
 struct ColumnArgs {
   const T* const* rows;  // [tiles][kTileRows]
-  // [tiles][kTileRows], what to fetch meanwhile: a cache line of each every `stretch` steps; or
-  // null.
+  // [tiles][kTileRows], what to fetch meanwhile, from there on; or null.
   const T* const* ahead;
   T* const* out;        // [tiles][kTileRows]
   T* const* out_ahead;  // [tiles][kTileRows], what is written next, fetched; or null
   int64_t column;       // of out, where the panel's sums begin
   int64_t row_step = 1, panel_step;
-  // What lies so far beyond a row's values, with AVX-512, is fetched as they are read: the next
-  // tile's, where each step takes rows from another cache line.
+  // What lies so far beyond a row's values is fetched as they are read: the next tile's, where each
+  // step takes rows from another cache line.
   int64_t row_ahead = 0;
-  int64_t stretch = 64 / sizeof(T);  // steps, for a cache line of rows that lie in one
+  // Steps from one fetch ahead to the next, and what lies between what they fetch: a cache line.
+  int64_t stretch = 64 / sizeof(T), ahead_step = 64 / sizeof(T);
   int64_t tiles, length;
   const T* panel;
   const T* start;  // [width], or null to add to what out holds
@@ -74,8 +78,7 @@ struct ColumnArgs {
 template <typename T, int kVectors>
 __attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
   constexpr int kWidth = kLanes<T>;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t length = args.length, column = args.column;
+  const int64_t length = args.length, column = args.column, ahead_step = args.ahead_step;
   const int64_t row_step = args.row_step, panel_step = args.panel_step, stretch = args.stretch;
   const int64_t out_lines = ceil_div(kVectors * stretch, length);  // fetched every `stretch` steps
   for (int64_t first = 0; first < args.tiles * kTileRows; first += kTileRows) {
@@ -103,7 +106,7 @@ __attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) add_product<T>(sum[i][j], value, line[j]);
       }
-      if constexpr (kVectorRegisters == 32) __builtin_prefetch(row_ahead + at);
+      if constexpr (kFetchesMore) __builtin_prefetch(row_ahead + at);
       at += row_step;
       panel += panel_step;
     };
@@ -111,13 +114,15 @@ __attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
     for (int64_t line = 0; left > 0; ++line) {
       if (ahead != nullptr) {
 #pragma GCC unroll 6
-        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + line * kLine);
+        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + line * ahead_step);
       }
-      if (out_ahead != nullptr) {
-        for (; out_line < min_of((line + 1) * out_lines, kVectors); ++out_line) {
+      if constexpr (kFetchesMore) {
+        if (out_ahead != nullptr) {
+          for (; out_line < min_of((line + 1) * out_lines, kVectors); ++out_line) {
 #pragma GCC unroll 6
-          for (int i = 0; i < kTileRows; ++i) {
-            prefetch_to_write(out_ahead[i] + column + out_line * kWidth);
+            for (int i = 0; i < kTileRows; ++i) {
+              prefetch_to_write(out_ahead[i] + column + out_line * kWidth);
+            }
           }
         }
       }
