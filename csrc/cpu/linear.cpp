@@ -11,6 +11,7 @@
 
 #include "../linear_problem.h"
 #include "kernels.h"
+#include "lane_sums.h"
 #include "numeric.h"
 #include "shares.h"
 #include "simd.h"
@@ -123,11 +124,7 @@ void run_forward(const LinearProblem& p, const T* input, const T* weight, const 
       });
     }
     T* to = totals + (part * p.N + begin) * p.K;
-    for (int64_t i = 0; i < (end - begin) * p.K; ++i) {
-      T total = 0;
-      for (int lane = 0; lane < kLanes<T>; ++lane) total += sums[i][lane];
-      to[i] = total;
-    }
+    for (int64_t i = 0; i < (end - begin) * p.K; ++i) to[i] = sum_lanes<T>(sums[i]);
   });
   for (int64_t i = 0; i < p.N * p.K; ++i) {
     T total = bias == nullptr ? T(0) : bias[i % p.K];
