@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "kernels.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "window_lanes.h"
 #include "window_masks.h"
@@ -46,8 +47,15 @@ class FusedPool {
 
   void run() {
     const ThreadScratch memory(
-        threads_, [&](Carver& carver) { carve_shared(carver); },
-        [&](Carver& carver) { carve(carver); });
+        threads_,
+        [&](Carver& carver) {
+          carve_shared(carver);
+          end_shared(carver);
+        },
+        [&](Carver& carver) {
+          carve(carver);
+          end_own(carver);
+        });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     pack_weights();
     for (int thread = 0; thread < threads_; ++thread) {

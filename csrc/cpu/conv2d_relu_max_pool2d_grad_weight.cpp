@@ -8,6 +8,7 @@
 // are multiplied by are that one or its negative.
 #include "kernels.h"
 #include "lane_sums.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "window_lanes.h"
 #include "window_masks.h"
@@ -43,8 +44,15 @@ class FusedGrad {
   void run() {
     const int64_t bands = conv_.N * lanes_.bands(), blocks = min_of(bands, kBlocks);
     const ThreadScratch memory(
-        threads_, [&](Carver& carver) { carve_shared(carver, blocks); },
-        [&](Carver& carver) { carve(carver); });
+        threads_,
+        [&](Carver& carver) {
+          carve_shared(carver, blocks);
+          end_shared(carver);
+        },
+        [&](Carver& carver) {
+          carve(carver);
+          end_own(carver);
+        });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     const int64_t groups = channel_groups(conv_.K, threads_);
     parallel_shares(groups * blocks, threads_, [&](int64_t task, int thread) {

@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "lane_sums.h"
 #include "numeric.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "simd.h"
 
@@ -102,8 +103,15 @@ void run_forward(const LinearProblem& p, const T* input, const T* weight, const 
   const int64_t blocks = ceil_div(p.N, kForwardRows);
   T* totals;  // [parts][N][K]
   const ThreadScratch memory(
-      threads, [&](Carver& carver) { totals = carver.template take<T>(parts * p.N * p.K); },
-      [&](Carver& carver) { carver.template take<Vec<T>>(kForwardRows * p.K); });
+      threads,
+      [&](Carver& carver) {
+        totals = carver.template take<T>(parts * p.N * p.K);
+        end_shared(carver);
+      },
+      [&](Carver& carver) {
+        carver.template take<Vec<T>>(kForwardRows * p.K);
+        end_own(carver);
+      });
   parallel_shares(parts * blocks, threads, [&](int64_t task, int thread) {
     const int64_t part = task / blocks, begin = task % blocks * kForwardRows;
     const int64_t end = min_of(p.N, begin + kForwardRows);
