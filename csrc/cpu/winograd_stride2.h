@@ -16,6 +16,8 @@
 // before use.
 #pragma once
 
+#include "memory_ahead.h"
+#include "shares.h"
 #include "tap_conv_pixels.h"
 #include "winograd_stride2_passes.h"
 #include "winograd_tiles.h"
@@ -87,6 +89,7 @@ class Stride2Tiles {
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [sum][block_tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
+    MemoryAhead::Stretch* ahead;
   };
 
   // Where the weights of a sum begin; a vector more than they are from each to the next, so that
@@ -116,14 +119,19 @@ class Stride2Tiles {
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
     scratch_.stage = carver.take<T>(kStageSize);
+    scratch_.ahead = carver.take<MemoryAhead::Stretch>(
+        shared_weights_ ? tiles_ * (Reader::kRows + kTilePixels) : 0);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    const auto move = [&](auto* part) {
+      return reinterpret_cast<decltype(part)>(reinterpret_cast<uintptr_t>(part) +
+                                              scratch_bytes_ * thread);
+    };
     return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
-            move(scratch_.sums), move(scratch_.stage)};
+            move(scratch_.sums),  move(scratch_.stage),   move(scratch_.ahead)};
   }
 
   void run_group(int64_t group) {
@@ -145,14 +153,18 @@ class Stride2Tiles {
               weights_ + index * weights_size() + weights_at(step.value * kStepSums));
         });
       });
-      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+      parallel_shares(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
         const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
+        MemoryAhead ahead(scratch.ahead);
+        reader(source).ahead(end, min_of(end + tiles_, grid_.count), ahead);
+        pixels_ahead(first, end, dest, ahead);
+        ahead.spread(panels_.count * parts_ * kOrder.count * ceil_div(end - first, kTileRows));
         transform_tiles(source, first, end, scratch, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           for (int64_t part = 0; part < parts_; ++part) {
             multiply(scratch.image, first, end - first, part, 0, kOrder.count,
-                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
+                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
           }
           write_tiles(panel, first, end, scratch, dest);
         }
@@ -176,13 +188,14 @@ class Stride2Tiles {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
+      MemoryAhead ahead(nullptr);
       for (int64_t part = 0; part < parts_; ++part) {
         pack_weights(weight, panel, part, scratch.packed);
         for_each_step([&](auto step) {
           constexpr int kFirst = step.value * kStepSums;
           transform_weights<step.value>(scratch.packed, part, scratch.weights);
           multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
-                   kFirst + kStepSums, scratch.weights, scratch.sums);
+                   kFirst + kStepSums, scratch.weights, scratch.sums, ahead);
         });
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
@@ -248,16 +261,34 @@ class Stride2Tiles {
     if constexpr (kStep + 1 < Pass::kSteps) for_each_step<kStep + 1>(use);
   }
 
+  Reader reader(const T* source) const {
+    return Reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width, p_.low_h,
+                  p_.low_w);
+  }
+
+  // Adds the pixels of tiles [first, end).
+  void pixels_ahead(int64_t first, int64_t end, const T* dest, MemoryAhead& ahead) const {
+    if (p_.dest.c != 1) return;
+    for (int64_t tile = first; tile < end;) {
+      const Pixels at = pixels_of(tile);
+      tile += grid_.run_from(tile, end);
+      const Pixels last = pixels_of(tile - 1);
+      const int64_t pixels = last.w + last.columns - at.w;
+      const T* to = dest + at.n * p_.dest.n + at.h * p_.dest.h + at.w * p_.dest.w;
+      for (int64_t i = 0; i < at.rows; ++i) {
+        ahead.add(to + i * p_.dest.h, (pixels - 1) * p_.dest.w + p_.produced, true);
+      }
+    }
+  }
+
   // Transforms what tiles [first, end) see; tile `first` goes to column 0 of `to`. Columns up to a
   // multiple of kTileRows are left as they are: their sums are never looked at.
   void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
                        T* to) const {
-    const Reader reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width,
-                        p_.low_h, p_.low_w);
     // As constants where they are the same for all problems.
     const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
     const int64_t place_step = place_step_;
-    reader.read(first, end, zeros_, scratch.stage,
+    reader(source).read(first, end, zeros_, scratch.stage,
                 [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
                   T* line = to + (tile - first) * tile_step_ + c / stretch_ * stretch_step_ +
                             c % stretch_;
@@ -271,7 +302,7 @@ class Stride2Tiles {
   // Sums [first_sum, end_sum) of tiles [first, first + tiles), each of those that need it: sums
   // (+)= image x weights over the channels of one part.
   void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_sum,
-                int end_sum, const T* weights, T* sums) const {
+                int end_sum, const T* weights, T* sums, MemoryAhead& ahead) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
     TileArgs<T> args;
@@ -308,6 +339,7 @@ class Stride2Tiles {
           }
           args.rows = rows[now];
           args.rows_ahead = more ? rows[1 - now] : nullptr;
+          ahead.fetch();
           multiply_tile<T>(panels_.vectors, args);
         }
       }

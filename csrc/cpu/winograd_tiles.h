@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../conv2d_problem.h"
+#include "memory_ahead.h"
 #include "pack.h"
 #include "tile.h"
 #include "winograd_transforms.h"
@@ -131,6 +132,7 @@ class TileReader {
 
  public:
   static constexpr int64_t kStageSize = kSize * kColumns * kWidth;
+  static constexpr int kRows = kSize;
 
   TileReader(const Grid& grid, const T* data, const Strides4& strides, int64_t channels,
              int64_t height, int64_t width, int64_t low_h, int64_t low_w)
@@ -177,6 +179,24 @@ class TileReader {
           }
           use(from, 0, c, tile);
         }
+      }
+    }
+  }
+
+  // Adds what tiles [first, end) see to what is fetched ahead: kRows stretches a tile at most.
+  void ahead(int64_t first, int64_t end, MemoryAhead& to) const {
+    if (strides_.c != 1) return;
+    for (int64_t tile = first; tile < end;) {
+      const At at = grid_.at(tile);
+      tile += grid_.run_from(tile, end);
+      const int64_t w = at.w * kStep + low_w_, left = max_of(0, w);
+      const int64_t right = min_of(width_, w + (grid_.at(tile - 1).w - at.w) * kStep + kSize);
+      if (left >= right) continue;
+      for (int i = 0; i < kSize; ++i) {
+        const int64_t h = at.h * kStep + low_h_ + i;
+        if (h < 0 || h >= height_) continue;
+        to.add(data_ + at.n * strides_.n + h * strides_.h + left * strides_.w,
+               (right - left - 1) * strides_.w + channels_, false);
       }
     }
   }
