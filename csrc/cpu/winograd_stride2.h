@@ -36,8 +36,8 @@ class Stride2Tiles {
   static constexpr int kTilePixels = Stride2::kOut * Pass::kPixels;  // along one axis
   // Columns of the stage for what is written.
   static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
-  // Channels times tiles of a block: an image of 150 KB on AVX2.
-  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 1920 : 768;
+  // Channels times tiles of a block: an image of 130 to 150 KB.
+  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 640 : 768;
   static constexpr int kStepSums = kOrder.count / Pass::kSteps;
 
  public:
