@@ -7,7 +7,7 @@
 //
 //   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side, or
 //           [49][tiles][channels]                      for many channels of grad_input
-//   weights [part][49][channels of the part][width]
+//   weights [part][25][channels of the part][width]     products share filters
 //   sums    [25 or 49][tiles][width]                   of one panel of output channels
 //
 // The schedules are those of winograd.h. Few channels: weights are transformed once and shared, a
@@ -20,6 +20,7 @@
 #include "shares.h"
 #include "tap_conv_pixels.h"
 #include "winograd_stride2_passes.h"
+#include "winograd_stride2_products.h"
 #include "winograd_tiles.h"
 
 namespace gdfast::cpu {
@@ -38,7 +39,7 @@ class Stride2Tiles {
   static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
   // Channels times tiles of a block: an image of 130 to 150 KB.
   static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 640 : 768;
-  static constexpr int kStepSums = kOrder.count / Pass::kSteps;
+  static constexpr int kStepFilters = Stride2::kFilters / Pass::kSteps;
 
  public:
   Stride2Tiles(const Stride2Problem& problem, int64_t batch, const T* source, const T* weight,
@@ -92,12 +93,10 @@ class Stride2Tiles {
     MemoryAhead::Stretch* ahead;
   };
 
-  // Where the weights of a sum begin; a vector more than they are from each to the next, so that
-  // they spread over the sets of the cache.
-  int64_t weights_at(int sum) const {
-    return kOrder.first[sum] * part_channels_ * panels_.width + sum * kWidth;
-  }
-  int64_t weights_size() const { return weights_at(kOrder.count); }
+  // From one filter to the next: a vector more than it has, so that they spread over the sets of
+  // the cache.
+  int64_t filter_step() const { return part_channels_ * panels_.width + kWidth; }
+  int64_t weights_size() const { return Stride2::kFilters * filter_step(); }
   // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
   int64_t zeros_size() const { return max_of(channels_, kTileRows); }
   int64_t image_size() const {
@@ -115,7 +114,7 @@ class Stride2Tiles {
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
     scratch_.image = carver.take<T>(shared_weights_ ? image_size() : 0);
-    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_at(kStepSums));
+    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : kStepFilters * filter_step());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
     scratch_.stage = carver.take<T>(kStageSize);
@@ -150,7 +149,7 @@ class Stride2Tiles {
         for_each_step([&](auto step) {
           transform_weights<step.value>(
               packed, index % parts_,
-              weights_ + index * weights_size() + weights_at(step.value * kStepSums));
+              weights_ + index * weights_size() + step.value * kStepFilters * filter_step());
         });
       });
       parallel_shares(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
@@ -159,11 +158,12 @@ class Stride2Tiles {
         MemoryAhead ahead(scratch.ahead);
         reader(source).ahead(end, min_of(end + tiles_, grid_.count), ahead);
         pixels_ahead(first, end, dest, ahead);
-        ahead.spread(panels_.count * parts_ * kOrder.count * ceil_div(end - first, kTileRows));
+        ahead.spread(panels_.count * parts_ * kOrder.count *
+                     ceil_div(end - first, stride2_rows(panels_.vectors)));
         transform_tiles(source, first, end, scratch, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, first, end - first, part, 0, kOrder.count,
+            multiply(scratch.image, first, end - first, part, 0, Stride2::kFilters,
                      weights_ + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
           }
           write_tiles(panel, first, end, scratch, dest);
@@ -192,10 +192,10 @@ class Stride2Tiles {
       for (int64_t part = 0; part < parts_; ++part) {
         pack_weights(weight, panel, part, scratch.packed);
         for_each_step([&](auto step) {
-          constexpr int kFirst = step.value * kStepSums;
+          constexpr int kFirst = step.value * kStepFilters;
           transform_weights<step.value>(scratch.packed, part, scratch.weights);
           multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
-                   kFirst + kStepSums, scratch.weights, scratch.sums, ahead);
+                   kFirst + kStepFilters, scratch.weights, scratch.sums, ahead);
         });
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
@@ -218,39 +218,24 @@ class Stride2Tiles {
     return min_of(part_channels_, p_.reduced - part * part_channels_);
   }
 
-  // The weights of one step's sums, as the image has their products; from the step's first sum on
-  //   to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
+  // The filters of one step: to[filter * filter_step() + c * width + o].
   template <int kStep>
   void transform_weights(const T* packed, int64_t part, T* to) const {
-    constexpr int kFirst = kStep * kStepSums, kAxis = Stride2::kAxisFilters;
-    const int64_t width = panels_.width, size = stretch_ * width;
-    const int64_t valid = valid_channels(part) * width;
-    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
-    for (int64_t begin = 0; begin < channels * width; begin += size) {
-      T* lines[kProducts];
-      for (int sum = kFirst; sum < kFirst + kStepSums; ++sum) {
-        for (int i = 0; i < kOrder.products[sum]; ++i) {
-          lines[kOrder.first[sum] + i] =
-              to + weights_at(sum) - weights_at(kFirst) + begin * kOrder.products[sum] + i * size;
-        }
-      }
-      for (int64_t x = 0; x < size; x += kWidth) {
-        Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
-        for (int t = 0; t < 9; ++t) {
-          tap[t] = begin + x < valid ? load(packed + t * valid + begin + x) : Vec<T>{};
-        }
+    constexpr int kAxis = Stride2::kAxisFilters, kFirst = kStep * kStepFilters;
+    const int64_t width = panels_.width, valid = valid_channels(part) * width;
+    const int64_t size = min_of(part_channels_, channels_ - part * part_channels_) * width;
+    for (int64_t x = 0; x < size; x += kWidth) {
+      Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
+      for (int t = 0; t < 9; ++t) tap[t] = x < valid ? load(packed + t * valid + x) : Vec<T>{};
 #pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
+      for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
 #pragma GCC unroll 5
-        for (int i = 0; i < kAxis; ++i) {
-          transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
-        }
-#pragma GCC unroll 49
-        for (int i = 0; i < kProducts; ++i) {
-          if (kOrder.sum_of[i] / kStepSums == kStep) {
-            store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
-          }
-        }
+      for (int i = 0; i < kAxis; ++i) {
+        transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
+      }
+#pragma GCC unroll 25
+      for (int i = 0; i < kStepFilters; ++i) {
+        store<T>(to + i * filter_step() + x, filter[kFirst + i]);
       }
     }
   }
@@ -289,59 +274,50 @@ class Stride2Tiles {
     const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
     const int64_t place_step = place_step_;
     reader(source).read(first, end, zeros_, scratch.stage,
-                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  T* line = to + (tile - first) * tile_step_ + c / stretch_ * stretch_step_ +
-                            c % stretch_;
-                  const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                    store<T>(line + kOrder.place[product] * place_step, value);
-                  };
-                  transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
-                });
+                        [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                          T* line = to + (tile - first) * tile_step_ +
+                                    c / stretch_ * stretch_step_ + c % stretch_;
+                          const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                            store<T>(line + kOrder.place[product] * place_step, value);
+                          };
+                          transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
+                        });
   }
 
-  // Sums [first_sum, end_sum) of tiles [first, first + tiles), each of those that need it: sums
-  // (+)= image x weights over the channels of one part.
-  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_sum,
-                int end_sum, const T* weights, T* sums, MemoryAhead& ahead) const {
+  // Those sums of tiles [first, first + tiles) that need them and whose filters are [first_filter,
+  // end_filter): sums (+)= image x weights over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_filter,
+                int end_filter, const T* weights, T* sums, MemoryAhead& ahead) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
-    TileArgs<T> args;
-    args.row_step = 1;
-    args.segment_step = stretch_step_;
-    args.panel_step = width;
-    args.segments = channels / stretch_;
-    args.start = zeros_;
-    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
-    const T* rows[2][kTileRows];  // of this call and of the next
-    T* out[kTileRows];
-    args.out = out;
+    Stride2Products products;
+    products.row_step = tile_step_;
+    products.product_step = place_step_;
+    products.stretches = channels / stretch_;
+    products.stretch = stretch_;
+    products.stretch_step = stretch_step_;
+    products.accumulate = part > 0;
     image += part * part_channels_ / stretch_ * stretch_step_;
-    for (int sum = first_sum; sum < end_sum; ++sum) {
-      const T* from = image + kOrder.first[sum] * place_step_;
-      const auto point = [&](int64_t tile, int64_t end, const T** to) {
-        for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_step_;
-      };
-      args.length = kOrder.products[sum] * stretch_;
-      args.panel = weights + weights_at(sum) - weights_at(first_sum);
-      T* to = sums + sum * block_tiles_ * width;
+    for (int sum = 0; sum < kOrder.count; ++sum) {
+      const int place = kOrder.first[sum];
+      const int filter = Stride2::filter_of(kOrder.product[place]);
+      if (filter < first_filter || filter >= end_filter) continue;
+      products.count = kOrder.products[sum];
+      for (int i = 0; i < products.count; ++i) {
+        const int own = Stride2::filter_of(kOrder.product[place + i]);
+        products.panels[i] = weights + (own - first_filter) * filter_step();
+      }
+      products.rows = image + place * place_step_;
+      products.next = products.count * place_step_;
+      products.sums = sums + sum * block_tiles_ * width;
       for (const TileRange& range :
            grid_.needing(kOrder.last_row[sum], kOrder.last_column[sum]).part) {
         const TileRange own = range.within(first, first + tiles);
-        const int64_t end = own.end - first;
-        int now = 0;
-        if (!own.empty()) point(own.begin - first, end, rows[now]);
-        for (int64_t tile = own.begin - first; tile < end; tile += kTileRows, now = 1 - now) {
-          const bool more = tile + kTileRows < end;
-          if (more) point(tile + kTileRows, end, rows[1 - now]);
-          for (int i = 0; i < kTileRows; ++i) {
-            // Rows past the end are computed like the last one, and stored where nobody looks.
-            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
-          }
-          args.rows = rows[now];
-          args.rows_ahead = more ? rows[1 - now] : nullptr;
-          ahead.fetch();
-          multiply_tile<T>(panels_.vectors, args);
-        }
+        if (own.empty()) continue;
+        with_vectors(panels_.vectors, [&](auto vectors) {
+          multiply_stride2_tiles<vectors.value>(
+              own.end - own.begin, products.from_tile(own.begin - first, width), ahead);
+        });
       }
     }
   }
