@@ -124,5 +124,61 @@ void multiply_stride2_tiles(int64_t tiles, const Stride2Products& products, Memo
   }
 }
 
+// sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels.
+template <int kRows, int kVectors>
+__attribute__((noinline)) void multiply_stride2_grads(const float* image, int64_t image_step,
+                                                      const float* grads, int64_t tiles,
+                                                      bool accumulate, MemoryAhead& ahead,
+                                                      float* sums) {
+  using T = float;
+  constexpr int kWidth = kLanes<T>;
+  constexpr int64_t kAtOnce = 16;  // tiles, from one fetch ahead to the next
+  Vec<T> sum[kRows][kVectors] = {};
+  while (tiles > 0) {
+    const int64_t own = min_of(tiles, kAtOnce);
+    ahead.fetch();
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < own; ++i, image += image_step, grads += kVectors * kWidth) {
+      Vec<T> line[kVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
+#pragma GCC unroll 8
+      for (int row = 0; row < kRows; ++row) {
+        Vec<T> value = broadcast(image[row]);
+        if (kVectors > 1) keep_in_register<T>(value);  // as in multiply_tile
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[row][j] += value * line[j];
+      }
+    }
+    tiles -= own;
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      T* to = sums + (row * kVectors + j) * kWidth;
+      store<T>(to, accumulate ? load(to) + sum[row][j] : sum[row][j]);
+    }
+  }
+}
+
+// For 4 to 16 channels, a multiple of 4, in calls of 4, 5, 6 or 8: 16 are 8 + 8 or 6 + 5 + 5.
+template <int kVectors>
+void multiply_stride2_grads(int64_t channels, const float* image, int64_t image_step,
+                            const float* grads, int64_t tiles, bool accumulate, MemoryAhead& ahead,
+                            float* sums) {
+  constexpr bool kEight = 8 * kVectors + kVectors + 1 <= kVectorRegisters;
+  const int64_t calls = ceil_div(channels, kEight ? 8 : 6);
+  for (int64_t call = 0; call < calls; ++call) {
+    const int64_t c = channels * call / calls, rows = channels * (call + 1) / calls - c;
+    const auto multiply = rows == 4   ? multiply_stride2_grads<4, kVectors>
+                          : rows == 5 ? multiply_stride2_grads<5, kVectors>
+                          : rows == 6 ? multiply_stride2_grads<6, kVectors>
+                                      : multiply_stride2_grads<kEight ? 8 : 6, kVectors>;
+    multiply(image + c, image_step, grads, tiles, accumulate, ahead,
+             sums + c * kVectors * kLanes<float>);
+  }
+}
+
 }  // namespace
 }  // namespace gdfast::cpu
