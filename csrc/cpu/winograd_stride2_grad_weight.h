@@ -68,15 +68,15 @@ struct Stride2GradWeight {
   static void transform_input(const Conv2dProblem& p, const Grid& grid, const T* input,
                               int64_t first, int64_t end, const T* zeros, T* stage, int64_t,
                               int64_t product_step, const To& to) {
-    reader(p, grid, input).read<4>(first, end, zeros, stage,
-                            [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                              T* line = to(c, tile);
-                              transform_stride2_tile<2>(
-                                  from, offset, 1, 1,
-                                  [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                                    store<T>(line + kOrder.place[product] * product_step, value);
-                                  });
-                            });
+    reader(p, grid, input)
+        .read<4>(first, end, zeros, stage,
+                 [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                   T* line = to(c, tile);
+                   transform_stride2_tile<2>(
+                       from, offset, 1, 1, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                         store<T>(line + kOrder.place[product] * product_step, value);
+                       });
+                 });
   }
 
   // The 25 sums of some outputs, transposed, and the plain ones for the bias.
@@ -85,31 +85,32 @@ struct Stride2GradWeight {
                               int64_t outputs, int64_t first, int64_t end, const T* zeros, T* stage,
                               int64_t, int64_t sum_step, const To& to, T* bias_sums) {
     constexpr int kOut = Stride2::kOut, kAxis = Stride2::kAxisSums;
-    grad_reader(p, grid, grad_output, outputs).read(first, end, zeros, stage,
-                [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
-                  T* line = to(k, tile);
-                  Vec<T> half[kAxis * kOut], total{};
+    grad_reader(p, grid, grad_output, outputs)
+        .read(first, end, zeros, stage,
+              [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
+                T* line = to(k, tile);
+                Vec<T> half[kAxis * kOut], total{};
 #pragma GCC unroll 3
-                  for (int j = 0; j < kOut; ++j) {
-                    Vec<T> column[kOut];
+                for (int j = 0; j < kOut; ++j) {
+                  Vec<T> column[kOut];
 #pragma GCC unroll 3
-                    for (int i = 0; i < kOut; ++i) {
-                      column[i] = load(from[i * kOut + j] + offset);
-                      total += column[i];
-                    }
-                    transform_stride2_grads<T>(column, 1, half + j, kOut);
+                  for (int i = 0; i < kOut; ++i) {
+                    column[i] = load(from[i * kOut + j] + offset);
+                    total += column[i];
                   }
-                  store<T>(bias_sums + k, load(bias_sums + k) + total);
+                  transform_stride2_grads<T>(column, 1, half + j, kOut);
+                }
+                store<T>(bias_sums + k, load(bias_sums + k) + total);
 #pragma GCC unroll 5
-                  for (int i = 0; i < kAxis; ++i) {
-                    Vec<T> sums[kAxis];
-                    transform_stride2_grads<T>(half + i * kOut, 1, sums, 1);
+                for (int i = 0; i < kAxis; ++i) {
+                  Vec<T> sums[kAxis];
+                  transform_stride2_grads<T>(half + i * kOut, 1, sums, 1);
 #pragma GCC unroll 5
-                    for (int j = 0; j < kAxis; ++j) {
-                      store<T>(line + (i * kAxis + j) * sum_step, sums[j]);
-                    }
+                  for (int j = 0; j < kAxis; ++j) {
+                    store<T>(line + (i * kAxis + j) * sum_step, sums[j]);
                   }
-                });
+                }
+              });
   }
 };
 
@@ -144,9 +145,10 @@ class Stride2GradWeightShares {
         filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
-    // Image and grads of a block take about 800 KB.
-    const int64_t most =
-        max_of(24, 204800 / (kProducts * channels_ + Stride2::kSums * panels_.width));
+    // Image and grads of a block take about 800 KB; 400 on AVX-512, where 1 MB of L2 holds the next
+    // ones too.
+    const int64_t most = max_of(24, (kVectorRegisters == 32 ? 102400 : 204800) /
+                                        (kProducts * channels_ + Stride2::kSums * panels_.width));
     shares_ = max_of(1, min_of(threads, grid_.count / 4));
     const int64_t share_tiles = ceil_div(grid_.count, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
@@ -273,8 +275,8 @@ class Stride2GradWeightShares {
     }
   }
 
-  // filters[filter][channel] (+)= image times grads, over those of tiles [first, first + tiles) that
-  // need each product; image and grads begin with tile `first`.
+  // filters[filter][channel] (+)= image times grads, over those of tiles [first, first + tiles)
+  // that need each product; image and grads begin with tile `first`.
   void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, bool accumulate,
                 MemoryAhead& ahead, T* filters) const {
     const int64_t width = panels_.width;
@@ -284,10 +286,9 @@ class Stride2GradWeightShares {
         for (int64_t c = 0; c < channels_; c += kGroup) {
           const T* rows = image + c / kGroup * image_size() + (place * tile_step_ + tile) * kGroup;
           with_vectors(panels_.vectors, [&](auto vectors) {
-            multiply_stride2_grads<vectors.value>(
-                min_of(kGroup, channels_ - c), rows, kGroup,
-                grads + (sum * tile_step_ + tile) * width, count, started, ahead,
-                filters + c * width);
+            multiply_stride2_grads<vectors.value>(min_of(kGroup, channels_ - c), rows, kGroup,
+                                                  grads + (sum * tile_step_ + tile) * width, count,
+                                                  started, ahead, filters + c * width);
           });
         }
         started = true;

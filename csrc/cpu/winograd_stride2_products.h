@@ -171,10 +171,12 @@ void multiply_stride2_grads(int64_t channels, const float* image, int64_t image_
   const int64_t calls = ceil_div(channels, kEight ? 8 : 6);
   for (int64_t call = 0; call < calls; ++call) {
     const int64_t c = channels * call / calls, rows = channels * (call + 1) / calls - c;
-    const auto multiply = rows == 4   ? multiply_stride2_grads<4, kVectors>
-                          : rows == 5 ? multiply_stride2_grads<5, kVectors>
-                          : rows == 6 ? multiply_stride2_grads<6, kVectors>
-                                      : multiply_stride2_grads<kEight ? 8 : 6, kVectors>;
+    const auto multiply = rows == 4                         ? multiply_stride2_grads<4, kVectors>
+                          : rows == 5                       ? multiply_stride2_grads<5, kVectors>
+                          : rows == 6                       ? multiply_stride2_grads<6, kVectors>
+                          : multiply_stride2_grads < kEight ? 8
+                                                            : 6,
+               kVectors > ;
     multiply(image + c, image_step, grads, tiles, accumulate, ahead,
              sums + c * kVectors * kLanes<float>);
   }

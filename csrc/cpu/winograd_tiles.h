@@ -210,11 +210,21 @@ class TileReader {
   void point(int64_t tile, const T* zeros, const T** pixels) const {
     const At at = grid_.at(tile);
     const T* image = data_ + at.n * strides_.n;
+    const int64_t h0 = at.h * kStep + low_h_, w0 = at.w * kStep + low_w_;
+    if (h0 >= 0 && h0 + kSize <= height_ && w0 >= 0 && w0 + kSize <= width_ &&
+        own_row(at, kSize - 1) && own_column(at, kSize - 1)) {
+      const T* row = image + h0 * strides_.h + w0 * strides_.w;
+      for (int i = 0; i < kSize; ++i, row += strides_.h) {
+#pragma GCC unroll 7
+        for (int j = 0; j < kSize; ++j) *pixels++ = row + j * strides_.w;
+      }
+      return;
+    }
     for (int i = 0; i < kSize; ++i) {
-      const int64_t h = at.h * kStep + low_h_ + i;
+      const int64_t h = h0 + i;
       const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
       for (int j = 0; j < kSize; ++j) {
-        const int64_t w = at.w * kStep + low_w_ + j;
+        const int64_t w = w0 + j;
         const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
         pixels[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
       }
