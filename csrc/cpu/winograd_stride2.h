@@ -10,11 +10,10 @@
 //   weights [part][25][channels of the part][width]     products share filters
 //   sums    [25 or 49][tiles][width]                   of one panel of output channels
 //
-// A task takes a block of tiles through all steps. Few channels: image and sums stay in L2, and each
-// thread transforms the weights once, for itself: lines of memory that another core reads take too
-// long to write. Many: a part of the weights is transformed just before use. Where that would be for
-// too few tiles, the image is transformed for all panels, a round of tiles at a time, and a task
-// takes one panel.
+// Few channels: a task takes a block of tiles whose image and sums stay in L2, and each thread
+// transforms the weights once, for itself: lines of memory that another core reads take long to
+// write. Many: the image is transformed for all panels, a round of tiles at a time, and a task
+// transforms a part of its panel's weights just before use.
 #pragma once
 
 #include "memory_ahead.h"
@@ -40,8 +39,6 @@ class Stride2Tiles {
   static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
   // Channels times tiles of a block: an image of 130 to 150 KB.
   static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 640 : 768;
-  // Tiles for each thread that make transforming many channels' weights worth its while.
-  static constexpr int64_t kOwnTiles = 24;
   static constexpr int kStepFilters = Stride2::kFilters / Pass::kSteps;
 
  public:
@@ -62,13 +59,12 @@ class Stride2Tiles {
     part_channels_ = min_of(channels_, Pass::kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
     kept_weights_ = channels_ * p_.produced <= 128 * 128;
-    own_image_ = kept_weights_ || grid_.count >= kOwnTiles * threads;
     const int64_t most = kept_weights_ ? max_of(12, kBlockChannels / channels_) : 132;
-    round_tiles_ = own_image_ ? grid_.count : image_round_tiles(grid_.count, channels_);
+    round_tiles_ = kept_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
     int64_t blocks = ceil_div(round_tiles_, most);
-    if (own_image_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    if (kept_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
-    if (own_image_) round_tiles_ = tiles_;
+    if (kept_weights_) round_tiles_ = tiles_;
     block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
     // An odd number of lines from one tile, or product, to the next, so that they spread over the
     // sets of the cache.
@@ -112,19 +108,19 @@ class Stride2Tiles {
                                             : kTilePixels * kRunOut * kWidth;
 
   int64_t carve(Carver carver) {
-    image_ = carver.take<T>(own_image_ ? 0 : image_size());
+    image_ = carver.take<T>(kept_weights_ ? 0 : image_size());
     has_weights_ = carver.take<bool>(threads_);
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(own_image_ ? image_size() : 0);
+    scratch_.image = carver.take<T>(kept_weights_ ? image_size() : 0);
     scratch_.weights = carver.take<T>(kept_weights_ ? panels_.count * parts_ * weights_size()
                                                     : kStepFilters * filter_step());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
     scratch_.stage = carver.take<T>(kStageSize);
     scratch_.ahead = carver.take<MemoryAhead::Stretch>(
-        own_image_ ? tiles_ * (Reader::kRows + kTilePixels) : 0);
+        kept_weights_ ? tiles_ * (Reader::kRows + kTilePixels) : 0);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
@@ -147,15 +143,15 @@ class Stride2Tiles {
       const bool has = bias_ != nullptr && o < p_.produced;
       biases_[o] = has ? bias_[group * p_.produced + o] : T(0);
     }
-    if (own_image_) {
+    if (kept_weights_) {
       for (int thread = 0; thread < threads_; ++thread) has_weights_[thread] = false;
       parallel_shares(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
-        if (kept_weights_ && !has_weights_[thread]) {
+        if (!has_weights_[thread]) {
           keep_weights(weight, scratch);
           has_weights_[thread] = true;
         }
-        run_block(source, weight, block * tiles_, scratch, dest);
+        run_block(source, block * tiles_, scratch, dest);
       });
       return;
     }
@@ -175,8 +171,7 @@ class Stride2Tiles {
     }
   }
 
-  void run_block(const T* source, const T* weight, int64_t first, const Scratch& scratch,
-                 T* dest) const {
+  void run_block(const T* source, int64_t first, const Scratch& scratch, T* dest) const {
     const int64_t end = min_of(first + tiles_, grid_.count);
     MemoryAhead ahead(scratch.ahead);
     reader(source).ahead(end, min_of(end + tiles_, grid_.count), ahead);
@@ -186,27 +181,11 @@ class Stride2Tiles {
     transform_tiles(source, first, end, scratch, scratch.image);
     for (int64_t panel = 0; panel < panels_.count; ++panel) {
       for (int64_t part = 0; part < parts_; ++part) {
-        if (kept_weights_) {
-          multiply(scratch.image, first, end - first, part, 0, Stride2::kFilters,
-                   scratch.weights + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
-        } else {
-          multiply_part(weight, panel, part, scratch.image, first, end - first, scratch, ahead);
-        }
+        multiply(scratch.image, first, end - first, part, 0, Stride2::kFilters,
+                 scratch.weights + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
       }
       write_tiles(panel, first, end, scratch, dest);
     }
-  }
-
-  // With weights that are transformed for it.
-  void multiply_part(const T* weight, int64_t panel, int64_t part, const T* image, int64_t first,
-                     int64_t tiles, const Scratch& scratch, MemoryAhead& ahead) const {
-    pack_weights(weight, panel, part, scratch.packed);
-    for_each_step([&](auto step) {
-      constexpr int kFirst = step.value * kStepFilters;
-      transform_weights<step.value>(scratch.packed, part, scratch.weights);
-      multiply(image, first, tiles, part, kFirst, kFirst + kStepFilters, scratch.weights,
-               scratch.sums, ahead);
-    });
   }
 
   // Tiles [first, end) of a convolution with many channels.
@@ -223,8 +202,13 @@ class Stride2Tiles {
       const int64_t tile_end = min_of(tile + tiles_, end);
       MemoryAhead ahead(nullptr);
       for (int64_t part = 0; part < parts_; ++part) {
-        multiply_part(weight, panel, part, image_ + (tile - first) * tile_step_, tile,
-                      tile_end - tile, scratch, ahead);
+        pack_weights(weight, panel, part, scratch.packed);
+        for_each_step([&](auto step) {
+          constexpr int kFirst = step.value * kStepFilters;
+          transform_weights<step.value>(scratch.packed, part, scratch.weights);
+          multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
+                   kFirst + kStepFilters, scratch.weights, scratch.sums, ahead);
+        });
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
     });
@@ -442,12 +426,12 @@ class Stride2Tiles {
   int64_t channels_;  // reduced ones, padded to whole vectors
   int64_t stretch_;
   int64_t part_channels_, parts_;
-  bool kept_weights_, own_image_;
+  bool kept_weights_;
   int64_t tiles_;        // of a block
   int64_t round_tiles_;  // of a round, in which the image is transformed at once
   int64_t block_tiles_;  // padded
   int64_t tile_step_, stretch_step_, place_step_;  // of the image
-  bool* has_weights_;  // [thread]
+  bool* has_weights_;                              // [thread]
   T* image_;
   T* zeros_;
   T* biases_;
