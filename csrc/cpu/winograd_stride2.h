@@ -233,23 +233,9 @@ class Stride2Tiles {
   // The filters of one step: to[filter * filter_step() + c * width + o].
   template <int kStep>
   void transform_weights(const T* packed, int64_t part, T* to) const {
-    constexpr int kAxis = Stride2::kAxisFilters, kFirst = kStep * kStepFilters;
-    const int64_t width = panels_.width, valid = valid_channels(part) * width;
-    const int64_t size = min_of(part_channels_, channels_ - part * part_channels_) * width;
-    for (int64_t x = 0; x < size; x += kWidth) {
-      Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
-      for (int t = 0; t < 9; ++t) tap[t] = x < valid ? load(packed + t * valid + x) : Vec<T>{};
-#pragma GCC unroll 3
-      for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
-#pragma GCC unroll 5
-      for (int i = 0; i < kAxis; ++i) {
-        transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
-      }
-#pragma GCC unroll 25
-      for (int i = 0; i < kStepFilters; ++i) {
-        store<T>(to + i * filter_step() + x, filter[kFirst + i]);
-      }
-    }
+    const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
+    transform_stride2_weights<kStep * kStepFilters, kStepFilters>(
+        packed, valid_channels(part) * panels_.width, channels * panels_.width, to, filter_step());
   }
 
   template <int kStep = 0, typename Use>
