@@ -255,36 +255,40 @@ def convolve(channels: int = 32, backend: str = "auto", **options: Any) -> list[
     input = torch.randn(4, channels, 30, 30).to(BF16).requires_grad_()
     weight = torch.randn(32, channels // options.get("groups", 1), 3, 3).to(BF16).requires_grad_()
     with tuning.recorded({}) as uses:
-        ops.conv2d(input, weight, backend=backend, **options).sum().backward()
+        output = ops.conv2d(input, weight, backend=backend, **options)
+        output.backward(torch.ones_like(output))
     return uses
 
 
 class TestChoice:
     def test_candidates(self, pairs: str) -> None:
         for use in convolve():
-            assert use.candidates == ("direct", "bf16", "native")
+            assert use.candidates == ("direct", "winograd", "bf16", "native")
         with gdfast.precision("strict"):  # subnormal numbers count for 0 in pairs
             for use in convolve():
                 assert use.candidates == ("direct", "native")
         for use in convolve(groups=2):
+            assert use.candidates == ("direct", "winograd", "bf16", "native")
+        for use in convolve(stride=2):
             assert use.candidates == ("direct", "bf16", "native")
         for use in convolve(groups=4):
-            assert use.candidates == ("direct", "native")
+            assert use.candidates == ("direct", "winograd", "native")
 
     def test_without_times_it_is_native_s_unless_asked_for_by_name(self, pairs: str) -> None:
         assert [use.choice.name for use in convolve()] == ["native"] * 3
-        assert [use.choice.name for use in convolve(backend="cpu")] == ["bf16"] * 3
+        assert [use.choice.name for use in convolve(backend="cpu", stride=2)] == ["bf16"] * 3
 
-    @pytest.mark.parametrize("fastest", ["direct", "bf16", "native"])
+    @pytest.mark.parametrize("fastest", ["direct", "winograd", "bf16", "native"])
     def test_the_fastest_runs(
         self,
         fastest: str,
         pairs: str,
         stopwatch: Stopwatch,  # noqa: F811
     ) -> None:
-        stopwatch.seconds = {"direct": 3.0, "bf16": 2.0, "native": 4.0} | {fastest: 1.0}
+        seconds = {"direct": 3.0, "winograd": 3.5, "bf16": 2.0, "native": 4.0}
+        stopwatch.seconds = seconds | {fastest: 1.0}
         assert [use.choice.name for use in convolve()] == [fastest] * 3
-        assert stopwatch.timed == [("direct", "bf16", "native")] * 3
+        assert stopwatch.timed == [tuple(seconds)] * 3
 
     def test_what_is_wrong_is_not_timed(
         self,
@@ -298,11 +302,11 @@ class TestChoice:
 
         run = cpu.BACKEND.operations["conv2d"]
         monkeypatch.setitem(cpu.BACKEND.operations, "conv2d", conv2d)
-        stopwatch.seconds = {"direct": 3.0, "bf16": 0.1, "native": 4.0}
+        stopwatch.seconds = {"direct": 3.0, "winograd": 5.0, "bf16": 0.1, "native": 4.0}
         with pytest.warns(FallbackWarning, match="conv2d: bf16: expected the right result"):
             uses = convolve()
         assert [use.choice.name for use in uses] == ["direct", "bf16", "bf16"]
-        assert stopwatch.timed[0] == ("direct", "native")
+        assert stopwatch.timed[0] == ("direct", "winograd", "native")
 
 
 @pytest.mark.usefixtures("fresh_registry")
@@ -315,8 +319,11 @@ class TestWithoutThem:
         native.cpu.select_isa(before)
 
     def test_bfloat16_is_widened_or_native_s(self) -> None:
-        assert {use.candidates for use in convolve()} == {("direct", "native")}
-        assert {use.choice.name for use in convolve(backend="cpu")} == {"direct"}
+        for use in convolve():
+            assert use.candidates == ("direct", "winograd", "native")
+        for use in convolve(stride=2):
+            assert use.candidates == ("direct", "native")
+        assert {use.choice.name for use in convolve(backend="cpu", stride=2)} == {"direct"}
         # Whoever asks for the algorithm all the same gets the result.
         case = next(case for case in ODD if case.name == "c70-k130")
         problem = problem_of(case, BF16, False)

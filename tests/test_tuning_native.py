@@ -16,7 +16,7 @@ from gdfast.ops import conv2d_dispatch
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu", "threads")
 
-NATIVE = {"direct": 2.0, "winograd": 3.0, "native": 1.0}
+NATIVE = {"direct": 2.0, "winograd": 3.0, "bf16": 3.0, "native": 1.0}
 
 
 def function(output: torch.Tensor) -> str:

@@ -63,7 +63,7 @@ def lay_out(tensor: Tensor, layout: str, is_weight: bool = False) -> Tensor:
         return tensor.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
         n, c, h, w = tensor.shape
-        whole = torch.full((n, c + 1, h + 2, 2 * w + 1), math.nan)
+        whole = torch.full((n, c + 1, h + 2, 2 * w + 1), math.nan, dtype=tensor.dtype)
         return whole[:, 1:, 1 : h + 1, 1::2].copy_(tensor)
     return tensor
 
@@ -74,10 +74,11 @@ def passes(case: Conv2dCase, algorithm: str, tensors: tuple[Tensor, ...]) -> dic
     output = torch.empty_like(grad_output, memory_format=torch.preserve_format)
     grad_input, grad_weight, grad_bias = map(torch.empty_like, (input, weight, bias))
     sizes = (*case.input_shape, case.K, case.R, case.S, case.P, case.Q)
+    dtype = str(input.dtype).removeprefix("torch.")
 
     def problem(*strides_of: Tensor) -> Any:
         return native.cpu.Conv2dProblem(
-            sizes, case.stride, case.padding, case.dilation, case.groups, "float32",
+            sizes, case.stride, case.padding, case.dilation, case.groups, dtype,
             *(tensor.stride() for tensor in strides_of), algorithm,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 // conv2d forward: implicit GEMM over the taps of the kernel.
 #include "kernels.h"
 #include "run_tap_conv.h"
+#include "widened.h"
 #include "winograd_stride2.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
@@ -8,6 +9,8 @@ namespace gdfast::cpu::GDFAST_ISA {
 void conv2d(const Conv2dProblem& p, const void* input, const void* weight, const void* bias,
             void* output, int threads) {
   if (p.is_depthwise()) return depthwise(p, input, weight, bias, output, threads);
+  const auto widened = [&](auto as) { as.forward(input, weight, bias, output, conv2d); };
+  if (with_widened(p, threads, widened)) return;
   Workspace tap_memory(p.R * p.S * sizeof(Tap));
   const TapConv conv = forward_tap_conv(p, reinterpret_cast<Tap*>(tap_memory.data()));
   with_dtype(p.dtype, [&](auto zero) {

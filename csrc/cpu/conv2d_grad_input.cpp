@@ -2,6 +2,7 @@
 #include "grad_input_phases.h"
 #include "kernels.h"
 #include "run_tap_conv.h"
+#include "widened.h"
 #include "winograd_stride2.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
@@ -10,6 +11,10 @@ void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const vo
                        void* grad_input, int threads) {
   if (p.N == 0) return;
   if (p.is_depthwise()) return depthwise_grad_input(p, grad_output, weight, grad_input, threads);
+  const auto widened = [&](auto as) {
+    as.grad_input(grad_output, weight, grad_input, conv2d_grad_input);
+  };
+  if (with_widened(p, threads, widened)) return;
   if (p.algorithm == Algorithm::kWinograd && winograd_stride2_fits(p)) {
     Stride2Tiles<Stride2GradInput>(
         Stride2Problem::grad_input(p), p.N, static_cast<const float*>(grad_output),

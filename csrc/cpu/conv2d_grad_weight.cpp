@@ -17,6 +17,7 @@
 #include "pointwise_grad_weight.h"
 #include "tile.h"
 #include "weight_rows.h"
+#include "widened.h"
 #include "winograd_grad_weight.h"
 #include "winograd_stride2_grad_weight.h"
 
@@ -356,6 +357,10 @@ void conv2d_grad_weight(const Conv2dProblem& p, const void* grad_output, const v
   if (p.is_depthwise()) {
     return depthwise_grad_weight(p, grad_output, input, grad_weight, grad_bias, threads);
   }
+  const auto widened = [&](auto as) {
+    as.grad_weight(grad_output, input, grad_weight, grad_bias, conv2d_grad_weight);
+  };
+  if (with_widened(p, threads, widened)) return;
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](const T* grad_output, const T* input, T* grad_weight, T* grad_bias) {

@@ -67,12 +67,9 @@ def _steps(steps: tuple[int, int], counts: tuple[int, int]) -> tuple[int, int]:
 def algorithm(op: str, query: Conv2dQuery) -> str:
     """The algorithm that the cost model gives one pass in the precision that is set now."""
     assert native.cpu is not None
-    if cpu_algorithms.bf16_applies(op, query) and not is_strict():
-        return cpu_algorithms.BF16
-    if is_strict() or query.dtype != torch.float32:
+    if is_strict():
         return cpu_algorithms.DIRECT
-    channels_last = query.strides[0][1] == 1
-    return cpu_algorithms.choose(op, query.geometry, native.cpu.isa(), channels_last)
+    return cpu_algorithms.predicted(op, query, native.cpu.isa())
 
 
 def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:

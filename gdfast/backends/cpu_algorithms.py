@@ -5,9 +5,9 @@ The cost model knows the geometry alone; `tuning` times those that apply.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,23 @@ class Algorithm:
 
 
 def _winograd_applies(op: str, query: Conv2dQuery) -> bool:
-    return query.dtype == torch.float32 and _fits_winograd(query.geometry)
+    g = query.geometry
+    if not _fits_winograd(g):
+        return False
+    if query.dtype == torch.float32:
+        return True
+    # Others are widened as they lie in memory. With a stride of 2 copies cost what it saves.
+    sizes = g.input_size, g.weight_size, g.output_size
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and g.stride == (1, 1)
+        and all(map(_is_dense, sizes, query.strides))
+    )
+
+
+def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether elements fill the memory from the first to the last, in any order of the axes."""
+    return prod(size) == 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
 
 
 def _fits_winograd(g: Conv2dGeometry) -> bool:
@@ -108,6 +124,9 @@ _COSTS = {
     (2, "conv2d_grad_weight"): _Costs(1.1, 17, 240, 70, 1.0),
 }
 _DIRECT_PRODUCT = 1.14
+# An element of a 16-bit type, widened or rounded; measured on AVX-512.
+_WIDENED = 1.5
+_BF16_DIRECT = 0.5  # of what float32's direct kernels take
 # Sums of a tile; its outputs along an axis, and its products there beyond 5.
 _SUMS = {(2, "conv2d"): 25, (2, "conv2d_grad_input"): 49, (2, "conv2d_grad_weight"): 25}
 _TILE = {1: (4, 1), 2: (3, 2)}
@@ -115,17 +134,45 @@ _TILE = {1: (4, 1), 2: (3, 2)}
 _MARGIN = 0.95
 
 
-def choose(op: str, geometry: Conv2dGeometry, isa: str, channels_last: bool = True) -> str:
-    """The faster algorithm for one pass: op is "conv2d" or the name of one of its gradients.
+def predicted(op: str, query: Conv2dQuery, isa: str) -> str:
+    """The fastest algorithm for one pass: op is "conv2d" or the name of one of its gradients.
 
-    With an activation a forward pass costs what it does without. `channels_last` tells whether the
-    channels of a pixel of the images lie side by side.
+    With an activation a forward pass costs what it does without.
+    """
+    if bf16_applies(op, query):
+        direct, seconds = BF16, _BF16_DIRECT
+    else:
+        direct, seconds = DIRECT, 1.0
+    if not _winograd_applies(op, query):
+        return direct
+    channels_last = query.strides[0][1] == 1
+    widened = query.dtype != torch.float32
+    chosen = choose(op, query.geometry, isa, channels_last, widened=widened, direct=seconds)
+    return WINOGRAD if chosen == WINOGRAD else direct
+
+
+def choose(
+    op: str,
+    geometry: Conv2dGeometry,
+    isa: str,
+    channels_last: bool = True,
+    *,
+    widened: bool = False,
+    direct: float = 1.0,
+) -> str:
+    """WINOGRAD or DIRECT, whichever is faster.
+
+    `channels_last` tells whether the channels of a pixel of the images lie side by side, `widened`
+    whether Winograd's elements are of 16 bits; `direct` is what the direct way takes of the time
+    that it takes in float32.
     """
     if not _fits_winograd(geometry):
         return DIRECT
     op = op if (1, op) in _COSTS else "conv2d"
-    winograd, direct = _costs(op, geometry, _LANES[isa], channels_last)
-    return WINOGRAD if winograd < _MARGIN * direct else DIRECT
+    winograd_cost, direct_cost = _costs(op, geometry, _LANES[isa], channels_last)
+    if widened:
+        winograd_cost += _WIDENED * (prod(geometry.input_size) + prod(geometry.output_size))
+    return WINOGRAD if winograd_cost < _MARGIN * direct * direct_cost else DIRECT
 
 
 def _costs(op: str, g: Conv2dGeometry, lanes: int, channels_last: bool) -> tuple[float, float]:

@@ -9,8 +9,8 @@ whose moments a batch normalisation takes is timed with that behind it. A choice
 since another algorithm rounds otherwise. What was chosen is remembered in
 a file (see `choices_file`), so that a machine pays for it once.
 
-The cost model alone chooses (under "auto" that is native on a GPU, and where it would be "bf16":
-what has not been compared with it there does not run)
+The cost model alone chooses (under "auto" that is native on a GPU, and for bfloat16 where there are
+products of it: what has not been compared with it there does not run)
 - what is too small to matter, or would not be worth it: after so many sizes of one layer;
 - under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
 - in forked processes: there, timing would be of one thread on busy CPUs;
@@ -201,7 +201,8 @@ def bind(
     if requested == AUTO:
         calls[NATIVE] = resolve(run, query, REFERENCE).operations[run](query)
         # Native's bfloat16 may run on AMX.
-        if query.device.type == "cuda" or predicted == cpu_algorithms.BF16:
+        pairs = predicted != cpu_algorithms.DIRECT and cpu_algorithms.bf16_applies(run, query)
+        if query.device.type == "cuda" or pairs:
             predicted = NATIVE
     key = _key(op, query, tuple(calls), chooser.machine(query))
     with _lock, native.unrecorded():
