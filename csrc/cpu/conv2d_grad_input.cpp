@@ -22,16 +22,19 @@ void conv2d_grad_input(const Conv2dProblem& p, const void* grad_output, const vo
         .run();
     return;
   }
-  Workspace tap_memory(p.R * p.S * sizeof(Tap));
-  for_each_phase(p, reinterpret_cast<Tap*>(tap_memory.data()),
-                 [&](const TapConv& conv, int64_t offset) {
-                   with_dtype(p.dtype, [&](auto zero) {
-                     using T = decltype(zero);
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* const to = static_cast<T*>(grad_input);
+    const bool zeros_first = p.input.c == 1 && (p.R < p.stride_h || p.S < p.stride_w);
+    if (zeros_first) write_phases_without_taps(p, to, threads);
+    Workspace tap_memory(p.R * p.S * sizeof(Tap));
+    for_each_phase(p, reinterpret_cast<Tap*>(tap_memory.data()),
+                   [&](const TapConv& conv, int64_t offset) {
+                     if (zeros_first && conv.tap_count == 0) return;
                      run_tap_conv<T>(p.algorithm, conv, static_cast<const T*>(grad_output),
-                                     static_cast<const T*>(weight), nullptr,
-                                     static_cast<T*>(grad_input) + offset, threads);
+                                     static_cast<const T*>(weight), nullptr, to + offset, threads);
                    });
-                 });
+  });
 }
 
 }  // namespace gdfast::cpu::GDFAST_ISA

@@ -8,8 +8,10 @@
 #include <limits>
 
 #include "kernels.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "window_lanes.h"
+#include "window_masks.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -45,8 +47,15 @@ class FusedPool {
 
   void run() {
     const ThreadScratch memory(
-        threads_, [&](Carver& carver) { carve_shared(carver); },
-        [&](Carver& carver) { carve(carver); });
+        threads_,
+        [&](Carver& carver) {
+          carve_shared(carver);
+          end_shared(carver);
+        },
+        [&](Carver& carver) {
+          carve(carver);
+          end_own(carver);
+        });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     pack_weights();
     for (int thread = 0; thread < threads_; ++thread) {
@@ -129,13 +138,15 @@ class FusedPool {
         weight_[k * conv_.weight.n + c * conv_.weight.c + r * conv_.weight.h + s * conv_.weight.w]);
   }
 
-  int64_t tile_size() const { return (1 + conv_.C * 16) * kLanes<A>; }
+  // Operations with masks take single weights; others take as many as a vector has lanes.
+  static constexpr int kCopies = kHasMasks<T> ? 1 : kLanes<A>;
+
+  int64_t tile_size() const { return (1 + conv_.C * 16) * kCopies; }
 
   // G g G^T of the taps g of each channel.
   void transform_weights(A* to) const {
     const auto write = [&](A value) {
-      store<A>(to, broadcast(value));
-      to += kLanes<A>;
+      for (int i = 0; i < kCopies; ++i) *to++ = value;
     };
     for (int64_t k = 0; k < round_up(conv_.K, kTileChannels); ++k) {
       write(weight_at(k, -1));
@@ -214,6 +225,17 @@ class FusedPool {
     }
     const int64_t first = part.begin * pool_.Q, count = (part.end - part.begin) * pool_.Q;
     const int64_t plane = pool_.P * pool_.Q;
+    if constexpr (kHasMasks<T>) {
+      if (conv_.C == 1) {
+        T* values = output_ + part.n * pool_.output.n + first;
+        uint8_t* places = argmax_ + part.n * conv_.K * plane + first;
+        for (int64_t k = part.begin_k; k < part.end_k; ++k) {
+          largest_of_tiles(scratch.lanes.tiles, scratch.weights + k * tile_size(), count,
+                           values + k * pool_.output.c, places + k * plane);
+        }
+        return true;
+      }
+    }
     constexpr int64_t kStep = kTileVectors * kLanes<A>;
     for (int64_t k = part.begin_k; k < part.end_k; k += kTileChannels) {
       T* values = output_ + part.n * pool_.output.n + k * pool_.output.c + first;
@@ -282,12 +304,16 @@ class FusedPool {
     }
   }
 
+  static GDFAST_INLINE Vec<A> copied(const A* weight) {
+    return kCopies == 1 ? broadcast(*weight) : load(weight);
+  }
+
   // A^T m A of the products m of each tile in two channels, all of them finite.
   template <int kC>
   GDFAST_INLINE void multiply_tiles(const A* from, const A* weights,
                                     Vec<A> (&value)[kTileChannels][2][2]) const {
     const int64_t channels = kC == 0 ? conv_.C : kC, step = lanes_.tiles_size();
-    const int64_t size = (1 + channels * 16) * kLanes<A>;
+    const int64_t size = (1 + channels * 16) * kCopies;
 #pragma GCC unroll 4
     for (int x = 0; x < 4; ++x) {
       const auto factor = [&](int64_t c, int y) __attribute__((always_inline)) {
@@ -296,7 +322,7 @@ class FusedPool {
         return read;
       };
       const auto weight = [&](int k, int64_t c, int y) __attribute__((always_inline)) {
-        return load(weights + k * size + (1 + c * 16 + y * 4 + x) * kLanes<A>);
+        return copied(weights + k * size + (1 + c * 16 + y * 4 + x) * kCopies);
       };
       // What the rows of the tile add to the upper and the lower values.
       Vec<A> sums[kTileChannels][2];
@@ -305,7 +331,7 @@ class FusedPool {
       for (int k = 0; k < kTileChannels; ++k) {
         sums[k][0] = weight(k, 0, 1) * read;
         // One of the products counts in all four values: the bias goes with it.
-        if (x == 1) sums[k][0] += load(weights + k * size);
+        if (x == 1) sums[k][0] += copied(weights + k * size);
       }
       for (int64_t c = 1; c < channels; ++c) {
         read = factor(c, 1);

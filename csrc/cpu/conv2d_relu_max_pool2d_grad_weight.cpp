@@ -7,8 +7,11 @@
 // Of the four gradients of a tile of F(2x2, 3x3) one is not zero, so that those that its factors
 // are multiplied by are that one or its negative.
 #include "kernels.h"
+#include "lane_sums.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "window_lanes.h"
+#include "window_masks.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -41,8 +44,15 @@ class FusedGrad {
   void run() {
     const int64_t bands = conv_.N * lanes_.bands(), blocks = min_of(bands, kBlocks);
     const ThreadScratch memory(
-        threads_, [&](Carver& carver) { carve_shared(carver, blocks); },
-        [&](Carver& carver) { carve(carver); });
+        threads_,
+        [&](Carver& carver) {
+          carve_shared(carver, blocks);
+          end_shared(carver);
+        },
+        [&](Carver& carver) {
+          carve(carver);
+          end_own(carver);
+        });
     find_offsets(lanes_, conv_, pool_, tap_offsets_, place_offsets_);
     const int64_t groups = channel_groups(conv_.K, threads_);
     parallel_shares(groups * blocks, threads_, [&](int64_t task, int thread) {
@@ -132,6 +142,11 @@ class FusedGrad {
 
   // Adds the products of one channel's gradients with the factors of tiles: [C][4][4][kLanes].
   void add_tiles(const Gradients& grads, const A* factors, A* sums, A* bias) const {
+    if constexpr (kHasMasks<T>) {
+      if (conv_.C == 1) {
+        return add_gradients_of_tiles(grads.values, grads.places, grads.count, factors, sums, bias);
+      }
+    }
     for (int64_t c = 0; c < conv_.C; ++c, sums += 16 * kLanes<A>) {
       add_tile_rows<0>(grads, factors, sums, c == 0 ? bias : nullptr);
       if constexpr (kTileRows == 2) add_tile_rows<2>(grads, factors, sums, nullptr);
@@ -274,9 +289,7 @@ class FusedGrad {
       }
     }
     for (int64_t t = 0; t <= taps_; ++t) {
-      A total = 0;
-      for (int lane = 0; lane < kLanes<A>; ++lane) total += sums[t * kLanes<A> + lane];
-      totals[t] = total;
+      totals[t] = sum_lanes<A>(load(sums + t * kLanes<A>));
     }
   }
 

@@ -98,6 +98,7 @@ class DepthwiseGradWeightLines {
         careful_(careful),
         taps_(conv, careful),
         channels_(conv.groups),
+        ahead_(fetch_distance<T>(taps_.ahead)),
         all_taps_(conv.tap_count * round_up(channels_, kWidth)),
         size_(all_taps_ + round_up(channels_, kWidth)),
         lines_(conv.batch * conv.height),
@@ -143,7 +144,7 @@ class DepthwiseGradWeightLines {
         grads[x] = j + x < width ? grad_line + (j + x) * step : zeros_;
       }
       taps_.find(line_at, i, j, j > 0, most_seen_, careful_ ? nullptr : zeros_, own.seen);
-      run_(own.seen, grads, taps_.rows, channels_, taps_.ahead, own.sums);
+      run_(own.seen, grads, taps_.rows, channels_, ahead_, own.sums);
       if (!has_bias_) continue;
       for_channel_vectors<T>(channels_, [&](int64_t c, int64_t v) {
         T* to = own.sums + all_taps_ + v * kWidth;
@@ -183,7 +184,7 @@ class DepthwiseGradWeightLines {
   const T* input_;
   bool has_bias_, careful_;
   TapRows taps_;
-  int64_t channels_, all_taps_, size_, lines_, shares_;
+  int64_t channels_, ahead_, all_taps_, size_, lines_, shares_;
   int most_seen_ = 0;
   void (*run_)(const T* const*, const T* const*, int64_t, int64_t, int64_t, T*) = nullptr;
   T *totals_ = nullptr, *zeros_ = nullptr;

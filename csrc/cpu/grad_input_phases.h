@@ -6,7 +6,9 @@
 // convolution of grad_output with step 1.
 #pragma once
 
-#include "parallel.h"
+#include <cstring>
+
+#include "shares.h"
 #include "tap_conv.h"
 
 namespace gdfast::cpu {
@@ -59,6 +61,38 @@ void for_each_phase(const Conv2dProblem& p, Tap* taps, const Run& run) {
       run(phase_tap_conv(p, phase_h, phase_w, taps), phase_offset(p, phase_h, phase_w));
     }
   }
+}
+
+// Whether pixels of a phase take from any output, along one axis.
+inline bool phase_has_taps(int64_t phase, int64_t stride, int64_t pad, int64_t taps,
+                           int64_t dilation) {
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    if ((phase + pad - tap * dilation) % stride == 0) return true;
+  }
+  return false;
+}
+
+// Writes the pixels of all phases without taps, which are zero: those between the pixels of a 1x1
+// kernel with stride 2. The channels of a pixel lie side by side.
+template <typename T>
+void write_phases_without_taps(const Conv2dProblem& p, T* grad_input, int threads) {
+  const auto write = [&](T* to, int64_t values) { std::memset(to, 0, values * sizeof(T)); };
+  const int64_t rows = p.N * p.H, tasks = min_of(rows, 16 * threads);
+  parallel_shares(tasks, threads, [&](int64_t task, int) {
+    for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
+      const int64_t n = row / p.H, h = row % p.H;
+      T* line = grad_input + n * p.input.n + h * p.input.h;
+      const bool has = phase_has_taps(h % p.stride_h, p.stride_h, p.pad_h, p.R, p.dilation_h);
+      if (!has && p.input.w == p.C) {
+        write(line, p.W * p.C);
+        continue;
+      }
+      for (int64_t phase = 0; phase < min_of(p.stride_w, p.W); ++phase) {
+        if (has && phase_has_taps(phase, p.stride_w, p.pad_w, p.S, p.dilation_w)) continue;
+        for (int64_t w = phase; w < p.W; w += p.stride_w) write(line + w * p.input.w, p.C);
+      }
+    }
+  });
 }
 
 }  // namespace

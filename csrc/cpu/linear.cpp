@@ -11,7 +11,9 @@
 
 #include "../linear_problem.h"
 #include "kernels.h"
+#include "lane_sums.h"
 #include "numeric.h"
+#include "scratch_places.h"
 #include "shares.h"
 #include "simd.h"
 
@@ -101,8 +103,15 @@ void run_forward(const LinearProblem& p, const T* input, const T* weight, const 
   const int64_t blocks = ceil_div(p.N, kForwardRows);
   T* totals;  // [parts][N][K]
   const ThreadScratch memory(
-      threads, [&](Carver& carver) { totals = carver.template take<T>(parts * p.N * p.K); },
-      [&](Carver& carver) { carver.template take<Vec<T>>(kForwardRows * p.K); });
+      threads,
+      [&](Carver& carver) {
+        totals = carver.template take<T>(parts * p.N * p.K);
+        end_shared(carver);
+      },
+      [&](Carver& carver) {
+        carver.template take<Vec<T>>(kForwardRows * p.K);
+        end_own(carver);
+      });
   parallel_shares(parts * blocks, threads, [&](int64_t task, int thread) {
     const int64_t part = task / blocks, begin = task % blocks * kForwardRows;
     const int64_t end = min_of(p.N, begin + kForwardRows);
@@ -123,11 +132,7 @@ void run_forward(const LinearProblem& p, const T* input, const T* weight, const 
       });
     }
     T* to = totals + (part * p.N + begin) * p.K;
-    for (int64_t i = 0; i < (end - begin) * p.K; ++i) {
-      T total = 0;
-      for (int lane = 0; lane < kLanes<T>; ++lane) total += sums[i][lane];
-      to[i] = total;
-    }
+    for (int64_t i = 0; i < (end - begin) * p.K; ++i) to[i] = sum_lanes<T>(sums[i]);
   });
   for (int64_t i = 0; i < p.N * p.K; ++i) {
     T total = bias == nullptr ? T(0) : bias[i % p.K];

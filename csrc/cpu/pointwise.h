@@ -32,10 +32,15 @@ class Pointwise {
   static constexpr int64_t kBlockBytes = 128 * 1024;
   // Tiles of a block: enough for a panel's part to be used often, once L1 has it.
   static constexpr int64_t kLeastTiles = 16, kMostTiles = 64;
+  // Channels of a part. The panel's part is 16 KB with AVX2, for L1, and 64 KB with AVX-512, where
+  // a product takes in the time of four loads from L2.
+  static constexpr int64_t kDepth = 256;
   // Panels packed together, so that half a kilobyte is read in a row.
   static constexpr int64_t kPanelsAtOnce = 512 / (kMaxVectors * kVectorBytes);
-  // Pixels whose lines lie further apart, in bytes, are copied.
+  // Pixels whose lines lie further apart, in bytes, are copied where more panels than these read
+  // them.
   static constexpr int64_t kMostStep = 1024;
+  static constexpr int64_t kMostInPlace = kVectorRegisters == 32 ? 2 : 0;
 
  public:
   Pointwise(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
@@ -51,9 +56,11 @@ class Pointwise {
         panels_(ceil_div(vectors_, panel_vectors_)),
         parts_(ceil_div(conv.reduced, kDepth)),
         depth_(ceil_div(conv.reduced, parts_)),
-        tiles_(ceil_div(conv.pixels(), kTileRows)) {
+        tiles_(ceil_div(conv.pixels(), kTileRows)),
+        source_step_(even_step(conv.source, conv, conv.step_h, conv.step_w)),
+        dest_step_(even_step(conv.dest, conv, 1, 1)) {
     const int64_t step = conv.step_w * conv.source.w * static_cast<int64_t>(sizeof(T));
-    copied_ = parts_ > 1 || step > kMostStep;
+    copied_ = (parts_ > 1 || step > kMostStep) && panels_ > kMostInPlace;
     const int64_t fitting = kBlockBytes / (kTileRows * depth_ * static_cast<int64_t>(sizeof(T)));
     const int64_t most = min_of(max_of(fitting, kLeastTiles), kMostTiles);
     // Blocks of equal size, so that the threads end together; where that would make them small,
@@ -125,10 +132,11 @@ class Pointwise {
     Own own;
     own.source = carver.template take<const T*>(most_pixels_ + kTileRows);
     own.rows = carver.template take<const T*>(most_pixels_);
-    own.out = carver.template take<T*>(most_pixels_);
+    own.out = carver.template take<T*>(most_pixels_ + kTileRows);
     own.copy = carver.template take<T>(copied_ ? most_pixels_ * depth_ : 0);
-    own.narrow = carver.template take<T>(ends_whole() ? 0 : most_pixels_ * kPanelWidth<T>);
-    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_);
+    own.narrow =
+        carver.template take<T>(ends_whole() ? 0 : (most_pixels_ + kTileRows) * kPanelWidth<T>);
+    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_ + kTileRows);
     own.unused = carver.template take<T>(vectors_ * kLanes<T>);
     return own;
   }
@@ -187,10 +195,12 @@ class Pointwise {
       for (int64_t panel = panel0; panel < panel_end; ++panel) {
         const bool narrow = !ends_whole() && panel == panels_ - 1;
         args.column = narrow ? 0 : first_channel(panel);
-        args.panel = packed(panel) + channel * vectors(panel) * kLanes<T>;
+        args.panel_step = vectors(panel) * kLanes<T>;
+        args.panel = packed(panel) + channel * args.panel_step;
         args.start = part == 0 ? starts_ + first_channel(panel) : nullptr;
         args.rows = own.rows;
         args.out = narrow ? own.narrow_out : own.out;
+        args.out_ahead = args.out + kTileRows;
         if (panel == panel0) {
           multiply_fetching(args, tiles, vectors(panel), own);
         } else {
@@ -218,17 +228,29 @@ class Pointwise {
       multiply_column(vectors, args);
       args.rows += kTileRows;
       args.out += kTileRows;
+      args.out_ahead += kTileRows;
     }
+  }
+
+  // What lies from one pixel to the next, where that is so for all of them; else 0.
+  static int64_t even_step(const Strides4& strides, const TapConv& conv, int64_t step_h,
+                           int64_t step_w) {
+    const int64_t step = step_w * strides.w, line = step_h * strides.h;
+    return line == conv.width * step && strides.n == conv.height * line ? step : 0;
   }
 
   void point_rows(int64_t first, int64_t pixels, int64_t channel, const T* lines,
                   const Own& own) const {
-    GridPoint at = GridPoint::at(conv_, first);
-    for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
-      own.source[x] = lines != nullptr
-                          ? lines + x * conv_.reduced + channel
-                          : source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
-                                at.j * conv_.step_w * conv_.source.w + channel;
+    const int64_t step = lines != nullptr ? conv_.reduced : source_step_;
+    if (step > 0) {
+      const T* from = (lines != nullptr ? lines : source_ + first * step) + channel;
+      for (int64_t x = 0; x < pixels; ++x) own.source[x] = from + x * step;
+    } else {
+      GridPoint at = GridPoint::at(conv_, first);
+      for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
+        own.source[x] = source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
+                        at.j * conv_.step_w * conv_.source.w + channel;
+      }
     }
     // Pixels past the end are computed like the last one, and stored where nobody looks.
     const int64_t padded = round_up(pixels, kTileRows);
@@ -239,14 +261,18 @@ class Pointwise {
   }
 
   void point_out(int64_t first, int64_t pixels, const Own& own) const {
-    GridPoint at = GridPoint::at(conv_, first);
-    for (int64_t x = 0; x < round_up(pixels, kTileRows); ++x) {
-      own.out[x] = x < pixels
-                       ? dest_ + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w
-                       : own.unused;
-      if (!ends_whole()) own.narrow_out[x] = own.narrow + x * kPanelWidth<T>;
-      at.advance(conv_);
+    if (dest_step_ > 0) {
+      for (int64_t x = 0; x < pixels; ++x) own.out[x] = dest_ + (first + x) * dest_step_;
+    } else {
+      GridPoint at = GridPoint::at(conv_, first);
+      for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
+        own.out[x] = dest_ + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w;
+      }
     }
+    const int64_t end = round_up(pixels, kTileRows) + kTileRows;
+    for (int64_t x = pixels; x < end; ++x) own.out[x] = own.unused;
+    if (ends_whole()) return;
+    for (int64_t x = 0; x < end; ++x) own.narrow_out[x] = own.narrow + x * kPanelWidth<T>;
   }
 
   void write_narrow(int64_t pixels, const Own& own) const {
@@ -265,6 +291,7 @@ class Pointwise {
   int64_t vectors_, panel_vectors_, panels_;
   int64_t parts_, depth_;  // of the channels
   int64_t tiles_, blocks_, panel_groups_, most_pixels_;
+  int64_t source_step_, dest_step_;  // see even_step()
   bool copied_;
   T* packed_;
   T* starts_;

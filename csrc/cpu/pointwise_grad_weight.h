@@ -3,16 +3,18 @@
 //
 //   grad_weight[k, c] = sum over pixels of grad_output[pixel, k] * input[pixel, c]
 //
-// A tile is rows k x columns c. Pixels are taken in chunks, of which both operands are copied into
-// the order that the micro-kernel reads: as they lie in memory, one step of it would go from one
-// pixel to the next, to another page each time. A panel of the input's chunk stays in L1 while a
-// block of k passes by, which stays in L2.
+// A tile is rows k x columns c; with AVX-512 the other way round where that fills tiles better.
+// Pixels are taken in chunks, of which both operands are copied into the order that the
+// micro-kernel reads: as they lie in memory, one step of it would go from one pixel to the next, to
+// another page each time. A panel of a chunk stays in L1 while a block of rows passes by, which
+// stays in L2. With AVX-512 a step takes long enough for L2 to answer: there operands that are read
+// few times are not copied, if their pixels lie at even distances.
 //
-// A task owns a range of k and a share of the pixels. Shares are added up in a fixed order: the
+// A task owns a range of rows and a share of the pixels. Shares are added up in a fixed order: the
 // result depends on their number, which shape and threads decide, and never on timing.
 #pragma once
 
-#include "pack.h"
+#include "pointwise_chunks.h"
 #include "tile_column.h"
 
 namespace gdfast::cpu {
@@ -31,32 +33,29 @@ struct ChunkSource {
   const void* self;
 };
 
-class PointwiseGradWeight {
-  using T = float;
-  static constexpr int64_t kLine = 64 / sizeof(T);
-  static constexpr int64_t kChunkPixels = 126;  // whole tiles of what runs over pixels
+class PointwiseGradWeight : ChunkTiles {
+  static constexpr int64_t kChunkPixels = kVectorRegisters == 32 ? 252 : 126;
   // Tiles of a block: 128 KB of a chunk's pixels.
   static constexpr int64_t kMostTiles = 128 * 1024 / (kChunkPixels * kTileRows * sizeof(T));
-  static constexpr int64_t kPanelsAtOnce = 8;  // in copying, so that 512 bytes are read in a row
+  // Rows and columns up to which what the others multiply is read where it lies.
+  static constexpr int64_t kMostInPlace = 512;
 
  public:
   // grad_bias may be null.
   PointwiseGradWeight(const Conv2dProblem& p, const T* grad_output, const T* input, T* grad_weight,
                       T* grad_bias, int threads)
-      : p_(p),
+      : ChunkTiles(swaps(p) ? p.C : p.K, swaps(p) ? p.K : p.C),
+        p_(p),
         grad_output_(grad_output),
         input_(input),
         grad_weight_(grad_weight),
         grad_bias_(grad_bias),
         threads_(threads),
         pixels_(p.N * p.P * p.Q),
-        tiles_(ceil_div(p.K, kTileRows)),
-        vectors_(ceil_div(p.C, kLanes<T>)),
-        panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
-        panels_(ceil_div(vectors_, panel_vectors_)) {
+        swapped_(swaps(p)) {
     // A share more costs three passes over the weights, a range more one over the input.
     const int64_t most_shares = ceil_div(pixels_, kChunkPixels);
-    if (pixels_ >= 3 * p.K) {
+    if (pixels_ >= 3 * rows_) {
       shares_ = min_of(threads, most_shares);
       ranges_ = min_of(ceil_div(threads, shares_), tiles_);
     } else {
@@ -67,8 +66,12 @@ class PointwiseGradWeight {
     chunk_ = round_up(ceil_div(share, ceil_div(share, kChunkPixels)), kTileRows);
     const int64_t range = ceil_div(tiles_, ranges_);
     block_tiles_ = ceil_div(range, ceil_div(range, kMostTiles));
-    in_place_ = shares_ == 1 && p.C % kLanes<T> == 0;
+    in_place_ = shares_ == 1 && !swapped_ && columns_ % kLanes<T> == 0;
     width_ = vectors_ * kLanes<T>;
+    // So many lines of a chunk are fetched ahead by a tile, or fewer.
+    const int64_t lines = ceil_div(chunk_ * (rows_ + columns_), kLine);
+    const int64_t by_tile = ceil_div(lines, tiles_ * panels_ * kTileRows);
+    stretch_ = kFetchesMore ? max_of(2, min_of(kLine, chunk_ / by_tile / 2 * 2)) : kLine;
   }
 
   // Whether each pixel belongs to one task alone.
@@ -80,7 +83,7 @@ class PointwiseGradWeight {
     ThreadScratch scratch(
         threads_,
         [&](Carver& carver) {
-          sums_ = carver.template take<T>(in_place_ ? 0 : shares_ * p_.K * width_);
+          sums_ = carver.template take<T>(in_place_ ? 0 : shares_ * rows_ * width_);
           bias_sums_ = carver.template take<T>(shares_ * p_.K);
           zeros_ = carver.template take<T>(kPanelWidth<T>);
         },
@@ -100,69 +103,88 @@ class PointwiseGradWeight {
 
  private:
   struct Own {
-    T* rows;                // [block tiles][chunk pixels][kTileRows] of grad_output
-    T* panels;              // [panels][chunk pixels][panel width] of the input
+    T* rows;                // [block tiles][chunk pixels][kTileRows]
+    T* panels;              // [panels][chunk pixels][panel width]
     const T** row;          // [block tiles][kTileRows]
     const T** ahead;        // [block tiles][kTileRows]
     T** out;                // [block tiles][kTileRows]
     const T** grad_output;  // [chunk pixels]
     const T** input;        // [chunk pixels]
     T* unused;              // a line of sums, for rows past the last k
-    T* lines;               // [chunk pixels][K], what a source writes
+    T* lines;               // [chunk pixels][K], and a vector more: what a source writes
   };
+
+  static bool swaps(const Conv2dProblem& p) {
+    return kVectorRegisters == 32 && p.N * p.P * p.Q >= 3 * max_of(p.K, p.C) &&
+           step_cost(p.C, p.K) < step_cost(p.K, p.C);
+  }
+
+  // What a step of the micro-kernel takes over all rows and columns, in products and loads.
+  static int64_t step_cost(int64_t rows, int64_t columns) {
+    const int64_t vectors = ceil_div(columns, kLanes<T>), panels = ceil_div(vectors, kMaxVectors);
+    return ceil_div(rows, kTileRows) * (kTileRows * vectors + panels);
+  }
 
   Own carve(Carver& carver) const {
     Own own;
-    own.rows = carver.template take<T>(block_tiles_ * (chunk_ * kTileRows + kLine));
-    own.panels = carver.template take<T>(panels_ * (panel_vectors_ * kLanes<T> * chunk_ + kLine));
+    own.rows = carver.template take<T>(block_tiles_ * tile_size(chunk_));
+    own.panels = carver.template take<T>(panels_ * panel_size(chunk_));
     own.row = carver.template take<const T*>(block_tiles_ * kTileRows);
     own.ahead = carver.template take<const T*>(block_tiles_ * kTileRows);
-    own.out = carver.template take<T*>(block_tiles_ * kTileRows);
+    own.out = carver.template take<T*>((block_tiles_ + 1) * kTileRows);
     own.grad_output = carver.template take<const T*>(chunk_);
     own.input = carver.template take<const T*>(chunk_);
     own.unused = carver.template take<T>(width_);
-    own.lines = carver.template take<T>(source_ == nullptr ? 0 : chunk_ * p_.K);
+    own.lines = carver.template take<T>(source_ == nullptr ? 0 : chunk_ * p_.K + kLanes<T>);
     return own;
-  }
-
-  // All panels but the last have one width.
-  int64_t first_channel(int64_t panel) const { return panel * panel_vectors_ * kLanes<T>; }
-  int64_t vectors(int64_t panel) const {
-    return min_of(panel_vectors_, vectors_ - panel * panel_vectors_);
-  }
-  // Where a panel begins: a line more than it has, or many would meet in one set of L1.
-  T* panel_of(int64_t panel, int64_t pixels, const Own& own) const {
-    return own.panels + panel * (pixels * panel_vectors_ * kLanes<T> + kLine);
   }
 
   void task(int64_t range, int64_t share, int thread, const Own& own) const {
     const int64_t tile0 = tiles_ * range / ranges_, tile_end = tiles_ * (range + 1) / ranges_;
+    const T* const* row_lines = swapped_ ? own.input : own.grad_output;
+    const T* const* column_lines = swapped_ ? own.grad_output : own.input;
+    // What is read often is worth a copy.
+    const bool copies_rows = columns_ > kMostInPlace && rows_ > kMostInPlace;
+    const int64_t row_step = copies_rows ? 0 : swapped_ ? input_step() : grad_output_step();
+    const bool copies_columns = rows_ > kMostInPlace;
+    const int64_t column_step = copies_columns ? 0 : swapped_ ? grad_output_step() : input_step();
     const int64_t begin = pixels_ * share / shares_, end = pixels_ * (share + 1) / shares_;
     for (int64_t first = begin; first < end; first += chunk_) {
       const int64_t pixels = min_of(chunk_, end - first);
       point(first, pixels, own);
       if (source_ != nullptr)
         source_->write(source_->self, first, first + pixels, own.lines, thread);
-      pack_panels(pixels, own);
+      // Whole vectors of the last pixel may end beyond the tensor.
+      const bool columns_lie = column_step > 0 && (columns_ == width_ || first + pixels < pixels_);
+      if (!columns_lie) pack_panels(column_lines, pixels, own.panels);
       ColumnArgs<T> args;
       args.rows = own.row;
+      args.stretch = stretch_;
+      args.ahead_step = kTileRows * kLine;
       Ahead ahead = ahead_of(first + pixels, end, own);
       args.out = own.out;
-      args.row_step = kTileRows;
+      args.out_ahead = own.out + kTileRows;
+      args.row_step = row_step > 0 ? row_step : kTileRows;
       args.length = pixels;
       args.start = first == begin ? zeros_ : nullptr;
+      if (grad_bias_ != nullptr && range == 0) {
+        add_bias(pixels, first == begin, bias_sums_ + share * p_.K, own);
+      }
       for (int64_t tile = tile0; tile < tile_end; tile += block_tiles_) {
         args.tiles = min_of(block_tiles_, tile_end - tile);
-        pack_rows(tile, args.tiles, pixels, own);
-        if (grad_bias_ != nullptr) {
-          const int64_t k_end = min_of((tile + args.tiles) * kTileRows, p_.K);
-          add_bias(tile * kTileRows, k_end, pixels, first == begin, bias_sums_ + share * p_.K, own);
+        if (row_step == 0) pack_rows(row_lines, tile, args.tiles, pixels, own.rows);
+        for (int64_t i = 0; i < args.tiles * kTileRows; ++i) {
+          own.row[i] = row_step == 0 ? own.rows + i / kTileRows * tile_size(pixels) + i % kTileRows
+                                     : row_lines[0] + min_of(tile * kTileRows + i, rows_ - 1);
         }
         point_out(tile, args.tiles, share, own);
         for (int64_t panel = 0; panel < panels_; ++panel) {
           args.ahead = fetch(ahead, pixels, args.tiles, own);
-          args.panel = panel_of(panel, pixels, own);
+          args.row_ahead = row_step > 0 && panel == 0 ? 2 * kTileRows - 1 : 0;
           args.column = first_channel(panel);
+          args.panel =
+              columns_lie ? column_lines[0] + args.column : own.panels + panel * panel_size(pixels);
+          args.panel_step = columns_lie ? column_step : vectors(panel) * kLanes<T>;
           multiply_column(vectors(panel), args);
         }
       }
@@ -194,9 +216,23 @@ class PointwiseGradWeight {
         if (ahead.then < ahead.then_end) ahead = {ahead.then, ahead.then_end, nullptr, nullptr};
       }
       for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = ahead.from + j * kLine;
-      if (ahead.from < ahead.end) ahead.from += round_up(pixels, kLine) * kTileRows;
+      if (ahead.from < ahead.end) ahead.from += ceil_div(pixels, stretch_) * kTileRows * kLine;
     }
     return own.ahead;
+  }
+
+  // From one pixel to the next, where they lie evenly and can be read there; else 0.
+  static int64_t step_of(const Strides4& strides, int64_t height, int64_t width) {
+    const bool even = strides.h == width * strides.w && strides.n == height * strides.h;
+    return kVectorRegisters == 32 && even ? strides.w : 0;
+  }
+  int64_t input_step() const {
+    return p_.stride_h == 1 && p_.stride_w == 1 && p_.P == p_.H && p_.Q == p_.W
+               ? step_of(p_.input, p_.H, p_.W)
+               : 0;
+  }
+  int64_t grad_output_step() const {
+    return source_ != nullptr ? p_.K : step_of(p_.output, p_.P, p_.Q);
   }
 
   void point(int64_t first, int64_t pixels, const Own& own) const {
@@ -215,97 +251,23 @@ class PointwiseGradWeight {
     }
   }
 
-  void pack_panels(int64_t pixels, const Own& own) const {
-    const int64_t whole = p_.C / (panel_vectors_ * kLanes<T>);
-    for (int64_t panel = 0; panel < whole; panel += kPanelsAtOnce) {
-      const int64_t count = min_of(kPanelsAtOnce, whole - panel);
-      switch (panel_vectors_) {
-        case 1:
-          copy_panels<1>(panel, count, pixels, own);
-          break;
-        case 2:
-          copy_panels<2>(panel, count, pixels, own);
-          break;
-        case 3:
-          copy_panels<3>(panel, count, pixels, own);
-          break;
-        case 4:
-          copy_panels<4>(panel, count, pixels, own);
-          break;
-      }
-    }
-    if (whole == panels_) return;
-    const int64_t channel = first_channel(whole), width = vectors(whole) * kLanes<T>;
-    T* to = panel_of(whole, pixels, own);
-    for (int64_t x = 0; x < pixels; ++x, to += width) {
-      for (int64_t j = 0; j < width; ++j) {
-        to[j] = channel + j < p_.C ? own.input[x][channel + j] : T(0);
-      }
-    }
-  }
-
-  template <int kVectors>
-  void copy_panels(int64_t panel, int64_t count, int64_t pixels, const Own& own) const {
-    constexpr int64_t kWidth = kVectors * kLanes<T>;
-    const int64_t step = pixels * kWidth + kLine;
-    T* line = panel_of(panel, pixels, own);
-    for (int64_t x = 0; x < pixels; ++x, line += kWidth) {
-      const T* from = own.input[x] + first_channel(panel);
-      T* to = line;
-      for (int64_t i = 0; i < count; ++i, from += kWidth, to += step) {
-        for (int j = 0; j < kVectors; ++j) {
-          store<T>(to + j * kLanes<T>, load(from + j * kLanes<T>));
-        }
-      }
-    }
-  }
-
-  void pack_rows(int64_t tile0, int64_t tiles, int64_t pixels, const Own& own) const {
-    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
-      own.row[i] = own.rows + i / kTileRows * (pixels * kTileRows + kLine) + i % kTileRows;
-    }
-    const int64_t whole = min_of(tiles, p_.K / kTileRows - tile0);
-    // Where a vector is longer than a tile and does not leave the pixel, it is copied: what it has
-    // too much is overwritten by the next pixel, or lies in the line between two tiles.
-    static_assert(kLanes < T > -kTileRows <= kLine);
-    const int64_t left = p_.K - tile0 * kTileRows - kLanes<T>;
-    const int64_t overlapping =
-        kLanes<T> < kTileRows || left < 0 ? 0 : min_of(whole, left / kTileRows + 1);
-    for (int64_t x = 0; x < pixels; ++x) {
-      const T* from = own.grad_output[x] + tile0 * kTileRows;
-      T* to = own.rows + x * kTileRows;
-      for (int64_t tile = 0; tile < overlapping; ++tile) {
-        store<T>(to, load(from));
-        from += kTileRows;
-        to += pixels * kTileRows + kLine;
-      }
-      for (int64_t tile = overlapping; tile < whole; ++tile) {
-        std::memcpy(to, from, kTileRows * sizeof(T));
-        from += kTileRows;
-        to += pixels * kTileRows + kLine;
-      }
-      if (whole == tiles) continue;
-      for (int64_t i = 0; i < kTileRows; ++i) to[i] = i < p_.K % kTileRows ? from[i] : T(0);
-    }
-  }
-
   void point_out(int64_t tile0, int64_t tiles, int64_t share, const Own& own) const {
-    for (int64_t i = 0; i < tiles * kTileRows; ++i) {
-      const int64_t k = tile0 * kTileRows + i;
-      own.out[i] = k >= p_.K   ? own.unused
-                   : in_place_ ? grad_weight_ + k * p_.weight.n
-                               : sums_ + (share * p_.K + k) * width_;
+    for (int64_t i = 0; i < (tiles + 1) * kTileRows; ++i) {
+      const int64_t row = tile0 * kTileRows + i;
+      own.out[i] = row >= rows_ ? own.unused
+                   : in_place_  ? grad_weight_ + row * p_.weight.n
+                                : sums_ + (share * rows_ + row) * width_;
     }
   }
 
   // sums[k] += the chunk's grad_output, or =, where nothing came before.
-  void add_bias(int64_t k, int64_t end, int64_t pixels, bool starts, T* sums,
-                const Own& own) const {
-    for (; k + kLanes<T> <= end; k += kLanes<T>) {
+  void add_bias(int64_t pixels, bool starts, T* sums, const Own& own) const {
+    int64_t k = 0;
+    for (; k + kLanes<T> <= p_.K; k += kLanes<T>) {
       const Vec<T> sum = sum_of_lines<Vec<T>>(k, pixels, own);
       store<T>(sums + k, starts ? sum : load(sums + k) + sum);
     }
-    for (; k < end; ++k) {
+    for (; k < p_.K; ++k) {
       const T sum = sum_of_lines<T>(k, pixels, own);
       sums[k] = starts ? sum : sums[k] + sum;
     }
@@ -341,16 +303,28 @@ class PointwiseGradWeight {
     }
   }
 
-  // Adds up the shares of rows [k, end).
+  // Adds up the shares of grad_weight[k, end).
   void write(int64_t k, int64_t end) const {
-    for (; k < end; ++k) {
-      T* sums = sums_ + k * width_;
-      for (int64_t share = 1; share < shares_; ++share) {
-        const T* more = sums + share * p_.K * width_;
-        for (int64_t c = 0; c < width_; ++c) sums[c] += more[c];
+    if (!swapped_) {
+      for (; k < end; ++k) {
+        T* sums = add_shares(k, 0, width_);
+        std::memcpy(grad_weight_ + k * p_.weight.n, sums, p_.C * sizeof(T));
       }
-      std::memcpy(grad_weight_ + k * p_.weight.n, sums, p_.C * sizeof(T));
+      return;
     }
+    for (int64_t c = 0; c < p_.C; ++c) add_shares(c, k, end);
+    transpose_widened(sums_ + k, width_, end - k, p_.C, p_.C, grad_weight_ + k * p_.weight.n,
+                      p_.weight.n);
+  }
+
+  // Those of columns [begin, end) of a row, into the first share.
+  T* add_shares(int64_t row, int64_t begin, int64_t end) const {
+    T* sums = sums_ + row * width_;
+    for (int64_t share = 1; share < shares_; ++share) {
+      const T* more = sums + share * rows_ * width_;
+      for (int64_t at = begin; at < end; ++at) sums[at] += more[at];
+    }
+    return sums;
   }
 
   const Conv2dProblem& p_;
@@ -359,8 +333,10 @@ class PointwiseGradWeight {
   T* grad_weight_;
   T* grad_bias_;
   int threads_;
-  int64_t pixels_, tiles_, vectors_, panel_vectors_, panels_, width_;
-  int64_t shares_, ranges_, chunk_, block_tiles_;
+  int64_t pixels_;
+  bool swapped_;  // rows of tiles run over the input's channels, columns over grad_output's
+  int64_t width_;
+  int64_t shares_, ranges_, chunk_, block_tiles_, stretch_;
   bool in_place_;
   T* sums_;
   T* bias_sums_;

@@ -180,11 +180,37 @@ struct TapRange {
 // a / b rounded towards minus infinity, for b > 0.
 inline int64_t floor_quotient(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
+#if defined(__AVX512F__)
+// The first `count` of 16 lanes.
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= 16 ? 0xffff : (1u << max_of(0, count)) - 1);
+}
+
+// Two phases of a line: 28 pixels are too few for whole vectors.
+inline void split_pairs(const float* line, int64_t size, float* evens, float* odds) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  for (int64_t x = 0; 2 * x < size; x += 16) {
+    const int64_t rest = size - 2 * x;
+    const __m512 low = _mm512_maskz_loadu_ps(first_lanes(rest), line + 2 * x);
+    const __m512 high = _mm512_maskz_loadu_ps(first_lanes(rest - 16), line + 2 * x + 16);
+    _mm512_mask_storeu_ps(evens + x, first_lanes((rest + 1) / 2),
+                          _mm512_permutex2var_ps(low, even, high));
+    _mm512_mask_storeu_ps(odds + x, first_lanes(rest / 2), _mm512_permutex2var_ps(low, odd, high));
+  }
+}
+#endif
+
 // parts[k][x] = line[x * step + k] for every phase k below step; part k begins at k * part_step,
 // and holds the `count` values that the line has for it.
 template <typename A>
 void split_phases(const A* line, int64_t size, int64_t step, A* parts, int64_t part_step) {
   int64_t x = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    if (step == 2) return split_pairs(line, size, parts, parts + part_step);
+  }
+#endif
 #if !defined(__clang__)
   if (step == 2) {
     Places<A> even, odd;

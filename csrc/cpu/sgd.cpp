@@ -8,7 +8,7 @@
 
 #include "kernels.h"
 #include "numeric.h"
-#include "parallel.h"
+#include "shares.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -17,9 +17,10 @@
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
 
-// A second thread pays from two parts of this many elements on: 64 thousand float32 with momentum
-// take 5 us on either one thread or two.
-constexpr int64_t kElementsPerPart = 32 * 1024;
+// A second thread pays from two parts of this many elements on where its core has half of the
+// gradients in its cache; 64 thousand float32 with momentum that no other core has written take 5
+// us on either one thread or two.
+constexpr int64_t kElementsPerPart = 16 * 1024;
 
 // Several parts per thread: one that another process interrupts does not hold up the others.
 constexpr int64_t kPartsPerThread = 8;
@@ -197,9 +198,10 @@ void sgd(const SgdTensor* tensors, int64_t count, const SgdHyper& hyper, int thr
   int64_t numel = 0;
   for (int64_t t = 0; t < count; ++t) numel += tensors[t].numel;
 
-  const int64_t parts = max_of(1, min_of(numel / kElementsPerPart, kPartsPerThread * threads));
+  int64_t parts = max_of(1, min_of(numel / kElementsPerPart, kPartsPerThread * threads));
+  if (parts > threads) parts = parts / threads * threads;
   const int64_t per_part = round_up(ceil_div(numel, parts), kPartAlignment);
-  parallel_for(parts, threads, [&](int64_t part, int) {
+  parallel_shares(parts, threads, [&](int64_t part, int) {
     const int64_t begin = part * per_part;
     update_part(tensors, count, hyper, begin, min_of(begin + per_part, numel));
   });

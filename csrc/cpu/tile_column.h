@@ -25,31 +25,70 @@ GDFAST_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
   sum += a * b;
 }
 
+// sum += *a * b. AVX-512 broadcasts a number in the multiplication itself, which is quicker than a
+// load of its own where no other vector needs it.
+template <typename T>
+GDFAST_INLINE void add_product_of(Vec<T>& sum, const T* a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<T, float>) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+    return;
+  }
+#endif
+  Vec<T> value = broadcast(*a);
+  keep_in_register<T>(value);
+  add_product<T>(sum, value, b);
+}
+
+// Fetches a line that is about to be written.
+template <typename T>
+GDFAST_INLINE void prefetch_to_write(T* line) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*line));
+#else
+  __builtin_prefetch(line, 1);
+#endif
+}
+
+// Whether rows of the next tile that lie apart are fetched ahead, and what is written next. With
+// shorter vectors there is more time for what comes from memory, and less room for instructions.
+constexpr bool kFetchesMore = kVectorRegisters == 32;
+
 template <typename T>
 struct ColumnArgs {
-  const T* const* rows;   // [tiles][kTileRows]
-  const T* const* ahead;  // [tiles][kTileRows], what to fetch meanwhile as rows are read; or null
-  T* const* out;          // [tiles][kTileRows]
-  int64_t column;         // of out, where the panel's sums begin
-  int64_t row_step = 1;
+  const T* const* rows;  // [tiles][kTileRows]
+  // [tiles][kTileRows], what to fetch meanwhile, from there on; or null.
+  const T* const* ahead;
+  T* const* out;        // [tiles][kTileRows]
+  T* const* out_ahead;  // [tiles][kTileRows], what is written next, fetched; or null
+  int64_t column;       // of out, where the panel's sums begin
+  int64_t row_step = 1, panel_step;
+  // What lies so far beyond a row's values is fetched as they are read: the next tile's, where each
+  // step takes rows from another cache line.
+  int64_t row_ahead = 0;
+  // Steps from one fetch ahead to the next, and what lies between what they fetch: a cache line.
+  int64_t stretch = 64 / sizeof(T), ahead_step = 64 / sizeof(T);
   int64_t tiles, length;
   const T* panel;
   const T* start;  // [width], or null to add to what out holds
   Ending<T> ending;
 };
 
+// Not inlined: where it knows some of the arguments the compiler was seen to spill the sums.
 template <typename T, int kVectors>
-void multiply_column(const ColumnArgs<T>& args) {
+__attribute__((noinline)) void multiply_column(const ColumnArgs<T>& args) {
   constexpr int kWidth = kLanes<T>;
-  constexpr int64_t kStretch = 64 / sizeof(T);  // steps, for a cache line of a row
-  const int64_t length = args.length, row_step = args.row_step, column = args.column;
+  const int64_t length = args.length, column = args.column, ahead_step = args.ahead_step;
+  const int64_t row_step = args.row_step, panel_step = args.panel_step, stretch = args.stretch;
+  const int64_t out_lines = ceil_div(kVectors * stretch, length);  // fetched every `stretch` steps
   for (int64_t first = 0; first < args.tiles * kTileRows; first += kTileRows) {
     const T* const* ahead = args.ahead == nullptr ? nullptr : args.ahead + first;
     T* const* out = args.out + first;
     const T* row[kTileRows];
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) row[i] = args.rows[first + i];
-    const T* panel = args.panel;
+    T* const* out_ahead = args.out_ahead == nullptr ? nullptr : args.out_ahead + first;
+    const T *row_ahead = row[0] + args.row_ahead, *panel = args.panel;
     Vec<T> sum[kTileRows][kVectors] = {};
     int64_t at = 0;
     const auto step = [&]() __attribute__((always_inline)) {
@@ -58,28 +97,42 @@ void multiply_column(const ColumnArgs<T>& args) {
       for (int j = 0; j < kVectors; ++j) line[j] = load(panel + j * kWidth);
 #pragma GCC unroll 6
       for (int i = 0; i < kTileRows; ++i) {
+        if constexpr (kVectors == 1) {
+          add_product_of<T>(sum[i][0], row[i] + at, line[0]);
+          continue;
+        }
         Vec<T> value = broadcast(row[i][at]);
         keep_in_register<T>(value);  // see multiply_tile
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) add_product<T>(sum[i][j], value, line[j]);
       }
+      if constexpr (kFetchesMore) __builtin_prefetch(row_ahead + at);
       at += row_step;
-      panel += kVectors * kWidth;
+      panel += panel_step;
     };
-    for (int64_t x = 0; x < length;) {
+    int64_t left = length, out_line = 0;
+    for (int64_t line = 0; left > 0; ++line) {
       if (ahead != nullptr) {
 #pragma GCC unroll 6
-        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + at);
+        for (int i = 0; i < kTileRows; ++i) __builtin_prefetch(ahead[i] + line * ahead_step);
       }
-      const int64_t end = min_of(x + kStretch, length);
-      for (; x + 2 <= end; x += 2) {
+      if constexpr (kFetchesMore) {
+        if (out_ahead != nullptr) {
+          for (; out_line < min_of((line + 1) * out_lines, kVectors); ++out_line) {
+#pragma GCC unroll 6
+            for (int i = 0; i < kTileRows; ++i) {
+              prefetch_to_write(out_ahead[i] + column + out_line * kWidth);
+            }
+          }
+        }
+      }
+      int64_t steps = min_of(stretch, left);
+      left -= steps;
+      for (; steps >= 2; steps -= 2) {
         step();
         step();
       }
-      if (x < end) {
-        step();
-        ++x;
-      }
+      if (steps > 0) step();
     }
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) {

@@ -7,17 +7,20 @@
 //
 //   image   [tiles][channels / stretch][49][stretch]   products of one sum side by side, or
 //           [49][tiles][channels]                      for many channels of grad_input
-//   weights [part][49][channels of the part][width]
+//   weights [part][25][channels of the part][width]     products share filters
 //   sums    [25 or 49][tiles][width]                   of one panel of output channels
 //
-// The schedules are those of winograd.h. Few channels: weights are transformed once and shared, a
-// task takes a block of tiles whose image and sums stay in L2. Many: the image is transformed for
-// all panels, a round of tiles at a time, and a task transforms a part of its panel's weights just
-// before use.
+// Few channels: a task takes a block of tiles whose image and sums stay in L2, and each thread
+// transforms the weights once, for itself: lines of memory that another core reads take long to
+// write. Many: the image is transformed for all panels, a round of tiles at a time, and a task
+// transforms a part of its panel's weights just before use.
 #pragma once
 
+#include "memory_ahead.h"
+#include "shares.h"
 #include "tap_conv_pixels.h"
 #include "winograd_stride2_passes.h"
+#include "winograd_stride2_products.h"
 #include "winograd_tiles.h"
 
 namespace gdfast::cpu {
@@ -34,9 +37,9 @@ class Stride2Tiles {
   static constexpr int kTilePixels = Stride2::kOut * Pass::kPixels;  // along one axis
   // Columns of the stage for what is written.
   static constexpr int64_t kRunOut = Grid::kRun * kTilePixels;
-  // Channels times tiles of a block: an image of 150 KB on AVX2.
-  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 1920 : 768;
-  static constexpr int kStepSums = kOrder.count / Pass::kSteps;
+  // Channels times tiles of a block: an image of 130 to 150 KB.
+  static constexpr int64_t kBlockChannels = kVectorRegisters == 32 ? 640 : 768;
+  static constexpr int kStepFilters = Stride2::kFilters / Pass::kSteps;
 
  public:
   Stride2Tiles(const Stride2Problem& problem, int64_t batch, const T* source, const T* weight,
@@ -55,19 +58,20 @@ class Stride2Tiles {
     while (channels_ % stretch_ != 0) stretch_ /= 2;
     part_channels_ = min_of(channels_, Pass::kPartChannels);
     parts_ = ceil_div(channels_, part_channels_);
-    shared_weights_ = channels_ * p_.produced <= 128 * 128;
-    const int64_t most = shared_weights_ ? max_of(12, kBlockChannels / channels_) : 132;
-    round_tiles_ = shared_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
+    kept_weights_ = channels_ * p_.produced <= 128 * 128;
+    const int64_t most = kept_weights_ ? max_of(12, kBlockChannels / channels_) : 132;
+    round_tiles_ = kept_weights_ ? grid_.count : image_round_tiles(grid_.count, channels_);
     int64_t blocks = ceil_div(round_tiles_, most);
-    if (shared_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
+    if (kept_weights_ && blocks < 4 * threads) blocks = round_up(blocks, threads);
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
+    if (kept_weights_) round_tiles_ = tiles_;
     block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
     // An odd number of lines from one tile, or product, to the next, so that they spread over the
     // sets of the cache.
     tile_step_ = channels_ * kProducts + 16;
     place_step_ = stretch_;
     stretch_step_ = kProducts * stretch_;
-    if (!shared_weights_ && Pass::kPixels > 1) {
+    if (!kept_weights_ && Pass::kPixels > 1) {
       tile_step_ = channels_;
       place_step_ = (ceil_div(round_up(round_tiles_, kTileRows) * channels_, 16) | 1) * 16;
       stretch_ = stretch_step_ = parts_ == 1 ? part_channels_ : stretch_;
@@ -82,48 +86,52 @@ class Stride2Tiles {
 
  private:
   struct Scratch {
-    T* image;    // of a block, where weights are shared
-    T* weights;  // of one part, panel and step, where they are not
+    T* image;    // of a block
+    T* weights;  // of all parts and panels, where they are kept, or of one part, panel and step
     T* packed;   // [9][part_channels][width]: weights before they are transformed
     T* sums;     // [sum][block_tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
+    MemoryAhead::Stretch* ahead;
   };
 
-  // Where the weights of a sum begin; a vector more than they are from each to the next, so that
-  // they spread over the sets of the cache.
-  int64_t weights_at(int sum) const {
-    return kOrder.first[sum] * part_channels_ * panels_.width + sum * kWidth;
-  }
-  int64_t weights_size() const { return weights_at(kOrder.count); }
+  // From one filter to the next: a vector more than it has, so that they spread over the sets of
+  // the cache.
+  int64_t filter_step() const { return part_channels_ * panels_.width + kWidth; }
+  int64_t weights_size() const { return Stride2::kFilters * filter_step(); }
   // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
   int64_t zeros_size() const { return max_of(channels_, kTileRows); }
   int64_t image_size() const {
-    const int64_t tiles = shared_weights_ ? tiles_ : round_up(round_tiles_, kTileRows);
-    return max_of(tiles * tile_step_, kProducts * place_step_);
+    return max_of(round_up(round_tiles_, kTileRows) * tile_step_, kProducts * place_step_);
   }
   static constexpr int64_t kStageSize = Reader::kStageSize > kTilePixels * kRunOut * kWidth
                                             ? Reader::kStageSize
                                             : kTilePixels * kRunOut * kWidth;
 
   int64_t carve(Carver carver) {
-    weights_ = carver.take<T>(shared_weights_ ? panels_.count * parts_ * weights_size() : 0);
-    image_ = carver.take<T>(shared_weights_ ? 0 : image_size());
+    image_ = carver.take<T>(kept_weights_ ? 0 : image_size());
+    has_weights_ = carver.take<bool>(threads_);
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(shared_weights_ ? image_size() : 0);
-    scratch_.weights = carver.take<T>(shared_weights_ ? 0 : weights_at(kStepSums));
+    scratch_.image = carver.take<T>(kept_weights_ ? image_size() : 0);
+    scratch_.weights = carver.take<T>(kept_weights_ ? panels_.count * parts_ * weights_size()
+                                                    : kStepFilters * filter_step());
     scratch_.packed = carver.take<T>(9 * part_channels_ * panels_.width);
     scratch_.sums = carver.take<T>(kOrder.count * block_tiles_ * panels_.width);
     scratch_.stage = carver.take<T>(kStageSize);
+    scratch_.ahead = carver.take<MemoryAhead::Stretch>(
+        kept_weights_ ? tiles_ * (Reader::kRows + kTilePixels) : 0);
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    const auto move = [&](auto* part) {
+      return reinterpret_cast<decltype(part)>(reinterpret_cast<uintptr_t>(part) +
+                                              scratch_bytes_ * thread);
+    };
     return {move(scratch_.image), move(scratch_.weights), move(scratch_.packed),
-            move(scratch_.sums), move(scratch_.stage)};
+            move(scratch_.sums),  move(scratch_.stage),   move(scratch_.ahead)};
   }
 
   void run_group(int64_t group) {
@@ -135,32 +143,48 @@ class Stride2Tiles {
       const bool has = bias_ != nullptr && o < p_.produced;
       biases_[o] = has ? bias_[group * p_.produced + o] : T(0);
     }
-    if (shared_weights_) {
-      parallel_for(panels_.count * parts_, threads_, [&](int64_t index, int thread) {
-        T* packed = scratch_of(thread).packed;
-        pack_weights(weight, index / parts_, index % parts_, packed);
-        for_each_step([&](auto step) {
-          transform_weights<step.value>(
-              packed, index % parts_,
-              weights_ + index * weights_size() + weights_at(step.value * kStepSums));
-        });
-      });
-      parallel_for(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
+    if (kept_weights_) {
+      for (int thread = 0; thread < threads_; ++thread) has_weights_[thread] = false;
+      parallel_shares(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
         const Scratch scratch = scratch_of(thread);
-        const int64_t first = block * tiles_, end = min_of(first + tiles_, grid_.count);
-        transform_tiles(source, first, end, scratch, scratch.image);
-        for (int64_t panel = 0; panel < panels_.count; ++panel) {
-          for (int64_t part = 0; part < parts_; ++part) {
-            multiply(scratch.image, first, end - first, part, 0, kOrder.count,
-                     weights_ + (panel * parts_ + part) * weights_size(), scratch.sums);
-          }
-          write_tiles(panel, first, end, scratch, dest);
+        if (!has_weights_[thread]) {
+          keep_weights(weight, scratch);
+          has_weights_[thread] = true;
         }
+        run_block(source, block * tiles_, scratch, dest);
       });
       return;
     }
     for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
       run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
+    }
+  }
+
+  void keep_weights(const T* weight, const Scratch& scratch) const {
+    for (int64_t index = 0; index < panels_.count * parts_; ++index) {
+      pack_weights(weight, index / parts_, index % parts_, scratch.packed);
+      for_each_step([&](auto step) {
+        transform_weights<step.value>(
+            scratch.packed, index % parts_,
+            scratch.weights + index * weights_size() + step.value * kStepFilters * filter_step());
+      });
+    }
+  }
+
+  void run_block(const T* source, int64_t first, const Scratch& scratch, T* dest) const {
+    const int64_t end = min_of(first + tiles_, grid_.count);
+    MemoryAhead ahead(scratch.ahead);
+    reader(source).ahead(end, min_of(end + tiles_, grid_.count), ahead);
+    pixels_ahead(first, end, dest, ahead);
+    ahead.spread(panels_.count * parts_ * kOrder.count *
+                 ceil_div(end - first, stride2_rows(panels_.vectors)));
+    transform_tiles(source, first, end, scratch, scratch.image);
+    for (int64_t panel = 0; panel < panels_.count; ++panel) {
+      for (int64_t part = 0; part < parts_; ++part) {
+        multiply(scratch.image, first, end - first, part, 0, Stride2::kFilters,
+                 scratch.weights + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
+      }
+      write_tiles(panel, first, end, scratch, dest);
     }
   }
 
@@ -176,13 +200,14 @@ class Stride2Tiles {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
       const int64_t tile_end = min_of(tile + tiles_, end);
+      MemoryAhead ahead(nullptr);
       for (int64_t part = 0; part < parts_; ++part) {
         pack_weights(weight, panel, part, scratch.packed);
         for_each_step([&](auto step) {
-          constexpr int kFirst = step.value * kStepSums;
+          constexpr int kFirst = step.value * kStepFilters;
           transform_weights<step.value>(scratch.packed, part, scratch.weights);
           multiply(image_ + (tile - first) * tile_step_, tile, tile_end - tile, part, kFirst,
-                   kFirst + kStepSums, scratch.weights, scratch.sums);
+                   kFirst + kStepFilters, scratch.weights, scratch.sums, ahead);
         });
       }
       write_tiles(panel, tile, tile_end, scratch, dest);
@@ -205,41 +230,12 @@ class Stride2Tiles {
     return min_of(part_channels_, p_.reduced - part * part_channels_);
   }
 
-  // The weights of one step's sums, as the image has their products; from the step's first sum on
-  //   to[weights_at(sum) + ((stretch * products + product) * stretch_ + c) * width + o].
+  // The filters of one step: to[filter * filter_step() + c * width + o].
   template <int kStep>
   void transform_weights(const T* packed, int64_t part, T* to) const {
-    constexpr int kFirst = kStep * kStepSums, kAxis = Stride2::kAxisFilters;
-    const int64_t width = panels_.width, size = stretch_ * width;
-    const int64_t valid = valid_channels(part) * width;
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
-    for (int64_t begin = 0; begin < channels * width; begin += size) {
-      T* lines[kProducts];
-      for (int sum = kFirst; sum < kFirst + kStepSums; ++sum) {
-        for (int i = 0; i < kOrder.products[sum]; ++i) {
-          lines[kOrder.first[sum] + i] =
-              to + weights_at(sum) - weights_at(kFirst) + begin * kOrder.products[sum] + i * size;
-        }
-      }
-      for (int64_t x = 0; x < size; x += kWidth) {
-        Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
-        for (int t = 0; t < 9; ++t) {
-          tap[t] = begin + x < valid ? load(packed + t * valid + begin + x) : Vec<T>{};
-        }
-#pragma GCC unroll 3
-        for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
-#pragma GCC unroll 5
-        for (int i = 0; i < kAxis; ++i) {
-          transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
-        }
-#pragma GCC unroll 49
-        for (int i = 0; i < kProducts; ++i) {
-          if (kOrder.sum_of[i] / kStepSums == kStep) {
-            store<T>(lines[kOrder.place[i]] + x, filter[Stride2::filter_of(i)]);
-          }
-        }
-      }
-    }
+    transform_stride2_weights<kStep * kStepFilters, kStepFilters>(
+        packed, valid_channels(part) * panels_.width, channels * panels_.width, to, filter_step());
   }
 
   template <int kStep = 0, typename Use>
@@ -248,68 +244,78 @@ class Stride2Tiles {
     if constexpr (kStep + 1 < Pass::kSteps) for_each_step<kStep + 1>(use);
   }
 
+  Reader reader(const T* source) const {
+    return Reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width, p_.low_h,
+                  p_.low_w);
+  }
+
+  // Adds the pixels of tiles [first, end).
+  void pixels_ahead(int64_t first, int64_t end, const T* dest, MemoryAhead& ahead) const {
+    if (p_.dest.c != 1) return;
+    for (int64_t tile = first; tile < end;) {
+      const Pixels at = pixels_of(tile);
+      tile += grid_.run_from(tile, end);
+      const Pixels last = pixels_of(tile - 1);
+      const int64_t pixels = last.w + last.columns - at.w;
+      const T* to = dest + at.n * p_.dest.n + at.h * p_.dest.h + at.w * p_.dest.w;
+      for (int64_t i = 0; i < at.rows; ++i) {
+        ahead.add(to + i * p_.dest.h, (pixels - 1) * p_.dest.w + p_.produced, true);
+      }
+    }
+  }
+
   // Transforms what tiles [first, end) see; tile `first` goes to column 0 of `to`. Columns up to a
   // multiple of kTileRows are left as they are: their sums are never looked at.
   void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
                        T* to) const {
-    const Reader reader(grid_, source, p_.source, p_.reduced, p_.source_height, p_.source_width,
-                        p_.low_h, p_.low_w);
     // As constants where they are the same for all problems.
     const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
     const int64_t place_step = place_step_;
-    reader.read(first, end, zeros_, scratch.stage,
-                [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                  T* line = to + (tile - first) * tile_step_ + c / stretch_ * stretch_step_ +
-                            c % stretch_;
-                  const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                    store<T>(line + kOrder.place[product] * place_step, value);
-                  };
-                  transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
-                });
+    reader(source).read(first, end, zeros_, scratch.stage,
+                        [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                          T* line = to + (tile - first) * tile_step_ +
+                                    c / stretch_ * stretch_step_ + c % stretch_;
+                          const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                            store<T>(line + kOrder.place[product] * place_step, value);
+                          };
+                          transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
+                        });
   }
 
-  // Sums [first_sum, end_sum) of tiles [first, first + tiles), each of those that need it: sums
-  // (+)= image x weights over the channels of one part.
-  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_sum,
-                int end_sum, const T* weights, T* sums) const {
+  // Those sums of tiles [first, first + tiles) that need them and whose filters are [first_filter,
+  // end_filter): sums (+)= image x weights over the channels of one part.
+  void multiply(const T* image, int64_t first, int64_t tiles, int64_t part, int first_filter,
+                int end_filter, const T* weights, T* sums, MemoryAhead& ahead) const {
     const int64_t channels = min_of(part_channels_, channels_ - part * part_channels_);
     const int64_t width = panels_.width;
-    TileArgs<T> args;
-    args.row_step = 1;
-    args.segment_step = stretch_step_;
-    args.panel_step = width;
-    args.segments = channels / stretch_;
-    args.start = zeros_;
-    args.how = part == 0 ? Start::kRows : Start::kAccumulate;
-    const T* rows[2][kTileRows];  // of this call and of the next
-    T* out[kTileRows];
-    args.out = out;
+    Stride2Products products;
+    products.row_step = tile_step_;
+    products.product_step = place_step_;
+    products.stretches = channels / stretch_;
+    products.stretch = stretch_;
+    products.stretch_step = stretch_step_;
+    products.accumulate = part > 0;
     image += part * part_channels_ / stretch_ * stretch_step_;
-    for (int sum = first_sum; sum < end_sum; ++sum) {
-      const T* from = image + kOrder.first[sum] * place_step_;
-      const auto point = [&](int64_t tile, int64_t end, const T** to) {
-        for (int i = 0; i < kTileRows; ++i) to[i] = from + min_of(tile + i, end - 1) * tile_step_;
-      };
-      args.length = kOrder.products[sum] * stretch_;
-      args.panel = weights + weights_at(sum) - weights_at(first_sum);
-      T* to = sums + sum * block_tiles_ * width;
+    for (int sum = 0; sum < kOrder.count; ++sum) {
+      const int place = kOrder.first[sum];
+      const int filter = Stride2::filter_of(kOrder.product[place]);
+      if (filter < first_filter || filter >= end_filter) continue;
+      products.count = kOrder.products[sum];
+      for (int i = 0; i < products.count; ++i) {
+        const int own = Stride2::filter_of(kOrder.product[place + i]);
+        products.panels[i] = weights + (own - first_filter) * filter_step();
+      }
+      products.rows = image + place * place_step_;
+      products.next = products.count * place_step_;
+      products.sums = sums + sum * block_tiles_ * width;
       for (const TileRange& range :
            grid_.needing(kOrder.last_row[sum], kOrder.last_column[sum]).part) {
         const TileRange own = range.within(first, first + tiles);
-        const int64_t end = own.end - first;
-        int now = 0;
-        if (!own.empty()) point(own.begin - first, end, rows[now]);
-        for (int64_t tile = own.begin - first; tile < end; tile += kTileRows, now = 1 - now) {
-          const bool more = tile + kTileRows < end;
-          if (more) point(tile + kTileRows, end, rows[1 - now]);
-          for (int i = 0; i < kTileRows; ++i) {
-            // Rows past the end are computed like the last one, and stored where nobody looks.
-            out[i] = to + (tile + i < end ? tile + i : block_tiles_ - 1) * width;
-          }
-          args.rows = rows[now];
-          args.rows_ahead = more ? rows[1 - now] : nullptr;
-          multiply_tile<T>(panels_.vectors, args);
-        }
+        if (own.empty()) continue;
+        with_vectors(panels_.vectors, [&](auto vectors) {
+          multiply_stride2_tiles<vectors.value>(
+              own.end - own.begin, products.from_tile(own.begin - first, width), ahead);
+        });
       }
     }
   }
@@ -406,12 +412,12 @@ class Stride2Tiles {
   int64_t channels_;  // reduced ones, padded to whole vectors
   int64_t stretch_;
   int64_t part_channels_, parts_;
-  bool shared_weights_;
+  bool kept_weights_;
   int64_t tiles_;        // of a block
   int64_t round_tiles_;  // of a round, in which the image is transformed at once
   int64_t block_tiles_;  // padded
   int64_t tile_step_, stretch_step_, place_step_;  // of the image
-  T* weights_;
+  bool* has_weights_;                              // [thread]
   T* image_;
   T* zeros_;
   T* biases_;

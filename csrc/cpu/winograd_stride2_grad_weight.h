@@ -5,7 +5,7 @@
 //   grad_weight = the 25 filters, transformed back
 //
 // The reduction runs over the tiles:
-//   image   [channels / lanes][49][tiles][lanes]     rows of a tile of the product: channels
+//   image   [channels / 16][49][tiles][16]           rows of a tile of the product: channels
 //   grads   [panel][25][tiles][width]                its columns: outputs
 //   filters [25][channels][width]
 //
@@ -54,22 +54,29 @@ struct Stride2GradWeight {
             i >= Stride2::kLastProduct, j >= Stride2::kLastProduct};
   }
 
+  static Reader reader(const Conv2dProblem& p, const Grid& grid, const T* input) {
+    return Reader(grid, input, p.input, p.C / p.groups, p.H, p.W, -p.pad_h, -p.pad_w);
+  }
+  static GradReader grad_reader(const Conv2dProblem& p, const Grid& grid, const T* grad_output,
+                                int64_t outputs) {
+    return GradReader(grid, grad_output, p.output, outputs, p.P, p.Q, 0, 0);
+  }
+
   // The image of the tiles [first, end) of a group: to(c, tile)[product * product_step], for whole
   // vectors of channels.
   template <typename To>
   static void transform_input(const Conv2dProblem& p, const Grid& grid, const T* input,
                               int64_t first, int64_t end, const T* zeros, T* stage, int64_t,
                               int64_t product_step, const To& to) {
-    const Reader reader(grid, input, p.input, p.C / p.groups, p.H, p.W, -p.pad_h, -p.pad_w);
-    reader.template read<4>(first, end, zeros, stage,
-                            [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
-                              T* line = to(c, tile);
-                              transform_stride2_tile<2>(
-                                  from, offset, 1, 1,
-                                  [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                                    store<T>(line + kOrder.place[product] * product_step, value);
-                                  });
-                            });
+    reader(p, grid, input)
+        .read<4>(first, end, zeros, stage,
+                 [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
+                   T* line = to(c, tile);
+                   transform_stride2_tile<2>(
+                       from, offset, 1, 1, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
+                         store<T>(line + kOrder.place[product] * product_step, value);
+                       });
+                 });
   }
 
   // The 25 sums of some outputs, transposed, and the plain ones for the bias.
@@ -78,32 +85,32 @@ struct Stride2GradWeight {
                               int64_t outputs, int64_t first, int64_t end, const T* zeros, T* stage,
                               int64_t, int64_t sum_step, const To& to, T* bias_sums) {
     constexpr int kOut = Stride2::kOut, kAxis = Stride2::kAxisSums;
-    const GradReader reader(grid, grad_output, p.output, outputs, p.P, p.Q, 0, 0);
-    reader.read(first, end, zeros, stage,
-                [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
-                  T* line = to(k, tile);
-                  Vec<T> half[kAxis * kOut], total{};
+    grad_reader(p, grid, grad_output, outputs)
+        .read(first, end, zeros, stage,
+              [&](const T* const* from, int64_t offset, int64_t k, int64_t tile) {
+                T* line = to(k, tile);
+                Vec<T> half[kAxis * kOut], total{};
 #pragma GCC unroll 3
-                  for (int j = 0; j < kOut; ++j) {
-                    Vec<T> column[kOut];
+                for (int j = 0; j < kOut; ++j) {
+                  Vec<T> column[kOut];
 #pragma GCC unroll 3
-                    for (int i = 0; i < kOut; ++i) {
-                      column[i] = load(from[i * kOut + j] + offset);
-                      total += column[i];
-                    }
-                    transform_stride2_grads<T>(column, 1, half + j, kOut);
+                  for (int i = 0; i < kOut; ++i) {
+                    column[i] = load(from[i * kOut + j] + offset);
+                    total += column[i];
                   }
-                  store<T>(bias_sums + k, load(bias_sums + k) + total);
+                  transform_stride2_grads<T>(column, 1, half + j, kOut);
+                }
+                store<T>(bias_sums + k, load(bias_sums + k) + total);
 #pragma GCC unroll 5
-                  for (int i = 0; i < kAxis; ++i) {
-                    Vec<T> sums[kAxis];
-                    transform_stride2_grads<T>(half + i * kOut, 1, sums, 1);
+                for (int i = 0; i < kAxis; ++i) {
+                  Vec<T> sums[kAxis];
+                  transform_stride2_grads<T>(half + i * kOut, 1, sums, 1);
 #pragma GCC unroll 5
-                    for (int j = 0; j < kAxis; ++j) {
-                      store<T>(line + (i * kAxis + j) * sum_step, sums[j]);
-                    }
+                  for (int j = 0; j < kAxis; ++j) {
+                    store<T>(line + (i * kAxis + j) * sum_step, sums[j]);
                   }
-                });
+                }
+              });
   }
 };
 
@@ -115,6 +122,7 @@ class Stride2GradWeightShares {
   static constexpr int kProducts = Stride2::kProducts, kFilters = Stride2::kFilters;
   // Tiles that one product runs over at once: their panel is 16 to 32 KB, in L1.
   static constexpr int64_t kStepTiles = kVectorRegisters == 32 ? 128 : 256;
+  static constexpr int64_t kGroup = 16;  // channels whose image lies side by side
   using Filters = Pass::Filters;
   static constexpr int64_t kTaskChannels = Filters::kTaskChannels;
 
@@ -137,9 +145,10 @@ class Stride2GradWeightShares {
         filters_(p, grad_weight),
         channels_(round_up(reduced_, kWidth)),
         rows_(round_up(channels_, kTaskChannels)) {
-    // Image and grads of a block take about 800 KB.
-    const int64_t most =
-        max_of(24, 204800 / (kProducts * channels_ + Stride2::kSums * panels_.width));
+    // Image and grads of a block take about 800 KB; 400 on AVX-512, where 1 MB of L2 holds the next
+    // ones too.
+    const int64_t most = max_of(24, (kVectorRegisters == 32 ? 102400 : 204800) /
+                                        (kProducts * channels_ + Stride2::kSums * panels_.width));
     shares_ = max_of(1, min_of(threads, grid_.count / 4));
     const int64_t share_tiles = ceil_div(grid_.count, shares_);
     block_tiles_ = max_of(1, ceil_div(share_tiles, ceil_div(share_tiles, most)));
@@ -162,13 +171,13 @@ class Stride2GradWeightShares {
     T* grads;
     T* lines;  // [kTaskChannels * 9][width], weights before they are written
     T* stage;
+    MemoryAhead::Stretch* ahead;
   };
 
-  // Zeros stand for the channels of a pixel outside, and are what the rows of a tile start from.
-  int64_t zeros_size() const {
-    return max_of(kTileRows, max_of(channels_, panels_.count * panels_.width));
-  }
-  int64_t image_size() const { return channels_ * kProducts * tile_step_; }
+  // Zeros stand for the channels of a pixel outside.
+  int64_t zeros_size() const { return max_of(channels_, panels_.count * panels_.width); }
+  // Of one group of channels.
+  int64_t image_size() const { return kGroup * kProducts * tile_step_; }
   int64_t grads_size() const { return Stride2::kSums * tile_step_ * panels_.width; }
   // From the sums of one filter to those of the next; odd lines again.
   int64_t sums_step() const { return rows_ * panels_.width + kWidth; }
@@ -180,17 +189,23 @@ class Stride2GradWeightShares {
     bias_sums_ = carver.take<T>(shares_ * outputs);
     share_sums_ = carver.take<T>(shares_ * panels_.count * sums_size());
     const int64_t before = carver.used();
-    scratch_.image = carver.take<T>(image_size());
+    scratch_.image = carver.take<T>(ceil_div(channels_, kGroup) * image_size());
     scratch_.grads = carver.take<T>(grads_size());
     scratch_.lines = carver.take<T>(kTaskChannels * 9 * panels_.width);
     scratch_.stage = carver.take<T>(Pass::kStageSize);
+    scratch_.ahead =
+        carver.take<MemoryAhead::Stretch>(block_tiles_ * (Pass::Reader::kRows + Stride2::kOut));
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
-    return {move(scratch_.image), move(scratch_.grads), move(scratch_.lines), move(scratch_.stage)};
+    const auto move = [&](auto* part) {
+      return reinterpret_cast<decltype(part)>(reinterpret_cast<uintptr_t>(part) +
+                                              scratch_bytes_ * thread);
+    };
+    return {move(scratch_.image), move(scratch_.grads), move(scratch_.lines), move(scratch_.stage),
+            move(scratch_.ahead)};
   }
 
   void run_by_shares(int64_t group) {
@@ -203,11 +218,15 @@ class Stride2GradWeightShares {
       const int64_t end = grid_.count * (share + 1) / shares_;
       for (int64_t first = begin; first < end; first += block_tiles_) {
         const int64_t last = min_of(first + block_tiles_, end);
+        MemoryAhead ahead(scratch.ahead);
+        add_ahead(group, last, min_of(last + block_tiles_, end), ahead);
+        // Calls of at least half a group of channels, which fetch every 16 tiles.
+        ahead.spread(kProducts * panels_.count * (channels_ / 8) * ((last - first) / 16));
         transform_input(group, first, last, scratch.stage, scratch.image);
         for (int64_t panel = 0; panel < panels_.count; ++panel) {
           transform_grads(group, panel, first, last, scratch.stage, scratch.grads,
                           bias_sums + panel * panels_.width);
-          multiply(scratch.image, scratch.grads, first, last - first, 0, channels_, first > begin,
+          multiply(scratch.image, scratch.grads, first, last - first, first > begin, ahead,
                    sums + panel * sums_size());
         }
       }
@@ -222,10 +241,18 @@ class Stride2GradWeightShares {
     });
   }
 
+  // What the transforms of tiles [first, end) see.
+  void add_ahead(int64_t group, int64_t first, int64_t end, MemoryAhead& to) const {
+    Pass::reader(p_, grid_, input_ + group * reduced_ * p_.input.c).ahead(first, end, to);
+    Pass::grad_reader(p_, grid_, grad_output_ + group * produced_ * p_.output.c, produced_)
+        .ahead(first, end, to);
+  }
+
   void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to) const {
     Pass::transform_input(p_, grid_, input_ + group * reduced_ * p_.input.c, first, end, zeros_,
-                          stage, kWidth, tile_step_ * kWidth, [&](int64_t c, int64_t tile) {
-                            return to + c * kProducts * tile_step_ + (tile - first) * kWidth;
+                          stage, kGroup, tile_step_ * kGroup, [&](int64_t c, int64_t tile) {
+                            return to + c / kGroup * image_size() + (tile - first) * kGroup +
+                                   c % kGroup;
                           });
   }
 
@@ -248,37 +275,23 @@ class Stride2GradWeightShares {
     }
   }
 
-  // filters[filter][row] (+)= image of channel c + row times grads, over those of tiles [first,
-  // first + tiles) that need each product; image and grads begin with tile `first`.
-  void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, int64_t c,
-                int64_t channels, bool accumulate, T* filters) const {
+  // filters[filter][channel] (+)= image times grads, over those of tiles [first, first + tiles)
+  // that need each product; image and grads begin with tile `first`.
+  void multiply(const T* image, const T* grads, int64_t first, int64_t tiles, bool accumulate,
+                MemoryAhead& ahead, T* filters) const {
     const int64_t width = panels_.width;
-    TileArgs<T> args;
-    args.row_step = kWidth;
-    args.panel_step = width;
-    args.segments = 1;
-    args.start = zeros_;
-    const T* rows[kTileRows];
-    T* out[kTileRows];
-    args.rows = rows;
-    args.out = out;
-    for (int filter = 0; filter < kFilters; ++filter) {
+    for (int filter = 0; filter < kFilters; ++filter, filters += sums_step()) {
       bool started = accumulate;
       const auto run = [&](int place, int sum, int64_t tile, int64_t count) {
-        args.panel = grads + (sum * tile_step_ + tile) * width;
-        args.length = count;
-        args.how = started ? Start::kAccumulate : Start::kRows;
-        started = true;
-        for (int64_t row = 0; row < channels; row += kTileRows) {
-          for (int i = 0; i < kTileRows; ++i) {
-            const int64_t channel = c + min_of(row + i, channels - 1);
-            rows[i] = image +
-                      ((channel / kWidth * kProducts + place) * tile_step_ + tile) * kWidth +
-                      channel % kWidth;
-            out[i] = filters + filter * sums_step() + (row + i) * width;
-          }
-          multiply_tile<T>(panels_.vectors, args);
+        for (int64_t c = 0; c < channels_; c += kGroup) {
+          const T* rows = image + c / kGroup * image_size() + (place * tile_step_ + tile) * kGroup;
+          with_vectors(panels_.vectors, [&](auto vectors) {
+            multiply_stride2_grads<vectors.value>(min_of(kGroup, channels_ - c), rows, kGroup,
+                                                  grads + (sum * tile_step_ + tile) * width, count,
+                                                  started, ahead, filters + c * width);
+          });
         }
+        started = true;
       };
       for (int x = 0; x < Pass::terms(filter); ++x) {
         const Pass::Term term = Pass::term(filter, x);

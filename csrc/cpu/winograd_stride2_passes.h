@@ -86,7 +86,7 @@ struct Stride2GradInput {
   static constexpr int kStep = 1, kPixels = 2;
   static constexpr int kOwn[Stride2::kAxis] = {0, 1, 2, 3, 4, 5, 6};
   static constexpr Stride2Order kOrder{kOwn, Stride2::kAxis, Stride2::kLastProduct};
-  static constexpr int kSteps = Stride2::kAxis;
+  static constexpr int kSteps = Stride2::kAxisFilters;
   static constexpr int64_t kPartChannels = kDepth;
 
   // Calls put(i, j, sum) for each pixel; the even ones begin at even_h, even_w of a point.

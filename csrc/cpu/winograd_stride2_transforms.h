@@ -93,6 +93,27 @@ GDFAST_INLINE void transform_stride2_filter(const Vec<T>* in, int in_step, Vec<T
   out[4 * out_step] = in[2 * in_step];
 }
 
+// Filters [kFirst, kFirst + kCount) of `size` weights: packed[tap * valid + x], zero from `valid`
+// on, to to[i * step + x].
+template <int kFirst, int kCount>
+void transform_stride2_weights(const float* packed, int64_t valid, int64_t size, float* to,
+                               int64_t step) {
+  using T = float;
+  constexpr int kAxis = Stride2::kAxisFilters, kWidth = kLanes<T>;
+  for (int64_t x = 0; x < size; x += kWidth) {
+    Vec<T> tap[9], half[3 * kAxis], filter[kAxis * kAxis];
+    for (int t = 0; t < 9; ++t) tap[t] = x < valid ? load(packed + t * valid + x) : Vec<T>{};
+#pragma GCC unroll 3
+    for (int s = 0; s < 3; ++s) transform_stride2_filter<T>(tap + s, 3, half + s, 3);
+#pragma GCC unroll 5
+    for (int i = 0; i < kAxis; ++i) {
+      transform_stride2_filter<T>(half + i * 3, 1, filter + i * kAxis, 1);
+    }
+#pragma GCC unroll 25
+    for (int i = 0; i < kCount; ++i) store<T>(to + i * step + x, filter[kFirst + i]);
+  }
+}
+
 // 5 filters to 3 taps, transposed.
 template <typename T>
 GDFAST_INLINE void transform_stride2_grad_filter(const Vec<T>* in, int in_step, Vec<T>* out,

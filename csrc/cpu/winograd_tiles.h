@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../conv2d_problem.h"
+#include "memory_ahead.h"
 #include "pack.h"
 #include "tile.h"
 #include "winograd_transforms.h"
@@ -131,6 +132,7 @@ class TileReader {
 
  public:
   static constexpr int64_t kStageSize = kSize * kColumns * kWidth;
+  static constexpr int kRows = kSize;
 
   TileReader(const Grid& grid, const T* data, const Strides4& strides, int64_t channels,
              int64_t height, int64_t width, int64_t low_h, int64_t low_w)
@@ -181,6 +183,24 @@ class TileReader {
     }
   }
 
+  // Adds what tiles [first, end) see to what is fetched ahead: kRows stretches a tile at most.
+  void ahead(int64_t first, int64_t end, MemoryAhead& to) const {
+    if (strides_.c != 1) return;
+    for (int64_t tile = first; tile < end;) {
+      const At at = grid_.at(tile);
+      tile += grid_.run_from(tile, end);
+      const int64_t w = at.w * kStep + low_w_, left = max_of(0, w);
+      const int64_t right = min_of(width_, w + (grid_.at(tile - 1).w - at.w) * kStep + kSize);
+      if (left >= right) continue;
+      for (int i = 0; i < kSize; ++i) {
+        const int64_t h = at.h * kStep + low_h_ + i;
+        if (h < 0 || h >= height_) continue;
+        to.add(data_ + at.n * strides_.n + h * strides_.h + left * strides_.w,
+               (right - left - 1) * strides_.w + channels_, false);
+      }
+    }
+  }
+
  private:
   // Images overlap; of kOut x kOut pixels each belongs to one tile, and is zero for the others.
   static bool own_row(const At& at, int i) { return kSize != kOut || i < at.rows; }
@@ -190,11 +210,21 @@ class TileReader {
   void point(int64_t tile, const T* zeros, const T** pixels) const {
     const At at = grid_.at(tile);
     const T* image = data_ + at.n * strides_.n;
+    const int64_t h0 = at.h * kStep + low_h_, w0 = at.w * kStep + low_w_;
+    if (h0 >= 0 && h0 + kSize <= height_ && w0 >= 0 && w0 + kSize <= width_ &&
+        own_row(at, kSize - 1) && own_column(at, kSize - 1)) {
+      const T* row = image + h0 * strides_.h + w0 * strides_.w;
+      for (int i = 0; i < kSize; ++i, row += strides_.h) {
+#pragma GCC unroll 7
+        for (int j = 0; j < kSize; ++j) *pixels++ = row + j * strides_.w;
+      }
+      return;
+    }
     for (int i = 0; i < kSize; ++i) {
-      const int64_t h = at.h * kStep + low_h_ + i;
+      const int64_t h = h0 + i;
       const bool row_inside = own_row(at, i) && h >= 0 && h < height_;
       for (int j = 0; j < kSize; ++j) {
-        const int64_t w = at.w * kStep + low_w_ + j;
+        const int64_t w = w0 + j;
         const bool inside = row_inside && own_column(at, j) && w >= 0 && w < width_;
         pixels[i * kSize + j] = inside ? image + h * strides_.h + w * strides_.w : zeros;
       }

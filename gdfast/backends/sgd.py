@@ -19,6 +19,7 @@ from torch.optim.sgd import sgd as native_sgd
 
 from gdfast import native
 from gdfast.backends import cuda_stream
+from gdfast.backends.linear import fits_layer
 
 DTYPES = {
     torch.float32: "float32",
@@ -72,12 +73,21 @@ class Memory(NamedTuple):
     momenta: list[int]
     masters: list[int]
     numels: list[int]
+    rows: list[int]  # of matrices whose columns CPU threads divide; empty if there are none
 
     @classmethod
     def of(cls, tensors: SgdTensors) -> Memory:
         params, _, momenta, masters = tensors
-        numels = list(map(_numel, params))
-        return cls(addresses(params), addresses(momenta), addresses(masters), numels)
+        numels, rows = list(map(_numel, params)), list(map(_rows, params))
+        if max(rows, default=1) == 1:
+            rows = []
+        return cls(addresses(params), addresses(momenta), addresses(masters), numels, rows)
+
+
+def _rows(param: Tensor) -> int:
+    """The rows of a linear layer's weight whose kernels divide its columns between threads."""
+    of_layer = param.dim() == 2 and param.is_contiguous()
+    return param.shape[0] if of_layer and fits_layer(param.shape[1], param.shape[0]) else 1
 
 
 def addresses(tensors: Tensors) -> list[int]:
@@ -96,6 +106,7 @@ def cpu(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
         DTYPES[tensors.params[0].dtype], hyper.lr, hyper.momentum, hyper.dampening,
         hyper.weight_decay, 1.0 if hyper.grad_scale is None else hyper.grad_scale.item(),
         hyper.nesterov, hyper.maximize, hyper.first_step, hyper.zero_grad, torch.get_num_threads(),
+        at.rows,
     )  # fmt: skip
     if done:
         _increment_versions(tensors, hyper)
