@@ -184,3 +184,35 @@ def test_lists_that_differ_in_length_and_unknown_dtypes_are_refused(compiled_cpu
         call([p], [g], [g])
     with pytest.raises(ValueError, match="dtype: expected float32"):
         call([p.int()], [g], [])
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_divided_between_threads_change_no_bit(
+    isa: str, dtype: torch.dtype, threads: int, masters: bool
+) -> None:
+    if masters and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("only half types have master copies")
+    torch.manual_seed(0)
+    rows = [1, 10, 1, 3, 1]
+    numels = [288, 10 * 5408, 0, 3 * 65, 10]
+    state = torch.float32 if masters else dtype
+    params = [randoms(1, n, dtype)[0] for n in numels]
+    others = [randoms(1, n, dtype)[0] for n in numels], [randoms(1, n, state)[0] for n in numels]
+    copies = [p.float() for p in params] if masters else []
+
+    def updated(**more: Any) -> list[Tensor]:
+        tensors = [[t.clone() for t in each] for each in (params, *others, copies)]
+        assert call(*tensors, momentum=0.9, zero_grad=True, threads=threads, **more)
+        return [tensor for each in tensors for tensor in each]
+
+    for ours, plain in zip(updated(rows=rows), updated(), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_rows_that_divide_no_matrix_are_refused() -> None:
+    (param,), (grad,) = randoms(1, 10, torch.float32), randoms(1, 10, torch.float32)
+    for rows in ([3], [0], [2, 5]):
+        with pytest.raises(ValueError, match="rows"):
+            call([param], [grad], [], rows=rows)
