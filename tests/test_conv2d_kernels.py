@@ -7,7 +7,10 @@ algorithms that trade error for speed have bounds of their own.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -407,3 +410,37 @@ def test_called_from_several_threads_at_once(isa: str) -> None:
     for index, passes in enumerate(together):
         for name, tensor in passes.items():
             assert torch.equal(tensor, alone[index % len(problems)][name]), name
+
+
+# 1x1 kernels whose pixels are cut into chunks, of which the last one is a single pixel: vectors of
+# the pixel before it are longer than what is left.
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("channels", [(1, 1), (7, 3)], ids=str)
+def test_nothing_is_read_beyond_the_last_pixel(channels: tuple[int, int], isa: str) -> None:
+    pixels = 10333
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+
+    def at_a_page_end(channels: int) -> Tensor:
+        size = 4 * channels * pixels
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+        bytes_of_it = (ctypes.c_char * len(memory)).from_buffer(memory)
+        guard = ctypes.c_void_p(ctypes.addressof(bytes_of_it) + whole)
+        assert libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        kept.append(bytes_of_it)
+        lines = torch.frombuffer(memory, dtype=torch.float32, count=size // 4, offset=whole - size)
+        return lines.copy_(torch.randn(size // 4)).view(1, 1, pixels, channels).permute(0, 3, 1, 2)
+
+    C, K = channels
+    input, grad_output = at_a_page_end(C), at_a_page_end(K)
+    grad_weight = torch.empty(K, C, 1, 1)
+    problem = native.cpu.Conv2dProblem(
+        (1, C, 1, pixels, K, 1, 1, 1, pixels), (1, 1), (0, 0), (1, 1), 1, "float32",
+        input.stride(), grad_weight.stride(), grad_output.stride(),
+    )  # fmt: skip
+    native.cpu.conv2d_grad_weight(
+        problem, grad_output.data_ptr(), input.data_ptr(), grad_weight.data_ptr(), 0, 1
+    )
+    exact = torch.einsum("nkpq,ncpq->kc", grad_output.double(), input.double())
+    assert torch.allclose(grad_weight[:, :, 0, 0].double(), exact, rtol=1e-5, atol=1e-2)

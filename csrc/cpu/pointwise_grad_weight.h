@@ -154,8 +154,10 @@ class PointwiseGradWeight : ChunkTiles {
       point(first, pixels, own);
       if (source_ != nullptr)
         source_->write(source_->self, first, first + pixels, own.lines, thread);
-      // Whole vectors of the last pixel may end beyond the tensor.
-      const bool columns_lie = column_step > 0 && (columns_ == width_ || first + pixels < pixels_);
+      // Whole vectors of the chunk's last pixel must not end beyond the tensor: with few columns
+      // they reach over several of the pixels that follow.
+      const bool columns_lie =
+          column_step > 0 && width_ - columns_ <= (pixels_ - first - pixels) * column_step;
       if (!columns_lie) pack_panels(column_lines, pixels, own.panels);
       ColumnArgs<T> args;
       args.rows = own.row;
