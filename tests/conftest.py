@@ -79,6 +79,16 @@ def compiled_cpu() -> None:
 
 
 @pytest.fixture
+def widened_bfloat16(compiled_cpu: None) -> Iterator[None]:
+    """No products of bfloat16: where the processor has them, and without times, native runs."""
+    before = native.cpu.isa()
+    if before == "avx512_bf16":
+        native.cpu.select_isa("avx512")
+    yield
+    native.cpu.select_isa(before)
+
+
+@pytest.fixture
 def cuda_device() -> torch.device:
     """Where the CUDA kernels run: a GPU, or the CPU where their simulator is loaded."""
     if native.cuda is None:

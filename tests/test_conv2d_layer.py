@@ -80,7 +80,7 @@ def test_another_layer_is_another() -> None:
         step(arguments)
     native = step(arguments, lambda *each: F.conv2d(*each, padding=1, stride=2))
     ours = step(arguments, lambda *each: ops.conv2d(*each, padding=1, stride=2, backend="cpu"))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, native, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, native, strict=True))
     assert ours[0].shape == native[0].shape
     for wrong in ({"stride": (2.0, 1.0)}, {"padding": "1"}, {"groups": 3}):
         with pytest.raises((TypeError, RuntimeError, ValueError)):

@@ -20,7 +20,7 @@ from gdfast.backends import plans
 from gdfast.nn import norm as norm_module
 from gdfast.ops import conv2d_dispatch
 
-pytestmark = pytest.mark.usefixtures("fresh_registry", "compiled_cpu")
+pytestmark = pytest.mark.usefixtures("fresh_registry", "widened_bfloat16")
 
 ACTIVATIONS = ["none", "relu", "relu6", "leaky_relu", "silu"]
 
