@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "cpu/kernels.h"
+#include "linear_problem.h"
 #include "sgd_arguments.h"
 
 namespace py = pybind11;
@@ -19,9 +20,7 @@ namespace {
 void append_by_columns(const SgdTensor& matrix, int64_t rows, int64_t element_size, int threads,
                        std::vector<SgdTensor>* tensors) {
   const int64_t columns = matrix.numel / rows;
-  const auto begin = [&](int64_t group) {
-    return group == threads ? columns : group * columns / threads / 16 * 16;
-  };
+  const auto begin = [&](int64_t group) { return column_begin(group, threads, columns); };
   const auto at = [](void* memory, int64_t bytes) -> void* {
     return memory == nullptr ? nullptr : static_cast<char*>(memory) + bytes;
   };

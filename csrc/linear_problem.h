@@ -17,4 +17,16 @@ struct LinearProblem {
   DType dtype;
 };
 
+// Internal to each file, as those for different instruction sets must not share one.
+namespace {
+
+// The first of a part of a matrix's columns: parts begin at cache lines. The layer's kernels and
+// the update of its weight divide them alike, so that each core finds in its caches what it has
+// written.
+inline int64_t column_begin(int64_t part, int64_t parts, int64_t columns) {
+  return part == parts ? columns : part * columns / parts / 16 * 16;
+}
+
+}  // namespace
+
 }  // namespace gdfast

@@ -113,6 +113,6 @@ class TestChoice:
     def test_products_of_bfloat16_halve_the_direct_way(self) -> None:
         query = self.uses(torch.bfloat16)[0].query
         geometry = query.geometry
-        costs = {"widened": True, "direct": 0.5}
+        costs = {"widened": True, "direct_share": 0.5}
         assert cpu_algorithms.choose("conv2d", geometry, "avx512", **costs) == "winograd"
-        assert cpu_algorithms.choose("conv2d", geometry, "avx512", direct=0.2) == "direct"
+        assert cpu_algorithms.choose("conv2d", geometry, "avx512", direct_share=0.2) == "direct"

@@ -77,5 +77,22 @@ GDFAST_INLINE void store_some(T* to, const A& value, int64_t count) {
   std::memcpy(to, elements, count * sizeof(T));
 }
 
+// Elements of memory side by side.
+template <typename T>
+void widen_elements(const T* from, int64_t count, float* to) {
+  int64_t x = 0;
+  for (; x + kLanes<float> <= count; x += kLanes<float>) {
+    store<float>(to + x, load_widened(from + x));
+  }
+  for (; x < count; ++x) to[x] = widen(from[x]);
+}
+
+template <typename T>
+void narrow_elements(const float* from, int64_t count, T* to) {
+  int64_t x = 0;
+  for (; x + kLanes<float> <= count; x += kLanes<float>) store_narrowed(to + x, load(from + x));
+  for (; x < count; ++x) to[x] = narrow<T>(from[x]);
+}
+
 }  // namespace
 }  // namespace gdfast::cpu

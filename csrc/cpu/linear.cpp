@@ -39,11 +39,6 @@ GDFAST_INLINE void with_count(int64_t count, F&& f) {
   f(std::integral_constant<int, kMost>{});
 }
 
-// The first column of a part: parts begin at cache lines.
-inline int64_t part_begin(int64_t part, int64_t parts, int64_t columns) {
-  return part == parts ? columns : part * columns / parts / 16 * 16;
-}
-
 // Calls f with the first of some rows and the constant number of them, tile by tile: of equal size,
 // because a tile of one row makes poor use of the registers.
 template <typename F>
@@ -115,11 +110,11 @@ void run_forward(const LinearProblem& p, const T* input, const T* weight, const 
   parallel_shares(parts * blocks, threads, [&](int64_t task, int thread) {
     const int64_t part = task / blocks, begin = task % blocks * kForwardRows;
     const int64_t end = min_of(p.N, begin + kForwardRows);
-    const int64_t last = part_begin(part + 1, parts, p.C);
+    const int64_t last = column_begin(part + 1, parts, p.C);
     Carver own = memory.of(thread);
     auto* sums = own.template take<Vec<T>>(kForwardRows * p.K);
     std::memset(sums, 0, (end - begin) * p.K * sizeof(Vec<T>));
-    for (int64_t c = part_begin(part, parts, p.C); c < last; c += kForwardColumns) {
+    for (int64_t c = column_begin(part, parts, p.C); c < last; c += kForwardColumns) {
       const int64_t columns = min_of(kForwardColumns, last - c);
       for_tiles(begin, end, [&](int64_t n, auto rows) {
         for (int64_t k = 0; k < p.K; k += kTileColumns) {
@@ -197,8 +192,8 @@ void run_backward(const LinearProblem& p, const T* grad_output, const T* input, 
                   T* grad_input, T* grad_weight, T* grad_bias, int threads) {
   const int64_t tasks = max_of(1, p.C / kBackwardColumns);
   parallel_shares(tasks, threads, [&](int64_t task, int) {
-    const int64_t c = part_begin(task, tasks, p.C);
-    const int64_t width = part_begin(task + 1, tasks, p.C) - c;
+    const int64_t c = column_begin(task, tasks, p.C);
+    const int64_t width = column_begin(task + 1, tasks, p.C) - c;
     if (grad_weight != nullptr) {
       for_tiles(0, p.K, [&](int64_t k, auto rows) {
         combine_rows<rows>(grad_output + k, 1, p.K, p.N, input + c, p.input_step,

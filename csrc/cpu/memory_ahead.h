@@ -18,7 +18,7 @@ class MemoryAhead {
   };
 
   // `room` is for all stretches that are added.
-  explicit MemoryAhead(Stretch* room) : begin_(room), end_(room), next_(room) {}
+  explicit MemoryAhead(Stretch* room) : end_(room), next_(room) {}
 
   void add(const float* from, int64_t size, bool written) {
     if (size <= 0) return;
@@ -50,7 +50,7 @@ class MemoryAhead {
 
  private:
   static constexpr int64_t kLine = 64;
-  Stretch *begin_, *end_, *next_;
+  Stretch *end_, *next_;
   int64_t lines_ = 0, at_once_ = 0;
 };
 

@@ -6,13 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "convert.h"
 #include "kernels.h"
-#include "numeric.h"
 #include "shares.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -31,38 +27,6 @@ constexpr int64_t kPartAlignment = 64;
 // Half types are widened this many elements at a time: three float arrays of 2 KB stay in the
 // first-level cache.
 constexpr int64_t kBlock = 512;
-
-inline void widen_all(const BFloat16* from, float* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
-}
-
-inline void narrow_all(const float* from, BFloat16* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = narrow<BFloat16>(from[i]);
-}
-
-inline void widen_all(const Float16* from, float* to, int64_t count) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-  }
-#endif
-  for (; i < count; ++i) to[i] = widen(from[i]);
-}
-
-inline void narrow_all(const float* from, Float16* to, int64_t count) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
-  }
-#endif
-  for (; i < count; ++i) to[i] = narrow<Float16>(from[i]);
-}
 
 // Updates `count` elements of float or double where they lie. No two of the arrays overlap. The
 // factors come by value: through a reference, a store to param might change them.
@@ -87,13 +51,13 @@ void update_half(const SgdFactors<float>& factors, Half* param, Half* grad, Half
   float p[kBlock], g[kBlock], m[kBlock];
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t n = min_of(kBlock, count - i);
-    widen_all(param + i, p, n);
-    widen_all(grad + i, g, n);
-    if (kMomentum == SgdMomentum::kRunning) widen_all(momentum + i, m, n);
+    widen_elements(param + i, n, p);
+    widen_elements(grad + i, n, g);
+    if (kMomentum == SgdMomentum::kRunning) widen_elements(momentum + i, n, m);
     update<kMomentum, kGrad>(factors, p, g, m, n);
-    narrow_all(p, param + i, n);
-    if (kGrad != SgdGrad::kRead) narrow_all(g, grad + i, n);
-    if (kMomentum != SgdMomentum::kNone) narrow_all(m, momentum + i, n);
+    narrow_elements(p, n, param + i);
+    if (kGrad != SgdGrad::kRead) narrow_elements(g, n, grad + i);
+    if (kMomentum != SgdMomentum::kNone) narrow_elements(m, n, momentum + i);
   }
 }
 
@@ -101,7 +65,7 @@ void update_half(const SgdFactors<float>& factors, Half* param, Half* grad, Half
 template <typename Half>
 void follow(float* master, const Half* param, int64_t count) {
   Half rounded[kBlock];
-  narrow_all(master, rounded, count);
+  narrow_elements(master, count, rounded);
   if (std::memcmp(rounded, param, count * sizeof(Half)) == 0) return;
   for (int64_t i = 0; i < count; ++i) {
     master[i] = sgd_master(master[i], widen(rounded[i]), widen(param[i]));
@@ -117,11 +81,11 @@ void update_master(const SgdFactors<float>& factors, Half* param, Half* grad, fl
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t n = min_of(kBlock, count - i);
     follow(master + i, param + i, n);
-    widen_all(grad + i, g, n);
+    widen_elements(grad + i, n, g);
     float* const m = kMomentum == SgdMomentum::kNone ? nullptr : momentum + i;
     update<kMomentum, kGrad>(factors, master + i, g, m, n);
-    narrow_all(master + i, param + i, n);
-    if (kGrad != SgdGrad::kRead) narrow_all(g, grad + i, n);
+    narrow_elements(master + i, n, param + i);
+    if (kGrad != SgdGrad::kRead) narrow_elements(g, n, grad + i);
   }
 }
 

@@ -73,6 +73,14 @@ GDFAST_INLINE Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // x - 0 is x for every x, -0 and NaN too; x + 0 would lose -0
 }
 
+// Has the compiler forget how an address or a distance came about: else it keeps every sum of it
+// and a constant that a loop needs, on the stack where registers do not suffice, rather than add
+// anew.
+template <typename V>
+GDFAST_INLINE void forget_origin(V& value) {
+  asm("" : "+r"(value));
+}
+
 // Has the compiler hold a value in a register from here on.
 template <typename T>
 GDFAST_INLINE void keep_in_register(Vec<T>& value) {

@@ -28,7 +28,8 @@ struct Extent {
 
   int64_t elements() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
   int64_t elements_each() const { return sizes[1] * sizes[2] * sizes[3]; }
-  // Whether its elements fill the memory from the first to the last, in any order.
+  // Whether it has as many elements as the memory from the first to the last: then what lies there
+  // may be converted as it is, in whatever order.
   bool is_dense() const {
     return elements() == 1 + (sizes[0] - 1) * strides.n + (sizes[1] - 1) * strides.c +
                              (sizes[2] - 1) * strides.h + (sizes[3] - 1) * strides.w;
@@ -43,28 +44,23 @@ inline bool widened_fits(const Conv2dProblem& p) {
          Extent::of_output(p).is_dense();
 }
 
-constexpr int64_t kStep = 1 << 14;  // elements of a task of the next two
+constexpr int64_t kTaskElements = 1 << 14;
 
 template <typename T>
-void widen_all(const void* address, int64_t count, float* to, int threads) {
-  const T* const from = static_cast<const T*>(address);
-  parallel_shares(ceil_div(count, kStep), threads, [&](int64_t index, int) {
-    const int64_t end = min_of((index + 1) * kStep, count);
-    int64_t x = index * kStep;
-    for (; x + kLanes<float> <= end; x += kLanes<float>)
-      store<float>(to + x, load_widened(from + x));
-    for (; x < end; ++x) to[x] = widen(from[x]);
+void widen_all(const void* from, int64_t count, float* to, int threads) {
+  parallel_shares(ceil_div(count, kTaskElements), threads, [&](int64_t index, int) {
+    const int64_t first = index * kTaskElements;
+    widen_elements(static_cast<const T*>(from) + first, min_of(kTaskElements, count - first),
+                   to + first);
   });
 }
 
 template <typename T>
-void narrow_all(const float* from, int64_t count, void* address, int threads) {
-  T* const to = static_cast<T*>(address);
-  parallel_shares(ceil_div(count, kStep), threads, [&](int64_t index, int) {
-    const int64_t end = min_of((index + 1) * kStep, count);
-    int64_t x = index * kStep;
-    for (; x + kLanes<float> <= end; x += kLanes<float>) store_narrowed(to + x, load(from + x));
-    for (; x < end; ++x) to[x] = narrow<T>(from[x]);
+void narrow_all(const float* from, int64_t count, void* to, int threads) {
+  parallel_shares(ceil_div(count, kTaskElements), threads, [&](int64_t index, int) {
+    const int64_t first = index * kTaskElements;
+    narrow_elements(from + first, min_of(kTaskElements, count - first),
+                    static_cast<T*>(to) + first);
   });
 }
 

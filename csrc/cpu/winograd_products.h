@@ -45,6 +45,20 @@ GDFAST_INLINE void keep_shared(Vec<float>& value) {
   if constexpr (kVectors > 1) keep_in_register<float>(value);
 }
 
+// sums[i * step + o] (+)= sum[i][o].
+template <int kRows, int kVectors>
+GDFAST_INLINE void store_sums(const Vec<float> (&sum)[kRows][kVectors], bool accumulate,
+                              float* sums, int64_t step) {
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = sums + i * step + j * kLanes<float>;
+      store<float>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
 // sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
 template <int kRows, int kVectors>
 GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t channels,
@@ -69,14 +83,7 @@ GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t c
       panel += panel_step;
     }
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      float* to = sums + i * sums_step + j * kWidth;
-      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
-    }
-  }
+  store_sums(sum, accumulate, sums, sums_step);
 }
 
 // For any number of tiles, whose sums lie as far apart as their images: up to kTileRows - 1 more
@@ -146,36 +153,38 @@ inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const flo
   });
 }
 
-// sums[i][o] (+)= sum over tiles of image[tile][i] * grads[tile][o] for kRows channels; lines of
-// image and grads lie image_step and grads_step apart. `ahead` is a cache line at most.
-template <int kRows, int kVectors>
-void multiply_tiles(const float* image, int64_t image_step, const float* grads, int64_t grads_step,
-                    int64_t tiles, bool accumulate, const Ahead& ahead, float* sums) {
-  using T = float;
-  constexpr int kWidth = kLanes<T>;
-  Vec<T> sum[kRows][kVectors] = {};
+// sum[i][o] += image[tile][i] * grads[tile][o] for kRows channels and tiles [begin, end), whose
+// lines lie image_step and grads_step apart. Calls each(tile) before each.
+template <int kRows, int kVectors, typename Each>
+GDFAST_INLINE void add_tiles(const float*& image, int64_t image_step, const float*& grads,
+                             int64_t grads_step, int64_t begin, int64_t end, const Each& each,
+                             Vec<float> (&sum)[kRows][kVectors]) {
 #pragma GCC unroll 2
-  for (int64_t tile = 0; tile < tiles; ++tile, image += image_step, grads += grads_step) {
-    if (ahead.size > 0) __builtin_prefetch(ahead.begin[tile] + ahead.offset, 0, 2);
-    Vec<T> line[kVectors];
+  for (int64_t tile = begin; tile < end; ++tile, image += image_step, grads += grads_step) {
+    each(tile);
+    Vec<float> line[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kLanes<float>);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      Vec<T> value = broadcast(image[i]);
+      Vec<float> value = broadcast(image[i]);
       keep_shared<kVectors>(value);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sum[i][j] += value * line[j];
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      T* to = sums + (i * kVectors + j) * kWidth;
-      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
-    }
-  }
+}
+
+// sums[i][o] (+)= sum over `tiles` of them. `ahead` is a cache line at most.
+template <int kRows, int kVectors>
+void multiply_tiles(const float* image, int64_t image_step, const float* grads, int64_t grads_step,
+                    int64_t tiles, bool accumulate, const Ahead& ahead, float* sums) {
+  Vec<float> sum[kRows][kVectors] = {};
+  const auto fetch = [&](int64_t tile) __attribute__((always_inline)) {
+    if (ahead.size > 0) __builtin_prefetch(ahead.begin[tile] + ahead.offset, 0, 2);
+  };
+  add_tiles(image, image_step, grads, grads_step, 0, tiles, fetch, sum);
+  store_sums(sum, accumulate, sums, kVectors * kLanes<float>);
 }
 
 // Channels that a call of multiply_tiles takes at most. Calls that fetch ahead should be few among

@@ -12,11 +12,6 @@
 namespace gdfast::cpu {
 namespace {
 
-// Has the compiler forget how an address came about: else it keeps every sum of it and a constant
-// that a loop needs, on the stack where registers do not suffice, rather than add anew.
-GDFAST_INLINE void forget_origin(float*& address) { asm("" : "+r"(address)); }
-GDFAST_INLINE void forget_origin(const float*& address) { asm("" : "+r"(address)); }
-
 // Columns of pixels that a run of tiles sees, and those of its outputs.
 constexpr int64_t kRunColumns = (TileGrid::kRun - 1) * kTileOut + kTileIn;
 constexpr int64_t kRunOutputs = TileGrid::kRun * kTileOut;

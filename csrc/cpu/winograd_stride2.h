@@ -66,8 +66,8 @@ class Stride2Tiles {
     tiles_ = round_up(ceil_div(round_tiles_, blocks), kTileRows);
     if (kept_weights_) round_tiles_ = tiles_;
     block_tiles_ = padded_tiles(tiles_);  // one more than tiles_, which is even
-    // An odd number of lines from one tile, or product, to the next, so that they spread over the
-    // sets of the cache.
+    // A line more from one tile, or product, to the next than there is, so that they spread over
+    // the sets of the cache.
     tile_step_ = channels_ * kProducts + 16;
     place_step_ = stretch_;
     stretch_step_ = kProducts * stretch_;
@@ -109,7 +109,6 @@ class Stride2Tiles {
 
   int64_t carve(Carver carver) {
     image_ = carver.take<T>(kept_weights_ ? 0 : image_size());
-    has_weights_ = carver.take<bool>(threads_);
     zeros_ = carver.take<T>(zeros_size());
     biases_ = carver.take<T>(panels_.count * panels_.width);
     const int64_t before = carver.used();
@@ -144,16 +143,12 @@ class Stride2Tiles {
       biases_[o] = has ? bias_[group * p_.produced + o] : T(0);
     }
     if (kept_weights_) {
-      for (int thread = 0; thread < threads_; ++thread) has_weights_[thread] = false;
-      parallel_shares(ceil_div(grid_.count, tiles_), threads_, [&](int64_t block, int thread) {
-        const Scratch scratch = scratch_of(thread);
-        if (!has_weights_[thread]) {
-          keep_weights(weight, scratch);
-          has_weights_[thread] = true;
-        }
-        run_block(source, block * tiles_, scratch, dest);
-      });
-      return;
+      return parallel_shares(
+          ceil_div(grid_.count, tiles_), threads_,
+          [&](int thread) { keep_weights(weight, scratch_of(thread)); },
+          [&](int64_t block, int thread) {
+            run_block(source, block * tiles_, scratch_of(thread), dest);
+          });
     }
     for (int64_t first = 0; first < grid_.count; first += round_tiles_) {
       run_round(source, weight, first, min_of(first + round_tiles_, grid_.count), dest);
@@ -417,7 +412,6 @@ class Stride2Tiles {
   int64_t round_tiles_;  // of a round, in which the image is transformed at once
   int64_t block_tiles_;  // padded
   int64_t tile_step_, stretch_step_, place_step_;  // of the image
-  bool* has_weights_;                              // [thread]
   T* image_;
   T* zeros_;
   T* biases_;

@@ -8,12 +8,6 @@
 namespace gdfast::cpu {
 namespace {
 
-// Has the compiler take an address or a distance as it is, not as a sum of others.
-template <typename V>
-GDFAST_INLINE void hide_origin(V& value) {
-  asm("" : "+r"(value));
-}
-
 struct Stride2Products {
   static constexpr int kMost = 4;  // products of a sum
 
@@ -45,7 +39,7 @@ __attribute__((noinline)) void multiply_stride2(const Stride2Products& products)
   Vec<T> sum[kRows][kVectors] = {};
   const int64_t row_step = products.row_step;
   int64_t three_rows = 3 * row_step;
-  hide_origin(three_rows);
+  forget_origin(three_rows);
   const int64_t next = products.next;
   for (int product = 0; product < products.count; ++product) {
     const T* panel = products.panels[product];
@@ -75,8 +69,7 @@ __attribute__((noinline)) void multiply_stride2(const Stride2Products& products)
           for (int row = 0; row < kRows; ++row) {
             const T* from = four[row / 4] + (row % 4 == 3 ? three_rows : row % 4 * row_step);
             Vec<T> value = broadcast(from[x]);
-            // As in multiply_tile. A value of one product is loaded with it.
-            if (kVectors > 1) keep_in_register<T>(value);
+            keep_shared<kVectors>(value);
 #pragma GCC unroll 4
             for (int j = 0; j < kVectors; ++j) sum[row][j] += value * line[j];
           }
@@ -85,19 +78,12 @@ __attribute__((noinline)) void multiply_stride2(const Stride2Products& products)
 #pragma GCC unroll 3
         for (int part = 0; part < kFours; ++part) {
           four[part] += kAtOnce;
-          hide_origin(four[part]);
+          forget_origin(four[part]);
         }
       }
     }
   }
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      T* to = products.sums + (row * kVectors + j) * kWidth;
-      store<T>(to, products.accumulate ? load(to) + sum[row][j] : sum[row][j]);
-    }
-  }
+  store_sums(sum, products.accumulate, products.sums, kVectors * kWidth);
 }
 
 // For `rows` tiles, 1 to kRows.
@@ -130,36 +116,16 @@ __attribute__((noinline)) void multiply_stride2_grads(const float* image, int64_
                                                       const float* grads, int64_t tiles,
                                                       bool accumulate, MemoryAhead& ahead,
                                                       float* sums) {
-  using T = float;
-  constexpr int kWidth = kLanes<T>;
+  constexpr int64_t kLine = kVectors * kLanes<float>;
   constexpr int64_t kAtOnce = 16;  // tiles, from one fetch ahead to the next
-  Vec<T> sum[kRows][kVectors] = {};
-  while (tiles > 0) {
-    const int64_t own = min_of(tiles, kAtOnce);
+  Vec<float> sum[kRows][kVectors] = {};
+  for (int64_t tile = 0; tile < tiles; tile += kAtOnce) {
     ahead.fetch();
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < own; ++i, image += image_step, grads += kVectors * kWidth) {
-      Vec<T> line[kVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) line[j] = load(grads + j * kWidth);
-#pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        Vec<T> value = broadcast(image[row]);
-        if (kVectors > 1) keep_in_register<T>(value);  // as in multiply_tile
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[row][j] += value * line[j];
-      }
-    }
-    tiles -= own;
+    add_tiles(
+        image, image_step, grads, kLine, tile, min_of(tiles, tile + kAtOnce),
+        [](int64_t) __attribute__((always_inline)) {}, sum);
   }
-#pragma GCC unroll 8
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      T* to = sums + (row * kVectors + j) * kWidth;
-      store<T>(to, accumulate ? load(to) + sum[row][j] : sum[row][j]);
-    }
-  }
+  store_sums(sum, accumulate, sums, kLine);
 }
 
 // For 4 to 16 channels, a multiple of 4, in calls of 4, 5, 6 or 8: 16 are 8 + 8 or 6 + 5 + 5.
@@ -167,16 +133,14 @@ template <int kVectors>
 void multiply_stride2_grads(int64_t channels, const float* image, int64_t image_step,
                             const float* grads, int64_t tiles, bool accumulate, MemoryAhead& ahead,
                             float* sums) {
-  constexpr bool kEight = 8 * kVectors + kVectors + 1 <= kVectorRegisters;
-  const int64_t calls = ceil_div(channels, kEight ? 8 : 6);
+  constexpr int kMost = 8 * kVectors + kVectors + 1 <= kVectorRegisters ? 8 : 6;
+  const int64_t calls = ceil_div(channels, kMost);
   for (int64_t call = 0; call < calls; ++call) {
     const int64_t c = channels * call / calls, rows = channels * (call + 1) / calls - c;
-    const auto multiply = rows == 4                         ? multiply_stride2_grads<4, kVectors>
-                          : rows == 5                       ? multiply_stride2_grads<5, kVectors>
-                          : rows == 6                       ? multiply_stride2_grads<6, kVectors>
-                          : multiply_stride2_grads < kEight ? 8
-                                                            : 6,
-               kVectors > ;
+    const auto multiply = rows == 4   ? multiply_stride2_grads<4, kVectors>
+                          : rows == 5 ? multiply_stride2_grads<5, kVectors>
+                          : rows == 6 ? multiply_stride2_grads<6, kVectors>
+                                      : multiply_stride2_grads<kMost, kVectors>;
     multiply(image + c, image_step, grads, tiles, accumulate, ahead,
              sums + c * kVectors * kLanes<float>);
   }

@@ -140,14 +140,14 @@ def predicted(op: str, query: Conv2dQuery, isa: str) -> str:
     With an activation a forward pass costs what it does without.
     """
     if bf16_applies(op, query):
-        direct, seconds = BF16, _BF16_DIRECT
+        direct, share = BF16, _BF16_DIRECT
     else:
-        direct, seconds = DIRECT, 1.0
+        direct, share = DIRECT, 1.0
     if not _winograd_applies(op, query):
         return direct
     channels_last = query.strides[0][1] == 1
     widened = query.dtype != torch.float32
-    chosen = choose(op, query.geometry, isa, channels_last, widened=widened, direct=seconds)
+    chosen = choose(op, query.geometry, isa, channels_last, widened=widened, direct_share=share)
     return WINOGRAD if chosen == WINOGRAD else direct
 
 
@@ -158,13 +158,13 @@ def choose(
     channels_last: bool = True,
     *,
     widened: bool = False,
-    direct: float = 1.0,
+    direct_share: float = 1.0,
 ) -> str:
     """WINOGRAD or DIRECT, whichever is faster.
 
     `channels_last` tells whether the channels of a pixel of the images lie side by side, `widened`
-    whether Winograd's elements are of 16 bits; `direct` is what the direct way takes of the time
-    that it takes in float32.
+    whether Winograd's elements are of 16 bits; `direct_share` is what the direct way takes of
+    the time that it takes in float32.
     """
     if not _fits_winograd(geometry):
         return DIRECT
@@ -172,7 +172,7 @@ def choose(
     winograd_cost, direct_cost = _costs(op, geometry, _LANES[isa], channels_last)
     if widened:
         winograd_cost += _WIDENED * (prod(geometry.input_size) + prod(geometry.output_size))
-    return WINOGRAD if winograd_cost < _MARGIN * direct * direct_cost else DIRECT
+    return WINOGRAD if winograd_cost < _MARGIN * direct_share * direct_cost else DIRECT
 
 
 def _costs(op: str, g: Conv2dGeometry, lanes: int, channels_last: bool) -> tuple[float, float]:
