@@ -68,7 +68,7 @@ class ChunkTiles {
     const int64_t whole = min_of(tiles, rows_ / kTileRows - tile0);
     // Where a vector is longer than a tile and does not leave the pixel, it is copied: what it has
     // too much is overwritten by the next pixel, or lies in the line between two tiles.
-    static_assert(kLanes < T > -kTileRows <= kLine);
+    static_assert(kTileRows + kLine >= kLanes<T>);
     const int64_t left = rows_ - tile0 * kTileRows - kLanes<T>;
     const int64_t overlapping =
         kLanes<T> < kTileRows || left < 0 ? 0 : min_of(whole, left / kTileRows + 1);
