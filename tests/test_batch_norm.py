@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import gdfast
 from gdfast import native, ops
 from gdfast.backends.activation import ACTIVATIONS, activate
 from gdfast.bench.workload import allowed_error, relative_error
-from gdfast.errors import BackendError, FallbackWarning
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_registry", "compiled_cpu"),
@@ -240,26 +238,6 @@ def test_repeatable_for_any_number_of_threads(layout: str, threads: None, isa: s
             assert all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_only_what_is_needed_is_computed() -> None:
-    values = randoms((2, 6, 4, 5))
-    names = "input", "weight", "bias", "residual"
-    for needed in range(1, 16):
-        wanted = [name for bit, name in enumerate(names) if needed >> bit & 1]
-        for training in (True, False):
-            results = []
-            for function in (ops.batch_norm_act, native_norm):
-                v = {n: t.clone().requires_grad_(n in wanted) for n, t in values.items()}
-                output = function(
-                    v["input"], v["weight"], v["bias"], v["mean"], v["var"], v["residual"],
-                    training=training,
-                )  # fmt: skip
-                output.backward(values["grad"])
-                results.append({n: v[n].grad for n in names})
-            for name in names:
-                assert (results[0][name] is None) == (name not in wanted)
-                torch.testing.assert_close(results[0][name], results[1][name])
-
-
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_odd_strides(layout: str) -> None:
@@ -320,96 +298,6 @@ def test_statistics_from_elsewhere(isa: str) -> None:
     torch.testing.assert_close(mean, input.mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("training", [True, False])
-def test_gradcheck(activation: str, training: bool) -> None:
-    values = randoms((2, 3, 2, 3), torch.float64)
-    leaves = [values[n].requires_grad_() for n in ("input", "weight", "bias", "residual")]
-
-    def function(*v: Tensor) -> Tensor:
-        stats = (None, None) if training else (values["mean"], values["var"])
-        return ops.batch_norm_act(
-            *v[:3], *stats, *v[3:], training=training, activation=activation, negative_slope=SLOPE
-        )
-
-    for count in (3, 4):
-        assert torch.autograd.gradcheck(function, leaves[:count])
-        assert torch.autograd.gradgradcheck(function, leaves[:count])
-    assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True, fast_mode=True)
-
-
-@pytest.mark.parametrize("changed", ["input", "weight", "output"])
-def test_a_change_before_backward_raises(changed: str) -> None:
-    v = randoms((2, 3, 4, 5))
-    input, weight = v["input"].requires_grad_(), v["weight"].requires_grad_()
-    output = ops.batch_norm_act(input, weight, None, None, None, v["residual"], training=True)
-    with torch.no_grad():
-        {"input": input, "weight": weight, "output": output}[changed].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
-
-
-def test_running_statistics_change_their_version() -> None:
-    v = randoms((2, 3, 4, 5))
-    before = v["mean"]._version, v["var"]._version
-    ops.batch_norm_act(v["input"], None, None, v["mean"], v["var"], training=False)
-    assert (v["mean"]._version, v["var"]._version) == before
-    ops.batch_norm_act(v["input"], None, None, v["mean"], v["var"], training=True)
-    assert v["mean"]._version > before[0]
-    assert v["var"]._version > before[1]
-
-
-ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"weight": torch.ones(4)}, "weight: expected size"),
-    ({"mean": torch.ones(4)}, "running_mean: expected size"),
-    ({"mean": None}, "expected both running_mean and running_var"),
-    ({"mean": None, "var": None, "training": False}, "defined in evaluation mode"),
-    ({"bias": torch.ones(3).double()}, "mixed dtype"),
-    ({"input": torch.randn(1, 3, 1, 1), "residual": None}, "more than 1 value per channel"),
-    ({"eps": 0.0}, "eps: expected a positive number"),
-    ({"eps": -1.0, "training": False}, "eps: expected a positive number"),
-]
-
-
-@pytest.mark.parametrize("changes, words", ERRORS, ids=[words for _, words in ERRORS])
-def test_errors_are_of_native_types(changes: dict[str, Any], words: str) -> None:
-    v: dict[str, Any] = {**randoms((2, 3, 4, 5)), "training": True, "eps": 1e-5} | changes
-    arguments = [v[n] for n in ("input", "weight", "bias", "mean", "var", "residual")]
-    settings = {"training": v["training"], "eps": v["eps"]}
-    with pytest.raises((RuntimeError, ValueError), match=words) as ours:
-        ops.batch_norm_act(*arguments, **settings)
-    with pytest.raises(ours.type):
-        native_norm(*arguments, **settings)
-
-
-def test_unknown_names_raise() -> None:
-    v = randoms((2, 3, 4, 5))
-    for backend in ("auto", "native"):
-        with pytest.raises(ValueError, match="activation: expected one of none, relu"):
-            ops.batch_norm_act(
-                v["input"], None, None, None, None, training=True, activation="tanh",
-                backend=backend,
-            )  # fmt: skip
-    with pytest.raises(ValueError, match="backend"):
-        ops.batch_norm_act(v["input"], None, None, None, None, training=True, backend="tpu")
-
-
-@pytest.mark.parametrize("kind", ["3-D", "broadcast", "promoted"])
-def test_what_native_alone_takes_says_so(kind: str) -> None:
-    v = randoms((2, 3, 4, 5))
-    input, residual = {
-        "3-D": (v["input"][:, :, 0], None),
-        "broadcast": (v["input"], v["residual"][:1]),
-        "promoted": (v["input"].bfloat16(), v["residual"]),
-    }[kind]
-    arguments = input, v["weight"], v["bias"], None, None, residual
-    with pytest.warns(FallbackWarning, match="running on native PyTorch"):
-        ours = ops.batch_norm_act(*arguments, training=True)
-    torch.testing.assert_close(ours, native_norm(*arguments))
-    with pytest.raises(BackendError, match="'cpu' was asked for"):
-        ops.batch_norm_act(*arguments, training=True, backend="cpu")
-
-
 def check_empty(size: tuple[int, ...], training: bool, backend: str, device: str = "cpu") -> None:
     """Whoever is asked to normalise nothing gives what native gives."""
     results = []
@@ -428,32 +316,6 @@ def check_empty(size: tuple[int, ...], training: bool, backend: str, device: str
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_an_empty_input(backend: str, size: tuple[int, ...], training: bool) -> None:
     check_empty(size, training, backend)
-
-
-def test_an_empty_input_is_refused_like_any_other() -> None:
-    with pytest.raises(BackendError, match="'cpu' was asked for and cannot run this"):
-        check_empty((0, 3, 4, 5), True, "cpu", "meta")
-
-
-def test_native_by_name_and_by_switch() -> None:
-    v = randoms((2, 3, 4, 5))
-    arguments = v["input"].requires_grad_(), v["weight"], v["bias"], None, None
-    output = ops.batch_norm_act(*arguments, training=True, backend="native")
-    assert "Relu" in type(output.grad_fn).__name__
-    with gdfast.backend("native"):
-        output = ops.batch_norm_act(*arguments, training=True)
-    assert "Relu" in type(output.grad_fn).__name__
-
-
-def test_transforms_run_natively() -> None:
-    v = randoms((2, 3, 4, 5))
-
-    def loss(function: Any, weight: Tensor) -> Tensor:
-        return function(v["input"], weight, v["bias"], None, None, training=True).square().sum()
-
-    with pytest.warns(FallbackWarning, match="torch.func"):
-        ours = torch.func.grad(lambda w: loss(ops.batch_norm_act, w))(v["weight"])
-    torch.testing.assert_close(ours, torch.func.grad(lambda w: loss(native_norm, w))(v["weight"]))
 
 
 def test_subclasses_that_override_functions() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gdfast import native, nn
 from gdfast.backends import (
-    batch_norm,
     cpu,
     cpu_algorithms,
+    cpu_batch_norm,
     cpu_conv2d_norm,
     plans,
     tuning,
@@ -86,10 +86,10 @@ class Both:
         settings: Any = True, 1e-5, case.activation, 0.1
         self.source = batch_norm_dispatch.pre_activation(case.activation, 0.1, self.residual)
         self.conv = cpu.conv2d(query, cpu_algorithms.DIRECT)
-        self.norm = batch_norm.cpu(
+        self.norm = cpu_batch_norm.forward(
             batch_norm_dispatch.backward_query(self.grad, *self.params, *settings, self.source)
         )
-        self.norm_backward = batch_norm.cpu_backward(
+        self.norm_backward = cpu_batch_norm.backward(
             batch_norm_dispatch.backward_query(self.grad, *self.params, *settings, self.source)
         )
         self.conv_input = cpu.conv2d_grad_input(query, cpu_algorithms.DIRECT)
@@ -230,7 +230,7 @@ class TestWhatIsLeftApart:
 
     def test_evaluation_and_kernels_of_others(self) -> None:
         both = Both(CASES[4])
-        evaluation = batch_norm.cpu(
+        evaluation = cpu_batch_norm.forward(
             batch_norm_dispatch.backward_query(
                 both.grad, *both.params, False, 1e-5, "relu6", 0.0, "input"
             )

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from mnist_files import digits, write_pair
 
 import gdfast
 from gdfast import backends, bench, doctor, ops
 from gdfast.backends import choices_file, cpu, cpu_algorithms, memory, tuning, tuning_timer
-from gdfast.backends.choices import Choice
 from gdfast.bench import cases, suites
 from gdfast.errors import FallbackWarning
-from gdfast.models import SimpleCNN
-from gdfast.train import Recipe, Settings, checkpoint, resume, train
 
 pytestmark = pytest.mark.usefixtures("compiled_cpu", "threads")
 
@@ -342,189 +335,6 @@ def query_of(input: torch.Tensor, weight: torch.Tensor) -> Any:
     return conv2d_dispatch.conv2d_query(
         "conv2d", input, weight, None, (1, 1), (1, 1, 1, 1), (1, 1), 1
     )
-
-
-class TestTimer:
-    """With a clock that only calls move."""
-
-    @pytest.fixture
-    def clock(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-        now = [0.0]
-        monkeypatch.setattr(tuning_timer, "clock", lambda: now[0])
-        return now
-
-    def calls(self, now: list[float], seen: list[str], **seconds: Any) -> dict[str, Any]:
-        def make(name: str) -> Any:
-            def call() -> None:
-                seen.append(name)
-                cost = seconds[name]
-                now[0] += cost(seen.count(name)) if callable(cost) else cost
-
-            return call
-
-        return {name: make(name) for name in seconds}
-
-    def test_there_and_back(self, clock: list[float]) -> None:
-        seen: list[str] = []
-        times = tuning_timer.measure(self.calls(clock, seen, a=0.1, b=0.11, c=0.12))
-        assert times == pytest.approx({"a": 0.1, "b": 0.11, "c": 0.12})
-        assert seen == [*"abc", *"abccba", *"bcaacb"]
-
-    def test_the_first_call_does_not_count(self, clock: list[float]) -> None:
-        times = tuning_timer.measure(
-            self.calls(clock, [], a=0.01, b=lambda count: 0.5 if count == 1 else 0.011)
-        )
-        assert times == pytest.approx({"a": 0.01, "b": 0.011})
-        seen: list[str] = []
-        times = tuning_timer.measure(self.calls(clock, seen, a=0.01, b=0.5))
-        # Slower by far, and long: not worth more than a second look.
-        assert times["b"] == pytest.approx(0.5) and seen.count("b") == 2
-        times = tuning_timer.measure(
-            self.calls(clock, [], a=0.01, b=lambda count: 0.03 if count == 1 else 0.011)
-        )
-        assert times["b"] == pytest.approx(0.011)
-
-    def test_what_is_slower_by_far_is_left_soon(self, clock: list[float]) -> None:
-        seen: list[str] = []
-        times = tuning_timer.measure(self.calls(clock, seen, a=1e-3, b=2e-3, c=1.01e-3))
-        assert seen.count("b") == 3
-        assert clock[0] == pytest.approx(tuning_timer._BUDGET, rel=0.2)
-        assert times == pytest.approx({"a": 1e-3, "b": 2e-3, "c": 1.01e-3})
-
-    def test_one_long_interruption_does_not_decide(self, clock: list[float]) -> None:
-        slow = self.calls(clock, [], a=lambda count: 0.04 if count == 4 else 1e-3, b=1.2e-3)
-        assert tuning_timer.measure(slow) == pytest.approx({"a": 1e-3, "b": 1.2e-3})
-
-    def test_what_is_short_is_called_several_times(self, clock: list[float]) -> None:
-        seen: list[str] = []
-        tuning_timer.measure(self.calls(clock, seen, a=1e-5, b=2e-5))
-        assert seen[:17] == ["a", "b"] + ["a"] * 10 + ["b"] * 5
-
-    def test_a_clock_that_stands_still_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ticks = iter(range(10**6))
-        monkeypatch.setattr(tuning_timer, "clock", lambda: next(ticks) // 50 * 1e-3)
-        assert tuning_timer.measure({"a": lambda: None, "b": lambda: None}).keys() == {"a", "b"}
-
-    def test_errors_are_out(self, clock: list[float]) -> None:
-        def fail() -> None:
-            raise RuntimeError("out of memory")
-
-        calls = {"bad": fail, **self.calls(clock, [], a=0.1)}
-        assert tuning_timer.measure(calls) == {"a": pytest.approx(0.1)}
-        assert tuning_timer.measure({"bad": fail}) == {}
-
-    def test_what_a_device_does_later_is_waited_for(self, clock: list[float]) -> None:
-        pending = [0.0]
-
-        def wait() -> None:
-            clock[0] += pending[0]
-            pending[0] = 0.0
-
-        def give(seconds: float) -> None:
-            pending[0] += seconds
-
-        calls = {"a": partial(give, 1e-3), "b": partial(give, 1.2e-3)}
-        assert tuning_timer.measure(calls, wait) == pytest.approx({"a": 1e-3, "b": 1.2e-3})
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    folder = tmp_path_factory.mktemp("data")
-    write_pair(folder, "train", *digits(250))
-    return Settings(data=f"mnist:{folder}", recipe=Recipe(epochs=2, batch_size=64, warmup=2))
-
-
-@pytest.fixture(scope="module")
-def trained(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The checkpoint of a finished run, by the cost model alone."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    train(settings, out=out, stream=io.StringIO())
-    return checkpoint.load(out / checkpoint.NAME)
-
-
-class TestTraining:
-    @pytest.fixture(autouse=True)
-    def unfused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A convolution by itself has a choice; the kernel that it shares with a pool has none."""
-
-        def forward(model: SimpleCNN, x: torch.Tensor) -> torch.Tensor:
-            x = F.max_pool2d(torch.relu(model.conv1(x)), 2)
-            return model.fc(torch.flatten(x, 1))
-
-        monkeypatch.setattr(SimpleCNN, "forward", forward)
-        monkeypatch.setattr(gdfast, "swap_", lambda model, fuse: None)  # or it would find them
-
-    def outcome(self, folder: Path) -> list[float]:
-        """Losses and weights: the last bits of one kernel may not show in the losses."""
-        content = checkpoint.load(folder / checkpoint.NAME)
-        losses = content["state"]["steps"]["loss"].tolist()
-        return [*losses, *(x for w in content["model"].values() for x in w.flatten().tolist())]
-
-    def test_a_resumed_run_keeps_its_choices(
-        self, stopwatch: Stopwatch, settings: Settings, tmp_path: Path
-    ) -> None:
-        from gdfast.train.errors import InterruptedRun
-        from gdfast.train.progress import Progress
-
-        native_first = {**dict.fromkeys(cpu_algorithms.ALGORITHMS, 1.0), "native": 0.1}
-        ours_first = {**native_first, "native": 9.0}
-
-        def run(name: str, seconds: dict[str, float]) -> list[float]:
-            stopwatch.seconds = seconds
-            start_anew()
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-            train(settings, out=tmp_path / name, stream=io.StringIO())
-            return self.outcome(tmp_path / name)
-
-        whole = run("whole", native_first)
-        assert run("other", ours_first) != whole  # or this test would show nothing
-
-        def interrupt(progress: Progress, state: Any) -> None:
-            if len(state.steps["loss"]) == 5:
-                os.kill(os.getpid(), 2)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Progress, "step", interrupt)
-            with pytest.raises(InterruptedRun):
-                run("parts", native_first)
-        stored = checkpoint.load(tmp_path / "parts" / checkpoint.NAME)["choices"]
-        assert "native" in {value["choice"] for value in stored.values()}
-        shutil.rmtree(tmp_path / "cache")
-        start_anew()
-        stopwatch.seconds = ours_first
-        resume(tmp_path / "parts", stream=io.StringIO())
-        assert self.outcome(tmp_path / "parts") == whole
-
-    @pytest.mark.parametrize(
-        "choices", [5, [], {"key": 5}, {"key": {"choice": "direct", "seconds": {"direct": -1.0}}}]
-    )
-    def test_choices_that_are_none_are_refused(
-        self, choices: Any, trained: dict[str, Any], tmp_path: Path
-    ) -> None:
-        content = {**trained, "choices": choices}
-        (tmp_path / checkpoint.NAME).write_bytes(checkpoint.to_bytes(content))
-        with pytest.raises(gdfast.train.RunError, match="one that does not fit: expected"):
-            resume(tmp_path, stream=io.StringIO())
-
-    def test_a_choice_that_does_not_exist_is_made_anew(self, stopwatch: Stopwatch) -> None:
-        arguments = tensors()
-        choices: dict[str, Choice] = {}
-        with tuning.recorded(choices):
-            ops.conv2d(*arguments)
-        hostile = dict.fromkeys(choices, Choice("os.system"))
-        with tuning.recorded(hostile) as uses:
-            ops.conv2d(*arguments)
-        assert [use.choice.name for use in uses] == ["winograd"]
-
-    def test_choices_hold_whatever_the_mode(self, stopwatch: Stopwatch) -> None:
-        arguments = tensors()
-        stopwatch.seconds = {**PLAIN, "native": 0.1}
-        choices: dict[str, Choice] = {}
-        with tuning.recorded(choices):
-            ops.conv2d(*arguments)
-        with gdfast.autotune("off"), tuning.recorded(choices) as uses:
-            ops.conv2d(*arguments)
-        assert [use.choice.name for use in uses] == ["native"]
 
 
 class TestTold:

@@ -1,4 +1,4 @@
-"""Batch normalisation with residual and activation on each backend.
+"""Batch normalisation with residual and activation on each backend; `cpu_batch_norm` has the CPU's.
 
 Forward kernels take (input, weight, bias, running_mean, running_var, residual, momentum) and return
 (output, mean, invstd): the statistics that the input was normalised with, in the type that sums are
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gdfast import native
-from gdfast.backends import cuda_stream, memory, plans
+from gdfast.backends import cuda_stream, plans
 from gdfast.backends.activation import activate, activation_gradient
 from gdfast.backends.registry import BatchNormQuery
 from gdfast.backends.sgd import DTYPES
@@ -53,7 +53,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _problem(query: BatchNormQuery, kernels: Any) -> Any:
+def problem_of(query: BatchNormQuery, kernels: Any) -> Any:
     """The description of a query that a compiled module takes."""
     N, C, H, W = query.size
     return kernels.BatchNormProblem(
@@ -62,7 +62,7 @@ def _problem(query: BatchNormQuery, kernels: Any) -> Any:
     )  # fmt: skip
 
 
-def _laid_out(tensor: Tensor, query: BatchNormQuery) -> Tensor:
+def laid_out(tensor: Tensor, query: BatchNormQuery) -> Tensor:
     """The tensor itself, or its copy, in the memory order that kernels walk through."""
     if tensor.stride() == query.strides:
         return tensor
@@ -77,16 +77,16 @@ def _allocator(
     return partial(torch.empty_strided, size, strides, dtype=dtype, device=device)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _packed(param: Tensor | None) -> Tensor | None:
+def packed(param: Tensor | None) -> Tensor | None:
     """The tensor itself, or its copy in one stretch of memory."""
     return None if param is None else param.contiguous()
 
 
-def _written(
+def running_written(
     running_mean: Tensor | None, running_var: Tensor | None, packed_mean: Any, packed_var: Any
 ) -> None:
     """Lets the running statistics have what a kernel wrote, and autograd know."""
@@ -97,97 +97,6 @@ def _written(
     else:
         running_mean.copy_(packed_mean)
         running_var.copy_(packed_var)
-
-
-def cpu(query: BatchNormQuery) -> Forward:
-    """The CPU kernel for one shape; input has the strides of the query."""
-    assert native.cpu is not None
-    run, problem = native.cpu.batch_norm, _problem(query, native.cpu)
-    training = query.training
-    new_output = memory.allocator(query.size, query.strides, query.dtype)
-    new_statistic = memory.allocator(query.size[1:2], (1,), sum_dtype(query.dtype))
-
-    def kernel(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
-        running_var: Tensor | None, residual: Tensor | None, momentum: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        output, mean, invstd = new_output(), new_statistic(), new_statistic()
-        if residual is not None:
-            residual = _laid_out(residual, query)
-        weight, bias = _packed(weight), _packed(bias)
-        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
-        run(
-            problem, input.data_ptr(), _address(weight), _address(bias), _address(packed_mean),
-            _address(packed_var), _address(residual), output.data_ptr(), mean.data_ptr(),
-            invstd.data_ptr(), training, momentum, torch.get_num_threads(),
-        )  # fmt: skip
-        if training:
-            _written(running_mean, running_var, packed_mean, packed_var)
-        return output, mean, invstd
-
-    def draft(plan: plans.Draft, *tensors: int) -> tuple[int, int, int]:
-        """Tensors as in a call, with the counter of batches behind them."""
-        *of_norm, residual, batches = tensors
-        results = plan.fresh(new_output), plan.fresh(new_statistic), plan.fresh(new_statistic)
-        plan.launch(launch, *of_norm, residual, *results, plans.NONE, batches)
-        return results
-
-    launch = native.cpu.batch_norm_launch(problem, training)
-    told = (problem,) if _may_join(query) else ()
-    return plans.drafted(kernel, draft, *told)
-
-
-def cpu_backward(query: BatchNormQuery) -> Backward:
-    """The CPU kernel for the gradients; input has the strides of the query."""
-    assert native.cpu is not None
-    run, problem = native.cpu.batch_norm_backward, _problem(query, native.cpu)
-    training, pre_activation = query.training, query.pre_activation
-    hands_on = query.activation == "none"
-    new_image = memory.allocator(query.size, query.strides, query.dtype)
-    new_param = memory.allocator(query.size[1:2], (1,), query.param_dtype)
-
-    def kernel(
-        grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None,
-        other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        want_input, want_weight, want_bias, want_residual = wanted
-        grad = _laid_out(grad_output, query)
-        grad_input = new_image() if want_input else None
-        grad_weight = new_param() if want_weight else None
-        grad_bias = new_param() if want_bias else None
-        grad_residual = new_image() if want_residual and not hands_on else None
-        if other is not None:
-            other = _laid_out(other, query)
-        weight, bias = _packed(weight), _packed(bias)
-        run(
-            problem, grad.data_ptr(), input.data_ptr(), _address(other), _address(weight),
-            _address(bias), mean.data_ptr(), invstd.data_ptr(), _address(grad_input),
-            _address(grad_weight), _address(grad_bias), _address(grad_residual), training,
-            pre_activation, torch.get_num_threads(),
-        )  # fmt: skip
-        if want_residual and hands_on:
-            grad_residual = grad_output
-        return grad_input, grad_weight, grad_bias, grad_residual
-
-    def draft(plan: plans.Draft, *tensors: int, wanted: Wanted) -> list[int]:
-        makers = new_image, new_param, new_param, new_image
-        *params, wants_residual = wanted
-        written = *params, wants_residual and not hands_on
-        grads = [
-            plan.fresh(make) if wants else plans.NONE
-            for make, wants in zip(makers, written, strict=True)
-        ]
-        plan.launch(launch, *tensors, *grads)
-        return [*grads[:3], tensors[0]] if wants_residual and hands_on else grads
-
-    launch = native.cpu.batch_norm_backward_launch(problem, training, pre_activation)
-    told = (problem, pre_activation) if _may_join(query) else ()
-    return plans.drafted(kernel, draft, *told)
-
-
-def _may_join(query: BatchNormQuery) -> bool:
-    """Whether a convolution in front may run with it as one kernel: see `cpu_conv2d_norm`."""
-    return query.training and query.channels_last and query.dtype == torch.float32
 
 
 def cuda_why_not(query: BatchNormQuery) -> str:
@@ -245,7 +154,7 @@ class CudaForward:
 
     def __init__(self, query: BatchNormQuery) -> None:
         assert native.cuda is not None
-        self._run, self._problem = native.cuda.batch_norm, _problem(query, native.cuda)
+        self._run, self._problem = native.cuda.batch_norm, problem_of(query, native.cuda)
         self._query, self._stats_dtype = query, sum_dtype(query.dtype)
         channels, bytes = query.size[1], native.cuda.batch_norm_workspace_bytes(self._problem)
         self._new_output = _allocator(query.size, query.strides, query.dtype, query.device)
@@ -293,25 +202,25 @@ class CudaForward:
         output, workspace = self._new_output(), self._new_workspace()
         mean, invstd = self._new_statistic(), self._new_statistic()
         if residual is not None:
-            residual = _laid_out(residual, query)
-        weight, bias = _packed(weight), _packed(bias)
-        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
+            residual = laid_out(residual, query)
+        weight, bias = packed(weight), packed(bias)
+        packed_mean, packed_var = packed(running_mean), packed(running_var)
         self._run(
-            self._problem, input.data_ptr(), _address(weight), _address(bias),
-            _address(packed_mean), _address(packed_var), _address(residual), output.data_ptr(),
-            mean.data_ptr(), invstd.data_ptr(), _address(mask), query.training, momentum,
-            _address(moments), 0 if moments is None else len(moments), workspace.data_ptr(),
+            self._problem, input.data_ptr(), address(weight), address(bias),
+            address(packed_mean), address(packed_var), address(residual), output.data_ptr(),
+            mean.data_ptr(), invstd.data_ptr(), address(mask), query.training, momentum,
+            address(moments), 0 if moments is None else len(moments), workspace.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
         if query.training:
-            _written(running_mean, running_var, packed_mean, packed_var)
+            running_written(running_mean, running_var, packed_mean, packed_var)
         return output, mean, invstd
 
 
 def cuda_backward(query: BatchNormQuery) -> Backward:
     """The CUDA kernels for the gradients; input has the strides of the query."""
     assert native.cuda is not None
-    run, problem = native.cuda.batch_norm_backward, _problem(query, native.cuda)
+    run, problem = native.cuda.batch_norm_backward, problem_of(query, native.cuda)
     device, training, pre_activation = query.device, query.training, query.pre_activation
     hands_on = query.activation == "none"
     workspace_bytes = native.cuda.batch_norm_workspace_bytes(problem)
@@ -324,19 +233,19 @@ def cuda_backward(query: BatchNormQuery) -> Backward:
         other: Tensor | None, mean: Tensor, invstd: Tensor, wanted: Wanted,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         want_input, want_weight, want_bias, want_residual = wanted
-        grad = _laid_out(grad_output, query)
+        grad = laid_out(grad_output, query)
         grad_input = new_image() if want_input else None
         grad_residual = new_image() if want_residual and not hands_on else None
         grad_weight = new_param() if want_weight else None
         grad_bias = new_param() if want_bias else None
         workspace = new_workspace()
         if other is not None and pre_activation != "mask":
-            other = _laid_out(other, query)
-        weight, bias = _packed(weight), _packed(bias)
+            other = laid_out(other, query)
+        weight, bias = packed(weight), packed(bias)
         run(
-            problem, grad.data_ptr(), input.data_ptr(), _address(other), _address(weight),
-            _address(bias), mean.data_ptr(), invstd.data_ptr(), _address(grad_input),
-            _address(grad_weight), _address(grad_bias), _address(grad_residual), training,
+            problem, grad.data_ptr(), input.data_ptr(), address(other), address(weight),
+            address(bias), mean.data_ptr(), invstd.data_ptr(), address(grad_input),
+            address(grad_weight), address(grad_bias), address(grad_residual), training,
             pre_activation, workspace.data_ptr(), *cuda_stream.current(device),
         )  # fmt: skip
         if want_residual and hands_on:
@@ -382,16 +291,16 @@ def triton(query: BatchNormQuery) -> Forward:
         running_var: Tensor | None, residual: Tensor | None, momentum: float,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if residual is not None:
-            residual = _laid_out(residual, query)
-        packed_mean, packed_var = _packed(running_mean), _packed(running_var)
+            residual = laid_out(residual, query)
+        packed_mean, packed_var = packed(running_mean), packed(running_var)
         run = bound(
             weight is not None, bias is not None, residual is not None, running_mean is not None
         )
         results = run(
-            input, _packed(weight), _packed(bias), residual, packed_mean, packed_var, momentum
+            input, packed(weight), packed(bias), residual, packed_mean, packed_var, momentum
         )
         if training:
-            _written(running_mean, running_var, packed_mean, packed_var)
+            running_written(running_mean, running_var, packed_mean, packed_var)
         return results
 
     return kernel
@@ -417,8 +326,8 @@ def triton_backward(query: BatchNormQuery) -> Backward:
             (want_input, want_weight, want_bias, want_residual and not hands_on),
         )  # fmt: skip
         *gradients, grad_residual = run(
-            _laid_out(grad_output, query), input, _packed(weight), _packed(bias),
-            None if other is None else _laid_out(other, query), mean, invstd,
+            laid_out(grad_output, query), input, packed(weight), packed(bias),
+            None if other is None else laid_out(other, query), mean, invstd,
         )  # fmt: skip
         return *gradients, grad_output if want_residual and hands_on else grad_residual
 
@@ -438,7 +347,7 @@ def reference(query: BatchNormQuery) -> Forward:
         )
         if residual is not None:
             output = output + residual
-        output = _laid_out(activate(output, query.activation, query.negative_slope), query)
+        output = laid_out(activate(output, query.activation, query.negative_slope), query)
         if not training:
             assert running_mean is not None and running_var is not None
             mean, invstd = running_mean.to(dtype, copy=True), (running_var.to(dtype) + eps).rsqrt()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gdfast import native
 from gdfast.backends import (
-    batch_norm,
     cpu_algorithms,
+    cpu_batch_norm,
     fused_pool,
     max_pool2d,
     memory,
@@ -179,8 +179,8 @@ def missing() -> str:
 BACKEND = Backend(
     name="cpu",
     operations={
-        "batch_norm_act": batch_norm.cpu,
-        "batch_norm_act_backward": batch_norm.cpu_backward,
+        "batch_norm_act": cpu_batch_norm.forward,
+        "batch_norm_act_backward": cpu_batch_norm.backward,
         "conv2d": conv2d,
         "conv2d_act": conv2d,
         "conv2d_grad_input": conv2d_grad_input,
