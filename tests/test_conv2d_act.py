@@ -97,6 +97,18 @@ def test_nan_and_infinity_come_through(isa: str) -> None:
 
 
 @pytest.mark.kernels
+def test_depthwise_weights_that_are_not_finite_spare_the_borders(isa: str) -> None:
+    input, weight, bias = torch.rand(2, 3, 5, 21) + 1, torch.randn(3, 1, 3, 3), torch.randn(3)
+    weight[0, 0, 1, 0], weight[1, 0, 0, 1] = torch.inf, -torch.inf
+    geometry = {"padding": 1, "groups": 3}
+    before = ops.conv2d(input, weight, bias, **geometry)
+    assert before[0, 0, :, 0].isfinite().all() and before[0, 1, 0].isfinite().all()
+    for settings in SETTINGS.values():
+        output = ops.conv2d_act(input, weight, bias, **geometry, **settings)
+        torch.testing.assert_close(output, activate(before, **settings), equal_nan=True)
+
+
+@pytest.mark.kernels
 def test_bits_do_not_depend_on_the_threads() -> None:
     input, weight, bias = (t.detach() for t in tensors_of(CASES[1], torch.float32))
     results = []

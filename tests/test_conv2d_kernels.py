@@ -286,6 +286,38 @@ def test_what_is_not_finite_goes_where_native_has_it(
         assert torch.equal(tensor.isneginf(), expected[name].isneginf()), name
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Conv2dCase("steps", 2, 3, 9, 13, 3, 5, 5, (2, 1), (0, 1), (2, 2), groups=3),
+        Conv2dCase("wide", 1, 20, 5, 70, 20, 3, 3, padding=(1, 1), groups=20),
+    ],
+    ids=str,
+)
+def test_depthwise_weights_that_are_not_finite_spare_the_borders(
+    case: Conv2dCase, layout: str, dtype: torch.dtype, value: float, isa: str
+) -> None:
+    input, weight, grad_output = (
+        torch.rand(shape, dtype=dtype) + 1
+        for shape in (case.input_shape, case.weight_shape, case.output_shape)
+    )
+    weight[1, 0, 0, -1] = value
+    # A pixel is what the tap is if the tap alone, as a 1 among zeros, gives it anything.
+    tap = torch.zeros(case.weight_shape)
+    tap[1, 0, 0, -1] = 1
+    bias = torch.zeros(case.K)
+    seen = native_passes(case, input.float(), tap, bias, grad_output.float())
+    problem = Problem(case, input, weight, bias.to(dtype), grad_output, {}, {})
+    results = run_passes(problem, *(lay_out(t, layout) for t in (input, weight, grad_output)))
+    for name in ("output", "grad_input"):
+        assert (seen[name] > 0).any() and (seen[name][:, 1] == 0).any()
+        expected = torch.where(seen[name] > 0, value, results[name].float().nan_to_num(-1, -1, -1))
+        torch.testing.assert_close(results[name].float(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("case", [case for case in ODD if case.N], ids=str)
 def test_nothing_is_written_beside_the_outputs(case: Conv2dCase, isa: str) -> None:
     # Outputs with gaps on every axis: the gaps have to keep what is in them.

@@ -3,15 +3,15 @@
 //
 // The convolution's values exist in registers alone: vectors run over pooled outputs, and the
 // values of a window's places follow each other, compared as they come. The commonest case, 2x2
-// windows over a 3x3 kernel, has all four at once, as a tile of F(2x2, 3x3).
+// windows over a 3x3 kernel, has all four at once (pool_tiles.h).
 #include <cmath>
 #include <limits>
 
 #include "kernels.h"
+#include "pool_tiles.h"
 #include "scratch_places.h"
 #include "shares.h"
 #include "window_lanes.h"
-#include "window_masks.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
 namespace {
@@ -19,10 +19,7 @@ namespace {
 // Output channels at once: each vector of pixels that is read serves as many. With the 4 places of
 // a 2x2 window that takes 16 accumulators of 32 registers, or 8 of 16.
 constexpr int kChannels = kVectorRegisters == 32 ? 4 : 2;
-// The same for tiles, and vectors of outputs one after another, whose places are stored together.
-constexpr int kTileChannels = 2;
-constexpr int kTileVectors = 2;
-
+static_assert(kChannels % kTileChannels == 0, "a thread's channels begin with whole tiles");
 template <typename T>
 class FusedPool {
   using A = typename Accumulator<T>::type;
@@ -43,7 +40,8 @@ class FusedPool {
         places_(pool.R * pool.S),
         blocks_(ceil_div(conv.K, kChannels)),
         flat_(kSame<T, A> && pool.output.w == 1 && pool.output.h == pool.Q),
-        tiles_(flat_ && lanes_.is_square()) {}
+        has_tiles_(flat_ && lanes_.is_square()),
+        tiles_(conv.C, lanes_.tiles_size()) {}
 
   void run() {
     const ThreadScratch memory(
@@ -76,7 +74,7 @@ class FusedPool {
       part.begin_k = group * blocks_ / groups * kChannels;
       part.end_k = min_of(conv_.K, (group + 1) * blocks_ / groups * kChannels);
       if constexpr (kSame<T, A>) {
-        if (tiles_ && run_tiles(part, scratch)) return;
+        if (has_tiles_ && run_tiles(part, scratch)) return;
       }
       // No NaN comes of sums that cannot reach infinity; comparing them takes half as long.
       if (is_finite(fill<false>(part, scratch))) {
@@ -92,7 +90,7 @@ class FusedPool {
     typename WindowLanes<T>::Scratch lanes;
     A* values;  // [blocks * kChannels][kLanes]
     bool* has_weights;
-    A* weights;  // of tiles: [K][bias, C * 16][kLanes], made by the thread that reads them
+    A* weights;  // of tiles, made by the thread that reads them
   };
 
   // Lines [begin, end) of the outputs of one image, in some of its channels.
@@ -111,8 +109,7 @@ class FusedPool {
     scratch.lanes = lanes_.carve(carver);
     scratch.values = carver.template take<A>(blocks_ * kChannels * kLanes<A>);
     scratch.has_weights = carver.template take<bool>(1);
-    scratch.weights =
-        carver.template take<A>(tiles_ ? round_up(conv_.K, kTileChannels) * tile_size() : 0);
+    scratch.weights = carver.template take<A>(has_tiles_ ? tiles_.weights_size(conv_.K) : 0);
     return scratch;
   }
 
@@ -136,40 +133,6 @@ class FusedPool {
     const int64_t s = tap % conv_.S, r = tap / conv_.S % conv_.R, c = tap / conv_.S / conv_.R;
     return widen(
         weight_[k * conv_.weight.n + c * conv_.weight.c + r * conv_.weight.h + s * conv_.weight.w]);
-  }
-
-  // Operations with masks take single weights; others take as many as a vector has lanes.
-  static constexpr int kCopies = kHasMasks<T> ? 1 : kLanes<A>;
-
-  int64_t tile_size() const { return (1 + conv_.C * 16) * kCopies; }
-
-  // G g G^T of the taps g of each channel.
-  void transform_weights(A* to) const {
-    const auto write = [&](A value) {
-      for (int i = 0; i < kCopies; ++i) *to++ = value;
-    };
-    for (int64_t k = 0; k < round_up(conv_.K, kTileChannels); ++k) {
-      write(weight_at(k, -1));
-      for (int64_t c = 0; c < conv_.C; ++c) {
-        A rows[4][3];
-        for (int s = 0; s < 3; ++s) {
-          const auto at = [&](int r) { return weight_at(k, (c * 3 + r) * 3 + s); };
-          transform(at(0), at(1), at(2), [&](int y, A value) { rows[y][s] = value; });
-        }
-        for (const auto& row : rows) {
-          transform(row[0], row[1], row[2], [&](int, A value) { write(value); });
-        }
-      }
-    }
-  }
-
-  template <typename Put>
-  static void transform(A first, A second, A third, const Put& put) {
-    const A ends = (first + third) * A(0.5), middle = second * A(0.5);
-    put(0, first);
-    put(1, ends + middle);
-    put(2, ends - middle);
-    put(3, third);
   }
 
   template <bool kTiles>
@@ -215,46 +178,20 @@ class FusedPool {
     }
   }
 
-  // Some channels after another, whose weights stay close. False, with nothing written, where
-  // values are so large that differences of pixels might overflow or are not numbers.
+  // False, with nothing written, where values are so large that differences of pixels might
+  // overflow or are not numbers.
   bool run_tiles(const Part& part, const Scratch& scratch) const {
     if (!is_finite(fill<true>(part, scratch))) return false;
     if (!*scratch.has_weights) {
-      transform_weights(scratch.weights);
+      const auto weight = [&](int64_t k, int64_t tap) { return weight_at(k, tap); };
+      tiles_.transform_weights(conv_.K, weight, scratch.weights);
       *scratch.has_weights = true;
     }
     const int64_t first = part.begin * pool_.Q, count = (part.end - part.begin) * pool_.Q;
     const int64_t plane = pool_.P * pool_.Q;
-    if constexpr (kHasMasks<T>) {
-      if (conv_.C == 1) {
-        T* values = output_ + part.n * pool_.output.n + first;
-        uint8_t* places = argmax_ + part.n * conv_.K * plane + first;
-        for (int64_t k = part.begin_k; k < part.end_k; ++k) {
-          largest_of_tiles(scratch.lanes.tiles, scratch.weights + k * tile_size(), count,
-                           values + k * pool_.output.c, places + k * plane);
-        }
-        return true;
-      }
-    }
-    constexpr int64_t kStep = kTileVectors * kLanes<A>;
-    for (int64_t k = part.begin_k; k < part.end_k; k += kTileChannels) {
-      T* values = output_ + part.n * pool_.output.n + k * pool_.output.c + first;
-      uint8_t* places = argmax_ + (part.n * conv_.K + k) * plane + first;
-      const A *from = scratch.lanes.tiles, *weights = scratch.weights + k * tile_size();
-      const int64_t channels = min_of(kTileChannels, part.end_k - k);
-      const int64_t whole = channels == kTileChannels ? count / kStep * kStep : 0;
-      find_best_of_tiles(from, weights, whole, {values, pool_.output.c, places, plane});
-      for (int64_t i = whole; i < count; i += kStep) {
-        A few[kTileChannels][kStep];
-        uint8_t few_places[kTileChannels][kStep];
-        find_best_of_tiles(from + i * 16, weights, kStep, {few[0], kStep, few_places[0], kStep});
-        const int64_t rest = min_of(kStep, count - i);
-        for (int64_t j = 0; j < channels; ++j) {
-          std::memcpy(values + j * pool_.output.c + i, few[j], rest * sizeof(A));
-          std::memcpy(places + j * plane + i, few_places[j], rest);
-        }
-      }
-    }
+    tiles_.find_largest(scratch.lanes.tiles, scratch.weights, part.begin_k, part.end_k, count,
+                        {output_ + part.n * pool_.output.n + first, pool_.output.c,
+                         argmax_ + part.n * conv_.K * plane + first, plane});
     return true;
   }
 
@@ -263,125 +200,6 @@ class FusedPool {
     uint8_t few[kLanes<A>];
     store_places<A>(few, places);
     std::memcpy(to, few, count);
-  }
-
-  // Where values of two channels go, and their places.
-  struct Outputs {
-    A* values;
-    int64_t values_step;
-    uint8_t* places;
-    int64_t places_step;
-  };
-
-  void find_best_of_tiles(const A* from, const A* weights, int64_t count, Outputs to) const {
-    if (conv_.C == 1) {
-      find_best_of_tiles<1>(from, weights, count, to);
-    } else {
-      find_best_of_tiles<0>(from, weights, count, to);
-    }
-  }
-
-  // The largest value of each of `count` 2x2 windows in two channels, whole steps of them. The
-  // input has kC channels, or as many as it has if 0.
-  template <int kC>
-  __attribute__((noinline)) void find_best_of_tiles(const A* from, const A* weights, int64_t count,
-                                                    Outputs to) const {
-    for (int64_t i = 0; i < count; i += kTileVectors * kLanes<A>) {
-      Places<A> places[kTileChannels][kTileVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kTileVectors; ++v, from += 16 * kLanes<A>) {
-        Vec<A> value[kTileChannels][2][2];
-        multiply_tiles<kC>(from, weights, value);
-#pragma GCC unroll 2
-        for (int k = 0; k < kTileChannels; ++k) {
-          const Best<A> best = best_of_four(value[k]);
-          store<A>(to.values + k * to.values_step + i + v * kLanes<A>, best.value);
-          places[k][v] = best.place;
-        }
-      }
-      uint8_t* first = to.places + i;
-      store_pairs_of_places<A>(first, first + to.places_step, places[0], places[1]);
-    }
-  }
-
-  static GDFAST_INLINE Vec<A> copied(const A* weight) {
-    return kCopies == 1 ? broadcast(*weight) : load(weight);
-  }
-
-  // A^T m A of the products m of each tile in two channels, all of them finite.
-  template <int kC>
-  GDFAST_INLINE void multiply_tiles(const A* from, const A* weights,
-                                    Vec<A> (&value)[kTileChannels][2][2]) const {
-    const int64_t channels = kC == 0 ? conv_.C : kC, step = lanes_.tiles_size();
-    const int64_t size = (1 + channels * 16) * kCopies;
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      const auto factor = [&](int64_t c, int y) __attribute__((always_inline)) {
-        Vec<A> read = load(from + c * step + (y * 4 + x) * kLanes<A>);
-        keep_in_register<A>(read);  // it serves both channels
-        return read;
-      };
-      const auto weight = [&](int k, int64_t c, int y) __attribute__((always_inline)) {
-        return copied(weights + k * size + (1 + c * 16 + y * 4 + x) * kCopies);
-      };
-      // What the rows of the tile add to the upper and the lower values.
-      Vec<A> sums[kTileChannels][2];
-      Vec<A> read = factor(0, 1);
-#pragma GCC unroll 2
-      for (int k = 0; k < kTileChannels; ++k) {
-        sums[k][0] = weight(k, 0, 1) * read;
-        // One of the products counts in all four values: the bias goes with it.
-        if (x == 1) sums[k][0] += copied(weights + k * size);
-      }
-      for (int64_t c = 1; c < channels; ++c) {
-        read = factor(c, 1);
-#pragma GCC unroll 2
-        for (int k = 0; k < kTileChannels; ++k) sums[k][0] += weight(k, c, 1) * read;
-      }
-#pragma GCC unroll 2
-      for (int k = 0; k < kTileChannels; ++k) {
-        keep_in_register<A>(sums[k][0]);  // else it is multiplied twice
-        sums[k][1] = sums[k][0];
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        read = factor(c, 2);
-#pragma GCC unroll 2
-        for (int k = 0; k < kTileChannels; ++k) {
-          Vec<A> both = weight(k, c, 2);
-          keep_in_register<A>(both);
-          sums[k][0] += both * read;
-          sums[k][1] -= both * read;
-        }
-      }
-      for (int64_t c = 0; c < channels; ++c) {
-        const Vec<A> first = factor(c, 0);
-#pragma GCC unroll 2
-        for (int k = 0; k < kTileChannels; ++k) sums[k][0] += weight(k, c, 0) * first;
-        const Vec<A> last = factor(c, 3);
-#pragma GCC unroll 2
-        for (int k = 0; k < kTileChannels; ++k) sums[k][1] -= weight(k, c, 3) * last;
-      }
-#pragma GCC unroll 2
-      for (int k = 0; k < kTileChannels; ++k) {
-#pragma GCC unroll 2
-        for (int y = 0; y < 2; ++y) {
-          Vec<A>&left = value[k][y][0], &right = value[k][y][1];
-          left = x == 0 ? sums[k][y] : (x < 3 ? left + sums[k][y] : left);
-          right = x == 1 ? sums[k][y] : (x > 1 ? right - sums[k][y] : right);
-        }
-      }
-    }
-  }
-
-  // Of equal values the first.
-  static GDFAST_INLINE Best<A> best_of_four(const Vec<A> (&sum)[2][2]) {
-    const Places<A> right_above = sum[0][1] > sum[0][0], right_below = sum[1][1] > sum[1][0];
-    const Vec<A> above = larger<A>(sum[0][1], sum[0][0]), below = larger<A>(sum[1][1], sum[1][0]);
-    const Places<A> is_below = below > above, right = is_below ? right_below : right_above;
-    const Vec<A> value = larger<A>(larger<A>(below, above), Vec<A>{});
-    // A mask of all bits set is the number -1, and nowhere.
-    const Places<A> clamped = value <= Vec<A>{};
-    return {value, clamped | -(is_below + is_below + right)};
   }
 
   // Values of kPlaces places of each window at a time, a divisor of their number.
@@ -443,8 +261,9 @@ class FusedPool {
   int threads_;
   WindowLanes<T> lanes_;
   int64_t taps_, places_, blocks_;
-  bool flat_;   // whether an image's outputs of one channel lie side by side
-  bool tiles_;  // whether there are tiles, and their values are of type T
+  bool flat_;       // whether an image's outputs of one channel lie side by side
+  bool has_tiles_;  // whether there are tiles, and their values are of type T
+  PoolTiles<A> tiles_;
   int64_t* tap_offsets_;
   int64_t* place_offsets_;
   A* weights_;

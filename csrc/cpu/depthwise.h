@@ -66,6 +66,45 @@ GDFAST_INLINE void plane_sums(const A* const* lines, const A* weights, int64_t t
   for (int v = 0; v < kVectors; ++v) store<A>(to + v * kLanes<A>, sum[v]);
 }
 
+// The same for a line i of dest in a plane with weights that are not finite, times which the zeros
+// of a border would be NaN: taps add nothing where they see no pixel. `line` has room for whole
+// vectors.
+template <typename T, bool kEnds, typename A>
+__attribute__((noinline)) void careful_plane_sums(const TapConv& conv, const T* plane,
+                                                  const T* weight, int64_t i, A start,
+                                                  const Ending<A>& ending, A* line) {
+  const int64_t padded = round_up(conv.width, kLanes<A>);
+  for (int64_t j = 0; j < padded; ++j) line[j] = start;
+  for (int64_t t = 0; t < conv.tap_count; ++t) {
+    const Tap& tap = conv.taps[t];
+    const int64_t h = i * conv.step_h + tap.dh;
+    if (h < 0 || h >= conv.source_height) continue;
+    const A factor = widen(weight[tap.weight]);
+    for (int64_t j = 0; j < conv.width; ++j) {
+      const int64_t w = j * conv.step_w + tap.dw;
+      if (w < 0 || w >= conv.source_width) continue;
+      line[j] += factor * widen(plane[h * conv.source.h + w * conv.source.w]);
+    }
+  }
+  if constexpr (kEnds) {
+    for (int64_t j = 0; j < padded; j += kLanes<A>) {
+      Vec<A> sum[1] = {load(line + j)};
+      finish_sums<1, 1>(ending, &sum);
+      store<A>(line + j, sum[0]);
+    }
+  }
+}
+
+template <typename T>
+bool taps_are_finite(const TapConv& conv, const T* weight) {
+  bool finite = true;
+  for (int64_t t = 0; t < conv.tap_count; ++t) {
+    const auto value = widen(weight[conv.taps[t].weight]);
+    finite &= value - value == 0;
+  }
+  return finite;
+}
+
 template <typename T, bool kEnds>
 void depthwise_planes(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
                       int threads) {
@@ -94,21 +133,34 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
     const int64_t i0 = index % bands * lines, i_end = min_of(i0 + lines, conv.height);
     const int64_t group = index / bands % conv.groups, n = index / bands / conv.groups;
     const LineRange seen = lines_seen(conv, i0, i_end - i0);
-    band.copy(source + n * conv.source.n + group * conv.source_group, seen.first, seen.end,
-              scratch.band);
+    const T* image = source + n * conv.source.n + group * conv.source_group;
+    const T* own_weight = weight + group * conv.weight_group;
+    const bool finite = taps_are_finite(conv, own_weight);
+    band.copy(image, seen.first, seen.end, scratch.band);
     const A start = bias == nullptr ? A(0) : widen(bias[group]);
     T* plane = dest + n * conv.dest.n + group * conv.dest_group;
+    // Sums in scratch.line from column j on.
+    const auto write_line = [&](int64_t j, T* to) {
+      A* line = scratch.line + j;
+      finish_rows(ending, &line, 1, conv.width - j);
+      copy_narrowed(line, conv.width - j, to + j * conv.dest.w, conv.dest.w);
+    };
     for (int64_t i = i0; i < i_end; ++i) {
+      T* to = plane + i * conv.dest.h;
+      if (!finite) {
+        careful_plane_sums<T, kEnds>(conv, image, own_weight, i, start, ending, scratch.line);
+        write_line(0, to);
+        continue;
+      }
       int64_t taps = 0;
       for (int64_t t = 0; t < conv.tap_count; ++t) {
         const Tap& tap = conv.taps[t];
         const int64_t h = i * conv.step_h + tap.dh;
         if (h < 0 || h >= conv.source_height) continue;
-        scratch.weights[taps] = widen(weight[group * conv.weight_group + tap.weight]);
+        scratch.weights[taps] = widen(own_weight[tap.weight]);
         scratch.at[taps++] =
             scratch.band + (h - seen.first) * band.line_size() + band.offset_of(tap);
       }
-      T* to = plane + i * conv.dest.h;
       int64_t j = 0;
       if constexpr (kSame<T, A>) {
         if (conv.dest.w == 1) {
@@ -126,11 +178,7 @@ void depthwise_planes(const TapConv& conv, const T* source, const T* weight, con
         plane_sums<A, 1, kEnds>(scratch.at, scratch.weights, taps, j, start, ending,
                                 scratch.line + j);
       }
-      if (rest < conv.width) {
-        A* line = scratch.line + rest;
-        finish_rows(ending, &line, 1, conv.width - rest);
-        copy_narrowed(line, conv.width - rest, to + rest * conv.dest.w, conv.dest.w);
-      }
+      if (rest < conv.width) write_line(rest, to);
     }
   });
 }

@@ -15,7 +15,7 @@ namespace {
 template <typename T>
 constexpr bool kHasMasks = kSame<T, float>;
 
-// Written out: GCC 12 keeps what it multiplies and adds in 16 of the 32 registers.
+// In assembly, because GCC 12 would keep the operands in only 16 of the 32 registers.
 GDFAST_INLINE void add_product(__m512& sum, __m512 a, const float* b) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "m"(*reinterpret_cast<const __m512_u*>(b)));
 }
