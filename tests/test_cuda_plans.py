@@ -37,6 +37,55 @@ def planned() -> tuple[int, int]:
     return sum(unit._plan is not None for unit in units), sum(backward)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_casts_weights_for_autocast(
+    dtype: torch.dtype, bias: bool, cuda_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvNormAct(8, 16, 3, bias=bias, device=cuda_device)
+    layer = layer.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(layer)
+    images = torch.randn(3, 8, 6, 5).to(cuda_device, memory_format=torch.channels_last)
+    images.requires_grad_()
+    with gdfast.backend("cuda"), torch.autocast(cuda_device.type, dtype):
+        for step in range(7):
+            given = images.to(dtype) if step % 3 else images
+            ours = passes(layer, given, None)
+            with plans.disabled():
+                theirs = passes(twin, given, None)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    units = list(conv2d_dispatch.units.values())
+    assert any(each.how[1] and each.plan for unit in units for each in unit._backward.values())
+
+
+def test_gradients_of_gradients_under_autocast(cuda_device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvNormAct(8, 16, 3, device=cuda_device, activation="silu")
+    layer = layer.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(layer)
+    images = torch.randn(3, 8, 6, 5).to(cuda_device, torch.bfloat16)
+    images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def second_order(each: nn.ConvNormAct) -> list[Tensor]:
+        inputs = [images, *each.parameters()]
+        output = each(images)
+        gradients = torch.autograd.grad(output.float().square().sum(), inputs, create_graph=True)
+        total = sum(each.float().square().sum() for each in gradients)
+        assert isinstance(total, Tensor)
+        return list(torch.autograd.grad(total, inputs))
+
+    with gdfast.backend("cuda"), torch.autocast(cuda_device.type, torch.bfloat16):
+        for _ in range(6):
+            passes(layer, images, None)
+        ours = second_order(layer)
+        with plans.disabled():
+            theirs = second_order(twin)
+    # A weight's gradient is a sum, of half types here and of float32 there.
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= 2 * torch.finfo(torch.bfloat16).eps * other.norm()
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -3,8 +3,10 @@
 #include "../bindings.h"
 #include "bindings.h"
 #include "bindings_ways.h"
+#include "cast.h"
 #include "conv2d.h"
 #include "conv2d_hopper_planes.h"
+#include "linear.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -130,9 +132,58 @@ void bind_grad_weight(py::module_& m) {
       "A launch of conv2d_grad_weight_hopper, which leaves parts in its workspace.");
 }
 
+void bind_cast(py::module_& m) {
+  m.def(
+      "cast_launch",
+      [](int64_t count, const std::string& half, bool to_half) {
+        const DType type = dtype_named("cast", half);
+        if (type != DType::kBFloat16 && type != DType::kFloat16) {
+          throw py::value_error("cast: half: expected bfloat16 or float16, got " + half);
+        }
+        return as_object([count, type, to_half](void* const* at, const Call& call) {
+          cast(at[0], at[1], count, type, to_half, Where{call.where, call.stream});
+        });
+      },
+      py::arg("count"), py::arg("half"), py::arg("to_half"),
+      "A launch that makes `count` numbers of float32 those of a half type, or the other way, from "
+      "one tensor to another.");
+}
+
+// Of contiguous tensors.
+LinearProblem linear_problem(int64_t N, int64_t C, int64_t K, const std::string& dtype) {
+  if (N < 1 || C < 1 || K < 1 || K > kMostLinearOutputs) {
+    throw py::value_error("linear: sizes: expected 1 or more, and at most 16 outputs");
+  }
+  return {N, C, K, C, dtype_named("linear", dtype)};
+}
+
+void bind_linear(py::module_& m) {
+  m.def(
+      "linear_launch",
+      [](int64_t N, int64_t C, int64_t K, const std::string& dtype) {
+        return as_object([p = linear_problem(N, C, K, dtype)](Addresses at, const Call& call) {
+          linear(p, at[0], at[1], at[2], at[3], Where{call.where, call.stream});
+        });
+      },
+      py::arg("N"), py::arg("C"), py::arg("K"), py::arg("dtype"),
+      "A launch of a linear layer, on input [N, C], weight [K, C], bias and output.");
+  m.def(
+      "linear_backward_launch",
+      [](int64_t N, int64_t C, int64_t K, const std::string& dtype) {
+        return as_object([p = linear_problem(N, C, K, dtype)](Addresses at, const Call& call) {
+          linear_backward(p, at[0], at[1], at[2], at[3], at[4], at[5],
+                          Where{call.where, call.stream});
+        });
+      },
+      py::arg("N"), py::arg("C"), py::arg("K"), py::arg("dtype"),
+      "A launch of its gradients, on grad_output, input, weight and the three gradients.");
+}
+
 }  // namespace
 
 void bind_launches(py::module_& m) {
+  bind_cast(m);
+  bind_linear(m);
   bind_forward(m);
   bind_grad_input(m);
   bind_grad_weight(m);

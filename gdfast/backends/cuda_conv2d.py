@@ -71,6 +71,8 @@ class Kernel:
     where there are no positions or, on Hopper, too many splits to be worth it.
     """
 
+    on_gpu = True
+
     def __init__(
         self, run: Callable[..., tuple[Tensor, Tensor | None]],
         draft: Callable[..., Any] | None = None,

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as hooks
 from torch import Tensor
 
+from gdfast.nn import memo
+from gdfast.nn.block import has_hooks
 from gdfast.nn.conv import Conv2d
 from gdfast.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
+from gdfast.ops.conv2d_relu_max_pool2d_planned import planned_conv_pool
 from gdfast.ops.max_pool2d import max_pool2d
+from gdfast.ops.max_pool2d_planned import planned_max_pool2d
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -25,9 +28,23 @@ class MaxPool2d(torch.nn.MaxPool2d):
         """[N, C, P, Q] or [C, P, Q], and native's indices where they are asked for."""
         if self.return_indices:
             return super().forward(input)
+        if type(self) is MaxPool2d and not torch.compiler.is_compiling():
+            output = memo.run_again(self, None, input)
+            if output is None:
+                output = self._run_planned(input)
+            if output is not None:
+                return output
         return max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
+
+    def _run_planned(self, input: Any) -> Tensor | None:
+        windows = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        planned = planned_max_pool2d(input, *windows)
+        if planned is None:
+            return None
+        memo.note(self, None, (input,), planned)
+        return planned.run((input,))
 
 
 def conv_relu_max_pool(
@@ -38,23 +55,28 @@ def conv_relu_max_pool(
     A convolution of torch.nn, or one with hooks, which want to see its output, runs by itself, with
     native PyTorch's ReLU and pooling behind it. Raises what the three raise.
     """
-    if type(conv) is not Conv2d or conv.padding_mode != "zeros" or _has_hooks(conv):
+    is_plain = type(conv) is Conv2d and not torch.compiler.is_compiling()
+    if is_plain and (output := memo.run_again(conv, pool_size, input)) is not None:
+        return output
+    if type(conv) is not Conv2d or conv.padding_mode != "zeros" or has_hooks(conv):
         return F.max_pool2d(F.relu(conv(input)), pool_size)
+    if is_plain and (output := _run_planned(conv, input, pool_size)) is not None:
+        return output
     return conv2d_relu_max_pool2d(
         input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
         pool_size=pool_size,
     )  # fmt: skip
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+def _run_planned(conv: Any, input: Any, pool_size: Any) -> Tensor | None:
+    params = conv._parameters
+    if "weight" not in params or "bias" not in params or "_conv_forward" in vars(conv):
+        return None
+    given = input, params["weight"], params["bias"]
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    found = planned_conv_pool(given, geometry, pool_size)
+    if found is None:
+        return None
+    planned, tensors = found
+    memo.note(conv, pool_size, given, planned, tensors is not given)
+    return planned.run(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias)
-    if not _is_ours(input, weight, bias):
+    if not is_ours(input, weight, bias):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled():
         output: Tensor = _apply(input, weight, bias)  # all are ordinary
@@ -33,7 +34,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return kernels.linear(input, weight, bias)
 
 
-def _is_ours(input: Any, weight: Any, bias: Any) -> bool:
+def is_ours(input: Any, weight: Any, bias: Any) -> bool:
+    """Whether the kernels run a call."""
     return (
         not torch.compiler.is_compiling()
         and chosen() in ("auto", "cpu")
@@ -53,24 +55,33 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        need_input, need_weight, _ = ctx.needs_input_grad
-        # As native does: what is not needed may be written to before backward.
-        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.save_for_backward(*saved(ctx.needs_input_grad, input, weight))
         ctx.columns = input.shape[1]
         return kernels.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or batched_gradients() or not are_ordinary(grad_output):
-            # Differentiable again, and known to vmap.
-            return (
-                grad_output @ weight if needed[0] else None,
-                grad_output.mT @ input if needed[1] else None,
-                grad_output.sum(0) if needed[2] else None,
-            )
-        return kernels.linear_backward(grad_output, input, weight, ctx.columns, needed)
+        return gradients(ctx.needs_input_grad, ctx.columns, grad_output, ctx.saved_tensors)
+
+
+def saved(needs: Sequence[bool], input: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """What backward reads. As natively, what is not needed may be written to before that."""
+    return input if needs[1] else None, weight if needs[0] else None
+
+
+def gradients(
+    needs: Sequence[bool], columns: int, grad_output: Tensor, saved: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """Those of input, weight and bias that are asked for, None for others."""
+    input, weight = saved
+    if torch.is_grad_enabled() or batched_gradients() or not are_ordinary(grad_output):
+        # Differentiable again, and known to vmap.
+        return (
+            grad_output @ weight if needs[0] else None,
+            grad_output.mT @ input if needs[1] else None,
+            grad_output.sum(0) if needs[2] else None,
+        )
+    return kernels.linear_backward(grad_output, input, weight, columns, needs)
 
 
 _apply = apply_to_ordinary(LinearFunction)
