@@ -136,7 +136,8 @@ cuda = _load("cuda", "gdfast._cuda_simulated" if cuda_is_simulated else "gdfast.
 # A plan makes its results itself, so that nothing recorded runs one.
 _NO_KERNELS = {
     "isa", "supported_isas", "select_isa", "take_memory", "memory_use", "release_memory",
-    "watch_tensors", "tensor_facts", "unwatched_facts", "make_plan", "run_plan", "make_memo", "recall",
+    "watch_tensors", "tensor_facts", "unwatched_facts", "make_plan", "run_plan",
+    "make_memo", "recall", "make_update", "run_update",
 }  # fmt: skip
 
 

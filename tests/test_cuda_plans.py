@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def passes(layer: nn.ConvNormAct, images: Tensor, residual: Tensor | None) -> li
 
 def planned() -> tuple[int, int]:
     """How many units have plans forward, and how many backward."""
-    units = conv2d_dispatch.units.values()
+    units = [each for each in conv2d_dispatch.units.values() if each]
     backward = [any(each.plan for each in unit._backward.values()) for unit in units]
     return sum(unit._plan is not None for unit in units), sum(backward)
 
@@ -126,3 +127,89 @@ def test_tf32_may_be_allowed_between_calls(cuda_device: torch.device) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
             results[allowed] = ours[0]
     assert not torch.equal(results[True], results[False])
+
+
+def both_ways(module: torch.nn.Module, images: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    output = module(images)
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device).to(output.dtype)
+    wanted = [each for each in (images, *module.parameters()) if each.requires_grad]
+    gradients = torch.autograd.grad(output, wanted, weights.view(output.shape))
+    return [output.detach(), *gradients]
+
+
+class Pooled(torch.nn.Module):
+    """A convolution, ReLU and pooling."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 32, 3, **options)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.conv_relu_max_pool(self.conv, images, 2)
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_convolutions_give_the_same_bits(
+    dtype: torch.dtype, layout: Any, channels: int, with_gradient: bool, cuda_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    module = Pooled(channels, device=cuda_device, dtype=dtype).to(memory_format=layout)
+    twin = copy.deepcopy(module)
+    images = torch.randn(3, channels, 12, 11).to(cuda_device, dtype, memory_format=layout)
+    images.requires_grad_(with_gradient)
+    with gdfast.backend("cuda"):
+        for _ in range(5):
+            ours = both_ways(module, images)
+            with plans.disabled():
+                theirs = both_ways(twin, images)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    units = [each for each in conv2d_dispatch.units.values() if each]
+    if layout is torch.channels_last:
+        assert any(each.plan for unit in units for each in unit._backward.values())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_gives_the_same_bits(layout: Any, cuda_device: torch.device) -> None:
+    module = nn.MaxPool2d(3, 2, 1)
+    images = torch.randn(3, 8, 12, 11).to(cuda_device, memory_format=layout).requires_grad_()
+    with gdfast.backend("cuda"):
+        for _ in range(5):
+            ours = both_ways(module, images)
+            with plans.disabled():
+                theirs = both_ways(module, images)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    units = [each for each in conv2d_dispatch.units.values() if each]
+    assert any(each.plan for unit in units for each in unit._backward.values())
+
+
+LINEAR = [(64, 200, 10), (5, 63, 3), (3, 17, 16), (1, 8, 1), (33, 64, 40), (7, 24, 100)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", LINEAR, ids=str)
+def test_linear_layers(
+    sizes: tuple[int, int, int], dtype: torch.dtype, bias: bool, cuda_device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    N, C, K = sizes
+    module = nn.Linear(C, K, bias, device=cuda_device)
+    rows = torch.randn(N, C).to(cuda_device, dtype).requires_grad_()
+    casts = dtype != torch.float32
+    wide = copy.deepcopy(module).double()
+    expected = both_ways(wide, rows.detach().double().requires_grad_())
+    with gdfast.backend("cuda"), torch.autocast(cuda_device.type, dtype, enabled=casts):
+        for needs in (True, False, True, True):
+            given = rows if needs else rows.detach()
+            ours = both_ways(module, given)
+            exact = expected if needs else [expected[0], *expected[2:]]
+            for mine, right in zip(ours, exact, strict=True):
+                eps = torch.finfo(dtype).eps
+                assert (mine - right).norm() <= 2 * eps * max(C, N) ** 0.5 * right.norm()
+    if K <= 16 or casts:
+        units = [each for each in conv2d_dispatch.units.values() if each]
+        assert any(each.plan for unit in units for each in unit._backward.values())

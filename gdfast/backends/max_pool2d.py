@@ -146,9 +146,7 @@ def cuda_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
     made, run = problem(query, native.cuda), native.cuda.max_pool2d_grad
     size, strides, device = query.geometry.input_size, query.strides[0], query.device
-    new_grad_input = partial(
-        torch.empty_strided, size, strides, dtype=query.dtype, device=device
-    )
+    new_grad_input = partial(torch.empty_strided, size, strides, dtype=query.dtype, device=device)
 
     def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
         grad_input = new_grad_input()

@@ -20,21 +20,22 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., out_features] of input [..., in_features]."""
-        if type(self) is Linear and not torch.compiler.is_compiling():
-            output = memo.run_again(self, None, input)
-            if output is None:
-                output = self._run_planned(input)
-            if output is not None:
-                return output
+        if type(self) is Linear:
+            return run_linear(self, input)
         return linear(input, self.weight, self.bias)
 
-    def _run_planned(self, input: Tensor) -> Tensor | None:
-        params = self._parameters
-        if not isinstance(input, Tensor) or not input.is_cpu or params.keys() != _NAMES:
-            return None
-        tensors = input, params["weight"], params["bias"]
-        planned = planned_linear(tensors)
-        if planned is None:
-            return None
-        memo.note(self, None, tensors, planned)
-        return planned.run(tensors)
+
+def run_linear(module: torch.nn.Linear, input: Tensor) -> Tensor:
+    """The output of a linear layer whose class has native's own parameters."""
+    if not torch.compiler.is_compiling():
+        output = memo.run_again(module, None, input)
+        if output is not None:
+            return output
+        params = module._parameters
+        if params.keys() == _NAMES and isinstance(input, Tensor):
+            given = input, params["weight"], params["bias"]
+            if found := planned_linear(given):
+                planned, tensors = found
+                memo.note(module, None, given, planned, casts=tensors[0] is not input)
+                return planned.run(tensors)
+    return linear(input, module.weight, module.bias)

@@ -16,8 +16,6 @@ import torch.nn.modules.module as _module
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends.sgd import HALF_TYPES
-from gdfast.ops.conv2d import autocast
 from gdfast.ops.conv2d_norm_act import Tensors, Unit
 from gdfast.ops.ordinary import unwatched_facts
 from gdfast.ops.planned import Planned, known_situation
@@ -51,8 +49,7 @@ class _Memo(NamedTuple):
     conv: weakref.ref[Any] | None  # in front of a norm
     settings: Any  # what is none of the modules'
     unit: Unit | Planned
-    casts: bool  # for autocast
-    is_wide: bool  # the unit casts the weight
+    casts: bool  # autocast makes other tensors than what the unit is to get
     momentum: float
     capsule: Any  # None after a call of its kind: what changes all the time is not noted
 
@@ -79,9 +76,7 @@ def run_again(
     if tensors is None:
         return None
     if memo.casts:
-        input, weight, bias, *rest = tensors
-        input, cast, bias = autocast(input, None if memo.is_wide else weight, bias)
-        tensors = input, weight if memo.is_wide else cast, bias, *rest
+        tensors = memo.unit.cast(tensors)
     return memo.unit.run(tensors, memo.momentum)
 
 
@@ -91,8 +86,8 @@ def note(
 ) -> None:  # fmt: skip
     """Notes a call of a unit on these tensors, when it is made for the second time.
 
-    `casts` tells whether the unit took what autocast makes of them. The modules have their
-    parameters and buffers, and the hooks and settings of a call as one.
+    `casts` tells whether the unit took what autocast makes of them. The modules have
+    their parameters and buffers, and the hooks and settings of a call as one.
     """
     key = id(module)
     before = _memos.get(key)
@@ -100,12 +95,12 @@ def note(
         capsule = _capsule(module, conv, tensors)
     else:
         capsule = None
-    is_wide = casts and isinstance(unit, Unit) and unit.is_wide(tensors[1])
-    if is_wide:
-        casts = tensors[2] is not None or tensors[0].dtype not in HALF_TYPES
+    if casts and capsule is not None:
+        pairs = zip(unit.cast(tensors), tensors, strict=True)
+        casts = any(cast is not given for cast, given in pairs)
     weak = weakref.ref(module, partial(_forget, key))
     of_conv = None if conv is None else weakref.ref(conv)
-    _memos[key] = _Memo(weak, of_conv, settings, unit, casts, is_wide, momentum, capsule)
+    _memos[key] = _Memo(weak, of_conv, settings, unit, casts, momentum, capsule)
 
 
 def _forget(key: int, _: Any) -> None:

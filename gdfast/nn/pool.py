@@ -28,23 +28,21 @@ class MaxPool2d(torch.nn.MaxPool2d):
         """[N, C, P, Q] or [C, P, Q], and native's indices where they are asked for."""
         if self.return_indices:
             return super().forward(input)
-        if type(self) is MaxPool2d and not torch.compiler.is_compiling():
-            output = memo.run_again(self, None, input)
-            if output is None:
-                output = self._run_planned(input)
-            if output is not None:
-                return output
-        return max_pool2d(
-            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        )
+        return run_max_pool(self, input)
 
-    def _run_planned(self, input: Any) -> Tensor | None:
-        windows = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        planned = planned_max_pool2d(input, *windows)
-        if planned is None:
-            return None
-        memo.note(self, None, (input,), planned)
+
+def run_max_pool(module: torch.nn.MaxPool2d, input: Tensor) -> Tensor:
+    """The output of a pooling layer that returns no indices."""
+    is_plain = not torch.compiler.is_compiling() and not module.return_indices
+    if is_plain and (output := memo.run_again(module, None, input)) is not None:
+        return output
+    windows: Any = (
+        module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+    )  # fmt: skip
+    if is_plain and (planned := planned_max_pool2d(input, *windows)) is not None:
+        memo.note(module, None, (input,), planned)
         return planned.run((input,))
+    return max_pool2d(input, *windows)
 
 
 def conv_relu_max_pool(

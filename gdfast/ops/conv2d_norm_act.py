@@ -29,7 +29,7 @@ from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
-from gdfast.ops.planned import backward_memo, situation
+from gdfast.ops.planned import Cast, backward_memo, situation
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
@@ -65,6 +65,14 @@ class Unit:
         self._backward: dict[tuple[Any, ...], _Backward] = {}
         self._last: _Backward | None = None  # noted, when it came for the second time in a row
         self._before: _Backward | None = None
+
+    def cast(self, tensors: Tensors) -> Tensors:
+        """What autocast makes of the tensors, but for a weight that the plan casts."""
+        input, weight, bias, *rest = tensors
+        if self.is_wide(weight):
+            input, _, bias = autocast(input, None, bias)
+            return input, weight, bias, *rest
+        return *autocast(input, weight, bias), *rest
 
     def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
@@ -171,7 +179,7 @@ class Unit:
         needs = ctx.needs_input_grad
         own_weight = ctx.weight if weight is None else weight
         if ctx.is_wide and torch.is_grad_enabled():
-            own_weight = _Cast.apply(ctx.weight, weight, input.dtype)
+            own_weight = Cast.apply(ctx.weight, weight, input.dtype)
             weight = None if weight is None else own_weight
         if torch.is_grad_enabled():
             between = _Known.apply(input, own_weight, ctx.bias, between, self)
@@ -349,21 +357,6 @@ class _UnitFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing allows no second time
         *gradients, residual = ctx.unit.gradients(ctx, grad_output, saved)
         return *gradients, None, None, residual, None, None, None
-
-
-class _Cast(torch.autograd.Function):
-    """A weight that was cast, given beside what it was cast from, for a graph of gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        weight, cast, dtype = inputs
-        ctx.dtype = weight.dtype
-        output: Tensor = weight.to(dtype) if cast is None else cast.detach()
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output.to(ctx.dtype), None, None
 
 
 class _Known(torch.autograd.Function):

@@ -161,9 +161,7 @@ def planned_conv_pool(
     return (found, tensors) if found else None
 
 
-def _find(
-    key: Any, tensors: Tensors, geometry: tuple[Any, ...], pool_size: Any
-) -> Planned | None:
+def _find(key: Any, tensors: Tensors, geometry: tuple[Any, ...], pool_size: Any) -> Planned | None:
     input, weight, bias = tensors
     backend = chosen()
     if input.dim() != 4 or 0 in input.shape or backend == REFERENCE:

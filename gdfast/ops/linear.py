@@ -75,13 +75,20 @@ def gradients(
     """Those of input, weight and bias that are asked for, None for others."""
     input, weight = saved
     if torch.is_grad_enabled() or batched_gradients() or not are_ordinary(grad_output):
-        # Differentiable again, and known to vmap.
-        return (
-            grad_output @ weight if needs[0] else None,
-            grad_output.mT @ input if needs[1] else None,
-            grad_output.sum(0) if needs[2] else None,
-        )
+        return differentiable_gradients(needs, grad_output, saved)
     return kernels.linear_backward(grad_output, input, weight, columns, needs)
+
+
+def differentiable_gradients(
+    needs: Sequence[bool], grad_output: Tensor, saved: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same by operators that autograd and vmap know."""
+    input, weight = saved
+    return (
+        grad_output @ weight if needs[0] else None,
+        grad_output.mT @ input if needs[1] else None,
+        grad_output.sum(0) if needs[2] else None,
+    )
 
 
 _apply = apply_to_ordinary(LinearFunction)
