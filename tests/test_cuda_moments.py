@@ -369,7 +369,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(
 def test_by_the_dispatcher_as_tensors_on_a_gpu_go(
     handed_on: list[bool], cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("ordinary", "conv2d", "conv2d_moments", "batch_norm"):
+    for module in ("ordinary", "conv2d_autograd", "conv2d_moments", "batch_norm"):
         monkeypatch.setattr(sys.modules[f"gdfast.ops.{module}"], "are_ordinary", lambda *_: False)
     ours = nn.ConvNormAct(4, 6, 3, bias=True).to(cuda_device)
     natives = copy.deepcopy(ours)
