@@ -270,7 +270,7 @@ def test_the_tuner_does_so_for_them_alone(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("GDFAST_CACHE_DIR", str(tmp_path))
 
-    def measure(calls: dict[str, Any], _: Any) -> dict[str, float]:
+    def measure(calls: dict[str, Any], *_: Any) -> dict[str, float]:
         for call in calls.values():
             call()
         return dict.fromkeys(calls, 1.0)
