@@ -102,13 +102,18 @@ void bind_grad_input(py::module_& m) {
 void bind_grad_weight(py::module_& m) {
   m.def(
       "conv2d_grad_weight_launch",
-      [](Problem problem, const Conv2dWay& way, int64_t splits) {
+      [](Problem problem, const Conv2dWay& way, int64_t splits, bool wide) {
         check_splits(splits);
-        return launch_of(problem, [way, splits](Problem p, Addresses at, At where) {
+        return launch_of(problem, [way, splits, wide](Problem p, Addresses at, At where) {
+          if (wide) {
+            return conv2d_grad_weight_wide(p, way, at[0], at[1], at[2], at[4], splits, where);
+          }
           conv2d_grad_weight(p, way, at[0], at[1], at[2], at[3], at[4], splits, where);
         });
       },
-      py::arg("problem"), py::arg("way"), py::arg("splits"), "A launch of conv2d_grad_weight.");
+      py::arg("problem"), py::arg("way"), py::arg("splits"), py::arg("wide") = false,
+      "A launch of conv2d_grad_weight; `wide` stores the weight's gradient in float32, without the "
+      "bias's.");
   m.def(
       "conv2d_stem_grad_weight_launch",
       [](Problem problem, const Conv2dWay& way, int64_t splits) {

@@ -76,12 +76,14 @@ def backward_plan(
     output, input, weight, *rest = _numbers((grad_output, *saved))
     grad, *of_params = of_norm(draft, output, *rest, wanted=wanted)
     grad_input = of_input(draft, grad, weight) if needs[0] and of_input is not None else NONE
-    gradients = of_weight(draft, grad, input, needs[2])
+    # Some kernels store what is rounded as float32 themselves.
+    wide = weight_like is not None and not needs[2] and getattr(conv_weight, "drafts_wide", False)
+    gradients = of_weight(draft, grad, input, needs[2], *([True] if wide else []))
     if grad_input is None or gradients is None:
         return None
     if launch is not None:
         draft.join(3, launch)
-    if weight_like is not None:
+    if weight_like is not None and not wide:
         grad_weight, *rest_of = gradients
         gradients = _cast_weight(draft, grad_weight, weight_like, image.dtype, False), *rest_of
     return draft.plan((grad_input, *gradients, *of_params), device=image.device)
