@@ -31,66 +31,56 @@ struct Matrix {
   int32_t rows, columns;
 };
 
-// Eight elements, and the same as elements of H in 16 bytes.
+// What a thread copies at a time: 16 bytes as they lie in global memory, neighbours by neighbouring
+// threads, which become elements of H in shared memory.
 template <typename T>
-struct Eight {
-  static constexpr int kPacks = 8 * static_cast<int>(sizeof(T)) / 16;
-  Pack16 packs[kPacks];
+constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
 
-  GDFAST_DEVICE Eight load(const T* from) {
-    Eight eight;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) eight.packs[i] = load_16(from + i * (8 / kPacks));
-    return eight;
+template <typename H, typename T>
+GDFAST_DEVICE void store_rounded(unsigned char* to, const Pack16& piece) {
+  if constexpr (sizeof(T) == sizeof(H)) {
+    store_16(to, piece);
+  } else {
+    float values[kPiece<T>];
+    unpack<T, kPiece<T>>(piece, values);
+    store_values<kPiece<T>>(reinterpret_cast<H*>(to), values);
   }
-  template <typename H>
-  GDFAST_DEVICE Pack16 rounded(const Eight& eight) {
-    if constexpr (kPacks == 1) {
-      return eight.packs[0];
-    } else {
-      Pack16 pack;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t* const pair = eight.packs[i / 2].words + i % 2 * 2;
-        pack.words[i] = pack_two<H>(float_of(pair[0]), float_of(pair[1]));
-      }
-      return pack;
-    }
-  }
-};
+}
 
 // The part of a tile that a thread of a group copies.
 template <typename Tile, typename T>
 struct Part {
-  static constexpr int kChunks = Tile::kRowBytes / 16;
-  static constexpr int kRowsAtOnce = kGroupThreads / kChunks;
+  static constexpr int kPieces = Tile::kColumns / kPiece<T>;  // of a row
+  static constexpr int kRowsAtOnce = kGroupThreads / kPieces;
   static constexpr int kCount = Tile::kRows / kRowsAtOnce;
-  static_assert(Tile::kRows % kRowsAtOnce == 0, "every thread copies as many chunks");
-  Eight<T> eights[kCount];
+  static_assert(Tile::kRows % kRowsAtOnce == 0, "every thread copies as many pieces");
+  Pack16 pieces[kCount];
 
   // Asks for the tile that begins at `outer`, and at `depth` of what is summed over; zeros outside
   // of the matrix.
   GDFAST_DEVICE void load(Part& part, const Matrix<T>& from, int outer, int depth) {
     const int thread = this_thread() % kGroupThreads;
-    const int row = (Tile::kTransposed ? depth : outer) + thread / kChunks;
-    const int column = (Tile::kTransposed ? outer : depth) + thread % kChunks * 8;
+    const int row = (Tile::kTransposed ? depth : outer) + thread / kPieces;
+    const int column = (Tile::kTransposed ? outer : depth) + thread % kPieces * kPiece<T>;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int at = row + i * kRowsAtOnce;
-      part.eights[i] = {};
+      part.pieces[i] = {};
       if (at < from.rows && column < from.columns) {
-        part.eights[i] = Eight<T>::load(from.data + at * from.step + column);
+        part.pieces[i] = load_16(from.data + at * from.step + column);
       }
     }
   }
   template <typename H>
   GDFAST_DEVICE void store(const Part& part, unsigned char* tile) {
     const int thread = this_thread() % kGroupThreads;
+    const int column = thread % kPieces * kPiece<T>;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int row = thread / kChunks + i * kRowsAtOnce;
-      store_16(tile + chunk_offset<Tile>(row, thread % kChunks),
-               Eight<T>::template rounded<H>(part.eights[i]));
+      const int row = thread / kPieces + i * kRowsAtOnce;
+      store_rounded<H, T>(tile + chunk_offset<Tile>(row, column / Tile::kLanes) +
+                              column % Tile::kLanes * static_cast<int>(sizeof(H)),
+                          part.pieces[i]);
     }
   }
 };
