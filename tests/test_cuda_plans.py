@@ -184,32 +184,3 @@ def test_pooling_gives_the_same_bits(layout: Any, cuda_device: torch.device) -> 
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     units = [each for each in conv2d_dispatch.units.values() if each]
     assert any(each.plan for unit in units for each in unit._backward.values())
-
-
-LINEAR = [(64, 200, 10), (5, 63, 3), (3, 17, 16), (1, 8, 1), (33, 64, 40), (7, 24, 100)]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sizes", LINEAR, ids=str)
-def test_linear_layers(
-    sizes: tuple[int, int, int], dtype: torch.dtype, bias: bool, cuda_device: torch.device
-) -> None:
-    torch.manual_seed(0)
-    N, C, K = sizes
-    module = nn.Linear(C, K, bias, device=cuda_device)
-    rows = torch.randn(N, C).to(cuda_device, dtype).requires_grad_()
-    casts = dtype != torch.float32
-    wide = copy.deepcopy(module).double()
-    expected = both_ways(wide, rows.detach().double().requires_grad_())
-    with gdfast.backend("cuda"), torch.autocast(cuda_device.type, dtype, enabled=casts):
-        for needs in (True, False, True, True):
-            given = rows if needs else rows.detach()
-            ours = both_ways(module, given)
-            exact = expected if needs else [expected[0], *expected[2:]]
-            for mine, right in zip(ours, exact, strict=True):
-                eps = torch.finfo(dtype).eps
-                assert (mine - right).norm() <= 2 * eps * max(C, N) ** 0.5 * right.norm()
-    if K <= 16 or casts:
-        units = [each for each in conv2d_dispatch.units.values() if each]
-        assert any(each.plan for unit in units for each in unit._backward.values())

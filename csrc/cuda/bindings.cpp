@@ -64,6 +64,7 @@ PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   gdfast::cuda::bind_grouped(m);
   gdfast::cuda::bind_hopper_float32(m);
   gdfast::cuda::bind_launches(m);
+  gdfast::cuda::bind_linear(m);
   gdfast::cuda::bind_stem(m);
   gdfast::cuda::bind_transpose(m);
   m.def("why_not_device", &gdfast::cuda::why_not_device, py::arg("device"),

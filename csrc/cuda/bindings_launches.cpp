@@ -6,7 +6,6 @@
 #include "cast.h"
 #include "conv2d.h"
 #include "conv2d_hopper_planes.h"
-#include "linear.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -154,41 +153,10 @@ void bind_cast(py::module_& m) {
       "one tensor to another.");
 }
 
-// Of contiguous tensors.
-LinearProblem linear_problem(int64_t N, int64_t C, int64_t K, const std::string& dtype) {
-  if (N < 1 || C < 1 || K < 1 || K > kMostLinearOutputs) {
-    throw py::value_error("linear: sizes: expected 1 or more, and at most 16 outputs");
-  }
-  return {N, C, K, C, dtype_named("linear", dtype)};
-}
-
-void bind_linear(py::module_& m) {
-  m.def(
-      "linear_launch",
-      [](int64_t N, int64_t C, int64_t K, const std::string& dtype) {
-        return as_object([p = linear_problem(N, C, K, dtype)](Addresses at, const Call& call) {
-          linear(p, at[0], at[1], at[2], at[3], Where{call.where, call.stream});
-        });
-      },
-      py::arg("N"), py::arg("C"), py::arg("K"), py::arg("dtype"),
-      "A launch of a linear layer, on input [N, C], weight [K, C], bias and output.");
-  m.def(
-      "linear_backward_launch",
-      [](int64_t N, int64_t C, int64_t K, const std::string& dtype) {
-        return as_object([p = linear_problem(N, C, K, dtype)](Addresses at, const Call& call) {
-          linear_backward(p, at[0], at[1], at[2], at[3], at[4], at[5],
-                          Where{call.where, call.stream});
-        });
-      },
-      py::arg("N"), py::arg("C"), py::arg("K"), py::arg("dtype"),
-      "A launch of its gradients, on grad_output, input, weight and the three gradients.");
-}
-
 }  // namespace
 
 void bind_launches(py::module_& m) {
   bind_cast(m);
-  bind_linear(m);
   bind_forward(m);
   bind_grad_input(m);
   bind_grad_weight(m);

@@ -1,161 +1,172 @@
-"""Linear layers as plans of CUDA kernels: small ones, whose host's time is what a step waits for.
+"""Linear layers on the CUDA kernels: which they take, and plans of them.
 
-Native PyTorch has cuBLAS look for a kernel at each call, which takes ten times as long as the
-product: on a slow host 250 us forward and twice 120 backward. Layers of few outputs have kernels of
-their own, others in half types are 1x1 convolutions of images of one pixel.
+Native PyTorch asks a library for the best kernel at every call, twice more in backward, which takes
+longer than the products do in a step of a small model. These have one launch each way. Under
+autocast they read float32 as it is and write float32 gradients: nothing is cast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_conv2d
-from gdfast.backends.cuda_candidates import candidates, why_not
-from gdfast.backends.cuda_operands import plan_cast
-from gdfast.backends.plans import NONE, Draft, Plan, draft_of
-from gdfast.backends.registry import Conv2dQuery
-from gdfast.backends.sgd import DTYPES, HALF_TYPES
-from gdfast.geometry import Conv2dGeometry, dense_strides
+from gdfast.backends import plans
+from gdfast.backends.max_pool2d import DTYPES
+from gdfast.backends.plans import NONE, Draft, Plan
 
-_FEW = 16  # outputs
-_MOST_ROWS = 512  # of the kernels for few
-# Above these the product takes long enough to be worth cuBLAS's search.
-_MOST_PRODUCTS_OF_FEW = 1 << 23
-_MOST_PRODUCTS = 1 << 26
+_HALF_TYPES = {torch.bfloat16, torch.float16}
+# Rows of weight that are multiplied one by one; more go by tiles, which are of half types.
+_MOST_OUTPUTS = 32
+_LEAST_COLUMNS = 64
+# Above these the GPU's time counts, and native's kernels take less of it.
+_MOST_PRODUCTS = 2**26
+_MOST_WIDE_PRODUCTS = 2**29
+_MOST_WIDE_WEIGHTS = 2**22
+_EIGHTH = 8  # of so many elements are wide layers' vectors
+_MOST_PLANS = 64
 
 
 def fits_layer(in_features: int, out_features: int) -> bool:
-    """Whether a batch of a layer may be small enough."""
-    return 1 <= in_features * out_features <= _MOST_PRODUCTS
+    """Whether the kernels may be the faster way for a layer on a GPU, for some batches."""
+    if native.cuda is None or in_features < _LEAST_COLUMNS:
+        return False
+    return 1 <= out_features <= _MOST_OUTPUTS or (
+        in_features % _EIGHTH == out_features % _EIGHTH == 0
+        and in_features * out_features <= _MOST_WIDE_WEIGHTS
+    )
 
 
-class Layer(NamedTuple):
-    """A layer of a batch [N, C], contiguous as all of its tensors are; `dtype` is what it is
-    computed in. Where that is not the weight's, that and the bias are cast, from float32."""
-
-    N: int
-    C: int
-    K: int
-    dtype: torch.dtype
-    device: torch.device
-    casts: bool
-
-    def fits(self) -> bool:
-        """Whether plans take it."""
-        N, C, K, dtype, _, casts = self
-        if native.cuda is None or (casts and dtype not in HALF_TYPES) or min(N, C, K) < 1:
-            return False
-        if K <= _FEW:
-            is_small = N <= _MOST_ROWS and N * C * K <= _MOST_PRODUCTS_OF_FEW
-            return is_small and dtype in (torch.float32, *HALF_TYPES)
-        if dtype not in HALF_TYPES or N * C * K > _MOST_PRODUCTS:
-            return False
-        return not why_not(self.query())
-
-    def query(self) -> Conv2dQuery:
-        """That of the convolution."""
-        N, C, K, dtype, device, _ = self
-        sizes = (N, C, 1, 1), (K, C, 1, 1), (N, K, 1, 1)
-        geometry = Conv2dGeometry.of("linear", *sizes[:2], (1, 1), (0, 0, 0, 0), (1, 1), 1)
-        x, w, y = (dense_strides(size, True) for size in sizes)
-        return Conv2dQuery(device, dtype, geometry=geometry, strides=(x, w, y))
-
-    def _empty(self, *size: int, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
-        return partial(torch.empty, size, dtype=dtype or self.dtype, device=self.device)
-
-    def _cast(self, draft: Draft, tensor: int, size: tuple[int, ...], to_half: bool) -> int:
-        if not self.casts or tensor == NONE:
-            return tensor
-        strides = [*size[1:], 1]
-        to = self.dtype if to_half else torch.float32
-        return plan_cast(draft, tensor, size, strides, to, self.dtype, self.device)
-
-    def forward(self, has_bias: bool) -> Plan | None:
-        """A plan that takes input, weight and bias, and gives the output and the weight where it
-        was cast, else None."""
-        assert native.cuda is not None
-        N, C, K, *_ = self
-        draft = Draft(3)
-        draft.align(0, 1)
-        weight = self._cast(draft, 1, (K, C), True)
-        bias = self._cast(draft, 2 if has_bias else NONE, (K,), True)
-        make_output = self._empty(N, K)
-        if K <= _FEW:
-            output = draft.fresh(make_output)
-            launch = native.cuda.linear_launch(N, C, K, DTYPES[self.dtype])
-            draft.launch(launch, 0, weight, bias, output)
-        else:
-            made = self._convolve(draft, "conv2d", [make_output], 0, weight, bias, False)
-            if made is None:
-                return None
-            output, *_ = made
-        results = output, weight if self.casts else NONE
-        return draft.plan(results, device=self.device)
-
-    def backward(self, needs: Sequence[bool]) -> Plan | None:
-        """A plan that takes grad_output and what a layer saves, and gives the gradients of its
-        tensors, and a None."""
-        assert native.cuda is not None
-        N, C, K, *_ = self
-        need_input, need_weight, need_bias = needs[:3]
-        draft = Draft(3)
-        draft.align(0, 1, 2)
-        makers = self._empty(N, C), self._empty(K, C), self._empty(K)
-        grads = [NONE, NONE, NONE]
-        if K <= _FEW:
-            grads = [
-                draft.fresh(make) if need else NONE
-                for make, need in zip(makers, needs, strict=False)
-            ]
-            launch = native.cuda.linear_backward_launch(N, C, K, DTYPES[self.dtype])
-            given = 1 if need_weight else NONE, 2 if need_input else NONE
-            draft.launch(launch, 0, *given, *grads)
-        else:
-            if need_input:
-                made = self._convolve(draft, "conv2d_grad_input", [makers[0]], 0, 2)
-                if made is None:
-                    return None
-                grads[0] = made
-            if need_weight:
-                of_weight = list(makers[1:])
-                made = self._convolve(draft, "conv2d_grad_weight", of_weight, 0, 1, need_bias)
-                if made is None:
-                    return None
-                grads[1:] = made
-            elif need_bias:
-                return None
-        input, weight, bias = grads
-        weight = self._cast(draft, weight, (K, C), False)
-        bias = self._cast(draft, bias, (K,), False)
-        return draft.plan((input, weight, bias, NONE), device=self.device)
-
-    def _convolve(
-        self, draft: Draft, op: str, results: list[Callable[[], Tensor]], *arguments: Any
-    ) -> Any:
-        """What the draft of the first way that has one gives, with results made by these."""
-        query = self.query()
-        for by in candidates(op, query):
-            make = draft_of(getattr(cuda_conv2d, op)(query, by))
-            if make is not None:
-                made = make(_Results(draft, results), *arguments)
-                if made is not None:
-                    return made
+def find(
+    input: Tensor, weight: Tensor, bias: Tensor | None, cast: torch.dtype | None
+) -> Layer | None:
+    """What runs a layer on ordinary tensors like these, where the kernels take them and are the
+    faster way; `cast` is the type that autocast asks for, if it does.
+    """
+    if native.cuda is None or input.dim() != 2 or weight.dim() != 2:
         return None
+    (N, C), (K, columns), device = input.shape, weight.shape, input.device
+    dtype = input.dtype if cast is None or input.dtype == torch.float64 else cast
+    is_wide = K > _MOST_OUTPUTS
+    most = _MOST_WIDE_PRODUCTS if is_wide else _MOST_PRODUCTS
+    if not (
+        device.type == ("cpu" if native.cuda_is_simulated else "cuda")
+        and columns == C
+        and fits_layer(C, K)
+        and 1 <= N * C * K <= most
+        and _has_kernels(input.dtype, weight.dtype, dtype, is_wide)
+        and weight.device == device
+        and input.stride(1) == 1
+        and not (is_wide and input.stride(0) % _EIGHTH)
+        and weight.is_contiguous()
+    ):
+        return None
+    if bias is not None and not (
+        bias.shape == (K,)
+        and bias.dtype == weight.dtype
+        and bias.device == device
+        and bias.is_contiguous()
+    ):
+        return None
+    if native.cuda.why_not_device(device.index or 0):
+        return None
+    return Layer(input, weight, bias, dtype)
 
 
-class _Results:
-    """A draft whose fresh tensors are of other sizes: images of one pixel are rows."""
+def _has_kernels(
+    input: torch.dtype, weight: torch.dtype, output: torch.dtype, is_wide: bool
+) -> bool:
+    if is_wide and output not in _HALF_TYPES:
+        return False
+    if weight == output:
+        return input == output and output in DTYPES
+    return output in _HALF_TYPES and weight == torch.float32 and input in (output, torch.float32)
 
-    def __init__(self, draft: Draft, makers: list[Callable[[], Tensor]]) -> None:
-        self._makers = iter(makers)
-        self.align, self.scratch, self.launch = draft.align, draft.scratch, draft.launch
-        self._fresh = draft.fresh
 
-    def fresh(self, _: Callable[[], Tensor]) -> int:
-        return self._fresh(next(self._makers))
+class Layer:
+    """A linear layer on tensors of certain sizes, strides and dtypes."""
+
+    def __init__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        assert native.cuda is not None
+        (N, C), (K, _) = input.shape, weight.shape
+        self.dtypes = input.dtype, weight.dtype
+        self._sizes, self._dtype, self._device = (N, C, K), dtype, input.device
+        self._strides = input.stride()
+        self._problem = native.cuda.LinearProblem(
+            N, C, K, input.stride(0), *(DTYPES[t] for t in (*self.dtypes, dtype))
+        )
+        self._place = plans.place(input.device, True)
+        draft = Draft(3)
+        output = draft.fresh(self._new(dtype, N, K))
+        launch = native.cuda.linear_launch(self._problem)
+        draft.launch(launch, 0, 1, NONE if bias is None else 2, output)
+        self._align(draft, 0, 1)
+        self._forward = draft.plan((output,), device=input.device)
+        # By facts of grad_output, input and weight, and which gradients are wanted.
+        self._backward: dict[Any, Plan | None] = {}
+
+    def _new(self, dtype: torch.dtype, *size: int) -> partial[Tensor]:
+        return partial(torch.empty, size, dtype=dtype, device=self._device)
+
+    def _align(self, draft: Draft, *tensors: int) -> None:
+        if self._problem.needs_alignment:
+            draft.align(*tensors)
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The output, or None where an address is not as the kernels need it."""
+        results = self._forward((input, weight, bias), 0.0, *self._place())
+        return None if results is None else results[0]
+
+    def gradients(
+        self, facts: Any, tensors: tuple[Any, ...], needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...] | None:
+        """The gradients of input, weight and bias that are needed, of grad_output, input and
+        weight; or None where these are not as the kernels need them. `facts` are theirs.
+        """
+        key = facts, needs
+        if key not in self._backward:
+            if len(self._backward) >= _MOST_PLANS:
+                self._backward.clear()
+            self._backward[key] = self._backward_plan(*tensors, *needs[:3])
+        plan = self._backward[key]
+        return None if plan is None else plan(tensors, 0.0, *self._place())
+
+    def _backward_plan(
+        self, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, *needs: bool
+    ) -> Plan | None:
+        assert native.cuda is not None
+        N, C, K = self._sizes
+        input_dtype, weight_dtype = self.dtypes
+        of_input, of_weight, of_bias = needs
+        as_expected = (
+            self._is(grad_output, self._dtype, (N, K), (K, 1))
+            and not (of_weight and not self._is(input, input_dtype, (N, C), self._strides))
+            and not (of_input and not self._is(weight, weight_dtype, (K, C), (C, 1)))
+        )
+        if not as_expected:
+            return None
+        draft = Draft(3)
+        results = (
+            draft.fresh(self._new(input_dtype, N, C)) if of_input else NONE,
+            draft.fresh(self._new(weight_dtype, K, C)) if of_weight else NONE,
+            draft.fresh(self._new(weight_dtype, K)) if of_bias else NONE,
+        )
+        given = 0, 1 if of_weight else NONE, 2 if of_input else NONE
+        draft.launch(native.cuda.linear_backward_launch(self._problem), *given, *results)
+        self._align(draft, *given)
+        return draft.plan(results, device=self._device)
+
+    def _is(self, tensor: Any, dtype: torch.dtype, size: Any, strides: Any) -> bool:
+        return (
+            tensor is not None
+            and tensor.dtype == dtype
+            and tensor.shape == size
+            and tensor.stride() == strides
+            and tensor.device == self._device
+        )

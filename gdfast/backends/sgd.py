@@ -137,11 +137,11 @@ def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
 
 
 def again(run: Callable[..., None], tensors: SgdTensors, at: Memory) -> Callable[..., bool] | None:
-    """Does an update by `run` of tensors like these, whose kernels are told of `at`, once more and without
-    further checks: `again(params, state, lr, momentum, dampening, weight_decay, nesterov, maximize,
-    zero_grad)`, with lists of parameters and a dict of their states as an optimizer has them. It
-    returns False, with nothing done, where something is not as it was. None where there is no such
-    thing.
+    """Does an update by `run` once more, of tensors like these, whose kernels are told of `at`.
+
+    `again(params, state, lr, momentum, dampening, weight_decay, nesterov, maximize, zero_grad)`
+    takes a list of parameters and a dict of their states as an optimizer has them. It returns
+    False, with nothing done, where something is not as it was. None where there is no such thing.
     """
     if native.cpu is None or run not in (cpu, cuda) or tensors.masters:
         return None

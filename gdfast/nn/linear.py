@@ -32,10 +32,9 @@ def run_linear(module: torch.nn.Linear, input: Tensor) -> Tensor:
         if output is not None:
             return output
         params = module._parameters
-        if params.keys() == _NAMES and isinstance(input, Tensor):
-            given = input, params["weight"], params["bias"]
-            if found := planned_linear(given):
-                planned, tensors = found
-                memo.note(module, None, given, planned, casts=tensors[0] is not input)
+        if params.keys() == _NAMES and isinstance(input, Tensor) and input.is_cpu:
+            tensors = input, params["weight"], params["bias"]
+            if (planned := planned_linear(tensors)) is not None:
+                memo.note(module, None, tensors, planned)
                 return planned.run(tensors)
     return linear(input, module.weight, module.bias)

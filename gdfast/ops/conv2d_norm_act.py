@@ -29,7 +29,7 @@ from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
-from gdfast.ops.planned import Cast, backward_memo, situation
+from gdfast.ops.planned import backward_memo, situation
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
@@ -179,7 +179,7 @@ class Unit:
         needs = ctx.needs_input_grad
         own_weight = ctx.weight if weight is None else weight
         if ctx.is_wide and torch.is_grad_enabled():
-            own_weight = Cast.apply(ctx.weight, weight, input.dtype)
+            own_weight = _Cast.apply(ctx.weight, weight, input.dtype)
             weight = None if weight is None else own_weight
         if torch.is_grad_enabled():
             between = _Known.apply(input, own_weight, ctx.bias, between, self)
@@ -357,6 +357,22 @@ class _UnitFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing allows no second time
         *gradients, residual = ctx.unit.gradients(ctx, grad_output, saved)
         return *gradients, None, None, residual, None, None, None
+
+
+class _Cast(torch.autograd.Function):
+    """`apply(weight, cast, dtype)`: a weight that was cast, given beside what it was cast from, for
+    a graph of gradients. It is cast where `cast` is None."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        weight, cast, dtype = inputs
+        ctx.dtype = weight.dtype
+        output: Tensor = weight.to(dtype) if cast is None else cast.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output.to(ctx.dtype), None, None
 
 
 class _Known(torch.autograd.Function):

@@ -64,8 +64,6 @@ class Planned(ABC):
     them; `on_gpu` tells whether its kernels are launched on a GPU.
     """
 
-    keeps_weight = False  # for graphs of gradients, where what is saved was cast from it
-
     def __init__(self, forward: plans.Plan, device: torch.device, on_gpu: bool = False) -> None:
         self._forward, self._device, self.backend = forward, device, chosen()
         self._place: Any = plans.place(device, on_gpu)
@@ -97,7 +95,7 @@ class Planned(ABC):
         the gradients of all tensors, and a None."""
 
     def cast(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What autocast makes of input, weight and bias, but for what the plan casts."""
+        """What autocast makes of input, weight and bias."""
         return autocast(*tensors)
 
     def run(self, tensors: tuple[Any, ...], _: float = 0.0) -> Tensor:
@@ -111,14 +109,10 @@ class Planned(ABC):
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The output, and what backward reads beside the tensors."""
         if plans.enabled:
-            results = self.planned(tensors)
+            results: Any = self._forward(tensors, 0.0, *self._place())
             if results is not None:
                 return results
         return self.kernels(*tensors)
-
-    def planned(self, tensors: tuple[Any, ...]) -> Any:
-        """The same by the plan, or None, with nothing done, where addresses are not aligned."""
-        return self._forward(tensors, 0.0, *self._place())
 
     def gradients(self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]) -> Gradients:
         """The gradients of all tensors that a context asks for, and a None."""
@@ -156,22 +150,6 @@ class Planned(ABC):
         return facts if isinstance(facts, bytes) else None
 
 
-class Cast(torch.autograd.Function):
-    """`apply(weight, cast, dtype)`: a weight that was cast, given beside what it was cast from, for
-    a graph of gradients. It is cast where `cast` is None."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        weight, cast, dtype = inputs
-        ctx.dtype = weight.dtype
-        output: Tensor = weight.to(dtype) if cast is None else cast.detach()
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output.to(ctx.dtype), None, None
-
-
 class _Pass(NamedTuple):
     plan: plans.Plan | None
     needs: tuple[bool, ...]
@@ -184,8 +162,6 @@ class PlannedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         ctx.planned = planned = inputs[-1]
-        if planned.keeps_weight:
-            ctx.weight = inputs[1]
         output, *made = planned.forward(inputs[:-1])
         ctx.save_for_backward(*planned.saved(ctx.needs_input_grad, inputs, made))
         return output  # type: ignore[no-any-return]
