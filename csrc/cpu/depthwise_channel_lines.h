@@ -298,7 +298,7 @@ class DepthwiseLines {
         channels_(conv.groups),
         size_(round_up(channels_, kLanes<T>)),
         ahead_(fetch_distance<T>(taps_.ahead)),
-        to_ahead_(fetch_distance<T>(kBlockPixels * conv.dest.w)),
+        to_ahead_(fetches_dest(conv) ? fetch_distance<T>(kBlockPixels * conv.dest.w) : 0),
         ending_(Ending<T>::of(conv)) {
     taps_.with_shape([&](auto shape) {
       most_seen_ = decltype(shape)::kSeen;
@@ -354,6 +354,14 @@ class DepthwiseLines {
       finite = all_finite(weight + conv.taps[t].weight, conv.groups, conv.weight_group);
     }
     return finite;
+  }
+
+  // Where dest's pixels do not lie side by side, few taps are seen from each: then fetching costs
+  // more than it gives, unless dest is more than caches hold.
+  static bool fetches_dest(const TapConv& conv) {
+    constexpr int64_t kBytes = 2 << 20;
+    const int64_t values = conv.pixels() * conv.groups;
+    return conv.dest.w == conv.groups || values * static_cast<int64_t>(sizeof(T)) > kBytes;
   }
 
   const TapConv& conv_;
