@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gdfast
-from gdfast import nn
+from gdfast import native, nn
 from gdfast.backends import plans
 from gdfast.ops import conv2d_dispatch
 
@@ -57,7 +57,9 @@ def test_casts_weights_for_autocast(
                 theirs = passes(twin, given, None)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     units = list(conv2d_dispatch.units.values())
-    assert any(each.how[1] and each.plan for unit in units for each in unit._backward.values())
+    assert any(unit._wide_plan for unit in units)
+    wide = [each for unit in units for each in unit._backward.values() if each.how[1]]
+    assert wide and (bias or all(each.plan for each in wide))
 
 
 def test_gradients_of_gradients_under_autocast(cuda_device: torch.device) -> None:
@@ -110,7 +112,9 @@ def test_gives_the_same_bits(
             with plans.disabled():
                 theirs = passes(twin, images, residual)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert planned() == (1, 1)
+    forward, backward = planned()
+    # Hopper's kernel for half types leaves a bias's gradient to torch.
+    assert forward == 1 and (backward == 1 or (with_residual and dtype == torch.bfloat16))
 
 
 def test_tf32_may_be_allowed_between_calls(cuda_device: torch.device) -> None:
@@ -168,7 +172,8 @@ def test_pooled_convolutions_give_the_same_bits(
                 theirs = both_ways(twin, images)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     units = [each for each in conv2d_dispatch.units.values() if each]
-    if layout is torch.channels_last:
+    assert units
+    if layout is torch.channels_last and (channels < 16 or native.cuda_is_simulated):
         assert any(each.plan for unit in units for each in unit._backward.values())
 
 

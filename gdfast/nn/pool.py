@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gdfast import ops
 from gdfast.nn import memo
 from gdfast.nn.block import has_hooks
 from gdfast.nn.conv import Conv2d
-from gdfast.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from gdfast.ops.conv2d_relu_max_pool2d_planned import planned_conv_pool
-from gdfast.ops.max_pool2d import max_pool2d
 from gdfast.ops.max_pool2d_planned import planned_max_pool2d
 
 
@@ -42,7 +41,7 @@ def run_max_pool(module: torch.nn.MaxPool2d, input: Tensor) -> Tensor:
     if is_plain and (planned := planned_max_pool2d(input, *windows)) is not None:
         memo.note(module, None, (input,), planned)
         return planned.run((input,))
-    return max_pool2d(input, *windows)
+    return ops.max_pool2d(input, *windows)
 
 
 def conv_relu_max_pool(
@@ -60,7 +59,7 @@ def conv_relu_max_pool(
         return F.max_pool2d(F.relu(conv(input)), pool_size)
     if is_plain and (output := _run_planned(conv, input, pool_size)) is not None:
         return output
-    return conv2d_relu_max_pool2d(
+    return ops.conv2d_relu_max_pool2d(
         input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
         pool_size=pool_size,
     )  # fmt: skip
