@@ -5,6 +5,7 @@
 // convolutions.
 #include "conv2d.h"
 #include "device.h"
+#include "early.h"
 #include "grouped_hopper.h"
 
 namespace gdfast::cuda {
@@ -248,6 +249,7 @@ grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeight
 #if defined(GDFAST_HOPPER)
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
   constexpr int kConsumers = WeightWarps<kTwins>::kConsumers;
+  let_next_begin();
   if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
   if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kTwins>>(a, first_channel);
