@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
 ]
 
-HOPPER, OCTETS = "grouped-hopper", "grouped-octets"
+HOPPER, WHOLE = "grouped-hopper", "grouped-whole"
 SAME = {"padding": (1, 1)}
 # Twins of small images, the last without one; other small images, and bands of larger ones; parts
 # of slabs, bands and columns. Where 7 columns and padding make up 8, a row ends in the next one.
@@ -89,9 +89,15 @@ def test_what_is_copied_first(name: str, hopper: torch.device) -> None:
         assert torch.equal(result, right)
 
 
-def test_octets(hopper: torch.device, thread_order: str) -> None:
-    # Eight images and some of eight; a slab of two groups and half of one.
-    case = Conv2dCase("octets", 11, 96, 7, 7, 96, 3, 3, groups=3, **SAME)
+# As many images as a block has and some more; a slab of all its groups and some of one.
+WHOLE_CASES = [
+    Conv2dCase("32s-7x7", 11, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
+    Conv2dCase("16s-14x14", 5, 80, 14, 14, 80, 3, 3, groups=5, **SAME),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE_CASES, ids=str)
+def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str) -> None:
     for values, exact in (
         (small_integers(case, torch.bfloat16, hopper), True),
         (tensors_of(case, torch.bfloat16, True, hopper), False),
@@ -99,9 +105,9 @@ def test_octets(hopper: torch.device, thread_order: str) -> None:
         input, weight, _, grad = values.values()
         query = query_of(case, values)
         for op in ("conv2d", "conv2d_grad_input"):
-            assert not cuda_candidates.grouped_why_not(op, query, OCTETS)
-        output = cuda_conv2d.conv2d(query, OCTETS)(input, weight, None)
-        grad_input = cuda_conv2d.conv2d_grad_input(query, OCTETS)(grad, weight)
+            assert not cuda_candidates.grouped_why_not(op, query, WHOLE)
+        output = cuda_conv2d.conv2d(query, WHOLE)(input, weight, None)
+        grad_input = cuda_conv2d.conv2d_grad_input(query, WHOLE)(grad, weight)
         others = (
             cuda_conv2d.conv2d(query, HOPPER)(input, weight, None),
             cuda_conv2d.conv2d_grad_input(query, HOPPER)(grad, weight),

@@ -3,7 +3,7 @@
 
 #include "../bindings.h"
 #include "bindings.h"
-#include "grouped_octets.h"
+#include "conv2d_grouped_whole.h"
 
 namespace gdfast::cuda {
 
@@ -95,8 +95,8 @@ void bind_grouped(py::module_& m) {
   bind(m, {"_hopper", &grouped_hopper_why_not, &conv2d_grouped_hopper,
            &conv2d_grad_input_grouped_hopper, &grouped_hopper_splits,
            &conv2d_grad_weight_grouped_hopper});
-  bind(m, {"_octets", &grouped_octets_why_not, &conv2d_grouped_octets,
-           &conv2d_grad_input_grouped_octets, nullptr, nullptr});
+  bind(m, {"_whole", &grouped_whole_why_not, &conv2d_grouped_whole,
+           &conv2d_grad_input_grouped_whole, nullptr, nullptr});
 }
 
 }  // namespace gdfast::cuda

@@ -13,10 +13,7 @@ namespace {
 
 constexpr int kTaps = 9;
 constexpr int kSlotsBeforeFilters = 2;
-#ifndef RESULT_BUFFERS
-#define RESULT_BUFFERS 2
-#endif
-constexpr int kResultBuffers = RESULT_BUFFERS;  // of a stream
+constexpr int kResultBuffers = 3;  // of a stream
 static_assert((2 * kMostSlots + 1) * sizeof(uint64_t) <= kRingAt, "a barrier more");
 
 struct GroupedHopperArguments {

@@ -22,9 +22,9 @@ from gdfast.backends.sgd import address
 
 NAME = "grouped"
 HOPPER = "grouped-hopper"  # 3x3 filters of stride 1, by TMA, on GPUs of compute capability 9.0
-OCTETS = "grouped-octets"  # of these, groups of 32 channels on images of 7x7: eight at a time
+WHOLE = "grouped-whole"  # of these, small images, which a block has whole, in bfloat16
 # The one expected to be faster first.
-BINDINGS = {OCTETS: "grouped_octets", HOPPER: "grouped_hopper", NAME: "grouped"}
+BINDINGS = {WHOLE: "grouped_whole", HOPPER: "grouped_hopper", NAME: "grouped"}
 Copy = Callable[[Tensor], Tensor]
 
 
