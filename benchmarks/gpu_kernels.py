@@ -55,6 +55,8 @@ _CONVOLUTIONS = (
     Conv2dCase("1x1-stride-2", 2, 24, 9, 8, 40, 1, 1, stride=(2, 2)),
     Conv2dCase("stem", 2, 3, 19, 22, 16, 7, 7, stride=(2, 2), padding=(3, 3)),
 )
+# Rows, columns and outputs: one by one, whole vectors, several rows of a block, tiles.
+_LINEAR = ((5, 67, 9), (9, 1064, 10), (520, 64, 3), (37, 200, 72))
 _HOPPER = (
     Conv2dCase("3x3", 2, 72, 9, 10, 72, 3, 3, padding=(1, 1)),
     Conv2dCase("1x1", 3, 72, 7, 7, 136, 1, 1),
@@ -278,6 +280,22 @@ def pooled(
     return both_ways(ours, partial(F.max_pool2d, **window), [values], device)
 
 
+def multiplied(
+    sizes: tuple[int, int, int], dtypes: tuple[torch.dtype, ...], device: str, backend: str
+) -> list[tuple[Tensor, Tensor]]:
+    """A linear layer on tensors of two dtypes, of which autocast makes a third one."""
+    (N, C, K), (of_input, of_weight, cast) = sizes, dtypes
+    leaves = [random((N, C), of_input), random((K, C), of_weight), random((K,), of_weight)]
+
+    def ours(*inputs: Tensor) -> Tensor:
+        enabled = cast != of_weight
+        dtype = cast if enabled else torch.bfloat16
+        with gdfast.backend(backend), torch.autocast(device, dtype, enabled=enabled):
+            return ops.linear(*inputs)
+
+    return both_ways(ours, F.linear, leaves, device)
+
+
 def updated(
     dtype: torch.dtype, masters: bool, device: str, backend: str
 ) -> list[tuple[Tensor, Tensor]]:
@@ -384,7 +402,24 @@ def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
             yield f"sgd_ in backward, {dtype}, bias {bias}", run, 0
     yield from _other_dtypes(where)
     if backend == "cuda":
+        yield from _linear(where)
         yield from _hopper(where)
+
+
+def _linear(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    few = [(dtype, dtype, dtype) for dtype in (float32, torch.float64)]
+    for sizes in _LINEAR:
+        for dtypes in (
+            *(few if sizes[2] <= 32 else []),
+            (float16, float16, float16),
+            (bfloat16, bfloat16, bfloat16),
+            (bfloat16, float32, bfloat16),
+            (float32, float32, float16),
+        ):
+            most = _NORM_ERROR if dtypes[1] != dtypes[2] else 0
+            run = partial(multiplied, sizes, dtypes, **where)
+            yield f"linear {sizes}, {dtypes}", run, most
 
 
 def _other_dtypes(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:

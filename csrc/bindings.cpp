@@ -10,6 +10,7 @@
 #include "plan.h"
 #include "recall.h"
 #include "tensor_facts.h"
+#include "update.h"
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace gdfast;
@@ -42,6 +43,7 @@ PYBIND11_MODULE(_cpu, m) {
   bind_memory(m);
   bind_nms(m);
   bind_sgd(m);
-  if (!add_tensor_facts(m.ptr()) || !add_plan(m.ptr()) || !add_recall(m.ptr()))
+  if (!add_tensor_facts(m.ptr()) || !add_plan(m.ptr()) || !add_recall(m.ptr()) ||
+      !add_update(m.ptr()))
     throw pybind11::error_already_set();
 }

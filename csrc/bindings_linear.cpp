@@ -53,6 +53,24 @@ void bind_linear(py::module_& m) {
       py::arg("problem"), py::arg("grad_output"), py::arg("input"), py::arg("weight"),
       py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"),
       "Writes the gradients whose addresses are not 0.");
+  m.def(
+      "linear_launch",
+      [](const LinearProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().linear(problem, at[0], at[1], at[2], at[3], call.where);
+        });
+      },
+      py::arg("problem"), "A launch of linear, on input, weight, bias and output.");
+  m.def(
+      "linear_backward_launch",
+      [](const LinearProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().linear_backward(problem, at[0], at[1], at[2], at[3], at[4], at[5],
+                                         call.where);
+        });
+      },
+      py::arg("problem"),
+      "A launch of linear_backward, on grad_output, input, weight and the three gradients.");
 }
 
 }  // namespace gdfast

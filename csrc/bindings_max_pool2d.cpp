@@ -23,6 +23,49 @@ void check_fused(const Conv2dProblem& conv, const MaxPool2dProblem& pool) {
           "pool: expected windows within its input");
 }
 
+void bind_launches(py::module_& m) {
+  m.def(
+      "max_pool2d_launch",
+      [](const MaxPool2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().max_pool2d(problem, at[0], at[1], at[2], call.where);
+        });
+      },
+      py::arg("problem"), "A launch of max_pool2d, on input, output and argmax.");
+  m.def(
+      "max_pool2d_grad_launch",
+      [](const MaxPool2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          cpu::kernels().max_pool2d_grad(problem, at[0], at[1], at[2], call.where);
+        });
+      },
+      py::arg("problem"), "A launch of max_pool2d_grad, on grad_output, argmax and grad_input.");
+  m.def(
+      "conv2d_relu_max_pool2d_launch",
+      [](const Conv2dProblem& conv, const MaxPool2dProblem& pool) {
+        check_fused(conv, pool);
+        return as_object([conv, pool](void* const* at, const Call& call) {
+          cpu::kernels().conv2d_relu_max_pool2d(conv, pool, at[0], at[1], at[2], at[3],
+                                                static_cast<uint8_t*>(at[4]), call.where);
+        });
+      },
+      py::arg("conv"), py::arg("pool"),
+      "A launch of conv2d_relu_max_pool2d, on input, weight, bias, output and argmax.");
+  m.def(
+      "conv2d_relu_max_pool2d_grad_weight_launch",
+      [](const Conv2dProblem& conv, const MaxPool2dProblem& pool) {
+        check_fused(conv, pool);
+        return as_object([conv, pool](void* const* at, const Call& call) {
+          cpu::kernels().conv2d_relu_max_pool2d_grad_weight(conv, pool, at[0],
+                                                            static_cast<const uint8_t*>(at[1]),
+                                                            at[2], at[3], at[4], call.where);
+        });
+      },
+      py::arg("conv"), py::arg("pool"),
+      "A launch of conv2d_relu_max_pool2d_grad_weight, on grad_output, argmax, input, grad_weight "
+      "and grad_bias.");
+}
+
 }  // namespace
 
 void bind_max_pool2d(py::module_& m) {
@@ -79,6 +122,7 @@ void bind_max_pool2d(py::module_& m) {
       py::arg("conv"), py::arg("pool"), py::arg("grad_output"), py::arg("argmax"), py::arg("input"),
       py::arg("grad_weight"), py::arg("grad_bias"), py::arg("threads"),
       "Writes grad_weight and, unless its address is 0, grad_bias.");
+  bind_launches(m);
 }
 
 }  // namespace gdfast

@@ -1,5 +1,6 @@
 // Binds the SGD kernel: lists of addresses in, nothing of torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
@@ -8,6 +9,7 @@
 #include "cpu/kernels.h"
 #include "linear_problem.h"
 #include "sgd_arguments.h"
+#include "sgd_launch.h"
 
 namespace py = pybind11;
 
@@ -38,24 +40,31 @@ void append_by_columns(const SgdTensor& matrix, int64_t rows, int64_t element_si
 }
 
 // `rows` has those of the matrices to divide, and 1 for other params.
-std::vector<SgdTensor> divided(const std::vector<SgdTensor>& tensors, const py::list& numels,
-                               const py::list& rows, int64_t element_size, int threads) {
+std::vector<SgdTensor> divided(const std::vector<SgdTensor>& tensors,
+                               const std::vector<int64_t>& rows, int64_t element_size,
+                               int threads) {
   std::vector<SgdTensor> parts;
-  size_t next = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
-    if (PyLong_AsLongLong(PyList_GET_ITEM(numels.ptr(), i)) <= 0) continue;  // no tensor has it
-    const SgdTensor& tensor = tensors[next++];
-    const int64_t count = rows[i].cast<int64_t>();
-    if (count < 1 || tensor.numel % count != 0) {
+    if (rows[i] < 1 || tensors[i].numel % rows[i] != 0) {
       throw py::value_error("sgd: rows: expected divisors of numels");
     }
-    if (count == 1) {
-      parts.push_back(tensor);
+    if (rows[i] == 1) {
+      parts.push_back(tensors[i]);
     } else {
-      append_by_columns(tensor, count, element_size, threads, &parts);
+      append_by_columns(tensors[i], rows[i], element_size, threads, &parts);
     }
   }
   return parts;
+}
+
+// Those of the params that have elements.
+std::vector<int64_t> rows_of(const py::list& numels, const py::list& rows) {
+  std::vector<int64_t> some;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (PyLong_AsLongLong(PyList_GET_ITEM(numels.ptr(), i)) <= 0) continue;  // no tensor has it
+    some.push_back(rows[i].cast<int64_t>());
+  }
+  return some;
 }
 
 bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
@@ -69,7 +78,7 @@ bool sgd(const py::list& params, const py::list& grads, const py::list& momenta,
   if (!sgd_disjoint(tensors, element_size)) return false;
   if (!rows.empty() && threads > 1) {
     sgd_require_length(rows, params.size(), "rows");
-    tensors = divided(tensors, numels, rows, element_size, threads);
+    tensors = divided(tensors, rows_of(numels, rows), element_size, threads);
   }
   py::gil_scoped_release release;
   cpu::kernels().sgd(tensors.data(), static_cast<int64_t>(tensors.size()), hyper, threads);
@@ -88,6 +97,22 @@ void bind_sgd(py::module_& m) {
         "masters (none but for half types: then they and momenta are float32) are lists of "
         "addresses. rows are those of matrices whose columns threads divide between them, 1 for "
         "other params. False, with nothing done, where two params share memory.");
+  m.def(
+      "sgd_launch",
+      [](const std::string& dtype, const std::vector<int64_t>& rows) {
+        const int64_t element_size = sgd_dtype(dtype).second;
+        PyObject* const capsule = sgd_launch_capsule([=](const SgdTensor* tensors, int64_t count,
+                                                         const SgdHyper& hyper, const Call& call) {
+          std::vector<SgdTensor> parts(tensors, tensors + count);
+          if (!rows.empty() && call.where > 1) {
+            parts = divided(parts, rows, element_size, call.where);
+          }
+          cpu::kernels().sgd(parts.data(), static_cast<int64_t>(parts.size()), hyper, call.where);
+        });
+        if (capsule == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(capsule);
+      },
+      py::arg("dtype"), py::arg("rows"), "The kernel for make_update; rows as for sgd.");
 }
 
 }  // namespace gdfast

@@ -209,6 +209,16 @@ int have_facts(PyObject* const* tensors, Py_ssize_t count, PyObject* facts) {
   return std::memcmp(now, PyBytes_AS_STRING(facts), static_cast<size_t>(bytes)) == 0;
 }
 
+PyObject* facts_of(PyObject* tensor) { return tensor_facts(nullptr, &tensor, 1); }
+
+int64_t numel_of(PyObject* tensor) {
+  DLTensor found;
+  if (api == nullptr || api->look_into(tensor, &found) != 0) return 0;
+  int64_t count = 1;
+  for (int i = 0; i < found.ndim; ++i) count *= found.shape[i];
+  return count;
+}
+
 bool tensor_address(PyObject* tensor, void** address) {
   DLTensor found;
   if (api == nullptr || !is_watched(tensor)) {

@@ -3,6 +3,8 @@
 
 #include <Python.h>
 
+#include <cstdint>
+
 namespace gdfast {
 
 // Adds to a module
@@ -27,6 +29,12 @@ int have_facts(PyObject* const* tensors, Py_ssize_t count, PyObject* facts);
 
 // Whether a watcher is true: 1 or 0, and -1 with a Python exception set.
 int is_anyone_watching();
+
+// The facts of one tensor as bytes, None where it has none; null with a Python exception set.
+PyObject* facts_of(PyObject* tensor);
+
+// How many elements a tensor that has facts has.
+int64_t numel_of(PyObject* tensor);
 
 // Where a tensor's elements begin; false with a Python exception set for what has no memory.
 bool tensor_address(PyObject* tensor, void** address);

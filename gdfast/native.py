@@ -137,6 +137,7 @@ cuda = _load("cuda", "gdfast._cuda_simulated" if cuda_is_simulated else "gdfast.
 _NO_KERNELS = {
     "isa", "supported_isas", "select_isa", "take_memory", "memory_use", "release_memory",
     "watch_tensors", "tensor_facts", "unwatched_facts", "make_plan", "run_plan",
+    "make_memo", "recall", "make_update", "run_update",
 }  # fmt: skip
 
 

@@ -249,6 +249,20 @@ def test_kernels_bound_by_memory_read_16_bytes_at_a_time() -> None:
             assert code.count(r"LDG\.E\.(.*\.)?128"), code
 
 
+def test_linear_layers_read_and_multiply_by_whole_instructions() -> None:
+    found = [code for code in codes() if code.kernel.startswith("linear_")]
+    assert {code.kernel for code in found} == {
+        "linear_few_kernel", "linear_few_backward_kernel",
+        "linear_wide_kernel", "linear_wide_backward_kernel",
+    }  # fmt: skip
+    for code in found:
+        if code.kernel.startswith("linear_wide"):
+            assert code.count("HMMA") and code.count("LDSM"), code
+            assert code.count(r"LDG\.E\.(.*\.)?128"), code
+        elif next(each for each in code.arguments if each.isdigit()) == "4":
+            assert code.count(r"LDG\.E\.(.*\.)?(64|128)"), code
+
+
 @pytest.mark.parametrize(
     ("symbol", "names"),
     [

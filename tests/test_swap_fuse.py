@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gdfast
 from gdfast import ops
-from gdfast.nn import norm
+from gdfast.nn import norm, pool
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_registry", "compiled_cpu"),
@@ -50,6 +50,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return found
 
     monkeypatch.setattr(norm, "unit", spy_unit)
+
+    def spy_planned(name: str, find: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = find(*args)
+            if found is not None:
+                seen.append((name, None, False))
+            return found
+
+        return call
+
+    for finder, name in (
+        ("planned_conv_pool", "conv2d_relu_max_pool2d"), ("planned_max_pool2d", "max_pool2d"),
+    ):  # fmt: skip
+        monkeypatch.setattr(pool, finder, spy_planned(name, getattr(pool, finder)))
     return seen
 
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../sgd_arguments.h"
+#include "../sgd_launch.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -63,6 +64,7 @@ PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
   gdfast::cuda::bind_grouped(m);
   gdfast::cuda::bind_hopper_float32(m);
   gdfast::cuda::bind_launches(m);
+  gdfast::cuda::bind_linear(m);
   gdfast::cuda::bind_stem(m);
   gdfast::cuda::bind_transpose(m);
   m.def("why_not_device", &gdfast::cuda::why_not_device, py::arg("device"),
@@ -77,4 +79,17 @@ PYBIND11_MODULE(GDFAST_CUDA_MODULE, m) {
         "addresses on the device; lr_address (float64, instead of lr), grad_scale and "
         "found_inf (float32) addresses there, 0 for none. False, with nothing done, where two "
         "params share memory.");
+  m.def(
+      "sgd_launch",
+      [] {
+        PyObject* const capsule =
+            gdfast::sgd_launch_capsule([](const gdfast::SgdTensor* tensors, int64_t count,
+                                          const gdfast::SgdHyper& hyper, const gdfast::Call& call) {
+              gdfast::cuda::sgd(tensors, count, hyper, {nullptr, nullptr, nullptr}, call.where,
+                                call.stream);
+            });
+        if (capsule == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(capsule);
+      },
+      "The kernel for make_update of gdfast._cpu.");
 }

@@ -10,6 +10,7 @@
 #include "../batch_norm_problem.h"
 #include "../conv2d_problem.h"
 #include "../max_pool2d_problem.h"
+#include "linear.h"
 
 namespace gdfast::cuda {
 
@@ -19,6 +20,7 @@ void bind_depthwise(pybind11::module_& m);
 void bind_grouped(pybind11::module_& m);
 void bind_hopper_float32(pybind11::module_& m);
 void bind_launches(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
 void bind_max_pool2d(pybind11::module_& m);
 void bind_stem(pybind11::module_& m);
 void bind_transpose(pybind11::module_& m);
@@ -56,6 +58,11 @@ inline std::string told(const Conv2dProblem& p) {
 inline std::string told(const BatchNormProblem& p) {
   return std::string(name_of(p.dtype)) + ", input " + listed(p.N, p.C, p.S) +
          (p.channels_last ? ", channels last" : "");
+}
+
+inline std::string told(const Linear& p) {
+  return std::string(name_of(p.output)) + ", input " + listed(p.N, p.C) + " of " +
+         name_of(p.input) + ", weight " + listed(p.K, p.C) + " of " + name_of(p.weight);
 }
 
 inline std::string told(const MaxPool2dProblem& p) {

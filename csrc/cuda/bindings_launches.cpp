@@ -3,6 +3,7 @@
 #include "../bindings.h"
 #include "bindings.h"
 #include "bindings_ways.h"
+#include "cast.h"
 #include "conv2d.h"
 #include "conv2d_hopper_planes.h"
 
@@ -100,13 +101,18 @@ void bind_grad_input(py::module_& m) {
 void bind_grad_weight(py::module_& m) {
   m.def(
       "conv2d_grad_weight_launch",
-      [](Problem problem, const Conv2dWay& way, int64_t splits) {
+      [](Problem problem, const Conv2dWay& way, int64_t splits, bool wide) {
         check_splits(splits);
-        return launch_of(problem, [way, splits](Problem p, Addresses at, At where) {
+        return launch_of(problem, [way, splits, wide](Problem p, Addresses at, At where) {
+          if (wide) {
+            return conv2d_grad_weight_wide(p, way, at[0], at[1], at[2], at[4], splits, where);
+          }
           conv2d_grad_weight(p, way, at[0], at[1], at[2], at[3], at[4], splits, where);
         });
       },
-      py::arg("problem"), py::arg("way"), py::arg("splits"), "A launch of conv2d_grad_weight.");
+      py::arg("problem"), py::arg("way"), py::arg("splits"), py::arg("wide") = false,
+      "A launch of conv2d_grad_weight; `wide` stores the weight's gradient in float32, without the "
+      "bias's.");
   m.def(
       "conv2d_stem_grad_weight_launch",
       [](Problem problem, const Conv2dWay& way, int64_t splits) {
@@ -130,9 +136,27 @@ void bind_grad_weight(py::module_& m) {
       "A launch of conv2d_grad_weight_hopper, which leaves parts in its workspace.");
 }
 
+void bind_cast(py::module_& m) {
+  m.def(
+      "cast_launch",
+      [](int64_t count, const std::string& half, bool to_half) {
+        const DType type = dtype_named("cast", half);
+        if (type != DType::kBFloat16 && type != DType::kFloat16) {
+          throw py::value_error("cast: half: expected bfloat16 or float16, got " + half);
+        }
+        return as_object([count, type, to_half](void* const* at, const Call& call) {
+          cast(at[0], at[1], count, type, to_half, Where{call.where, call.stream});
+        });
+      },
+      py::arg("count"), py::arg("half"), py::arg("to_half"),
+      "A launch that makes `count` numbers of float32 those of a half type, or the other way, from "
+      "one tensor to another.");
+}
+
 }  // namespace
 
 void bind_launches(py::module_& m) {
+  bind_cast(m);
   bind_forward(m);
   bind_grad_input(m);
   bind_grad_weight(m);

@@ -1,4 +1,5 @@
 // Binds the pooling kernels.
+#include "../bindings.h"
 #include "../bindings_max_pool2d_problem.h"
 #include "bindings.h"
 #include "kernels.h"
@@ -29,6 +30,24 @@ void bind_max_pool2d(py::module_& m) {
       py::arg("problem"), py::arg("grad_output"), py::arg("argmax"), py::arg("grad_input"),
       py::arg("device"), py::arg("stream"),
       "Writes grad_input; arguments after problem are addresses.");
+  m.def(
+      "max_pool2d_launch",
+      [](const MaxPool2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          telling(problem,
+                  [&] { max_pool2d(problem, at[0], at[1], at[2], call.where, call.stream); });
+        });
+      },
+      py::arg("problem"), "A launch of max_pool2d.");
+  m.def(
+      "max_pool2d_grad_launch",
+      [](const MaxPool2dProblem& problem) {
+        return as_object([problem](void* const* at, const Call& call) {
+          telling(problem,
+                  [&] { max_pool2d_grad(problem, at[0], at[1], at[2], call.where, call.stream); });
+        });
+      },
+      py::arg("problem"), "A launch of max_pool2d_grad.");
 }
 
 }  // namespace gdfast::cuda

@@ -55,6 +55,11 @@ void conv2d_grad_weight(const Conv2dProblem& problem, const Conv2dWay& way, cons
                         const void* input, void* grad_weight, void* grad_bias, void* workspace,
                         int64_t splits, const Where& where);
 
+// The same of half types, with the weight's gradient rounded to them and stored in float32.
+void conv2d_grad_weight_wide(const Conv2dProblem& problem, const Conv2dWay& way,
+                             const void* grad_output, const void* input, void* grad_weight,
+                             void* workspace, int64_t splits, const Where& where);
+
 // A weight, its momentum buffer and its master copy, all in the memory order of problem.weight, and
 // how they are updated. hyper.dtype is the problem's or, where that is a half type, float32: of a
 // weight that was cast for the convolution. tensor.grad and hyper.grad_scale are not looked at.

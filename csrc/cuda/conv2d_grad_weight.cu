@@ -157,11 +157,9 @@ int64_t used_splits(const Conv2dProblem& p, int64_t splits) {
   return p.N * p.P * p.Q == 0 ? 0 : splits;
 }
 
-}  // namespace
-
-void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
-                        const void* input, void* grad_weight, void* grad_bias, void* workspace,
-                        int64_t splits, const Where& where) {
+void grad_weight_of(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
+                    const void* input, void* grad_weight, void* grad_bias, void* workspace,
+                    int64_t splits, const Where& where, bool wide) {
   const int64_t weights = weight_elements(p), used = used_splits(p, splits);
   Arguments arguments = arguments_of(p, grad_output, input, splits);
   arguments.weight_sums = workspace;
@@ -180,12 +178,16 @@ void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void
     using Math = typename Instance::Math;
     using Element = typename Math::Element;
     using Sum = typename Math::Sum;
-    if (grad_weight != nullptr) launch_sum_splits<Element, Sum>(weight_sums, grad_weight, where);
+    if (grad_weight != nullptr) {
+      if (wide && sizeof(Element) == 2) {
+        launch_sum_splits<Element, Sum, Sum>(weight_sums, grad_weight, where);
+      } else {
+        launch_sum_splits<Element, Sum>(weight_sums, grad_weight, where);
+      }
+    }
     if (grad_bias != nullptr) launch_sum_splits<Element, Sum>(bias_sums, grad_bias, where);
   });
 }
-
-namespace {
 
 void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t splits,
                     const SgdWeight& weight, const Where& where) {
@@ -203,6 +205,19 @@ void sum_splits_sgd(const Conv2dProblem& p, const void* workspace, int64_t split
 }
 
 }  // namespace
+
+void conv2d_grad_weight(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
+                        const void* input, void* grad_weight, void* grad_bias, void* workspace,
+                        int64_t splits, const Where& where) {
+  grad_weight_of(p, way, grad_output, input, grad_weight, grad_bias, workspace, splits, where,
+                 false);
+}
+
+void conv2d_grad_weight_wide(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
+                             const void* input, void* grad_weight, void* workspace, int64_t splits,
+                             const Where& where) {
+  grad_weight_of(p, way, grad_output, input, grad_weight, nullptr, workspace, splits, where, true);
+}
 
 void conv2d_grad_weight_sgd(const Conv2dProblem& p, const Conv2dWay& way, const void* grad_output,
                             const void* input, const void* workspace, int64_t splits,

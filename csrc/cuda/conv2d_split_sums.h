@@ -2,6 +2,8 @@
 // writes the gradient, or updates the weight by it.
 #pragma once
 
+#include <type_traits>
+
 #include "conv2d_launch.h"
 #include "device.h"
 #include "early.h"
@@ -112,22 +114,29 @@ GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (
   for (int i = 0; i < kCount; ++i) places[i] = first + i * a.channel_step;
 }
 
-// whole: whether a group is written at once.
-template <typename T, typename Sum, int kCount>
+// whole: whether a group is written at once. Results are rounded to T, and stored as To.
+template <typename T, typename To, typename Sum, int kCount>
 GDFAST_KERNEL(kSumThreads, 1)
 sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to, bool whole) {
   Sum sums[kCount];
   int64_t places[kCount];
   sum_splits(a, sums, places);
   if (places[0] < 0) return;
-  Group<T, kCount> results;
+  Group<To, kCount> results;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) results.values[i] = from_float<T>(sums[i]);
+  for (int i = 0; i < kCount; ++i) {
+    const T rounded = from_float<T>(sums[i]);
+    if constexpr (std::is_same_v<T, To>) {
+      results.values[i] = rounded;
+    } else {
+      results.values[i] = to_float(rounded);
+    }
+  }
   if (whole) {
-    *reinterpret_cast<Group<T, kCount>*>(static_cast<T*>(to) + places[0]) = results;
+    *reinterpret_cast<Group<To, kCount>*>(static_cast<To*>(to) + places[0]) = results;
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) static_cast<T*>(to)[places[i]] = results.values[i];
+    for (int i = 0; i < kCount; ++i) static_cast<To*>(to)[places[i]] = results.values[i];
   }
 }
 
@@ -151,11 +160,11 @@ void launch_sums(Kernel kernel, const SplitSums& a, const Where& where, const Mo
                where.stream, a, more...);
 }
 
-template <typename T, typename Sum>
+template <typename T, typename Sum, typename To = T>
 void launch_sum_splits(const SplitSums& a, void* to, const Where& where) {
-  if (!a.grouped) return launch_sums<Sum, 1>(sum_splits_kernel<T, Sum, 1>, a, where, to, true);
+  if (!a.grouped) return launch_sums<Sum, 1>(sum_splits_kernel<T, To, Sum, 1>, a, where, to, true);
   const bool whole = a.whole && reinterpret_cast<uintptr_t>(to) % 16 == 0;
-  launch_sums<Sum, kGroup>(sum_splits_kernel<T, Sum, kGroup>, a, where, to, whole);
+  launch_sums<Sum, kGroup>(sum_splits_kernel<T, To, Sum, kGroup>, a, where, to, whole);
 }
 
 template <typename T, typename Sum>

@@ -32,9 +32,9 @@ template <typename Tile>
 GDFAST_DEVICE int chunk_offset(int row, int chunk) {
   // Rows of 64 bytes: two of them share the 32 banks. Of wider ones each begins at bank 0. Elements
   // of four bytes of a transposed tile are read one by one, from four rows and two chunks of each.
-  const int turn = !Tile::kTransposed  ? (row >> 1) & 3
-                   : Tile::kBytes == 2 ? row & 7
-                                       : (row & 3) * 2;
+  const int turn = Tile::kRowBytes == 64 ? (row >> 1) & 3
+                   : Tile::kBytes == 2   ? row & 7
+                                         : (row & 3) * 2;
   return row * Tile::kRowBytes + (chunk ^ turn) * 16;
 }
 

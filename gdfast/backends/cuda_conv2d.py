@@ -71,6 +71,8 @@ class Kernel:
     where there are no positions or, on Hopper, too many splits to be worth it.
     """
 
+    on_gpu = True
+
     def __init__(
         self, run: Callable[..., tuple[Tensor, Tensor | None]],
         draft: Callable[..., Any] | None = None,
@@ -362,8 +364,16 @@ def conv2d_grad_weight(
     if by == cuda_stem.NAME:
         way = _way(query, SMALLEST)
         stem = cuda_stem.conv2d_grad_weight(query, problem_of(query)[0], way)
-        exact = conv2d_grad_weight(query, SMALLEST)
-        return lambda *tensors: (exact if _is_exact(query) else stem)(*tensors)
+        exact: Any = conv2d_grad_weight(query, SMALLEST)
+
+        def either(*tensors: Any) -> tuple[Tensor, Tensor | None]:
+            results: tuple[Tensor, Tensor | None] = (exact if _is_exact(query) else stem)(*tensors)
+            return results
+
+        def draft(*arguments: Any) -> Any:
+            return plans.draft_of(exact if _is_exact(query) else stem)(*arguments)
+
+        return plans.drafted(either, draft, on_gpu=True)
     if by in cuda_grouped.BINDINGS:
         problem, copies = problem_of(query, "input", "output", by=by)
         return cuda_grouped.GroupedGradWeight(query, problem, copies, _way(query, SMALLEST), by)

@@ -30,6 +30,7 @@ class GradWeight:
     gradients. `begin` takes the same and leaves the weight's for later.
     """
 
+    drafts_wide = True
     ends_in_registers = True  # whether one part alone may update a weight without a workspace
 
     def __init__(
@@ -64,21 +65,25 @@ class GradWeight:
         return Parts(self, workspace, input.dtype), grad_bias
 
     def draft(
-        self, plan: plans.Draft, grad_output: int, input: int, bias: bool
+        self, plan: plans.Draft, grad_output: int, input: int, bias: bool, wide: bool = False
     ) -> tuple[int, int] | None:
-        """The numbers of both gradients, where the images are read as they lie."""
+        """The numbers of both gradients, where the images are read as they lie. With `wide` the
+        weight's is float32, though rounded to the type of images, and the bias has none."""
         assert native.cuda is not None
         if not may_plan(plan, (self.copy_grad, self.copy_input), (grad_output, input)):
             return None
-        grad_weight, grad_bias = self._draft_results(plan, bias)
-        launch = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts)
+        grad_weight, grad_bias = self._draft_results(plan, bias, wide)
+        launch = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts, wide)
         workspace = plan.scratch(self._bytes[bias])
         plan.launch(launch, grad_output, input, grad_weight, grad_bias, workspace)
         return grad_weight, grad_bias
 
-    def _draft_results(self, plan: plans.Draft, bias: bool) -> tuple[int, int]:
+    def _draft_results(self, plan: plans.Draft, bias: bool, wide: bool) -> tuple[int, int]:
         dtype, device = self._query.dtype, self._query.device
-        grad_weight = plan.fresh(partial(self.empty_weight, dtype, device))
+        of_weight = torch.float32 if wide else dtype
+        grad_weight = plan.fresh(
+            partial(torch.empty_strided, self.size, self.strides, dtype=of_weight, device=device)
+        )
         if not bias:
             return grad_weight, plans.NONE
         return grad_weight, plan.fresh(

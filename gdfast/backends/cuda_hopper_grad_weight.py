@@ -74,16 +74,16 @@ class HopperGradWeight(GradWeight):
         return begun.gradient(), grad_bias
 
     def draft(
-        self, plan: plans.Draft, grad_output: int, input: int, bias: bool
+        self, plan: plans.Draft, grad_output: int, input: int, bias: bool, wide: bool = False
     ) -> tuple[int, int] | None:
         assert native.cuda is not None
         if bias or not may_plan(plan, (self.copy_grad, self.copy_input), (grad_output, input)):
             return None
-        grad_weight, none = self._draft_results(plan, False)
+        grad_weight, none = self._draft_results(plan, False, wide)
         workspace = plan.scratch(self._bytes[False])
         parts = native.cuda.conv2d_grad_weight_hopper_launch(self.problem, *self._block, self.parts)
         plan.launch(parts, grad_output, input, workspace)
-        sum_up = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts)
+        sum_up = native.cuda.conv2d_grad_weight_launch(self.problem, self.way(), self.parts, wide)
         plan.launch(sum_up, none, none, grad_weight, none, workspace)
         return grad_weight, none
 

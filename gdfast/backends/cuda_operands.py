@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 
+from gdfast import native
 from gdfast.backends import plans
+from gdfast.backends.sgd import DTYPES, HALF_TYPES
 
 Copy = Callable[[Tensor], Tensor]
 
@@ -36,3 +40,14 @@ def may_plan(plan: plans.Draft, copies: Sequence[Copy], tensors: Sequence[int]) 
         elif copy is not as_it_is:
             return False
     return True
+
+
+def plan_cast(
+    plan: plans.Draft, tensor: int, size: Sequence[int], strides: Sequence[int],
+    to: torch.dtype, half: torch.dtype, device: torch.device,
+) -> int:  # fmt: skip
+    """The number of a dense tensor made another of type `to`: float32 a half type, or back."""
+    assert native.cuda is not None and half in HALF_TYPES
+    made = plan.fresh(partial(torch.empty_strided, size, strides, dtype=to, device=device))
+    plan.launch(native.cuda.cast_launch(prod(size), DTYPES[half], to == half), tensor, made)
+    return made

@@ -13,6 +13,7 @@ bounds it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_stream, cuda_tiles
+from gdfast.backends import cuda_stream, cuda_tiles, plans
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.backends.sgd import address
 
@@ -114,4 +115,13 @@ def conv2d_grad_weight(
         )  # fmt: skip
         return grad_weight, grad_bias
 
-    return kernel
+    def draft(plan: plans.Draft, grad_output: int, input: int, bias: bool) -> tuple[int, int]:
+        like = {"dtype": query.dtype, "device": query.device}
+        grad_weight = plan.fresh(partial(torch.empty_strided, size, strides, **like))
+        grad_bias = plan.fresh(partial(torch.empty, size[0], **like)) if bias else plans.NONE
+        launch = native.cuda.conv2d_stem_grad_weight_launch(problem, way(), parts)
+        workspace = plan.scratch(bytes_of[bias])
+        plan.launch(launch, grad_output, input, grad_weight, grad_bias, workspace)
+        return grad_weight, grad_bias
+
+    return plans.drafted(kernel, draft, on_gpu=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import max_pool2d, memory
+from gdfast.backends import max_pool2d, memory, plans
 from gdfast.backends.max_pool2d import DTYPES, MaxPool2dQuery
 from gdfast.backends.registry import Query
 from gdfast.geometry import Conv2dGeometry, MaxPool2dGeometry, dense_strides
@@ -81,7 +81,13 @@ def cpu(
         )  # fmt: skip
         return output, argmax
 
-    return kernel
+    def draft(plan: plans.Draft, input: int, weight: int, bias: int) -> tuple[int, int]:
+        results = plan.fresh(new_output), plan.fresh(new_argmax)
+        plan.launch(launch, input, weight, bias, *results)
+        return results
+
+    launch = native.cpu.conv2d_relu_max_pool2d_launch(conv, pool)
+    return plans.drafted(kernel, draft)
 
 
 def cpu_grad_weight(
@@ -105,4 +111,12 @@ def cpu_grad_weight(
         )  # fmt: skip
         return grad_weight, grad_bias
 
-    return kernel
+    def draft(
+        plan: plans.Draft, grad_output: int, argmax: int, input: int, bias: bool
+    ) -> tuple[int, int]:
+        results = plan.fresh(new_grad_weight), plan.fresh(new_grad_bias) if bias else plans.NONE
+        plan.launch(launch, grad_output, argmax, input, *results)
+        return results
+
+    launch = native.cpu.conv2d_relu_max_pool2d_grad_weight_launch(conv, pool)
+    return plans.drafted(kernel, draft)

@@ -7,14 +7,14 @@ calls it twice, each time reading grad_output anew and writing to fresh memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import memory
+from gdfast.backends import memory, plans
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 # Above it native's product is as fast: measured at 16 outputs and at 32.
@@ -97,3 +97,42 @@ def linear_backward(
         _address(weight), *map(_address, grads), torch.get_num_threads(),
     )  # fmt: skip
     return grads
+
+
+def plan(input: Tensor, weight: Tensor, bias: Tensor | None) -> plans.Plan | None:
+    """A plan of `linear` for tensors like these, which `fits`: it gives the output."""
+    assert native.cpu is not None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    (N, C), K = input.shape, weight.shape[0]
+    launch = native.cpu.linear_launch(_problem(N, C, K, input.stride(0), input.dtype))
+    draft = plans.Draft(3)
+    output = draft.fresh(partial(torch.empty, (N, K), dtype=input.dtype, device=input.device))
+    draft.launch(launch, 0, 1, plans.NONE if bias is None else 2, output)
+    return draft.plan((output,))
+
+
+def backward_plan(
+    grad_output: Tensor, input: Tensor | None, weight: Tensor | None, columns: int,
+    needed: Sequence[bool],
+) -> plans.Plan | None:  # fmt: skip
+    """A plan of `linear_backward` that takes grad_output, input and weight: it gives the gradients,
+    and a None behind them."""
+    assert native.cpu is not None
+    if not grad_output.is_contiguous():
+        return None
+    (N, K), C, dtype = grad_output.shape, columns, grad_output.dtype
+    step = C if input is None else input.stride(0)
+    launch = native.cpu.linear_backward_launch(_problem(N, C, K, step, dtype))
+    makers = (
+        memory.allocator((N, C), (C, 1), dtype), memory.allocator((K, C), (C, 1), dtype),
+        partial(torch.empty, K, dtype=dtype, device=grad_output.device),
+    )  # fmt: skip
+    draft = plans.Draft(3)
+    grads = [
+        draft.fresh(make) if wanted else plans.NONE
+        for make, wanted in zip(makers, needed, strict=False)
+    ]
+    read = (plans.NONE if each is None else i for i, each in enumerate((input, weight), 1))
+    draft.launch(launch, 0, *read, *grads)
+    return draft.plan((*grads, plans.NONE))

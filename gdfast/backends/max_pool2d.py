@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import cuda_stream, memory
+from gdfast.backends import cuda_stream, memory, plans
 from gdfast.backends.registry import Query
 from gdfast.geometry import MaxPool2dGeometry
 
@@ -77,7 +78,19 @@ def cpu(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         run(made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(), torch.get_num_threads())
         return output, argmax
 
-    return kernel
+    draft = _draft(native.cpu.max_pool2d_launch(made), new_output, new_argmax)
+    return plans.drafted(kernel, draft)
+
+
+def _draft(launch: Any, *results: Callable[[], Tensor]) -> Callable[..., list[int]]:
+    """The draft of a launch that writes these, behind the tensors that it reads."""
+
+    def draft(plan: plans.Draft, *tensors: int) -> list[int]:
+        made = [plan.fresh(each) for each in results]
+        plan.launch(launch, *tensors, *made)
+        return made
+
+    return draft
 
 
 def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
@@ -93,7 +106,8 @@ def cpu_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
         )  # fmt: skip
         return grad_input
 
-    return kernel
+    draft = _draft(native.cpu.max_pool2d_grad_launch(made), new_grad_input)
+    return plans.drafted(kernel, draft)
 
 
 def cuda_why_not(query: MaxPool2dQuery) -> str:
@@ -113,33 +127,37 @@ def cuda(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     made, run = problem(query, native.cuda), native.cuda.max_pool2d
     size, (_, strides, place_strides) = query.geometry.output_size, query.strides
     dtype, places, device = query.dtype, place_dtype(query.geometry), query.device
+    new_output = partial(torch.empty_strided, size, strides, dtype=dtype, device=device)
+    new_argmax = partial(torch.empty_strided, size, place_strides, dtype=places, device=device)
 
     def kernel(input: Tensor) -> tuple[Tensor, Tensor]:
-        output = torch.empty_strided(size, strides, dtype=dtype, device=device)
-        argmax = torch.empty_strided(size, place_strides, dtype=places, device=device)
+        output, argmax = new_output(), new_argmax()
         run(
             made, input.data_ptr(), output.data_ptr(), argmax.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
         return output, argmax
 
-    return kernel
+    draft = _draft(native.cuda.max_pool2d_launch(made), new_output, new_argmax)
+    return plans.drafted(kernel, draft, on_gpu=True)
 
 
 def cuda_grad(query: MaxPool2dQuery) -> Callable[[Tensor, Tensor], Tensor]:
     assert native.cuda is not None
     made, run = problem(query, native.cuda), native.cuda.max_pool2d_grad
     size, strides, device = query.geometry.input_size, query.strides[0], query.device
+    new_grad_input = partial(torch.empty_strided, size, strides, dtype=query.dtype, device=device)
 
     def kernel(grad_output: Tensor, argmax: Tensor) -> Tensor:
-        grad_input = torch.empty_strided(size, strides, dtype=query.dtype, device=device)
+        grad_input = new_grad_input()
         run(
             made, grad_output.data_ptr(), argmax.data_ptr(), grad_input.data_ptr(),
             *cuda_stream.current(device),
         )  # fmt: skip
         return grad_input
 
-    return kernel
+    draft = _draft(native.cuda.max_pool2d_grad_launch(made), new_grad_input)
+    return plans.drafted(kernel, draft, on_gpu=True)
 
 
 def triton(query: MaxPool2dQuery) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -48,15 +48,21 @@ def disabled() -> Iterator[None]:
         enabled = before
 
 
-def drafted(kernel: K, draft: Callable[..., Any], *told: Any) -> K:
+def drafted(kernel: K, draft: Callable[..., Any], *told: Any, on_gpu: bool = False) -> K:
     """The kernel, which carries a draft from now on, and what its launch was told."""
     kernel.draft, kernel.told = draft, told  # type: ignore[attr-defined]
+    kernel.on_gpu = on_gpu  # type: ignore[attr-defined]
     return kernel
 
 
 def draft_of(kernel: Any) -> Callable[..., Any] | None:
     """The draft that a kernel carries, if it does."""
     return getattr(kernel, "draft", None)
+
+
+def is_on_gpu(kernel: Any) -> bool:
+    """Whether a kernel with a draft is launched on a GPU, or in its simulator."""
+    return getattr(kernel, "on_gpu", False)
 
 
 def told(kernel: Any) -> tuple[Any, ...]:

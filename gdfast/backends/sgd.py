@@ -7,7 +7,7 @@ with a gradient, a momentum buffer and a master copy in the order of their param
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import compress, pairwise, zip_longest
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.sgd import sgd as native_sgd
 
 from gdfast import native
-from gdfast.backends import cuda_stream
+from gdfast.backends import cuda_stream, plans
 from gdfast.backends.linear import fits_layer
 
 DTYPES = {
@@ -134,6 +134,28 @@ def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
         _increment_versions(tensors, hyper)
     else:
         reference(tensors, hyper)
+
+
+def again(run: Callable[..., None], tensors: SgdTensors, at: Memory) -> Callable[..., bool] | None:
+    """Does an update by `run` once more, of tensors like these, whose kernels are told of `at`.
+
+    `again(params, state, lr, momentum, dampening, weight_decay, nesterov, maximize, zero_grad)`
+    takes a list of parameters and a dict of their states as an optimizer has them. It returns
+    False, with nothing done, where something is not as it was. None where there is no such thing.
+    """
+    if native.cpu is None or run not in (cpu, cuda) or tensors.masters:
+        return None
+    like, on_gpu = tensors.params[0], run is cuda
+    dtype, module = DTYPES[like.dtype], native.cuda if on_gpu else native.cpu
+    assert module is not None
+    launch = module.sgd_launch() if on_gpu else module.sgd_launch(dtype, at.rows)
+    params, grads, momenta, _ = map(tuple, tensors)
+    try:
+        made = native.cpu.make_update(launch, dtype, params, grads, momenta)
+    except ValueError:  # of what has no memory
+        return None
+    run, place = native.cpu.run_update, plans.place(like.device, on_gpu)
+    return lambda *arguments: run(made, *arguments, *place())
 
 
 def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:

@@ -1,4 +1,4 @@
-"""What a convolution and the norm behind it were found to be at their last call.
+"""What layers were found to be at their last call.
 
 A layer's call looks at its modules' settings and hooks, at the tensors, and at all that decides
 which kernels run, and mostly finds what it found before. Here that is asked in one call of
@@ -11,13 +11,14 @@ import weakref
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.modules.module as _module
 from torch import Tensor
 
 from gdfast import native
-from gdfast.ops.conv2d import autocast
-from gdfast.ops.conv2d_norm_act import Tensors, Unit, known_situation
+from gdfast.ops.conv2d_norm_act import Tensors, Unit
 from gdfast.ops.ordinary import unwatched_facts
+from gdfast.ops.planned import Planned, known_situation
 
 _ABSENT, _FALSE = NotImplemented, ...  # for make_memo: a dict has no such key, or one that is false
 _INPUT, _RESIDUAL, _NONE = range(3)  # the arguments of recall
@@ -27,35 +28,47 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_hooks_always_called",
     "_global_forward_hooks_with_kwargs",
 )  # fmt: skip
+# What a call of a layer depends on beside its tensors and hooks.
+_SETTINGS = {
+    torch.nn.Conv2d: ("padding_mode", "stride", "padding", "dilation", "groups", "_parameters"),
+    torch.nn.BatchNorm2d: (
+        "training", "track_running_stats", "momentum", "eps", "_parameters", "_buffers",
+    ),
+    torch.nn.Linear: ("_parameters",),
+    torch.nn.MaxPool2d: (
+        "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
+        "_parameters",
+    ),
+}  # fmt: skip
 
 _OF_ALL = vars(_module.Module()).keys()
 
 
 class _Memo(NamedTuple):
-    norm: weakref.ref[Any]
-    conv: weakref.ref[Any]
-    ending: tuple[str, float]  # activation and slope
-    unit: Unit
-    casts: bool  # for autocast
+    module: weakref.ref[Any]
+    conv: weakref.ref[Any] | None  # in front of a norm
+    settings: Any  # what is none of the modules'
+    unit: Unit | Planned
+    casts: bool  # autocast makes other tensors than what the unit is to get
     momentum: float
     capsule: Any  # None after a call of its kind: what changes all the time is not noted
 
 
-# By the id of the norm, and no longer than that lives: they hold parameters.
+# By the id of a module, and no longer than that lives: they hold parameters.
 _memos: dict[int, _Memo] = {}
 
 
 def run_again(
-    norm: Any, conv: Any, input: Any, residual: Any, ending: tuple[str, float]
+    module: Any, settings: Any, input: Any, residual: Any = None, conv: Any = None
 ) -> Tensor | None:
-    """The output of both, where all is as it was at the call that was noted, else None."""
-    memo = _memos.get(id(norm))
+    """The output of a layer, where all is as it was at the call that was noted, else None."""
+    memo = _memos.get(id(module))
     if (
         memo is None
         or memo.capsule is None
-        or memo.conv() is not conv
-        or memo.norm() is not norm
-        or memo.ending != ending
+        or memo.module() is not module
+        or memo.settings != settings
+        or (conv is not None and (memo.conv is None or memo.conv() is not conv))
     ):
         return None
     assert native.cpu is not None
@@ -63,54 +76,59 @@ def run_again(
     if tensors is None:
         return None
     if memo.casts:
-        tensors = *autocast(*tensors[:3]), *tensors[3:]
+        tensors = memo.unit.cast(tensors)
     return memo.unit.run(tensors, memo.momentum)
 
 
 def note(
-    norm: Any, conv: Any, tensors: Tensors, ending: tuple[str, float], unit: Unit, casts: bool
-) -> None:
+    module: Any, settings: Any, tensors: Tensors, unit: Unit | Planned, casts: bool = False,
+    conv: Any = None, momentum: float = 0.0,
+) -> None:  # fmt: skip
     """Notes a call of a unit on these tensors, when it is made for the second time.
 
-    `casts` tells whether the unit took what autocast makes of them. The modules have their
-    parameters and buffers, and the hooks and settings of a call as one.
+    `casts` tells whether the unit took what autocast makes of them. The modules have
+    their parameters and buffers, and the hooks and settings of a call as one.
     """
-    key = id(norm)
+    key = id(module)
     before = _memos.get(key)
-    if before is not None and before.unit is unit and before.norm() is norm:
-        capsule = _capsule(norm, conv, tensors)
+    if before is not None and before.unit is unit and before.module() is module:
+        capsule = _capsule(module, conv, tensors)
     else:
         capsule = None
-    forget = partial(_forget, key)
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    modules = weakref.ref(norm, forget), weakref.ref(conv)
-    memo = _Memo(*modules, ending, unit, casts, momentum, capsule)
-    _memos[key] = memo
+    if casts and capsule is not None:
+        pairs = zip(unit.cast(tensors), tensors, strict=True)
+        casts = any(cast is not given for cast, given in pairs)
+    weak = weakref.ref(module, partial(_forget, key))
+    of_conv = None if conv is None else weakref.ref(conv)
+    _memos[key] = _Memo(weak, of_conv, settings, unit, casts, momentum, capsule)
 
 
 def _forget(key: int, _: Any) -> None:
     _memos.pop(key, None)
 
 
-def _capsule(norm: Any, conv: Any, tensors: Tensors) -> Any:
-    of_conv, of_norm = vars(conv), vars(norm)
+def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
+    modules = [module] if conv is None else [conv, module]
     facts = unwatched_facts(*tensors)
-    if not isinstance(facts, bytes) or _leads_on(conv) or _leads_on(norm):
+    if not isinstance(facts, bytes) or any(map(_leads_on, modules)):
         return None
-    names = "padding_mode", "stride", "padding", "dilation", "groups", "_parameters"
-    kept = [(of_conv, name, of_conv[name]) for name in names]
-    names = "training", "track_running_stats", "momentum", "eps", "_parameters", "_buffers"
-    kept += [(of_norm, name, of_norm[name]) for name in names]
-    kept += [(of_conv, name, _FALSE) for name in _HOOKS]
-    kept += [(of_conv, name, _ABSENT) for name in ("forward", "_conv_forward")]
-    kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
+    kept: list[Any] = []
+    sources: list[Any] = [_INPUT]
+    for each in modules:
+        own = vars(each)
+        names = next(names for kind, names in _SETTINGS.items() if isinstance(each, kind))
+        kept += [(own, name, own[name]) for name in names]
+        if isinstance(each, torch.nn.Conv2d):
+            kept += [(own, name, _FALSE) for name in _HOOKS]
+            kept += [(own, name, _ABSENT) for name in ("forward", "_conv_forward")]
+            kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
+        params = own["_parameters"]
+        sources += [(params, name) for name in ("weight", "bias") if params]
+    if conv is not None:
+        buffers = vars(module)["_buffers"]
+        sources += [(buffers, "running_mean"), (buffers, "running_var"), _RESIDUAL]
+        sources.append((buffers, "num_batches_tracked"))
     kept_of_situation, asked = known_situation(tensors[0].device)
-    params, buffers = of_norm["_parameters"], of_norm["_buffers"]
-    sources: list[Any] = [
-        _INPUT, (of_conv["_parameters"], "weight"), (of_conv["_parameters"], "bias"),
-        (params, "weight"), (params, "bias"), (buffers, "running_mean"), (buffers, "running_var"),
-        _RESIDUAL, (buffers, "num_batches_tracked"),
-    ]  # fmt: skip
     for place, (source, tensor) in enumerate(zip(sources, tensors, strict=True)):
         if isinstance(source, tuple) and source[0].get(source[1]) is not tensor:
             if tensor is not None:

@@ -78,7 +78,7 @@ def run_as_one(
     if torch.compiler.is_compiling() or type(conv) is not Conv2d:
         return None
     ending = activation, negative_slope
-    output = memo.run_again(norm, conv, input, residual, ending)
+    output = memo.run_again(norm, ending, input, residual, conv)
     if output is not None:
         return output
     # A module's attributes take Python a tenth of a microsecond each, those of its dict a fifth.
@@ -109,7 +109,8 @@ def run_as_one(
         return None
     run, tensors = found
     if counts or batches is None:
-        memo.note(norm, conv, given, ending, run, tensors is not given)
+        casts, factor = tensors is not given, 0.0 if momentum is None else momentum
+        memo.note(norm, ending, given, run, casts, conv, factor)
     return run.run(tensors, momentum if counts else _next_momentum(norm))
 
 

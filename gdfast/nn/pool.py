@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as hooks
 from torch import Tensor
 
+from gdfast import ops
+from gdfast.nn import memo
+from gdfast.nn.block import has_hooks
 from gdfast.nn.conv import Conv2d
-from gdfast.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
-from gdfast.ops.max_pool2d import max_pool2d
+from gdfast.ops.conv2d_relu_max_pool2d_planned import planned_conv_pool
+from gdfast.ops.max_pool2d_planned import planned_max_pool2d
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -25,9 +27,21 @@ class MaxPool2d(torch.nn.MaxPool2d):
         """[N, C, P, Q] or [C, P, Q], and native's indices where they are asked for."""
         if self.return_indices:
             return super().forward(input)
-        return max_pool2d(
-            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
-        )
+        return run_max_pool(self, input)
+
+
+def run_max_pool(module: torch.nn.MaxPool2d, input: Tensor) -> Tensor:
+    """The output of a pooling layer that returns no indices."""
+    is_plain = not torch.compiler.is_compiling() and not module.return_indices
+    if is_plain and (output := memo.run_again(module, None, input)) is not None:
+        return output
+    windows: Any = (
+        module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+    )  # fmt: skip
+    if is_plain and (planned := planned_max_pool2d(input, *windows)) is not None:
+        memo.note(module, None, (input,), planned)
+        return planned.run((input,))
+    return ops.max_pool2d(input, *windows)
 
 
 def conv_relu_max_pool(
@@ -38,23 +52,28 @@ def conv_relu_max_pool(
     A convolution of torch.nn, or one with hooks, which want to see its output, runs by itself, with
     native PyTorch's ReLU and pooling behind it. Raises what the three raise.
     """
-    if type(conv) is not Conv2d or conv.padding_mode != "zeros" or _has_hooks(conv):
+    is_plain = type(conv) is Conv2d and not torch.compiler.is_compiling()
+    if is_plain and (output := memo.run_again(conv, pool_size, input)) is not None:
+        return output
+    if type(conv) is not Conv2d or conv.padding_mode != "zeros" or has_hooks(conv):
         return F.max_pool2d(F.relu(conv(input)), pool_size)
-    return conv2d_relu_max_pool2d(
+    if is_plain and (output := _run_planned(conv, input, pool_size)) is not None:
+        return output
+    return ops.conv2d_relu_max_pool2d(
         input, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
         pool_size=pool_size,
     )  # fmt: skip
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
+def _run_planned(conv: Any, input: Any, pool_size: Any) -> Tensor | None:
+    params = conv._parameters
+    if "weight" not in params or "bias" not in params or "_conv_forward" in vars(conv):
+        return None
+    given = input, params["weight"], params["bias"]
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    found = planned_conv_pool(given, geometry, pool_size)
+    if found is None:
+        return None
+    planned, tensors = found
+    memo.note(conv, pool_size, given, planned, tensors is not given)
+    return planned.run(tensors)

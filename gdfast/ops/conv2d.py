@@ -114,7 +114,7 @@ def why_native(input: Any, weight: Any) -> str:
     return ""
 
 
-def autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def autocast(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     """What autocast makes of the arguments of aten.conv2d: all but float64 is lowered."""
     device = input.device.type
     if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import chosen, plans, registry, tuning
+from gdfast.backends import chosen, plans
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.cuda_conv2d import Kernel
-from gdfast.backends.precision import is_strict
 from gdfast.backends.registry import AUTO, REFERENCE
+from gdfast.backends.sgd import HALF_TYPES
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
 from gdfast.ops.batch_norm import count_batch, norm_gradients
 from gdfast.ops.batch_norm_dispatch import pre_activation
@@ -29,7 +29,7 @@ from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
-from gdfast.tensor_cores import allows_tf32
+from gdfast.ops.planned import backward_memo, situation
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
@@ -56,12 +56,23 @@ class Unit:
         self._norm: Any = None
         self._is_cuda = False
         self._plan: plans.Plan | None = None
+        # The same for a weight in float32, which autocast would make what images are.
+        self._wide_plan: plans.Plan | None = None
+        self._weight_strides: tuple[int, ...] = ()
         self._place: Any = None
         # By pre_activation, which gradients of the convolution are asked for, and the facts of the
         # tensors: what was saved may come back in another layout, from hooks that pack it.
         self._backward: dict[tuple[Any, ...], _Backward] = {}
         self._last: _Backward | None = None  # noted, when it came for the second time in a row
         self._before: _Backward | None = None
+
+    def cast(self, tensors: Tensors) -> Tensors:
+        """What autocast makes of the tensors, but for a weight that the plan casts."""
+        input, weight, bias, *rest = tensors
+        if self.is_wide(weight):
+            input, _, bias = autocast(input, None, bias)
+            return input, weight, bias, *rest
+        return *autocast(input, weight, bias), *rest
 
     def run(self, tensors: Tensors, momentum: float) -> Tensor:
         """activation(norm(conv(input)) + residual), with the running statistics updated."""
@@ -72,16 +83,21 @@ class Unit:
 
     def forward(
         self, tensors: Tensors, momentum: float, wants_mask: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Gives output, the convolution's output, mean, invstd, and the mask if there is one.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Gives output, the convolution's output, mean, invstd, the mask if there is one, and the
+        weight where it was cast.
 
-        All tensors are as those that the unit was found for.
+        All tensors are as those that the unit was found for, or the weight is one that `is_wide`.
         """
-        if self._plan is not None and plans.enabled:
-            results: Any = self._plan(tensors, momentum, *self._place())
+        wide = tensors[1].dtype != tensors[0].dtype
+        plan = self._wide_plan if wide else self._plan
+        if plan is not None and plans.enabled:
+            results: Any = plan(tensors, momentum, *self._place())
             if results is not None:
                 return results
         input, weight, bias, *others, batches = tensors
+        if wide:
+            weight = weight.to(input.dtype)
         of_norm, moments, mask = tuple(others), None, None
         if batches is not None:
             count_batch(batches)
@@ -95,10 +111,14 @@ class Unit:
             self._norm = find(between, *of_norm, *settings)
             self._is_cuda = isinstance(self._norm, CudaForward)
             self._place = plans.place(between.device, self._is_cuda)
-            self._plan = forward_plan(
-                self._conv, self._norm, tensors, between, training=self.norm[0],
+            make = partial(
+                forward_plan, self._conv, self._norm, tensors, between, training=self.norm[0],
                 has_moments=moments is not None, wants_mask=wants_mask,
             )  # fmt: skip
+            self._plan = make()
+            self._weight_strides = weight.stride()
+            if self._plan is not None and self._is_cuda and input.dtype in HALF_TYPES:
+                self._wide_plan = make(casts=True)
         if self._is_cuda:
             if wants_mask:
                 mask = self._norm.new_mask(between, of_norm[-1])
@@ -106,14 +126,19 @@ class Unit:
         else:
             results = self._norm(between, *of_norm, momentum)
         output, mean, invstd = results
-        return output, between, mean, invstd, mask
+        return output, between, mean, invstd, mask, weight if wide else None
+
+    def is_wide(self, weight: Tensor) -> bool:
+        """Whether a weight may be given as it is, to be cast by the plan, as autocast would."""
+        is_like = weight.dtype == torch.float32 and weight.stride() == self._weight_strides
+        return self._wide_plan is not None and is_like
 
     def gradients(
         self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
-        needs, last = ctx.needs_input_grad, self._last
-        if last is not None and last.needs == needs and last.source == ctx.source and plans.enabled:
+        needs, last, how = ctx.needs_input_grad, self._last, (ctx.source, ctx.is_wide)
+        if last is not None and last.needs == needs and last.how == how and plans.enabled:
             assert native.cpu is not None and last.plan is not None
             tensors = native.cpu.recall(last.memo, grad_output, *saved)
             if tensors is not None and not torch.compiler.is_compiling():
@@ -121,11 +146,11 @@ class Unit:
                 if results is not None:
                     return results
         facts = unwatched_facts(grad_output, *saved)
-        found = self._backward.get((ctx.source, needs, facts))
+        found = self._backward.get((how, needs, facts))
         if (
             found is None
             or facts is None
-            or self.situation != _situation(self.arguments[-1])
+            or self.situation != situation(self.arguments[-1])
             or in_backward.targets
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -153,6 +178,9 @@ class Unit:
         input, weight, between, *of_norm = saved
         needs = ctx.needs_input_grad
         own_weight = ctx.weight if weight is None else weight
+        if ctx.is_wide and torch.is_grad_enabled():
+            own_weight = _Cast.apply(ctx.weight, weight, input.dtype)
+            weight = None if weight is None else own_weight
         if torch.is_grad_enabled():
             between = _Known.apply(input, own_weight, ctx.bias, between, self)
         ctx.arguments = list(self.arguments)
@@ -175,7 +203,7 @@ class Unit:
         self, ctx: Any, grad_output: Tensor, grad: Tensor, saved: tuple[Any, ...], facts: Any
     ) -> None:
         """Notes the kernels that the operations ran; grad is that of the convolution's output."""
-        if self.situation != _situation(self.arguments[-1]):
+        if self.situation != situation(self.arguments[-1]):
             return
         input, weight, between, norm_weight, norm_bias, *_ = saved
         arguments, needs = self.arguments, ctx.needs_input_grad
@@ -198,9 +226,11 @@ class Unit:
         norm = batch_norm_dispatch.backward_kernel(between, norm_weight, norm_bias, *settings)
         if len(self._backward) >= _MOST_BACKWARD:
             self._backward.clear()
-        plan = backward_plan(norm, conv_input, conv_weight, grad_output, saved, needs)
-        found = _Backward(norm, conv_input, conv_weight, plan, ctx.source, needs)
-        self._backward[ctx.source, needs, facts] = found
+        like = ctx.weight if ctx.is_wide else None
+        plan = backward_plan(norm, conv_input, conv_weight, grad_output, saved, needs, like)
+        how = ctx.source, ctx.is_wide
+        found = _Backward(norm, conv_input, conv_weight, plan, how, needs)
+        self._backward[how, needs, facts] = found
 
 
 class _Backward(NamedTuple):
@@ -210,7 +240,7 @@ class _Backward(NamedTuple):
     conv_input: Any
     conv_weight: Any
     plan: plans.Plan | None
-    source: str
+    how: tuple[str, bool]  # source, and whether the weight's gradient is made float32
     needs: tuple[bool, ...]
     memo: Any = None  # of a call of the plan
 
@@ -218,12 +248,7 @@ class _Backward(NamedTuple):
         """The same with a memo of a call now, on tensors with these facts."""
         if not isinstance(facts, bytes):
             return None
-        assert native.cpu is not None
-        kept, asked = known_situation(device)
-        kept.append((vars(in_backward), "targets", ...))  # empty
-        tensors = tuple(range(_SAVED + 1))
-        memo = native.cpu.make_memo(tuple(kept), tuple(asked), tensors, facts, ())
-        return self._replace(memo=memo)
+        return self._replace(memo=backward_memo(facts, _SAVED + 1, device))
 
 
 def unit(
@@ -252,7 +277,7 @@ def unit(
             return None  # what its gradients need might not be kept
         grads = input.requires_grad, bias is not None and bias.requires_grad
     backend = chosen()
-    key = facts, *geometry, *norm, takes_moments, grads, _situation(backend)
+    key = facts, *geometry, *norm, takes_moments, grads, situation(backend)
     try:
         found = conv2d_dispatch.units.get(key)
     except TypeError:  # lists for stride and so on, which the two operations take
@@ -296,44 +321,27 @@ def _find(
     return found
 
 
-def _situation(backend: str) -> tuple[str, int, bool]:
-    """What kernels depend on beside the tensors: plans have the precision of theirs fixed."""
-    tf32 = native.cuda is not None and allows_tf32()
-    return chosen(backend), tuning.situation(), tf32
-
-
-def known_situation(device: torch.device) -> tuple[list[Any], list[Any]]:
-    """What `_situation` and `unit` go by beside tensors and arguments, as `make_memo` of
-    gdfast._cpu takes it: what modules have under a name, and what functions answer."""
-    names = (registry, "_switch"), (tuning, "_epoch"), (conv2d_dispatch, "generation")
-    kept = [(vars(module), name, vars(module)[name]) for module, name in names]
-    functions: list[Any] = [
-        torch.get_num_threads, torch._C._get_deterministic_algorithms, torch.is_grad_enabled,
-        torch._C._is_any_autocast_enabled, is_strict,
-    ]  # fmt: skip
-    if native.cuda is not None:
-        functions.append(allows_tf32)
-    if torch._C._is_any_autocast_enabled():
-        for function in (torch.is_autocast_enabled, torch.get_autocast_dtype):
-            functions.append(partial(function, device.type))
-    return kept, [(function, function()) for function in functions]
-
-
 class _UnitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         input, weight, bias, norm_weight, norm_bias, _, _, residual, _, unit, momentum = inputs
         source = unit.source
-        output, between, mean, invstd, mask = unit.forward(inputs[:9], momentum, source == "output")
+        output, between, mean, invstd, mask, cast = unit.forward(
+            inputs[:9], momentum, source == "output"
+        )
         if mask is not None:
             source, other = "mask", mask
         elif source == "input":
             other = None
         else:
             other = residual if source == "residual" else output
-        ctx.unit, ctx.source = unit, source
-        # For graphs of gradients. Under autocast these are copies: not for longer than need be.
-        ctx.weight, ctx.bias = None if ctx.needs_input_grad[0] else weight, bias
+        ctx.unit, ctx.source, ctx.is_wide = unit, source, cast is not None
+        # For graphs of gradients. Under autocast these may be copies: not for longer than need be.
+        ctx.weight, ctx.bias = weight, bias
+        if cast is not None:
+            weight = cast
+        elif ctx.needs_input_grad[0]:
+            ctx.weight = None
         # As the two operations save them, in that order: checkpointing compares.
         ctx.save_for_backward(
             input, weight if ctx.needs_input_grad[0] else None,
@@ -349,6 +357,22 @@ class _UnitFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing allows no second time
         *gradients, residual = ctx.unit.gradients(ctx, grad_output, saved)
         return *gradients, None, None, residual, None, None, None
+
+
+class _Cast(torch.autograd.Function):
+    """`apply(weight, cast, dtype)`: a weight that was cast, given beside what it was cast from, for
+    a graph of gradients. It is cast where `cast` is None."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        weight, cast, dtype = inputs
+        ctx.dtype = weight.dtype
+        output: Tensor = weight.to(dtype) if cast is None else cast.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_output.to(ctx.dtype), None, None
 
 
 class _Known(torch.autograd.Function):

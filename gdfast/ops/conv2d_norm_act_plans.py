@@ -10,15 +10,18 @@ from torch import Tensor
 
 from gdfast.backends import cpu_conv2d_norm
 from gdfast.backends.batch_norm import CudaForward
+from gdfast.backends.cuda_operands import plan_cast
 from gdfast.backends.plans import NONE, Draft, Plan, draft_of
 
 
 def forward_plan(
     conv: Any, norm: Any, tensors: Sequence[Any], between: Tensor, *, training: bool,
-    has_moments: bool, wants_mask: bool,
+    has_moments: bool, wants_mask: bool, casts: bool = False,
 ) -> Plan | None:  # fmt: skip
     """A plan that takes the nine tensors of `conv2d_norm_act.Tensors`, and gives output, the
-    convolution's output, mean, invstd and mask; or None where kernels or tensors do not allow it.
+    convolution's output, mean, invstd, mask, and None; or None where kernels or tensors do not
+    allow it. A plan that `casts` takes the weight in float32, on a GPU, and gives the weight of the
+    input's type in the place of that None.
     """
     _, _, bias, *params, residual, batches = tensors
     draft_conv, draft_norm = draft_of(conv), draft_of(norm)
@@ -27,7 +30,9 @@ def forward_plan(
     if not _lie_alike(between, residual) or not _is_counter(batches, between):
         return None
     draft = Draft(len(tensors))
-    given = _numbers(tensors)
+    given, weight = _numbers(tensors), NONE
+    if casts:
+        given[1] = weight = _cast_weight(draft, 1, tensors[1], tensors[0].dtype)
     if isinstance(norm, CudaForward):
         made = draft_conv(draft, *given[:3], has_moments)
         if made is None:
@@ -43,17 +48,18 @@ def forward_plan(
             draft.join(2, launch)
     output, mean, invstd = results
     written = [each for each in (*given[5:7], given[-1]) if each != NONE]
-    results = output, made, mean, invstd, mask
+    results = output, made, mean, invstd, mask, weight
     return draft.plan(results, written if training else (), between.device)
 
 
 def backward_plan(
     norm: Any, conv_input: Any, conv_weight: Any, grad_output: Tensor, saved: Sequence[Any],
-    needs: Sequence[bool],
+    needs: Sequence[bool], weight_like: Tensor | None = None,
 ) -> Plan | None:  # fmt: skip
     """A plan that takes grad_output and what was saved, and gives the gradients of input, weight
     and bias and of the norm's weight, bias and residual; `needs` tells for the function's inputs
-    which are asked for. None where kernels or tensors do not allow it.
+    which are asked for. None where kernels or tensors do not allow it. With `weight_like` the
+    weight's gradient is made float32, as that is.
     """
     _, _, image, *params, other, _, _ = saved
     of_norm, of_input, of_weight = map(draft_of, (norm, conv_input, conv_weight))
@@ -70,12 +76,24 @@ def backward_plan(
     output, input, weight, *rest = _numbers((grad_output, *saved))
     grad, *of_params = of_norm(draft, output, *rest, wanted=wanted)
     grad_input = of_input(draft, grad, weight) if needs[0] and of_input is not None else NONE
-    gradients = of_weight(draft, grad, input, needs[2])
+    # Some kernels store what is rounded as float32 themselves.
+    wide = weight_like is not None and not needs[2] and getattr(conv_weight, "drafts_wide", False)
+    gradients = of_weight(draft, grad, input, needs[2], *([True] if wide else []))
     if grad_input is None or gradients is None:
         return None
     if launch is not None:
         draft.join(3, launch)
+    if weight_like is not None and not wide:
+        grad_weight, *rest_of = gradients
+        gradients = _cast_weight(draft, grad_weight, weight_like, image.dtype, False), *rest_of
     return draft.plan((grad_input, *gradients, *of_params), device=image.device)
+
+
+def _cast_weight(
+    draft: Draft, number: int, weight: Tensor, half: torch.dtype, to_half: bool = True
+) -> int:
+    to = half if to_half else torch.float32
+    return plan_cast(draft, number, weight.shape, weight.stride(), to, half, weight.device)
 
 
 def _numbers(tensors: Sequence[Any]) -> list[int]:

@@ -97,6 +97,18 @@ def _conv_pool(
     input: Tensor, weight: Tensor, bias: Tensor | None, arguments: tuple[Any, ...],
     pool_padding: tuple[int, int], backend: str,
 ) -> Tensor:  # fmt: skip
+    if runs_fused(input, weight, arguments, pool_padding, backend):
+        return _fused_conv_pool(input, weight, bias, *arguments, backend)
+    *conv_arguments, pool_size, pool_stride = arguments
+    output = conv(input, weight, bias, *conv_arguments, backend)
+    return pool(output, pool_size, pool_stride, pool_padding, (1, 1), False, True, backend)
+
+
+def runs_fused(
+    input: Tensor, weight: Tensor, arguments: tuple[Any, ...], pool_padding: tuple[int, int],
+    backend: str,
+) -> bool:  # fmt: skip
+    """Whether one kernel does all, for checked arguments without the pooling's padding."""
     key = input.shape, weight.shape, arguments, pool_padding
     fused = None if torch.compiler.is_compiling() else _fused.get(key)
     if fused is None:
@@ -106,11 +118,7 @@ def _conv_pool(
             if len(_fused) >= _FUSED_LIMIT:
                 _fused.clear()
             _fused[key] = fused
-    if fused and input.device.type == "cpu" and _has_kernel(input, backend):
-        return _fused_conv_pool(input, weight, bias, *arguments, backend)
-    *conv_arguments, pool_size, pool_stride = arguments
-    output = conv(input, weight, bias, *conv_arguments, backend)
-    return pool(output, pool_size, pool_stride, pool_padding, (1, 1), False, True, backend)
+    return fused and input.device.type == "cpu" and _has_kernel(input, backend)
 
 
 def _has_kernel(input: Tensor, backend: str) -> bool:
@@ -150,10 +158,9 @@ def _grad_weight(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return output
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def note(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Keeps what `gradients` goes by beside the tensors that are saved."""
     input, weight, _, *ctx.arguments, ctx.backend = inputs
-    need_input, need_weight, _ = ctx.needs_input_grad[:3]
-    ctx.save_for_backward(input if need_weight else None, weight if need_input else None, output[1])
     ctx.input_size, ctx.weight_size = input.shape, weight.shape
     ctx.weight_channels_last = is_channels_last(weight.shape, weight.stride())
     ctx.channels_last = conv2d_is_channels_last(
@@ -161,40 +168,57 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     )
 
 
+def saved(needs: Sequence[bool], input: Tensor, weight: Tensor, argmax: Tensor) -> Any:
+    """What backward reads."""
+    return input if needs[1] else None, weight if needs[0] else None, argmax
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    note(ctx, inputs)
+    ctx.save_for_backward(*saved(ctx.needs_input_grad, *inputs[:2], output[1]))
+
+
 def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grads: tuple[Tensor | None, ...]
-    if not need_input and need_weight and not torch.is_grad_enabled() and not batched_gradients():
-        input, _, argmax = ctx.saved_tensors
-        grad_weight, grad_bias = _grad_weight(
-            grad_output, argmax, input, ctx.weight_size, ctx.weight_channels_last, need_bias,
-            *ctx.arguments, ctx.backend,
-        )  # fmt: skip
-        grads = None, grad_weight, grad_bias
-    else:
-        grads = _composed_backward(ctx, grad_output)
+    grads = gradients(ctx.needs_input_grad, ctx, grad_output, ctx.saved_tensors)
     return *grads, *[None] * 7
 
 
-def _composed_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def gradients(
+    needs: Sequence[bool], noted: Any, grad_output: Tensor, saved: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight and bias that are asked for, None for others."""
+    need_input, need_weight, need_bias = needs[:3]
+    if need_input or not need_weight or torch.is_grad_enabled() or batched_gradients():
+        return _composed_gradients(needs, noted, grad_output, saved)
+    input, _, argmax = saved
+    grad_weight, grad_bias = _grad_weight(
+        grad_output, argmax, input, noted.weight_size, noted.weight_channels_last, need_bias,
+        *noted.arguments, noted.backend,
+    )  # fmt: skip
+    return None, grad_weight, grad_bias
+
+
+def _composed_gradients(
+    needs: Sequence[bool], noted: Any, grad_output: Tensor, saved: tuple[Any, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients by way of that of the convolution's output, and differentiable again."""
-    input, weight, argmax = ctx.saved_tensors
-    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-    *arguments, pool_size, pool_stride = ctx.arguments
-    size = dispatch.geometries(ctx.input_size, ctx.weight_size, *ctx.arguments)[0].output_size
+    input, weight, argmax = saved
+    need_input, need_weight, need_bias = needs[:3]
+    *arguments, pool_size, pool_stride = noted.arguments
+    size = dispatch.geometries(noted.input_size, noted.weight_size, *noted.arguments)[0].output_size
     grad_conv = pool_grad(
-        grad_output, argmax, size, ctx.channels_last, pool_size, pool_stride, (0, 0), (1, 1),
-        False, ctx.backend,
+        grad_output, argmax, size, noted.channels_last, pool_size, pool_stride, (0, 0), (1, 1),
+        False, noted.backend,
     )  # fmt: skip
     grad_input = grad_weight = grad_bias = None
     if need_input:
         grad_input = conv_grad_input(
-            grad_conv, weight, ctx.input_size, ctx.channels_last, *arguments, ctx.backend
+            grad_conv, weight, noted.input_size, noted.channels_last, *arguments, noted.backend
         )
     if need_weight:
         grad_weight, grad_bias = conv_grad_weight(
-            grad_conv, input, ctx.weight_size, ctx.weight_channels_last, need_bias, *arguments,
-            ctx.backend,
+            grad_conv, input, noted.weight_size, noted.weight_channels_last, need_bias, *arguments,
+            noted.backend,
         )  # fmt: skip
     elif need_bias:
         grad_bias = grad_conv.sum((0, 2, 3))

@@ -44,6 +44,32 @@ library.define(
 )
 
 
+def forward_key(
+    input: Tensor, weight: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    pool_size: Sequence[int], pool_stride: Sequence[int], backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of a forward pass is kept by."""
+    return (
+        _OP, tensor_facts(input, weight, bias),
+        *stride, *padding, *dilation, groups, *pool_size, *pool_stride, backend,
+    )  # fmt: skip
+
+
+def grad_weight_key(
+    grad_output: Tensor, argmax: Tensor, input: Tensor, weight_size: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    pool_size: Sequence[int], pool_stride: Sequence[int], backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of the gradients in weight and bias is kept by."""
+    return (
+        f"{_OP}_grad_weight", tensor_facts(grad_output, argmax, input),
+        *weight_size, channels_last, *stride, *padding, *dilation, groups, *pool_size,
+        *pool_stride, backend,
+    )  # fmt: skip
+
+
 def conv2d_relu_max_pool2d(
     input: Tensor, weight: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
@@ -51,10 +77,9 @@ def conv2d_relu_max_pool2d(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs a forward pass; returns the pooled output and its argmax."""
     backend = chosen(backend)
-    key = (
-        _OP, tensor_facts(input, weight, bias),
-        *stride, *padding, *dilation, groups, *pool_size, *pool_stride, backend,
-    )  # fmt: skip
+    key = forward_key(
+        input, weight, bias, stride, padding, dilation, groups, pool_size, pool_stride, backend
+    )
     run = known_kernel(key)
     if run is None:
         query = _query(
@@ -74,10 +99,9 @@ def conv2d_relu_max_pool2d_grad_weight(
     """Runs the gradients in the weight and, with `bias`, the bias."""
     backend = chosen(backend)
     op = f"{_OP}_grad_weight"
-    key = (
-        op, tensor_facts(grad_output, argmax, input),
-        *weight_size, channels_last, *stride, *padding, *dilation, groups, *pool_size,
-        *pool_stride, backend,
+    key = grad_weight_key(
+        grad_output, argmax, input, weight_size, channels_last, stride, padding, dilation, groups,
+        pool_size, pool_stride, backend,
     )  # fmt: skip
     run = known_kernel(key)
     if run is None:

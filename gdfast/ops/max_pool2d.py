@@ -63,19 +63,24 @@ def max_pool2d(
     if reason := why_native(input, input):
         fall_back(_OP, backend, reason)
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    arguments = *settings(kernel_size, stride, padding, dilation, ceil_mode), False, backend
+    if input.dim() == 3:
+        return pool(input.unsqueeze(0), *arguments).squeeze(0)
+    return pool(input, *arguments)
+
+
+def settings(
+    kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+) -> tuple[Any, ...]:
+    """The arguments of `max_pool2d` as the operations take them: pairs, and a bool."""
     kernel = pair("kernel_size", kernel_size, _OP)
-    arguments = (
+    return (
         kernel,
         kernel if stride is None or stride == [] else pair("stride", stride, _OP),
         pair("padding", padding, _OP),
         pair("dilation", dilation, _OP),
         bool(ceil_mode),
-        False,
-        backend,
     )
-    if input.dim() == 3:
-        return pool(input.unsqueeze(0), *arguments).squeeze(0)
-    return pool(input, *arguments)
 
 
 def pool(input: Tensor, *arguments: Any) -> Tensor:

@@ -50,16 +50,36 @@ def bind(key: tuple[Any, ...], op: str, query: Query, backend: str) -> Callable[
     return kernel
 
 
+def max_pool2d_key(
+    input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool, relu: bool, backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of a forward pass is kept by."""
+    return (
+        "max_pool2d", tensor_facts(input),
+        *kernel, *stride, *padding, *dilation, ceil_mode, relu, backend,
+    )  # fmt: skip
+
+
+def max_pool2d_grad_key(
+    grad_output: Tensor, argmax: Tensor, input_size: Sequence[int], channels_last: bool,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ceil_mode: bool, backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the kernel of the gradient is kept by."""
+    return (
+        "max_pool2d_grad", tensor_facts(grad_output, argmax), *input_size, channels_last, *kernel,
+        *stride, *padding, *dilation, ceil_mode, backend,
+    )  # fmt: skip
+
+
 def max_pool2d(
     input: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil_mode: bool, relu: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs a forward pass on the backend that takes it; see torch.ops.gdfast.max_pool2d."""
     backend = chosen(backend)
-    key = (
-        "max_pool2d", tensor_facts(input),
-        *kernel, *stride, *padding, *dilation, ceil_mode, relu, backend,
-    )  # fmt: skip
+    key = max_pool2d_key(input, kernel, stride, padding, dilation, ceil_mode, relu, backend)
     run = known_kernel(key)
     if run is None:
         query = _query(input, kernel, stride, padding, dilation, ceil_mode, relu)
@@ -75,9 +95,9 @@ def max_pool2d_grad(
 ) -> Tensor:  # fmt: skip
     """Runs the gradient in the input on the backend that takes it."""
     backend = chosen(backend)
-    key = (
-        "max_pool2d_grad", tensor_facts(grad_output, argmax), *input_size, channels_last, *kernel,
-        *stride, *padding, *dilation, ceil_mode, backend,
+    key = max_pool2d_grad_key(
+        grad_output, argmax, input_size, channels_last, kernel, stride, padding, dilation,
+        ceil_mode, backend,
     )  # fmt: skip
     run = known_kernel(key)
     if run is None:

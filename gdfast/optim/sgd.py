@@ -12,8 +12,10 @@ from torch.optim import optimizer as _optimizer
 from torch.optim.optimizer import ParamsT
 
 from gdfast import ops
+from gdfast.backends import chosen, plans
 from gdfast.backends.cuda_grad_weight import BegunGradWeight
 from gdfast.backends.sgd import HALF_TYPES, SgdHyper, SgdTensors
+from gdfast.backends.sgd import again as sgd_again
 from gdfast.ops.sgd_dispatch import Checked, run_sgd, walk_with
 from gdfast.optim.in_backward import InBackward
 
@@ -94,6 +96,7 @@ class SGD(torch.optim.SGD):
     def _set_up(self) -> None:
         """What is made anew wherever the optimizer comes from, and after a state is loaded."""
         self._checked: dict[tuple[int, bool], Checked] = {}
+        self._again: dict[int, tuple[str, Any]] = {}  # by group: the backend, and its update
         self._step_supports_amp_scaling = not self.defaults["differentiable"]
         if self.in_backward:
             if "_backward" not in vars(self):
@@ -198,11 +201,34 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _step_group(self, index: int, group: dict[str, Any]) -> None:
+        if self._update_again(index, group):
+            return
         params, grads = group["params"], [p.grad for p in group["params"]]
         if type(None) in map(type, grads):
             params = [p for p, grad in zip(params, grads, strict=True) if grad is not None]
             grads = [grad for grad in grads if grad is not None]
         self._update(index, group, params, grads)
+
+    def _update_again(self, index: int, group: dict[str, Any]) -> bool:
+        """Updates a group as in the last step, if all is as it was."""
+        if index not in self._again or not plans.enabled or torch.compiler.is_compiling():
+            return False
+        (backend, again), lr = self._again[index], group["lr"]
+        own = vars(self)
+        if (
+            backend != chosen()
+            or not isinstance(lr, float)
+            or own.get("grad_scale") is not None
+            or own.get("found_inf") is not None
+        ):
+            return False
+        done: bool = again(
+            group["params"], self.state, lr, group["momentum"], group["dampening"],
+            group["weight_decay"], group["nesterov"], group["maximize"], self.fused_zero_grad,
+        )  # fmt: skip
+        if not done:
+            del self._again[index]
+        return done
 
     def _update_in_backward(self, index: int, param: Tensor, grad: Tensor) -> None:
         with torch.no_grad():
@@ -268,9 +294,21 @@ class SGD(torch.optim.SGD):
                 self._first_step(tensors, hyper)
                 return
         place = key, len(tensors.masters) > 0  # which torch.compile traces, unlike bool(list)
-        checked = run_sgd(tensors, hyper, checked=self._checked.pop(place, None))
+        before = self._checked.pop(place, None)
+        checked = run_sgd(tensors, hyper, checked=before)
         if checked is not None:
             self._checked[place] = checked
+            if checked is before and key < len(self.param_groups):
+                self._note(key, checked, tensors)
+
+    def _note(self, index: int, checked: Checked, tensors: SgdTensors) -> None:
+        """Notes an update of a whole group for the next step."""
+        all_params = self.param_groups[index]["params"]
+        if self.master_weights or len(tensors.params) != len(all_params):
+            return
+        again = sgd_again(checked.run, tensors, checked.memory)
+        if again is not None:
+            self._again[index] = checked.backend, again
 
     def _first_step(self, tensors: SgdTensors, hyper: SgdHyper) -> None:
         """Updates parameters of which some have no momentum buffer yet."""

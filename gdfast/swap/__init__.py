@@ -67,8 +67,8 @@ def swap_(
     are attributes of the instances, read parameters and modes at the call, and run the class's
     forward where a hook was added or something replaced. `copy.deepcopy` and pickle take them
     along; before `copy.copy` and `torch.jit.script` call `restore_`. BatchNorm2d and MaxPool2d
-    without such neighbours, and on the CPU Linear of 64 or more inputs and at most 16 outputs, run
-    on our operations too, where `filter_fn` is true for them. The report lists what was fused, and
+    without such neighbours, and small Linear layers of 64 or more inputs (see `ops.linear`), run on
+    our operations too, where `filter_fn` is true for them. The report lists what was fused, and
     the forwards that could not be, with the reason. Where a convolution's ReLU6 or LeakyReLU might
     be written to before backward, which native's allow, the two are one only "without gradients".
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from gdfast.backends.linear import fits_layer
+from gdfast.backends import cuda_linear, linear
 from gdfast.swap import layers
 from gdfast.swap.match import (
     NORMS,
@@ -216,10 +216,14 @@ def _holds_layers(module: torch.nn.Module) -> bool:
 
 def _is_small_linear(module: torch.nn.Module) -> bool:
     """Whether a module is a linear layer whose forward our operation may take the place of."""
+    if type(module) is not torch.nn.Linear:
+        return False
+    device, sizes = module.weight.device.type, (module.in_features, module.out_features)
+    # A model may be moved to a GPU later.
+    fits = cuda_linear.fits_layer(*sizes) or (device == "cpu" and linear.fits_layer(*sizes))
     return (
-        type(module) is torch.nn.Linear
-        and fits_layer(module.in_features, module.out_features)
-        and module.weight.device.type == "cpu"
+        fits
+        and device in ("cpu", "cuda")
         and ("forward" not in vars(module) or carries_fused(module))
     )
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from gdfast import ops
 from gdfast.backends.activation import activate
 from gdfast.nn.conv_act import convolve, padded
+from gdfast.nn.linear import run_linear
 from gdfast.nn.norm import convolve_for, normalise, run_as_one
+from gdfast.nn.pool import conv_relu_max_pool, run_max_pool
 
 
 def norm_act(
@@ -77,6 +79,8 @@ def conv_act(
 def conv_relu_pool(conv: Any, input: Tensor, *pool: Any) -> Tensor:
     """max_pool(relu(conv(input))) for a `gdfast.nn.Conv2d`; `pool` as in `max_pool`."""
     size, stride, padding, dilation, ceil_mode = _pool_arguments(pool)
+    if stride in (None, size) and (padding, dilation, ceil_mode) == (0, 1, False):
+        return conv_relu_max_pool(conv, input, size)
     if dilation not in (1, (1, 1), [1, 1]) or ceil_mode:
         return ops.max_pool2d(F.relu(conv(input)), size, stride, padding, dilation, ceil_mode)
     input, sides = padded(conv, input)
@@ -90,12 +94,14 @@ def max_pool(input: Tensor, *pool: Any) -> Tensor:
     """Max pooling; `pool` is a `torch.nn.MaxPool2d`, or kernel_size, stride, padding, dilation and
     ceil_mode.
     """
-    return ops.max_pool2d(input, *_pool_arguments(pool))
+    if len(pool) == 1:
+        return run_max_pool(pool[0], input)
+    return ops.max_pool2d(input, *pool)
 
 
 def pool(module: Any, input: Tensor) -> Tensor:
     """Max pooling as a `torch.nn.MaxPool2d` says."""
-    return ops.max_pool2d(input, *_pool_arguments((module,)))
+    return run_max_pool(module, input)
 
 
 def _pool_arguments(pool: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -114,4 +120,4 @@ def _number(slope: Any) -> float:
 
 def linear(module: torch.nn.Linear, input: Tensor) -> Tensor:
     """A linear layer as a `torch.nn.Linear` says."""
-    return ops.linear(input, module.weight, module.bias)
+    return run_linear(module, input)
