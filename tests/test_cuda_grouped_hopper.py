@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
 ]
 
-HOPPER = "grouped-hopper"
+HOPPER, WHOLE = "grouped-hopper", "grouped-whole"
 SAME = {"padding": (1, 1)}
 # Twins of small images, the last without one; other small images, and bands of larger ones; parts
 # of slabs, bands and columns. Where 7 columns and padding make up 8, a row ends in the next one.
@@ -87,6 +87,36 @@ def test_what_is_copied_first(name: str, hopper: torch.device) -> None:
     values[name] = moved.copy_(values[name])
     for result, right in zip(ours(case, values, HOPPER), expected, strict=True):
         assert torch.equal(result, right)
+
+
+# As many images as a block has and some more; a slab of all its groups and some of one.
+WHOLE_CASES = [
+    Conv2dCase("32s-7x7", 11, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
+    Conv2dCase("16s-14x14", 5, 80, 14, 14, 80, 3, 3, groups=5, **SAME),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE_CASES, ids=str)
+def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str) -> None:
+    for values, exact in (
+        (small_integers(case, torch.bfloat16, hopper), True),
+        (tensors_of(case, torch.bfloat16, True, hopper), False),
+    ):
+        input, weight, _, grad = values.values()
+        query = query_of(case, values)
+        for op in ("conv2d", "conv2d_grad_input"):
+            assert not cuda_candidates.grouped_why_not(op, query, WHOLE)
+        output = cuda_conv2d.conv2d(query, WHOLE)(input, weight, None)
+        grad_input = cuda_conv2d.conv2d_grad_input(query, WHOLE)(grad, weight)
+        others = (
+            cuda_conv2d.conv2d(query, HOPPER)(input, weight, None),
+            cuda_conv2d.conv2d_grad_input(query, HOPPER)(grad, weight),
+        )
+        for our, other in zip((output, grad_input), others, strict=True):
+            if exact:
+                assert torch.equal(our, other)
+            else:
+                torch.testing.assert_close(our, other, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])

@@ -6,6 +6,7 @@
 
 #include "conv2d_launch.h"
 #include "device.h"
+#include "early.h"
 #include "weight_update.h"
 
 namespace gdfast::cuda {
@@ -81,6 +82,7 @@ GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (
   using Sums = Group<Sum, kCount>;
   const int columns = kSumThreads / a.parts, part = this_thread() / columns;
   const int64_t index = (int64_t{blockIdx.x} * columns + this_thread() % columns) * kCount;
+  wait_for_kernel_before();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sums[i] = 0, places[i] = -1;
   if (index < a.count) {
@@ -148,13 +150,14 @@ sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
   update_weight<T>(update, places, gradients);
 }
 
-// Launches one of them.
+// Launches one of them, early: what made the sums takes most of the GPU to its end.
 template <typename Sum, int kCount, typename Kernel, typename... More>
 void launch_sums(Kernel kernel, const SplitSums& a, const Where& where, const More&... more) {
   const int64_t elements = kSumThreads / a.parts * kCount;
   const size_t bytes = a.parts > 1 ? kSumThreads * sizeof(Group<Sum, kCount>) : 0;
-  launch("conv2d_grad_weight", kernel, dim3(static_cast<unsigned>(blocks_for(a.count, elements))),
-         kSumThreads, bytes, where.stream, a, more...);
+  launch_early("conv2d_grad_weight", kernel,
+               dim3(static_cast<unsigned>(blocks_for(a.count, elements))), kSumThreads, bytes,
+               where.stream, a, more...);
 }
 
 template <typename T, typename Sum, typename To = T>

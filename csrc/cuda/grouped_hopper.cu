@@ -12,6 +12,9 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr int kTaps = 9;
+constexpr int kSlotsBeforeFilters = 2;
+constexpr int kResultBuffers = 3;  // of a stream
+static_assert((2 * kMostSlots + 1) * sizeof(uint64_t) <= kRingAt, "a barrier more");
 
 struct GroupedHopperArguments {
   GroupedRing ring;
@@ -33,12 +36,16 @@ struct GroupedWarps {
 
   using Band = BandShape<kTwins>;
   static constexpr int kResultBytes = Band::kPairs * 2 * kTileBytes;  // of a tile
-  static constexpr int kResults = 2 * kConsumers / kUnits * kResultBytes;
+  static constexpr int kResults = kResultBuffers * kConsumers / kUnits * kResultBytes;
   using Sums = PairSums[Band::kPairs];
   using Filters = uint32_t[kSteps][kTaps][4];
 };
 
 #if defined(GDFAST_HOPPER)
+
+GDFAST_DEVICE uint64_t* filters_there() {
+  return reinterpret_cast<uint64_t*>(shared_memory()) + 2 * kMostSlots;
+}
 
 // Sixteen channels further: two chunks, which is a bit of where they lie.
 GDFAST_DEVICE int step_further(int pixel, int step) { return pixel ^ step * 32; }
@@ -155,6 +162,7 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
   cp_async_commit();
   cp_async_wait<0>();
   sync_threads_of(1, Its::kConsumers * kWarp);
+  if (warp_lane() == 0) barrier_arrive(filters_there());
   const FilterPlaces places = filter_places<Its::kWide>(a.filters, channel, first_of_group);
   typename Its::Filters right;
 #pragma unroll
@@ -178,9 +186,11 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
   const int stream = warp_index() / kUnits;
   const bool leads = warp_index() % kUnits == 0 && warp_lane() == 0;
   const int written = swizzled(warp_lane() / 4, channel / 8) + warp_lane() % 4 * 4;
-  unsigned char* results = shared_memory() + a.results_at + stream * 2 * Its::kResultBytes;
-  int other = Its::kResultBytes;
+  unsigned char* const first_result =
+      shared_memory() + a.results_at + stream * kResultBuffers * Its::kResultBytes;
+  int buffer = 0;
   empty_ring(a.ring, stream, Its::kConsumers / kUnits, [&](const BandTile& tile) {
+    unsigned char* const results = first_result + buffer * Its::kResultBytes;
     typename Its::Sums sums;
 #pragma unroll
     for (float& sum : flat(sums)) sum = 0;
@@ -211,15 +221,14 @@ GDFAST_DEVICE void multiply_tiles(const GroupedHopperArguments& a, int32_t first
       for (int pair = 0; pair < Its::Band::kPairs; ++pair) write(pair);
     }
     stores_ready();
-    // Whoever meets here may write to the other buffer: it has been read.
-    if (leads) stores_wait_read<0>();
+    // Whoever meets here may write to the next buffer: it has been read.
+    if (leads) stores_wait_read<kResultBuffers - 2>();
     sync_threads_of(2 + stream, kUnits * kWarp);
     if (leads) {
       store_box(a.results, {first_channel, tile.column, tile.row, tile.image}, results);
       stores_commit();
     }
-    results += other;
-    other = -other;
+    buffer = buffer + 1 == kResultBuffers ? 0 : buffer + 1;
   });
   if (leads) stores_wait<0>();
 }
@@ -233,10 +242,14 @@ grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
   using Its = GroupedWarps<kGroup, kTwins>;
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
   if (warp_index() == 0) init_ring(a.ring, Its::kConsumers);
+  if (this_thread() == 0) barrier_init(filters_there(), Its::kConsumers), barriers_ready();
   sync_block();
   if (warp_index() < Its::kConsumers) return multiply_tiles<T, kGroup, kTwins>(a, first_channel);
   if (warp_lane() != 0) return;
+  int loaded = 0;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool, const Slot& slot) {
+    // Filters would come last of all that is asked for, and nothing begins without them.
+    if (kTwins && loaded++ == kSlotsBeforeFilters) barrier_wait(filters_there(), 0);
     barrier_arrive_expecting(full(slot), a.ring.input_bytes);
     load_input(a.ring, strip, row, first_channel, slot);
   });

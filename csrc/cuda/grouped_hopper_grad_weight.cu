@@ -5,6 +5,7 @@
 // convolutions.
 #include "conv2d.h"
 #include "device.h"
+#include "early.h"
 #include "grouped_hopper.h"
 
 namespace gdfast::cuda {
@@ -15,10 +16,13 @@ constexpr int kTaps = 9;
 
 // Sums take 74 registers, and gradients of twins 28. Where a quarter of a multiprocessor has one
 // warp more than these, the loader's, there are 168 or 128 for a thread.
-template <bool kTwins>
+// Groups of 32 channels (kWide) have twice as many parts of 16 by 16.
+template <bool kIsOfTwins, bool kIsWide>
 struct WeightWarps {
-  static constexpr int kStreams = kTwins ? 2 : 3;
-  static constexpr int kConsumers = kStreams * kUnits, kThreads = (kConsumers + 1) * kWarp;
+  static constexpr bool kTwins = kIsOfTwins, kWide = kIsWide;
+  static constexpr int kParts = kWide ? 2 * kUnits : kUnits;
+  static constexpr int kStreams = kWide ? 1 : kTwins ? 2 : 3;
+  static constexpr int kConsumers = kStreams * kParts, kThreads = (kConsumers + 1) * kWarp;
 };
 
 struct GroupedHopperWeightArguments {
@@ -42,19 +46,20 @@ using FlatSums = float[kSums];
 
 #if defined(GDFAST_HOPPER)
 
-// The part of the slab's sums that a warp makes; of groups of 32 the block has one.
+// The part of the slab's sums that a warp makes.
 struct Unit {
   int filter, channel;
   bool sums_bias;
 };
 
+template <typename Its>
 GDFAST_DEVICE Unit unit_of(const GroupedHopperWeightArguments& a) {
-  const int index = warp_index() % kUnits;
-  if (a.group <= kChannelsOfWarp) {
+  const int index = warp_index() % Its::kParts;
+  if (!Its::kWide) {
     return {index * kChannelsOfWarp, index * kChannelsOfWarp, a.bias_sums != nullptr};
   }
-  const int first = static_cast<int>(blockIdx.z) * a.group;
-  return {first + (index >> 1) * kChannelsOfWarp, first + (index & 1) * kChannelsOfWarp,
+  const int group = index >> 2;
+  return {(index >> 1) * kChannelsOfWarp, (group * 2 + (index & 1)) * kChannelsOfWarp,
           a.bias_sums != nullptr && (index & 1) == 0};
 }
 
@@ -150,25 +155,20 @@ GDFAST_DEVICE void sum_tile(WeightSums& sums, const GroupedHopperWeightArguments
   }
 }
 
-GDFAST_DEVICE int filters_of_block(const GroupedHopperWeightArguments& a) {
-  return a.group > kChannelsOfWarp ? a.group : kSlab;
-}
-
 // Adds up what streams have summed, and writes it in the order in which it lies in shared memory:
 // whole lines.
 template <typename Its>
 GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightArguments& a,
                               const Unit& unit, int32_t first_channel, int stream) {
   constexpr int kStreams = Its::kStreams, kConsumers = Its::kConsumers;
-  const int filters = filters_of_block(a), of_filter = kTaps * a.group;
-  const int first = a.group > kChannelsOfWarp ? static_cast<int>(blockIdx.z) * a.group : 0;
+  constexpr int filters = kSlab;
+  const int of_filter = kTaps * a.group;
   float* const all = reinterpret_cast<float*>(shared_memory() + kRingAt);
   float* const bias = all + kStreams * filters * a.row_sums;
   sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const int filter = unit.filter + row * 8 + warp_lane() / 4,
-              at = stream * filters + filter - first;
+    const int filter = unit.filter + row * 8 + warp_lane() / 4, at = stream * filters + filter;
     if (unit.sums_bias && warp_lane() % 4 == 0) bias[at] = sums.bias[row];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -184,8 +184,8 @@ GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightA
     }
   }
   sync_threads_of(1, kConsumers * kWarp);
-  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel + first;
-  const int rest = a.K - first_channel - first, existing = rest < filters ? rest : filters;
+  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel;
+  const int rest = a.K - first_channel, existing = rest < filters ? rest : filters;
   const auto sum_at = [&](const float* from, int step, float& sum) {
     sum = from[0];
 #pragma unroll
@@ -205,10 +205,12 @@ GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightA
   }
 }
 
-template <typename T, typename Band>
+template <typename T, typename Its>
 GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t first_channel) {
-  const int lane = warp_lane(), matrix = lane / 8, line = lane % 8, stream = warp_index() / kUnits;
-  const Unit unit = unit_of(a);
+  const int lane = warp_lane(), matrix = lane / 8, line = lane % 8,
+            stream = warp_index() / Its::kParts;
+  using Band = BandShape<Its::kTwins>;
+  const Unit unit = unit_of<Its>(a);
   PixelPlaces places;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
@@ -219,7 +221,6 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
   WeightSums sums;
 #pragma unroll
   for (float& sum : reinterpret_cast<FlatSums&>(sums)) sum = 0;
-  using Its = WeightWarps<Band::kTwins>;
   empty_ring(a.ring, stream, Its::kStreams, [&](const BandTile& tile) {
     const int rows = a.ring.P - tile.row, left = a.ring.Q - tile.column;
     if ((Band::kTwins || rows >= Band::kRows) && left >= kSide) {
@@ -242,15 +243,17 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
 
 #endif
 
-template <typename T, bool kTwins>
-GDFAST_KERNEL(WeightWarps<kTwins>::kThreads, 1)
+template <typename T, bool kTwins, bool kWide>
+GDFAST_KERNEL((WeightWarps<kTwins, kWide>::kThreads), 1)
 grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
-  constexpr int kConsumers = WeightWarps<kTwins>::kConsumers;
+  using Its = WeightWarps<kTwins, kWide>;
+  constexpr int kConsumers = Its::kConsumers;
+  let_next_begin();
   if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
-  if (warp_index() < kConsumers) return sum_tiles<T, BandShape<kTwins>>(a, first_channel);
+  if (warp_index() < kConsumers) return sum_tiles<T, Its>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool has_band, const Slot& slot) {
     barrier_arrive_expecting(full(slot), a.ring.input_bytes + (has_band ? a.grad_bytes : 0));
@@ -264,19 +267,16 @@ grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeight
 #endif
 }
 
-// Blocks for the same pixels: slabs, or of groups of 32 half of them.
-int64_t halves_of_slab(const Conv2dProblem& p) { return p.C / p.groups == 32 ? 2 : 1; }
-
 GroupedHopperSplit split_of(const Conv2dProblem& p) {
-  const int64_t blocks = ceil_div(p.C, kSlab) * halves_of_slab(p);
-  return grouped_hopper_split(p, grouped_hopper_plan(p, true), blocks, multiprocessors(kOp));
+  return grouped_hopper_split(p, grouped_hopper_plan(p, true), ceil_div(p.C, kSlab),
+                              multiprocessors(kOp));
 }
 
-template <typename T, bool kTwins>
+template <typename T, bool kTwins, bool kWide>
 void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* grad_output,
            const void* input, float* weight_sums, float* bias_sums, int64_t splits,
            const Where& where) {
-  using Its = WeightWarps<kTwins>;
+  using Its = WeightWarps<kTwins, kWide>;
   GroupedHopperSplit split = split_of(p);
   split.blocks = splits;
   const int64_t row_bytes = plan.columns * kBoxRow, image_bytes = plan.grad_rows * row_bytes;
@@ -299,11 +299,9 @@ void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* gr
       weight_sums,
       bias_sums};
   const int64_t in_ring = int64_t{ring.slots} * ring.slot_bytes;
-  const int64_t joined =
-      Its::kStreams * (group > kChannelsOfWarp ? group : kSlab) * (row_sums + 1) * 4;
-  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)),
-                  static_cast<unsigned>(halves_of_slab(p)));
-  launch(kOp, grouped_hopper_grad_weight_kernel<T, kTwins>, grid, Its::kThreads,
+  const int64_t joined = Its::kStreams * kSlab * (row_sums + 1) * 4;
+  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)));
+  launch(kOp, grouped_hopper_grad_weight_kernel<T, kTwins, kWide>, grid, Its::kThreads,
          static_cast<size_t>(kRingAt + (in_ring > joined ? in_ring : joined)), where.stream, a);
 }
 
@@ -321,7 +319,9 @@ void conv2d_grad_weight_grouped_hopper(const Conv2dProblem& p, const void* grad_
   const GroupedHopperPlan plan = grouped_hopper_plan(p, true);
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
-    const auto chosen = plan.twins ? start<T, true> : start<T, false>;
+    const auto narrow = plan.twins ? start<T, true, false> : start<T, false, false>;
+    const auto wide = plan.twins ? start<T, true, true> : start<T, false, true>;
+    const auto chosen = p.C / p.groups > kChannelsOfWarp ? wide : narrow;
     chosen(p, plan, grad_output, input, weight_sums, bias_sums, splits, where);
   };
   p.dtype == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Half{});

@@ -22,7 +22,9 @@ from gdfast.backends.sgd import address
 
 NAME = "grouped"
 HOPPER = "grouped-hopper"  # 3x3 filters of stride 1, by TMA, on GPUs of compute capability 9.0
-BINDINGS = {HOPPER: "grouped_hopper", NAME: "grouped"}  # the one expected to be faster first
+WHOLE = "grouped-whole"  # of these, small images, which a block has whole, in bfloat16
+# The one expected to be faster first.
+BINDINGS = {WHOLE: "grouped_whole", HOPPER: "grouped_hopper", NAME: "grouped"}
 Copy = Callable[[Tensor], Tensor]
 
 
@@ -35,7 +37,7 @@ def why_not(op: str, query: Conv2dQuery, problem: Any, by: str = NAME) -> str:
     assert native.cuda is not None
     if query.geometry.groups == 1 or query.dtype.itemsize != 2:  # most layers
         return "it takes groups, of half types"
-    if by == HOPPER and (reason := cuda_hopper.missing(query.device)):
+    if by != NAME and (reason := cuda_hopper.missing(query.device)):
         return reason
     return str(_binding("conv2d", by, "_why_not")(problem, op))
 

@@ -1,0 +1,18 @@
+// Convolution in groups on Hopper whose images are small enough for a block to have them whole
+// (grouped_whole.h), as conv2d.h has it for others: groups of 32 channels on images of 7 x 7, and
+// of 16 on images of 14 x 14, in bfloat16.
+#pragma once
+
+#include <string>
+
+#include "conv2d.h"
+
+namespace gdfast::cuda {
+
+std::string grouped_whole_why_not(const Conv2dProblem& problem, GroupedPass pass);
+void conv2d_grouped_whole(const Conv2dProblem& problem, const void* input, const void* weight,
+                          const void* bias, void* output, const Where& where);
+void conv2d_grad_input_grouped_whole(const Conv2dProblem& problem, const void* grad_output,
+                                     const void* weight, void* grad_input, const Where& where);
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,77 @@
+// A kernel that begins before the one before it in the stream is over, on Hopper. It takes little
+// time itself; what it needs is then ready when the last of the other's blocks ends.
+//
+//   let_next_begin()           in the kernel before: the next one's blocks may come where its own
+//                              have left room
+//   wait_for_kernel_before()   in all threads, before any tensor is looked at: until all that the
+//                              kernel before has written is there
+//   launch_early(...)          as launch, where the kernel waits for the one before
+#pragma once
+
+#include "device.h"
+
+namespace gdfast::cuda {
+
+#if defined(__CUDACC__)
+
+GDFAST_DEVICE void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+GDFAST_DEVICE void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether what runs of a kernel was compiled for GPUs on which it waits. A multiprocessor divides
+// its memory anew only when it has no blocks: the kernel takes its share as one does that has much
+// shared memory.
+inline bool may_begin_early(const char* op, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;
+  int device = 0;
+  check(op, cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({kernel, device}, false);
+  if (is_new) {
+    cudaFuncAttributes attributes;
+    check(op, cudaFuncGetAttributes(&attributes, kernel));
+    check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   cudaSharedmemCarveoutMaxShared));
+    at->second = attributes.ptxVersion >= 90;
+  }
+  return at->second;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_early(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                  size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = may_begin_early(op, reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  check(op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+#else
+
+GDFAST_DEVICE void let_next_begin() {}
+GDFAST_DEVICE void wait_for_kernel_before() {}
+
+template <typename... Arguments>
+void launch_early(const Arguments&... arguments) {
+  launch(arguments...);
+}
+
+#endif
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,84 @@
+// The forward pass in groups on Hopper of small images, and the gradient in the input: its kernels
+// are in grouped_octets.h and grouped_quads.h.
+#include "conv2d_grouped_whole.h"
+#include "device.h"
+#include "grouped_octets.h"
+#include "grouped_quads.h"
+
+namespace gdfast::cuda {
+namespace {
+
+template <typename Its, typename Kernel>
+void start(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
+           void* output, Kernel kernel, int threads, const Where& where) {
+  const Axis row{kTaps * Its::kGroup, 2}, filters = next_axis(row, p.K, p.weight.n * 2);
+  const Axis one = next_axis(filters, 1, 0);
+  const WholeArguments a{
+      channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                               {Its::kImages, 1, Its::kColumns}),
+      tensor_map<BFloat16>(op, weight, {row, filters, one, next_axis(one, 1, 0)},
+                           {kBoxRow / 2, kSlab, 1, 1}),
+      channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
+                               {Its::kStoredImages, Its::kStoredRows, Its::kColumns})};
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.N, Its::kImages)),
+                  static_cast<unsigned>(ceil_div(p.C, kSlab)));
+  launch(op, kernel, grid, static_cast<unsigned>(threads), Its::kBytes, where.stream, a);
+}
+
+template <bool kGradient>
+void run(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
+         void* output, const Where& where) {
+  const DeviceGuard guard(op, where.device);
+  if (p.C / p.groups == Octets::kGroup) {
+    start<Octets>(op, p, input, weight, output, grouped_octets_kernel<kGradient>, kOctetThreads,
+                  where);
+  } else {
+    start<Quads>(op, p, input, weight, output, grouped_quads_kernel<kGradient>, kQuadThreads,
+                 where);
+  }
+}
+
+bool is_where_tma_reads(const void* weight) {
+  return reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+}
+
+}  // namespace
+
+std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
+  if (pass == GroupedPass::kGradWeight) return "it makes no gradient of the weight";
+  if (const std::string reason = grouped_hopper_why_not(p, pass); !reason.empty()) return reason;
+  if (p.dtype != DType::kBFloat16) return "it takes bfloat16";
+  const int64_t group = p.C / p.groups;
+  const auto is = [&](int64_t channels, int64_t rows) {
+    return group == channels && p.H == rows && p.W == rows;
+  };
+  if (!is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows)) {
+    return "it takes groups of 32 channels on images of 7 x 7, or of 16 on images of 14 x 14";
+  }
+  if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
+  const Strides4& at = p.weight;
+  if (at.c != 1 || at.w != group || at.h != 3 * group || at.n % 8 != 0 || at.n < kTaps * group) {
+    return "it takes weights in channels_last";
+  }
+  return "";
+}
+
+// What they are not made for, Hopper's other kernels do.
+void conv2d_grouped_whole(const Conv2dProblem& p, const void* input, const void* weight,
+                          const void* bias, void* output, const Where& where) {
+  const bool ends = bias != nullptr || p.activation != Activation::kNone;
+  if (ends || !is_where_tma_reads(weight)) {
+    return conv2d_grouped_hopper(p, input, weight, bias, output, where);
+  }
+  run<false>("conv2d", p, input, weight, output, where);
+}
+
+void conv2d_grad_input_grouped_whole(const Conv2dProblem& p, const void* grad_output,
+                                     const void* weight, void* grad_input, const Where& where) {
+  if (!is_where_tma_reads(weight)) {
+    return conv2d_grad_input_grouped_hopper(p, grad_output, weight, grad_input, where);
+  }
+  run<true>("conv2d_grad_input", turned(p), grad_output, weight, grad_input, where);
+}
+
+}  // namespace gdfast::cuda
