@@ -119,6 +119,25 @@ def test_groups_do_so_on_hopper_from_what_its_tma_unit_copies() -> None:
         assert code in hopper or len(code.instructions) < 20, code
 
 
+def test_groups_of_small_images_load_a_row_once_for_three_rows_of_results() -> None:
+    # A row is loaded for each column of a filter and 16 channels, and multiplied for the rows
+    # above, in and below it that exist; warps with filters in registers load nine taps of these.
+    expected = {
+        "grouped_octets_kernel": ((7 * 3 - 2) * 3 * 2, 7 * 3 * 2),
+        "grouped_quads_kernel": ((14 * 3 - 2) * 3 * 2, 14 * 3 + 9),
+        # Two rows of a filter at a time.
+        "grouped_strips_kernel": ((28 * 2 - 2) * 3 * 2, 28 * 3 + 9),
+    }
+    kernels = [code for code in codes() if code.kernel in expected]
+    assert {code.kernel for code in kernels} == expected.keys()
+    for code in kernels:
+        if code.architecture == "sm_90a":
+            assert (code.count("HMMA|HGMMA"), code.count("LDSM")) == expected[code.kernel], code
+            assert code.count("UTMALDG"), code
+        else:
+            assert len(code.instructions) < 20, code
+
+
 def test_depthwise_tensor_kernels_load_once_what_all_rows_of_a_filter_multiply() -> None:
     kernels = [code for code in codes() if code.kernel.startswith("depthwise_tensor_")]
     assert kernels

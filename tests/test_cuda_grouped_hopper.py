@@ -93,6 +93,7 @@ def test_what_is_copied_first(name: str, hopper: torch.device) -> None:
 WHOLE_CASES = [
     Conv2dCase("32s-7x7", 11, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
     Conv2dCase("16s-14x14", 5, 80, 14, 14, 80, 3, 3, groups=5, **SAME),
+    Conv2dCase("8s-28x28", 3, 72, 28, 28, 72, 3, 3, groups=9, **SAME),
 ]
 
 

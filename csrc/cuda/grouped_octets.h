@@ -15,7 +15,8 @@
 namespace gdfast::cuda {
 namespace {
 
-using Octets = WholeImages<32, 8, 7, kSide, 0, 8, 1, 7 * 8 * kTileBytes>;
+using Octets = WholeImages<32, 8, 7, kSide, 0, 7 * 8 * kTileBytes>;
+constexpr StoredBox kOctetBox{8, 1, kSide};
 constexpr int kOctetSteps = Octets::kGroup / 16;
 constexpr int kOctetThreads = kSlab / Octets::kGroup * kWarpgroup;
 
@@ -136,7 +137,7 @@ grouped_octets_kernel(GDFAST_GRID_CONSTANT const WholeArguments a) {
 #if defined(GDFAST_HOPPER)
   const int first_channel = static_cast<int>(blockIdx.y) * kSlab;
   const int first_image = static_cast<int>(blockIdx.x) * Octets::kImages;
-  if (this_thread() == 0) load_whole<Octets>(a, first_channel, first_image);
+  if (this_thread() == 0) load_whole<Octets, kOctetThreads / kWarp>(a, first_channel, first_image);
   // Before the first image there is none.
   if (this_thread() >= kOctetThreads - kBoxRow / 4) {
     reinterpret_cast<uint32_t*>(shared_memory() + Octets::kRowsAt)[this_thread() - kOctetThreads] =

@@ -9,8 +9,9 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr int kQuadBuffers = 4;  // of an image's results
-using Quads = WholeImages<16, 4, 14, 16, -1, 1, 2, kQuadBuffers * 4 * 2 * 16 * kBoxRow>;
-constexpr int kQuadBufferBytes = Quads::kStoredRows * Quads::kImageRow;
+constexpr StoredBox kQuadBox{1, 2, 16};
+using Quads = WholeImages<16, 4, 14, 16, -1, 4 * kQuadBuffers * kQuadBox.rows * 16 * kBoxRow>;
+constexpr int kQuadBufferBytes = kQuadBox.rows * Quads::kImageRow;
 constexpr int kQuadThreads = Quads::kImages * kUnits * kWarp;
 
 #if defined(GDFAST_HOPPER)
@@ -53,22 +54,22 @@ GDFAST_DEVICE void multiply_quads(const WholeArguments& a, int first_channel, in
 #pragma unroll
   for (float& sum : flat(sums)) sum = 0;
   const auto finish = [&](int p) {
-    unsigned char* const to = results + p / Quads::kStoredRows % kQuadBuffers * kQuadBufferBytes;
+    unsigned char* const to = results + p / kQuadBox.rows % kQuadBuffers * kQuadBufferBytes;
     uint32_t words[4];
     pack_sums<BFloat16>(words, sums[p]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = p % Quads::kStoredRows * Quads::kImageRow + (i >> 1) * kTileBytes +
-                     (written ^ (i & 1) * 16);
+      const int at =
+          p % kQuadBox.rows * Quads::kImageRow + (i >> 1) * kTileBytes + (written ^ (i & 1) * 16);
       *reinterpret_cast<uint32_t*>(to + at) = words[i];
     }
-    if (p % Quads::kStoredRows + 1 < Quads::kStoredRows) return;
+    if (p % kQuadBox.rows + 1 < kQuadBox.rows) return;
     stores_ready();
     // Whoever meets here may write to the next buffer: it has been read.
     if (leads) stores_wait_read<kQuadBuffers - 2>();
     sync_threads_of(1 + image, kUnits * kWarp);
     if (!leads) return;
-    store_box(a.output, {first_channel, 0, p + 1 - Quads::kStoredRows, first_image + image}, to);
+    store_box(a.output, {first_channel, 0, p + 1 - kQuadBox.rows, first_image + image}, to);
     stores_commit();
   };
 #pragma unroll
@@ -107,7 +108,7 @@ grouped_quads_kernel(GDFAST_GRID_CONSTANT const WholeArguments a) {
 #if defined(GDFAST_HOPPER)
   const int first_channel = static_cast<int>(blockIdx.y) * kSlab;
   const int first_image = static_cast<int>(blockIdx.x) * Quads::kImages;
-  if (this_thread() == 0) load_whole<Quads>(a, first_channel, first_image);
+  if (this_thread() == 0) load_whole<Quads, kQuadThreads / kWarp>(a, first_channel, first_image);
   sync_block();
   multiply_quads<kGradient>(a, first_channel, first_image);
 #else

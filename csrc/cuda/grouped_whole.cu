@@ -1,25 +1,25 @@
 // The forward pass in groups on Hopper of small images, and the gradient in the input: its kernels
-// are in grouped_octets.h and grouped_quads.h.
+// are in grouped_octets.h, grouped_quads.h and grouped_strips.h.
 #include "conv2d_grouped_whole.h"
 #include "device.h"
 #include "grouped_octets.h"
 #include "grouped_quads.h"
+#include "grouped_strips.h"
 
 namespace gdfast::cuda {
 namespace {
 
 template <typename Its, typename Kernel>
 void start(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
-           void* output, Kernel kernel, int threads, const Where& where) {
+           void* output, Kernel kernel, int threads, const StoredBox& stored, const Where& where) {
   const Axis row{kTaps * Its::kGroup, 2}, filters = next_axis(row, p.K, p.weight.n * 2);
   const Axis one = next_axis(filters, 1, 0);
-  const WholeArguments a{
-      channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
-                               {Its::kImages, 1, Its::kColumns}),
-      tensor_map<BFloat16>(op, weight, {row, filters, one, next_axis(one, 1, 0)},
-                           {kBoxRow / 2, kSlab, 1, 1}),
-      channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
-                               {Its::kStoredImages, Its::kStoredRows, Its::kColumns})};
+  const WholeArguments a{channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                                                  {Its::kImages, 1, Its::kColumns}),
+                         tensor_map<BFloat16>(op, weight, {row, filters, one, next_axis(one, 1, 0)},
+                                              {kBoxRow / 2, kSlab, 1, 1}),
+                         channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
+                                                  {stored.images, stored.rows, stored.columns})};
   const dim3 grid(static_cast<unsigned>(ceil_div(p.N, Its::kImages)),
                   static_cast<unsigned>(ceil_div(p.C, kSlab)));
   launch(op, kernel, grid, static_cast<unsigned>(threads), Its::kBytes, where.stream, a);
@@ -29,12 +29,16 @@ template <bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
          void* output, const Where& where) {
   const DeviceGuard guard(op, where.device);
-  if (p.C / p.groups == Octets::kGroup) {
-    start<Octets>(op, p, input, weight, output, grouped_octets_kernel<kGradient>, kOctetThreads,
-                  where);
-  } else {
-    start<Quads>(op, p, input, weight, output, grouped_quads_kernel<kGradient>, kQuadThreads,
-                 where);
+  const auto with = [&](auto its, auto kernel, int threads, const StoredBox& stored) {
+    start<decltype(its)>(op, p, input, weight, output, kernel, threads, stored, where);
+  };
+  switch (p.C / p.groups) {
+    case Octets::kGroup:
+      return with(Octets{}, grouped_octets_kernel<kGradient>, kOctetThreads, kOctetBox);
+    case Quads::kGroup:
+      return with(Quads{}, grouped_quads_kernel<kGradient>, kQuadThreads, kQuadBox);
+    default:
+      return with(Strips{}, grouped_strips_kernel<kGradient>, kStripThreads, kStripBox);
   }
 }
 
@@ -52,8 +56,10 @@ std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
   const auto is = [&](int64_t channels, int64_t rows) {
     return group == channels && p.H == rows && p.W == rows;
   };
-  if (!is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows)) {
-    return "it takes groups of 32 channels on images of 7 x 7, or of 16 on images of 14 x 14";
+  if (!is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows) &&
+      !is(Strips::kGroup, Strips::kRows)) {
+    return "it takes groups of 32 channels on images of 7 x 7, of 16 on 14 x 14, or of 8 on 28 x "
+           "28";
   }
   if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
   const Strides4& at = p.weight;
