@@ -9,6 +9,7 @@
 // second each sum joins the splits in theirs. Common filters in channels_last have a first pass of
 // their own (depthwise_columns_grad_weight.cu).
 #include "depthwise_columns.h"
+#include "depthwise_rows.h"
 #include "depthwise_tensor.h"
 #include "depthwise_weight_sums.h"
 
@@ -118,7 +119,10 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
   int64_t splits = WeightWalk::of(p).splits;
   const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
   if (of_columns > splits) splits = of_columns;
-  if (wanted >= DepthwiseWay::kSlabs && depthwise_tensor_why_not(p).empty()) {
+  if (wanted == DepthwiseWay::kRows) {
+    const int64_t others = depthwise_rows_why_not(p).empty() ? depthwise_rows_splits(a) : 0;
+    if (others > splits) splits = others;
+  } else if (wanted >= DepthwiseWay::kSlabs && depthwise_tensor_why_not(p).empty()) {
     const int64_t others = depthwise_tensor_splits(a, wanted == DepthwiseWay::kSlabs);
     if (others > splits) splits = others;
   }
@@ -133,7 +137,11 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
   const DepthwiseArguments a = depthwise_arguments(problem);
   int splits = 0;
   const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, input));
-  if (way >= DepthwiseWay::kSlabs) {
+  if (way == DepthwiseWay::kRows) {
+    splits = depthwise_rows_splits(a);
+    depthwise_rows_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
+                               workspace, where.stream);
+  } else if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;
     splits = depthwise_tensor_splits(a, wide);
     depthwise_tensor_grad_weight(problem.dtype, a, wide, grad_output, input, workspace,

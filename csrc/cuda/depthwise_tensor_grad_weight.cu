@@ -4,6 +4,7 @@
 // A matrix instruction multiplies the pixels of two taps and 8 channels by the gradients of these
 // channels, over 16 positions. Of each tap's 8 x 8 sums the diagonal is the filters'. A warp keeps
 // the sums of all taps, and the gradients of all rows that see the row of the image which it loads.
+#include "depthwise_exact.h"
 #include "depthwise_tensor.h"
 #include "depthwise_weight_sums.h"
 
@@ -59,8 +60,9 @@ struct Sums {
 
 // The sum of one tap over a block's rows of outputs, from global memory.
 template <typename T>
-GDFAST_DEVICE float exact_sum(const DepthwiseArguments& a, const TensorWalk& walk,
-                              const Tensors<T>& tensors, int first, int end, int k, int r, int s) {
+GDFAST_DEVICE float exact_sum_of_block(const DepthwiseArguments& a, const TensorWalk& walk,
+                                       const Tensors<T>& tensors, int first, int end, int k, int r,
+                                       int s) {
   float sum = 0;
 #pragma unroll 1
   for (int row = first; row < end;) {
@@ -68,20 +70,10 @@ GDFAST_DEVICE float exact_sum(const DepthwiseArguments& a, const TensorWalk& wal
     row += piece.rows;
     const int images = a.N - piece.n < walk.images ? a.N - piece.n : walk.images;
     const int columns = a.Q - piece.q < walk.strip ? a.Q - piece.q : walk.strip;
-    const int positions = piece.rows * columns;
 #pragma unroll 1
-    for (int i = 0; i < images * positions; ++i) {
-      const int n = piece.n + i / positions, p = piece.p + i % positions / columns;
-      const int q = piece.q + i % columns, h = p - a.pad_h + r, w = q - a.pad_w + s;
-      if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
-      if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
-      const T grad =
-          tensors
-              .grad_output[n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k];
-      const T pixel =
-          tensors.input[n * a.input.n + int64_t{h} * a.input.h + int64_t{w} * a.input.w + k];
-      sum += to_float(grad) * to_float(pixel);
-      if (sum != sum) return sum;
+    for (int i = 0; i < images; ++i) {
+      sum += exact_sum(a, tensors.grad_output, tensors.input, piece.n + i, piece.p, piece.rows,
+                       piece.q, columns, k, r, s);
     }
   }
   return sum;
@@ -257,7 +249,7 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
     }
     // Zeros around an image, or beyond a row, make NaN of infinities.
     if (sum != sum) {
-      sum = exact_sum(a, walk, tensors, first, end, k, tap / kSize, tap % kSize);
+      sum = exact_sum_of_block(a, walk, tensors, first, end, k, tap / kSize, tap % kSize);
     }
     partial_taps(partial, a, split, k)[tap] = sum;
   }

@@ -1,7 +1,7 @@
 // The kernel of depthwise_tensor.cu.
 #pragma once
 
-#include "activation.h"
+#include "depthwise_exact.h"
 #include "depthwise_tensor.h"
 
 namespace gdfast::cuda {
@@ -95,24 +95,6 @@ struct Diagonals {
 template <int kGroups>
 using Sums = float[kGroups * 4];
 
-// One output, from global memory.
-template <typename T, int kSize>
-GDFAST_DEVICE float exact_output(const DepthwiseArguments& a, const Tensors<T>& tensors, int n,
-                                 int k, int p, int q) {
-  const T* const image = tensors.input + n * a.input.n + k;
-  const T* const filter = tensors.weight + k * a.weight_k;
-  float sum = tensors.bias == nullptr ? 0.f : to_float(tensors.bias[k]);
-#pragma unroll 1
-  for (int tap = 0; tap < kSize * kSize; ++tap) {
-    const int r = tap / kSize, s = tap % kSize, h = p - a.pad_h + r, w = q - a.pad_w + s;
-    if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
-    if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
-    const T pixel = image[int64_t{h} * a.input.h + int64_t{w} * a.input.w];
-    sum += to_float(pixel) * to_float(filter[r * a.weight_r + s * a.weight_s]);
-  }
-  return sum;
-}
-
 // The zeros beside diagonals make NaN of a neighbour's infinities, as those around an image do of a
 // filter's: what is NaN of a chunk that this thread has written is made again without them.
 template <typename T, int kSize>
@@ -121,9 +103,8 @@ GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, 
 #pragma unroll 1
   for (int i = 0; i < 8; ++i) {
     if (to_float(chunk[i]) == to_float(chunk[i])) continue;
-    float sums[1] = {exact_output<T, kSize>(a, tensors, n, channel + i, p, q)};
-    activate(sums, a.activation, static_cast<float>(a.negative_slope));
-    chunk[i] = from_float<T>(sums[0]);
+    chunk[i] = from_float<T>(
+        exact_output<kSize>(a, tensors.input, tensors.weight, tensors.bias, n, channel + i, p, q));
   }
 }
 
