@@ -45,7 +45,7 @@ OFTEN = CASES[:2]
 def ours(case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
     input, weight, bias, grad = values.values()
     query = query_of(case, values)
-    assert not cuda_candidates.depthwise_rows_why_not(query)
+    assert not cuda_candidates.depthwise_hopper_why_not(query, ROWS)
     return (
         cuda_conv2d.conv2d(query, ROWS)(input, weight, bias),
         cuda_conv2d.conv2d(query, ROWS)(input, weight, None) + bias[:, None, None],
@@ -169,7 +169,7 @@ def test_what_it_does_not_take(
 ) -> None:  # fmt: skip
     small = replace(case, N=1, H=1) if case.W > 1000 else case
     query = query_of(small, tensors_of(small, dtype, channels_last, cuda_device))
-    assert reason in cuda_candidates.depthwise_rows_why_not(query)
+    assert reason in cuda_candidates.depthwise_hopper_why_not(query, ROWS)
     assert ROWS not in cuda_candidates.candidates("conv2d", query)
 
 
@@ -179,4 +179,4 @@ def test_parts_of_rows_are_not_taken(cuda_device: torch.device) -> None:
     n, c, h, w = values["input"].shape
     whole = torch.zeros((n, h, w + 1, c), dtype=torch.float16, device=cuda_device)
     values["input"] = whole[:, :, 1:].permute(0, 3, 1, 2)
-    assert "whole rows" in cuda_candidates.depthwise_rows_why_not(query_of(case, values))
+    assert "whole rows" in cuda_candidates.depthwise_hopper_why_not(query_of(case, values), ROWS)

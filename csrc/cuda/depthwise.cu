@@ -1,4 +1,5 @@
 // Depthwise convolution, forward: which kernel makes it, and the one that takes every shape.
+#include "depthwise_boxes.h"
 #include "depthwise_columns.h"
 #include "depthwise_rows.h"
 #include "depthwise_strips.h"
@@ -103,6 +104,9 @@ void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, Depthwi
                        uintptr_t stream) {
   if (way == DepthwiseWay::kRows) {
     return depthwise_rows(dtype, arguments, input, weight, bias, output, stream);
+  }
+  if (way == DepthwiseWay::kBoxes) {
+    return depthwise_boxes(dtype, arguments, input, weight, bias, output, stream);
   }
   if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;

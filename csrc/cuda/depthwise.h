@@ -93,15 +93,16 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
   return true;
 }
 
-// How images are read: number by number, in vectors of channels, in slabs for the tensor cores, or
-// in whole rows on Hopper.
-enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows };
+// How images are read: number by number, in vectors of channels, in slabs for the tensor cores, or,
+// on Hopper, in whole rows or in boxes for the tensor cores.
+enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows, kBoxes };
 
-// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Slabs
-// or rows that are asked for are taken for problems that their why_not has nothing against, where
-// 16 divides the images' addresses; else the best that fits is.
+// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. What
+// is asked for is taken for problems that its why_not has nothing against, where 16 divides the
+// images' addresses; else the best that fits is.
 std::string depthwise_tensor_why_not(const Conv2dProblem& problem);
 std::string depthwise_rows_why_not(const Conv2dProblem& problem);
+std::string depthwise_boxes_why_not(const Conv2dProblem& problem);
 void depthwise_conv2d(const Conv2dProblem& problem, DepthwiseWay wanted, const void* input,
                       const void* weight, const void* bias, void* output, const Where& where);
 void depthwise_conv2d_grad_input(const Conv2dProblem& problem, DepthwiseWay wanted,
@@ -113,9 +114,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
                                   void* grad_bias, void* workspace, const Where& where);
 
 inline DepthwiseWay depthwise_way(const Conv2dProblem& p, DepthwiseWay wanted, bool aligned) {
-  const bool rows = wanted == DepthwiseWay::kRows, slabs = wanted >= DepthwiseWay::kSlabs && !rows;
-  if (rows && aligned && depthwise_rows_why_not(p).empty()) return wanted;
-  if (slabs && aligned && depthwise_tensor_why_not(p).empty()) return wanted;
+  const auto why_not = wanted == DepthwiseWay::kRows    ? depthwise_rows_why_not
+                       : wanted == DepthwiseWay::kBoxes ? depthwise_boxes_why_not
+                                                        : depthwise_tensor_why_not;
+  if (wanted >= DepthwiseWay::kSlabs && aligned && why_not(p).empty()) return wanted;
   return has_depthwise_vectors(p, aligned) ? DepthwiseWay::kVectors : DepthwiseWay::kNumbers;
 }
 

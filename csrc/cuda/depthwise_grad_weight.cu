@@ -116,6 +116,7 @@ int launch_any(const Conv2dProblem& p, const DepthwiseArguments& a, const T* gra
 int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, DepthwiseWay wanted) {
   // Which kernel it is depends on addresses too: room for any.
   const DepthwiseArguments a = depthwise_arguments(p);
+  if (wanted == DepthwiseWay::kBoxes) wanted = DepthwiseWay::kSlabs;
   int64_t splits = WeightWalk::of(p).splits;
   const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
   if (of_columns > splits) splits = of_columns;
@@ -136,6 +137,7 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
   const DeviceGuard guard(kOp, where.device);
   const DepthwiseArguments a = depthwise_arguments(problem);
   int splits = 0;
+  if (wanted == DepthwiseWay::kBoxes) wanted = DepthwiseWay::kSlabs;
   const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, input));
   if (way == DepthwiseWay::kRows) {
     splits = depthwise_rows_splits(a);

@@ -1,0 +1,49 @@
+// Depthwise convolution forward in boxes (depthwise_boxes.h), and the gradient in the input, which
+// is one too with the filters turned round.
+#include "depthwise_boxes_kernel.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr char kOp[] = "conv2d";
+
+template <typename T, int kSize, bool kEnding>
+void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
+  BoxesArguments boxes = boxes_arguments(a, multiprocessors(kOp));
+  const auto strides = [](const ImageStrides& s) { return Strides4{s.n, s.c, s.h, s.w}; };
+  boxes.input = channels_first<T>(kOp, tensors.input, {a.N, a.C, a.H, a.W, strides(a.input)},
+                                  {boxes.images, 1, boxes.pitch});
+  boxes.output = channels_first<T>(kOp, tensors.output, {a.N, a.K, a.P, a.Q, strides(a.output)},
+                                   {boxes.images, 1, boxes.strip});
+  launch(kOp, depthwise_boxes_kernel<T, kSize, kEnding>, static_cast<unsigned>(boxes.blocks),
+         kBoxThreads, static_cast<size_t>(boxes_bytes(boxes)), stream, a, boxes, tensors);
+}
+
+}  // namespace
+
+std::string depthwise_boxes_why_not(const Conv2dProblem& p) {
+  if (std::string reason = depthwise_tensor_why_not(p); !reason.empty()) return reason;
+  if (p.R < 5) return "it takes filters of 5x5 and 7x7";
+  for (const HopperImage& image :
+       {HopperImage{p.N, p.C, p.H, p.W, p.input}, HopperImage{p.N, p.K, p.P, p.Q, p.output}}) {
+    if (std::string reason = image_why_not("it takes", image); !reason.empty()) return reason;
+  }
+  return "";
+}
+
+void depthwise_boxes(DType dtype, const DepthwiseArguments& a, const void* input,
+                     const void* weight, const void* bias, void* output, uintptr_t stream) {
+  const bool ending = bias != nullptr || a.activation != Activation::kNone;
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),
+                               static_cast<const T*>(bias), static_cast<T*>(output)};
+      auto* chosen = ending ? launch_boxes<T, 5, true> : launch_boxes<T, 5, false>;
+      if (a.R == 7) chosen = ending ? launch_boxes<T, 7, true> : launch_boxes<T, 7, false>;
+      chosen(a, tensors, stream);
+    }
+  });
+}
+
+}  // namespace gdfast::cuda

@@ -1,0 +1,128 @@
+// Depthwise convolution of half types in channels_last on Hopper's tensor cores, in boxes of 64
+// channels: what its kernels share.
+//
+// Products are those of depthwise_tensor.h, rows come and leave as TMA's boxes, with zeros from
+// outside of the image. No warp waits for the others of its block but through the barriers of a
+// ring of rows: while some multiply, others write what they have made.
+//
+// A warp has 8 channels and 16 positions side by side. A block has two such tiles of a row: of one
+// image, or of two where rows are short. It walks down the rows of pieces, one after the other, all
+// of the same channels.
+//
+//   slot    128 bytes of a box: the channels of a pixel. An output's position is the slot of the
+//           first column that it sees
+//   step    a row of the image that a piece's outputs see, from 0; output p begins at step p
+#pragma once
+
+#include "conv2d_hopper_images.h"
+#include "depthwise.h"
+
+namespace gdfast::cuda {
+
+constexpr int kBoxChannels = 64, kBoxTiles = 2, kTilePositions = 16;
+constexpr int kBoxWarps = kBoxChannels / 8 * kBoxTiles, kBoxThreads = kBoxWarps * kWarp;
+constexpr int kBoxStages = 12;  // rows on their way
+constexpr int kMadeRows = 8;    // rows of outputs that are written
+constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
+constexpr int kBoxLag = 2;  // steps that other warps may be behind the one that loads and stores
+
+struct BoxesArguments {
+  TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
+  int stage;                // bytes
+  int images, strip;        // side by side, and the columns of outputs of each
+  int pitch;                // slots of an image
+  int chunks;               // of channels
+  int parts, rows;          // of an image's rows of outputs
+  int pieces;               // of each chunk
+  int blocks;
+  Divisor strips, parts_by;
+};
+
+// Rows of outputs down from (p, q) of images from n on.
+struct BoxesPiece {
+  int n, p, q, rows;
+
+  GDFAST_DEVICE BoxesPiece at(const DepthwiseArguments& a, const BoxesArguments& boxes, int index) {
+    const Divided part = divide(index, boxes.parts_by);
+    const Divided strip = divide(part.quotient, boxes.strips);
+    const int p = part.rest * boxes.rows, below = a.P - p;
+    return {strip.quotient * boxes.images, p, strip.rest * boxes.strip,
+            below < boxes.rows ? below : boxes.rows};
+  }
+};
+
+// Pieces of a block, one after the other, and their steps.
+struct BoxesWalk {
+  int next, step = 0, steps = 0;
+  BoxesPiece piece{};
+
+  // The piece of the next step; false at the end. `beyond` are the steps beside its rows.
+  GDFAST_DEVICE bool has(BoxesWalk& walk, const DepthwiseArguments& a, const BoxesArguments& boxes,
+                         int beyond) {
+    if (walk.step < walk.steps) return true;
+    if (walk.next >= boxes.pieces) return false;
+    walk.piece = BoxesPiece::at(a, boxes, walk.next);
+    walk.next += static_cast<int>(gridDim.x) / boxes.chunks;
+    walk.step = 0;
+    walk.steps = walk.piece.rows + beyond;
+    return true;
+  }
+};
+
+GDFAST_DEVICE int box_channel(const BoxesArguments& boxes) {
+  return static_cast<int>(blockIdx.x) % boxes.chunks * kBoxChannels;
+}
+GDFAST_DEVICE int first_piece(const BoxesArguments& boxes) {
+  return static_cast<int>(blockIdx.x) / boxes.chunks;
+}
+
+// A place in a ring. Both sides count from the block's first step; a barrier's phase is over once
+// per turn of the ring.
+template <int kCount>
+struct RingPlace {
+  int index = 0, parity = 0;
+
+  GDFAST_DEVICE void advance(RingPlace& place) {
+    if (++place.index == kCount) {
+      place.index = 0;
+      place.parity ^= 1;
+    }
+  }
+};
+
+// All but the maps, for `each` rows of so many slots in a stage.
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multiprocessors) {
+  constexpr int64_t kMost = kBoxTiles * kTilePositions;
+  BoxesArguments boxes{};
+  const int64_t strips = ceil_div(a.Q, kMost), strip = ceil_div(a.Q, strips);
+  boxes.images = strip <= kTilePositions && a.N > 1 ? kBoxTiles : 1;
+  boxes.strip = static_cast<int>(strip);
+  // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
+  // rows of a box begin at multiples of 1024 bytes.
+  const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
+  boxes.pitch = static_cast<int>(ceil_div(positions + a.S, 8) * 8);
+  boxes.stage = boxes.images * boxes.pitch * kBoxRow;
+  boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
+  boxes.strips = Divisor::of(strips);
+  const int64_t blocks = boxes.chunks < multiprocessors ? multiprocessors / boxes.chunks : 1;
+  int64_t least = 0;
+  for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
+    const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
+    const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
+    const int64_t takes = ceil_div(pieces, blocks) * (rows + a.R - 1);
+    if (least > 0 && takes >= least) continue;
+    least = takes;
+    boxes.rows = static_cast<int>(rows);
+    boxes.parts = static_cast<int>(whole);
+    boxes.pieces = static_cast<int>(pieces);
+    boxes.blocks = static_cast<int>(pieces < blocks ? pieces : blocks) * boxes.chunks;
+  }
+  boxes.parts_by = Divisor::of(boxes.parts);
+  return boxes;
+}
+
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against.
+void depthwise_boxes(DType dtype, const DepthwiseArguments& arguments, const void* input,
+                     const void* weight, const void* bias, void* output, uintptr_t stream);
+
+}  // namespace gdfast::cuda
