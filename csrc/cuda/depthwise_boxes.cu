@@ -9,12 +9,9 @@ constexpr char kOp[] = "conv2d";
 
 template <typename T, int kSize, bool kEnding>
 void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  BoxesArguments boxes = boxes_arguments(a, multiprocessors(kOp));
-  const auto strides = [](const ImageStrides& s) { return Strides4{s.n, s.c, s.h, s.w}; };
-  boxes.input = channels_first<T>(kOp, tensors.input, {a.N, a.C, a.H, a.W, strides(a.input)},
-                                  {boxes.images, 1, boxes.pitch});
-  boxes.output = channels_first<T>(kOp, tensors.output, {a.N, a.K, a.P, a.Q, strides(a.output)},
-                                   {boxes.images, 1, boxes.strip});
+  BoxesArguments boxes = boxes_arguments(a, multiprocessors(kOp), true);
+  boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
+  boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip);
   launch(kOp, depthwise_boxes_kernel<T, kSize, kEnding>, static_cast<unsigned>(boxes.blocks),
          kBoxThreads, static_cast<size_t>(boxes_bytes(boxes)), stream, a, boxes, tensors);
 }

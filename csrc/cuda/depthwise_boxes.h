@@ -90,11 +90,13 @@ struct RingPlace {
   }
 };
 
-// All but the maps, for `each` rows of so many slots in a stage.
-inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multiprocessors) {
+// All but the maps, in strips of one width or as wide as tiles are.
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multiprocessors,
+                                      bool equal) {
   constexpr int64_t kMost = kBoxTiles * kTilePositions;
   BoxesArguments boxes{};
-  const int64_t strips = ceil_div(a.Q, kMost), strip = ceil_div(a.Q, strips);
+  const int64_t strips = ceil_div(a.Q, kMost);
+  const int64_t strip = equal || strips == 1 ? ceil_div(a.Q, strips) : kMost;
   boxes.images = strip <= kTilePositions && a.N > 1 ? kBoxTiles : 1;
   boxes.strip = static_cast<int>(strip);
   // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
@@ -121,8 +123,22 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multi
   return boxes;
 }
 
+// A tensor of half types as boxes of some images, a row and columns by 64 channels.
+template <typename T>
+TensorMap box_map(const char* op, const T* address, const DepthwiseArguments& a,
+                  const ImageStrides& s, int rows, int columns, int images, int box) {
+  return channels_first<T>(op, address, {a.N, a.C, rows, columns, {s.n, s.c, s.h, s.w}},
+                           {images, 1, box});
+}
+
 // The kernels' launchers, for addresses that 16 divides and what there is nothing against.
 void depthwise_boxes(DType dtype, const DepthwiseArguments& arguments, const void* input,
                      const void* weight, const void* bias, void* output, uintptr_t stream);
+
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h).
+int depthwise_boxes_splits(const DepthwiseArguments& arguments);
+void depthwise_boxes_grad_weight(DType dtype, const DepthwiseArguments& arguments,
+                                 const void* grad_output, const void* input, void* partial,
+                                 uintptr_t stream);
 
 }  // namespace gdfast::cuda
