@@ -5,9 +5,8 @@
 // outside of the image. No warp waits for the others of its block but through the barriers of a
 // ring of rows: while some multiply, others write what they have made.
 //
-// A warp has 8 channels and 16 positions side by side. A block has two such tiles of a row: of one
-// image, or of two where rows are short. It walks down the rows of pieces, one after the other, all
-// of the same channels.
+// A block has two tiles of 16 positions of a row side by side: of one image, or of two where rows
+// are short. It walks down the rows of pieces, one after the other, all of the same channels.
 //
 //   slot    128 bytes of a box: the channels of a pixel. An output's position is the slot of the
 //           first column that it sees
@@ -20,11 +19,32 @@
 namespace gdfast::cuda {
 
 constexpr int kBoxChannels = 64, kBoxTiles = 2, kTilePositions = 16;
-constexpr int kBoxWarps = kBoxChannels / 8 * kBoxTiles, kBoxThreads = kBoxWarps * kWarp;
-constexpr int kBoxStages = 12;  // rows on their way
-constexpr int kMadeRows = 8;    // rows of outputs that are written
 constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
 constexpr int kBoxLag = 2;  // steps that other warps may be behind the one that loads and stores
+
+// What a warp has: groups of 8 channels, and tiles. The more, the more products for each barrier;
+// what registers leave is for warps.
+template <int kTaps>
+struct BoxesTile {
+  static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 3 ? 2 : 1;
+  static constexpr int kBlocks = kTaps == 3 ? 4 : 1;  // of a multiprocessor
+};
+template <int kTaps>
+struct BoxesWeightTile {
+  static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 5 ? 1 : 2;
+  static constexpr int kBlocks = kTaps == 3 ? 4 : 1;
+};
+
+// Blocks with such tiles: their warps, those of the same channels, and rows on their way.
+template <typename Tile>
+struct BoxesBlock {
+  static constexpr int kGroups = Tile::kGroups, kTiles = Tile::kTiles, kBlocks = Tile::kBlocks;
+  static constexpr int kOfChannels = kBoxTiles / kTiles;
+  static constexpr int kAcross = kBoxChannels / 8 / kGroups;
+  static constexpr int kWarps = kAcross * kOfChannels, kThreads = kWarps * kWarp;
+  static constexpr int kStages = kBlocks > 1 ? 5 : 12;
+  static constexpr int kMade = kBlocks > 1 ? 4 : 8;  // rows of outputs that are written
+};
 
 struct BoxesArguments {
   TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
@@ -90,9 +110,8 @@ struct RingPlace {
   }
 };
 
-// All but the maps, in strips of one width or as wide as tiles are.
-inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multiprocessors,
-                                      bool equal) {
+// All but the maps, for as many blocks at once, in strips of one width or as wide as tiles are.
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal) {
   constexpr int64_t kMost = kBoxTiles * kTilePositions;
   BoxesArguments boxes{};
   const int64_t strips = ceil_div(a.Q, kMost);
@@ -106,7 +125,7 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t multi
   boxes.stage = boxes.images * boxes.pitch * kBoxRow;
   boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
   boxes.strips = Divisor::of(strips);
-  const int64_t blocks = boxes.chunks < multiprocessors ? multiprocessors / boxes.chunks : 1;
+  const int64_t blocks = boxes.chunks < at_once ? at_once / boxes.chunks : 1;
   int64_t least = 0;
   for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
     const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);

@@ -8,87 +8,99 @@ namespace gdfast::cuda {
 namespace {
 
 // Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
-GDFAST_DEVICE int made_at(const BoxesArguments& boxes) { return kBoxStages * boxes.stage; }
-inline int boxes_bytes(const BoxesArguments& boxes) {
-  return kBoxStages * boxes.stage + kMadeRows * kMadeBytes + 1024;
-}
+template <int kSize>
+struct BoxesMemory : BoxesBlock<BoxesTile<kSize>> {
+  using Its = BoxesBlock<BoxesTile<kSize>>;
+  static constexpr int kMadeRows = Its::kMade * kMadeBytes, kBarriers = 512;
+  static_assert(kBoxChannels * kSize * kSize * 2 <= kMadeRows, "filters fit");
+  static_assert(2 * (Its::kStages + Its::kMade) * 8 <= kBarriers, "barriers fit");
+
+  static int bytes(const BoxesArguments& boxes) {
+    return Its::kStages * boxes.stage + kMadeRows + kBarriers;
+  }
 
 #if defined(GDFAST_HOPPER)
-
-struct BoxesBarriers {
-  uint64_t* first;
-
-  GDFAST_DEVICE BoxesBarriers of(const BoxesArguments& boxes) {
-    return {reinterpret_cast<uint64_t*>(shared_memory() + made_at(boxes) + kMadeRows * kMadeBytes)};
+  GDFAST_DEVICE unsigned char* stage(const BoxesArguments& boxes, int index) {
+    return shared_memory() + index * boxes.stage;
   }
-  GDFAST_DEVICE uint64_t* full(const BoxesBarriers& its, int stage) { return its.first + stage; }
-  GDFAST_DEVICE uint64_t* empty(const BoxesBarriers& its, int stage) {
-    return its.first + kBoxStages + stage;
+  GDFAST_DEVICE unsigned char* made_row(const BoxesArguments& boxes, int row) {
+    return stage(boxes, Its::kStages) + row * kMadeBytes;
+  }
+  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int stage) {
+    return reinterpret_cast<uint64_t*>(made_row(boxes, Its::kMade)) + stage;
+  }
+  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int stage) {
+    return full(boxes, Its::kStages + stage);
   }
   // A row of outputs is there, or may be made.
-  GDFAST_DEVICE uint64_t* made(const BoxesBarriers& its, int row) {
-    return its.first + 2 * kBoxStages + row;
+  GDFAST_DEVICE uint64_t* made(const BoxesArguments& boxes, int row) {
+    return full(boxes, 2 * Its::kStages + row);
   }
-  GDFAST_DEVICE uint64_t* written(const BoxesBarriers& its, int row) {
-    return its.first + 2 * kBoxStages + kMadeRows + row;
+  GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
+    return full(boxes, 2 * Its::kStages + Its::kMade + row);
   }
-  GDFAST_DEVICE void init(const BoxesBarriers& its) {
-    for (int i = 0; i < kBoxStages; ++i) {
-      barrier_init(full(its, i), 1);
-      barrier_init(empty(its, i), kBoxWarps);
+  GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
+    for (int i = 0; i < Its::kStages; ++i) {
+      barrier_init(full(boxes, i), 1);
+      barrier_init(empty(boxes, i), Its::kWarps);
     }
-    for (int i = 0; i < kMadeRows; ++i) {
-      barrier_init(made(its, i), kBoxWarps);
-      barrier_init(written(its, i), 1);
+    for (int i = 0; i < Its::kMade; ++i) {
+      barrier_init(made(boxes, i), Its::kWarps);
+      barrier_init(written(boxes, i), 1);
     }
     barriers_ready();
   }
+#endif
 };
+
+#if defined(GDFAST_HOPPER)
 
 // What one thread does beside its part: it starts the copies, of rows and of outputs.
 template <int kSize>
 struct BoxesCarrier {
+  using Memory = BoxesMemory<kSize>;
   BoxesWalk loads, stores;
-  RingPlace<kBoxStages> stage;
-  RingPlace<kMadeRows> row;
+  RingPlace<Memory::kStages> stage;
+  RingPlace<Memory::kMade> row;
   int behind = -kBoxLag;  // steps that have been multiplied, and rows that have been made,
   int made = -kBoxLag;    // when both sides are far enough apart
-  bool stores_before = false;
+  bool has_stored = false;
 
   // A step more, if there is one: as soon as its stage is nobody's any more.
   GDFAST_DEVICE void load(BoxesCarrier& its, const DepthwiseArguments& a,
-                          const BoxesArguments& boxes, const BoxesBarriers& barriers) {
+                          const BoxesArguments& boxes) {
     BoxesWalk& at = its.loads;
     if (!BoxesWalk::has(at, a, boxes, kSize - 1)) return;
-    uint64_t* const full = BoxesBarriers::full(barriers, its.stage.index);
+    const int index = its.stage.index;
     // In the first turn nobody has to leave a stage: the phase before the first is over.
-    barrier_wait(BoxesBarriers::empty(barriers, its.stage.index), its.stage.parity ^ 1);
+    barrier_wait(Memory::empty(boxes, index), its.stage.parity ^ 1);
     const int h = at.piece.p + at.step - a.pad_h;
     const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-    barrier_arrive_expecting(full, inside ? boxes.stage : 0);
+    barrier_arrive_expecting(Memory::full(boxes, index), inside ? boxes.stage : 0);
     if (inside) {
-      load_box(shared_memory() + its.stage.index * boxes.stage, boxes.input,
-               {box_channel(boxes), at.piece.q - a.pad_w, h, at.piece.n}, full);
+      load_box(Memory::stage(boxes, index), boxes.input,
+               {box_channel(boxes), at.piece.q - a.pad_w, h, at.piece.n},
+               Memory::full(boxes, index));
     }
     ++at.step;
-    RingPlace<kBoxStages>::advance(its.stage);
+    RingPlace<Memory::kStages>::advance(its.stage);
   }
 
   // A row of outputs more. Of the row before it, memory is free when this one has been started.
   GDFAST_DEVICE void store(BoxesCarrier& its, const DepthwiseArguments& a,
-                           const BoxesArguments& boxes, const BoxesBarriers& barriers) {
+                           const BoxesArguments& boxes) {
     BoxesWalk& at = its.stores;
     if (!BoxesWalk::has(at, a, boxes, 0)) return;
-    const int row = its.row.index, before = (row + kMadeRows - 1) % kMadeRows;
-    barrier_wait(BoxesBarriers::made(barriers, row), its.row.parity);
+    const int row = its.row.index, before = (row + Memory::kMade - 1) % Memory::kMade;
+    barrier_wait(Memory::made(boxes, row), its.row.parity);
     store_box(boxes.output, {box_channel(boxes), at.piece.q, at.piece.p + at.step, at.piece.n},
-              shared_memory() + made_at(boxes) + row * kMadeBytes);
+              Memory::made_row(boxes, row));
     stores_commit();
     stores_wait_read<1>();
-    if (its.stores_before) barrier_arrive(BoxesBarriers::written(barriers, before));
-    its.stores_before = true;
+    if (its.has_stored) barrier_arrive(Memory::written(boxes, before));
+    its.has_stored = true;
     ++at.step;
-    RingPlace<kMadeRows>::advance(its.row);
+    RingPlace<Memory::kMade>::advance(its.row);
   }
 };
 
@@ -96,106 +108,120 @@ struct BoxesCarrier {
 
 // kEnding: with a bias or an activation.
 template <typename T, int kSize, bool kEnding>
-GDFAST_KERNEL(kBoxThreads, 1)
+GDFAST_KERNEL((BoxesMemory<kSize>::kThreads), (BoxesMemory<kSize>::kBlocks))
 depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                        const GDFAST_GRID_CONSTANT BoxesArguments boxes,
                        const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
 #if defined(GDFAST_HOPPER)
-  using Filters = Diagonals<T, kSize, 1>;
+  using Memory = BoxesMemory<kSize>;
+  constexpr int kGroups = Memory::kGroups, kTiles = Memory::kTiles;
+  using Filters = Diagonals<T, kSize, kGroups>;
   using Carrier = BoxesCarrier<kSize>;
-  static_assert(kBoxChannels * kSize * kSize * 2 <= kMadeRows * kMadeBytes, "filters fit");
-  const BoxesBarriers barriers = BoxesBarriers::of(boxes);
   const bool carries = threadIdx.x == 0;
   const int first_channel = box_channel(boxes);
-  if (carries) BoxesBarriers::init(barriers);
+  if (carries) Memory::init_barriers(boxes);
   sync_block();
   Carrier carrier{{first_piece(boxes)}, {first_piece(boxes)}, {}, {}};
   if (carries) {
 #pragma unroll 1
-    for (int i = 0; i < kBoxStages; ++i) Carrier::load(carrier, a, boxes, barriers);
+    for (int i = 0; i < Memory::kStages; ++i) Carrier::load(carrier, a, boxes);
   }
-  unsigned char* const made = shared_memory() + made_at(boxes);
-  Filters::template share<kBoxChannels, kBoxThreads>(a, tensors.weight, first_channel,
-                                                     reinterpret_cast<T*>(made));
+  auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
+  Filters::template share<kBoxChannels, Memory::kThreads>(a, tensors.weight, first_channel,
+                                                          filters);
   sync_block();
   // The channels and positions of this warp.
-  const int plane = warp_index() % 8, tile = warp_index() / 8, quarter = warp_lane() % 4;
+  const int plane = warp_index() % Memory::kAcross * kGroups;
+  const int tile = warp_index() / Memory::kAcross * kTiles, quarter = warp_lane() % 4;
   const bool exists = first_channel + plane * 8 < a.C;
   Filters diagonals;
-  Filters::take(diagonals, reinterpret_cast<const T*>(made) + plane * 8 * kSize * kSize);
-  float bias[2] = {};  // of the channels that this lane has of a matrix's columns
+  Filters::take(diagonals, filters + plane * 8 * kSize * kSize);
+  float bias[kGroups * 2] = {};  // of the channels that this lane has of a matrix's columns
   if (kEnding && tensors.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int k = first_channel + plane * 8 + quarter * 2 + i;
+    for (int i = 0; i < kGroups * 2; ++i) {
+      const int k = first_channel + (plane + i / 2) * 8 + quarter * 2 + i % 2;
       if (k < a.K) bias[i] = to_float(tensors.bias[k]);
     }
   }
   sync_block();
 
-  // Where this lane loads matrices: two columns of the filter at a time.
-  const int matrix = warp_lane() / 8;
+  // Where this lane loads matrices: two columns of the filter at a time, of one group of channels,
+  // or the last column of two. The next group's chunk has a place that differs by a bit; the next
+  // tile is so many slots on, a multiple of eight.
+  static_assert(kGroups <= 2, "groups are two chunks side by side");
   const bool alone = boxes.images > 1;  // a tile has an image of its own
-  const int slot = (alone ? tile * boxes.pitch : tile * kTilePositions) + matrix % 2 * 8 +
-                   warp_lane() % 8 + matrix / 2;
+  const int next = (alone ? boxes.pitch : kTilePositions) * kBoxRow;
+  const int matrix = warp_lane() / 8, slot = matrix % 2 * 8 + warp_lane() % 8;
+  const auto chunk_at = [&](int chunk, int at) { return at * kBoxRow + (chunk ^ at % 8) * 16; };
   int load_at[kSize / 2 + 1];
 #pragma unroll
   for (int i = 0; i <= kSize / 2; ++i) {
-    const int at = slot + 2 * i;
-    load_at[i] = at * kBoxRow + (plane ^ at % 8) * 16;
+    const bool last_of_two = i == kSize / 2 && kGroups == 2;
+    load_at[i] = tile * next + (last_of_two ? chunk_at(plane + matrix / 2, slot + 2 * i)
+                                            : chunk_at(plane, slot + matrix / 2 + 2 * i));
   }
-  // And where it puts sums: of two positions, if there are outputs of these.
-  int sums_at[2];
+  // And where it puts sums: of two positions of each tile, if there are outputs of these.
+  int sums_at[kTiles][2];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int place = warp_lane() / 4 + 8 * i, column = alone ? place : tile * 16 + place;
-    const int row = alone ? tile * boxes.strip + place : column;
-    sums_at[i] = column < boxes.strip ? row * kBoxRow + (plane ^ row % 8) * 16 + quarter * 4 : -1;
+  for (int i = 0; i < kTiles * 2; ++i) {
+    const int place = warp_lane() / 4 + i % 2 * 8, number = tile + i / 2;
+    const int column = alone ? place : number * kTilePositions + place;
+    const int row = alone ? number * boxes.strip + place : column;
+    sums_at[i / 2][i % 2] = column < boxes.strip ? chunk_at(plane, row) + quarter * 4 : -1;
   }
 
   float zero = 0;  // unless a sum was not finite
-  RingPlace<kBoxStages> stage;
-  RingPlace<kMadeRows> row;
+  RingPlace<Memory::kStages> stage;
+  RingPlace<Memory::kMade> row;
   BoxesWalk walk{first_piece(boxes)};
 #pragma unroll 1
   while (BoxesWalk::has(walk, a, boxes, kSize - 1)) {
     const int h = walk.piece.p - a.pad_h, steps = walk.steps;
     walk.step = steps;
-    Sums<1> alive[kSize] = {};
-    LastColumn<1> before = {};
+    Sums<kGroups> alive[kTiles][kSize] = {};
+    LastColumn<kGroups> before[kTiles] = {};
     const auto multiply = [&](int step, int u) {
-#pragma unroll
-      for (float& sum : alive[u]) sum = 0;
       const bool inside = exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
-      const unsigned char* const pixels = shared_memory() + stage.index * boxes.stage;
-      barrier_wait(BoxesBarriers::full(barriers, stage.index), stage.parity);
-      multiply_row<T, kSize>(alive, u, before, diagonals, inside,
-                             [&](int, int s) { return pixels + load_at[s / 2]; });
+      const unsigned char* const pixels = Memory::stage(boxes, stage.index);
+      barrier_wait(Memory::full(boxes, stage.index), stage.parity);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (float& sum : alive[i][u]) sum = 0;
+        multiply_row<T, kSize>(alive[i], u, before[i], diagonals, inside, [&](int group, int s) {
+          return pixels + (load_at[s / 2] ^ group * 16) + i * next;
+        });
+      }
       sync_warp();
-      if (warp_lane() == 0) barrier_arrive(BoxesBarriers::empty(barriers, stage.index));
-      if (carries && ++carrier.behind > 0) Carrier::load(carrier, a, boxes, barriers);
-      RingPlace<kBoxStages>::advance(stage);
+      if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
+      if (carries && ++carrier.behind > 0) Carrier::load(carrier, a, boxes);
+      RingPlace<Memory::kStages>::advance(stage);
     };
-    const auto finish = [&](Sums<1>& sums) {
+    const auto finish = [&](int tile, Sums<kGroups>& sums) {
 #pragma unroll
       for (float sum : sums) zero += sum * 0;
       if constexpr (kEnding) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i] += bias[i % 2];
+        for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
         activate(sums, a.activation, static_cast<float>(a.negative_slope));
       }
-      barrier_wait(BoxesBarriers::written(barriers, row.index), row.parity ^ 1);
-      unsigned char* const to = made + row.index * kMadeBytes;
+      unsigned char* const to = Memory::made_row(boxes, row.index);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        auto* const word = reinterpret_cast<PackOf<T, 2>*>(to + sums_at[i]);
-        if (sums_at[i] >= 0) *word = {{pack_two<T>(sums[2 * i], sums[2 * i + 1])}};
+      for (int i = 0; i < kGroups * 2; ++i) {
+        const int at = sums_at[tile][i % 2];
+        auto* const word = reinterpret_cast<PackOf<T, 2>*>(to + (at ^ i / 2 * 16));
+        if (at >= 0) *word = {{pack_two<T>(sums[2 * i], sums[2 * i + 1])}};
       }
+    };
+    // Around what is put into a row of outputs.
+    const auto begin_row = [&] { barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1); };
+    const auto end_row = [&] {
       stores_ready();
       sync_warp();
-      if (warp_lane() == 0) barrier_arrive(BoxesBarriers::made(barriers, row.index));
-      if (carries && ++carrier.made > 0) Carrier::store(carrier, a, boxes, barriers);
-      RingPlace<kMadeRows>::advance(row);
+      if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
+      if (carries && ++carrier.made > 0) Carrier::store(carrier, a, boxes);
+      RingPlace<Memory::kMade>::advance(row);
     };
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
@@ -203,29 +229,40 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         // Activations are long: they are there once.
 #pragma unroll 1
         for (int u = 0; u < kSize && step + u < steps; ++u) {
-          Sums<1> sums;
+          Sums<kGroups> sums[kTiles];
 #pragma unroll
           for (int v = 0; v < kSize; ++v) {
             if (u != v) continue;
             multiply(step + v, v);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[i] = alive[(v + 1) % kSize][i];
+            for (int i = 0; i < kTiles * kGroups * 4; ++i) {
+              sums[i / (kGroups * 4)][i % (kGroups * 4)] =
+                  alive[i / (kGroups * 4)][(v + 1) % kSize][i % (kGroups * 4)];
+            }
           }
-          if (step + u >= kSize - 1) finish(sums);
+          if (step + u < kSize - 1) continue;
+          begin_row();
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) finish(i, sums[i]);
+          end_row();
         }
       } else {
 #pragma unroll
         for (int u = 0; u < kSize; ++u) {
           if (step + u >= steps) break;
           multiply(step + u, u);
-          if (step + u >= kSize - 1) finish(alive[(u + 1) % kSize]);
+          if (step + u < kSize - 1) continue;
+          begin_row();
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) finish(i, alive[i][(u + 1) % kSize]);
+          end_row();
         }
       }
     }
   }
   if (carries) {
 #pragma unroll 1
-    for (int i = 0; i < kBoxLag; ++i) Carrier::store(carrier, a, boxes, barriers);
+    for (int i = 0; i < kBoxLag; ++i) Carrier::store(carrier, a, boxes);
     stores_wait<0>();
   }
   sync_block();
@@ -237,7 +274,8 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     const BoxesPiece& piece = walk.piece;
     const int chunks = boxes.strip * 8, of_image = piece.rows * chunks;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < boxes.images * of_image; i += kBoxThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < boxes.images * of_image;
+         i += Memory::kThreads) {
       const int n = piece.n + i / of_image, p = piece.p + i % of_image / chunks;
       const int q = piece.q + i % chunks / 8, k = first_channel + i % 8 * 8;
       if (n >= a.N || q >= a.Q || k >= a.K) continue;

@@ -7,19 +7,19 @@ namespace {
 
 constexpr char kOp[] = "conv2d";
 
-template <typename T, int kSize, bool kEnding>
+template <typename T, bool kEnding>
 void launch_rows(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  const RowsWalk walk = rows_walk<kSize>(a, 1, multiprocessors(kOp));
-  launch(kOp, depthwise_rows_kernel<T, kSize, kEnding>, static_cast<unsigned>(walk.blocks),
-         static_cast<unsigned>(walk.threads), static_cast<size_t>(walk.shared_bytes()), stream, a,
-         walk, tensors);
+  const RowsWalk walk = rows_walk(a, 1, multiprocessors(kOp));
+  launch(kOp, depthwise_rows_kernel<T, kEnding>, static_cast<unsigned>(walk.blocks),
+         static_cast<unsigned>(walk.workers + kWarp), static_cast<size_t>(walk.shared_bytes()),
+         stream, a, walk, tensors);
 }
 
 }  // namespace
 
 std::string depthwise_rows_why_not(const Conv2dProblem& p) {
   if (std::string reason = depthwise_tensor_why_not(p); !reason.empty()) return reason;
-  if (p.R > 5) return "it takes filters of 3x3 and 5x5";
+  if (p.R != kRowSize) return "it takes filters of 3x3";
   if (p.pad_h >= p.R || p.pad_w >= p.S) return "it takes less padding than the filter is large";
   const auto whole = [&](const Strides4& strides, int64_t columns) {
     return strides.w == p.C && strides.h == columns * p.C;
@@ -31,8 +31,7 @@ std::string depthwise_rows_why_not(const Conv2dProblem& p) {
   DepthwiseArguments turned = a;
   std::swap(turned.W, turned.Q);
   turned.pad_w = a.S - 1 - a.pad_w;
-  const bool fits =
-      a.R == 3 ? has_rows<3>(a) && has_rows<3>(turned) : has_rows<5>(a) && has_rows<5>(turned);
+  const bool fits = has_rows(a) && has_rows(turned);
   return fits ? "" : kTooLong;
 }
 
@@ -44,8 +43,7 @@ void depthwise_rows(DType dtype, const DepthwiseArguments& a, const void* input,
     if constexpr (sizeof(T) == 2) {
       const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),
                                static_cast<const T*>(bias), static_cast<T*>(output)};
-      auto* chosen = ending ? launch_rows<T, 3, true> : launch_rows<T, 3, false>;
-      if (a.R == 5) chosen = ending ? launch_rows<T, 5, true> : launch_rows<T, 5, false>;
+      auto* const chosen = ending ? launch_rows<T, true> : launch_rows<T, false>;
       chosen(a, tensors, stream);
     }
   });

@@ -18,52 +18,44 @@
 
 namespace gdfast::cuda {
 
-// Registers hold a thread's weights, or their sums, and what it keeps of so many rows as the filter
-// has.
-template <int kTaps>
-struct RowsTile {
-  static constexpr int kSize = kTaps;
-  static constexpr int kColumns = kSize == 3 ? 7 : 14;  // of a thread
-  static constexpr int kThreads = kSize == 3 ? 576 : 256;
-};
+constexpr int kRowSize = 3, kRowTaps = kRowSize * kRowSize;          // of filters
+constexpr int kRowColumns = 7;                                       // of a thread
+constexpr int kRowWorkers = 576, kRowThreads = kRowWorkers + kWarp;  // at most, with the loader
 
 constexpr int64_t kMostRow = 1 << 17;  // elements: more than shared memory holds
 constexpr int kMostRowStages = 16;
 constexpr int kRowBarriers = 2 * kMostRowStages * 8;  // bytes, before the stages
 constexpr int kFewestRowStages = 4;
-constexpr int kRowLag = 2;  // steps that other warps may be behind the one that loads
 
 struct RowsWalk {
   int pairs, strips;  // of channels, and of a row's outputs: threads
   int pitch;          // bytes from a pixel of a row to the next
   int row, stage;     // bytes of a row with its zeros, and of a stage
   int stages;
-  int parts, rows;  // pieces of an image, and their rows of outputs
-  int blocks, threads;
+  int parts, rows;      // pieces of an image, and their rows of outputs
+  int blocks, workers;  // threads of a block but for its loader's warp
 
   int shared_bytes() const { return kRowBarriers + stages * stage; }
 };
 
 // For blocks that have `each` rows in a stage, on so many multiprocessors.
-template <int kSize>
-RowsWalk rows_walk(const DepthwiseArguments& a, int each, int64_t multiprocessors) {
-  using Tile = RowsTile<kSize>;
+inline RowsWalk rows_walk(const DepthwiseArguments& a, int each, int64_t multiprocessors) {
   constexpr int kBytes = 227 * 1024, kReserved = 1024;  // of a multiprocessor, and of a block
   RowsWalk walk{};
   walk.pairs = a.C / 2;
-  walk.strips = static_cast<int>(ceil_div(a.Q, Tile::kColumns));
+  walk.strips = static_cast<int>(ceil_div(a.Q, kRowColumns));
   walk.pitch = a.C * 2;
   // The columns that strips see, and those that the image has beside its zeros.
-  const int seen = walk.strips * Tile::kColumns + kSize - 1, there = a.pad_w + a.W;
+  const int seen = walk.strips * kRowColumns + kRowSize - 1, there = a.pad_w + a.W;
   walk.row = (seen > there ? seen : there) * walk.pitch;
   walk.stage = each * walk.row;
-  walk.threads = static_cast<int>(ceil_div(int64_t{walk.pairs} * walk.strips, kWarp) * kWarp);
+  walk.workers = static_cast<int>(ceil_div(int64_t{walk.pairs} * walk.strips, kWarp) * kWarp);
   // Small blocks share a multiprocessor where each has room for a few rows ahead.
   const auto room = [&](int blocks) {
     const int bytes = kBytes / blocks - kReserved - kRowBarriers;
     return bytes < kMostRowStages * walk.stage ? bytes / walk.stage : kMostRowStages;
   };
-  int at_once = Tile::kThreads / (walk.threads < Tile::kThreads ? walk.threads : Tile::kThreads);
+  int at_once = walk.workers < kRowWorkers ? kRowThreads / (walk.workers + kWarp) : 1;
   while (at_once > 1 && room(at_once) < kFewestRowStages) --at_once;
   walk.stages = room(at_once);
   // Pieces of equal height, as many as make the longest block the shortest.
@@ -71,7 +63,7 @@ RowsWalk rows_walk(const DepthwiseArguments& a, int each, int64_t multiprocessor
   int64_t least = 0;
   for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
     const int64_t rows = ceil_div(a.P, parts), pieces = a.N * ceil_div(a.P, rows);
-    const int64_t takes = ceil_div(pieces, blocks) * (rows + kSize - 1);
+    const int64_t takes = ceil_div(pieces, blocks) * (rows + kRowSize - 1);
     if (least > 0 && takes >= least) continue;
     least = takes;
     walk.rows = static_cast<int>(rows);
@@ -82,10 +74,9 @@ RowsWalk rows_walk(const DepthwiseArguments& a, int each, int64_t multiprocessor
 }
 
 // Whether blocks can have all of a row, and stages with a row of the gradient too.
-template <int kSize>
-bool has_rows(const DepthwiseArguments& a) {
-  const RowsWalk walk = rows_walk<kSize>(a, 2, 1);
-  return walk.threads <= RowsTile<kSize>::kThreads && walk.stages >= kFewestRowStages;
+inline bool has_rows(const DepthwiseArguments& a) {
+  const RowsWalk walk = rows_walk(a, 2, 1);
+  return walk.workers <= kRowWorkers && walk.stages >= kFewestRowStages;
 }
 
 // A place in the ring. Both sides count from the block's first step; a barrier's phase is over once
@@ -132,50 +123,41 @@ GDFAST_DEVICE unsigned char* row_stage(const RowsWalk& walk, const RowStage& sta
   return shared_memory() + kRowBarriers + stage.index * walk.stage;
 }
 
-// What one thread of a block does beside its part: it starts the copies, step by step.
-template <typename T, int kSize, bool kGradient>
-struct RowsLoader {
-  const T* input;
-  const T* gradient;
-  int next, step, steps;
-  RowsPiece piece;
+// The loader: one thread of a block starts all copies, each as soon as its stage is nobody's any
+// more. There may be no gradient.
+template <typename T>
+GDFAST_DEVICE void load_rows(const DepthwiseArguments& a, const RowsWalk& walk, const T* input,
+                             const T* gradient) {
+  const int pixels = a.W * walk.pitch, gradients = a.Q * walk.pitch;  // bytes
   RowStage stage;
-
-  // A step more, if there is one: as soon as its stage is nobody's any more.
-  GDFAST_DEVICE void load(RowsLoader& its, const DepthwiseArguments& a, const RowsWalk& walk) {
-    if (its.step == its.steps) {
-      if (its.next >= a.N * walk.parts) return;
-      its.piece = RowsPiece::at(a, walk, its.next);
-      its.next += static_cast<int>(gridDim.x);
-      its.step = 0;
-      its.steps = its.piece.rows + kSize - 1;
+  for_each_piece(a, walk, [&](const RowsPiece& piece) {
+#pragma unroll 1
+    for (int step = 0; step < piece.rows + kRowSize - 1; ++step) {
+      const int p = piece.p + step, h = p - a.pad_h;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
+      const bool graded = gradient != nullptr && step < piece.rows;
+      uint64_t* const full = row_full(stage);
+      unsigned char* const to = row_stage(walk, stage);
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(row_empty(stage), stage.parity ^ 1);
+      barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? gradients : 0));
+      if (inside) {
+        load_line(to + a.pad_w * walk.pitch, input + piece.n * a.input.n + int64_t{h} * a.input.h,
+                  pixels, full);
+      }
+      if (graded) {
+        load_line(to + walk.row, gradient + piece.n * a.output.n + int64_t{p} * a.output.h,
+                  gradients, full);
+      }
+      RowStage::advance(stage, walk);
     }
-    // In the first turn nobody has to leave a stage: the phase before the first is over.
-    barrier_wait(row_empty(its.stage), its.stage.parity ^ 1);
-    const int p = its.piece.p + its.step, h = p - a.pad_h;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-    const bool graded = kGradient && its.step < its.piece.rows;
-    const int pixels = a.W * walk.pitch, gradients = a.Q * walk.pitch;
-    uint64_t* const full = row_full(its.stage);
-    unsigned char* const to = row_stage(walk, its.stage);
-    barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? gradients : 0));
-    if (inside) {
-      const T* const from = its.input + its.piece.n * a.input.n + int64_t{h} * a.input.h;
-      load_line(to + a.pad_w * walk.pitch, from, pixels, full);
-    }
-    if (graded) {
-      const T* const from = its.gradient + its.piece.n * a.output.n + int64_t{p} * a.output.h;
-      load_line(to + walk.row, from, gradients, full);
-    }
-    ++its.step;
-    RowStage::advance(its.stage, walk);
-  }
-};
+  });
+}
 
 GDFAST_DEVICE void init_row_barriers(const RowsWalk& walk) {
   for (int i = 0; i < walk.stages; ++i) {
     barrier_init(row_full({i, 0}), 1);
-    barrier_init(row_empty({i, 0}), walk.threads / kWarp);
+    barrier_init(row_empty({i, 0}), walk.workers / kWarp);
   }
   barriers_ready();
 }
@@ -184,9 +166,11 @@ GDFAST_DEVICE void init_row_barriers(const RowsWalk& walk) {
 GDFAST_DEVICE void clear_rows(const RowsWalk& walk, int first, int bytes) {
   for (int stage = 0; stage < walk.stages; ++stage) {
     auto* const to = reinterpret_cast<uint32_t*>(row_stage(walk, {stage, 0}) + first);
-    for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += walk.threads) to[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += walk.workers) to[i] = 0;
   }
 }
+
+GDFAST_DEVICE void sync_workers(const RowsWalk& walk) { sync_threads_of(1, walk.workers); }
 
 // The row of a stage is not read by this warp any more.
 GDFAST_DEVICE void leave_row(const RowStage& stage) {

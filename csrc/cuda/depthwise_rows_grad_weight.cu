@@ -46,42 +46,38 @@ GDFAST_DEVICE float exact_sum_of_block(const DepthwiseArguments& a, const RowsWa
 
 #endif
 
-template <typename T, int kSize, bool kBias>
-GDFAST_KERNEL((RowsTile<kSize>::kThreads), 1)
+template <typename T, bool kBias>
+GDFAST_KERNEL(kRowThreads, 1)
 depthwise_rows_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                                   const GDFAST_GRID_CONSTANT RowsWalk walk,
                                   const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
-  constexpr int kColumns = RowsTile<kSize>::kColumns, kWide = kColumns + kSize - 1;
-  constexpr int kTaps = kSize * kSize;
-  using Loader = RowsLoader<T, kSize, true>;
+  constexpr int kWide = kRowColumns + kRowSize - 1;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) init_row_barriers(walk);
   sync_block();
-  Loader loader{tensors.input, tensors.grad_output, static_cast<int>(blockIdx.x), 0, 0, {}, {}};
-  if (thread == 0) {
-#pragma unroll 1
-    for (int i = 0; i < walk.stages; ++i) Loader::load(loader, a, walk);
+  if (thread >= walk.workers) {
+    if (warp_lane() == 0) load_rows(a, walk, tensors.input, tensors.grad_output);
+    return;
   }
   clear_rows(walk, 0, a.pad_w * walk.pitch);
   clear_rows(walk, (a.pad_w + a.W) * walk.pitch, walk.row - (a.pad_w + a.W) * walk.pitch);
   clear_rows(walk, walk.row + a.Q * walk.pitch, walk.row - a.Q * walk.pitch);
-  sync_block();
+  sync_workers(walk);
 
   const int strip = thread / walk.pairs, channel = thread % walk.pairs * 2;
   const bool exists = strip < walk.strips;
-  const unsigned char* const pixels =
-      shared_memory() + kRowBarriers + (exists ? strip * kColumns : 0) * walk.pitch + channel * 2;
-  float sums[kTaps][2] = {}, bias[2] = {};
+  const unsigned char* const pixels = shared_memory() + kRowBarriers +
+                                      (exists ? strip * kRowColumns : 0) * walk.pitch + channel * 2;
+  float sums[kRowTaps][2] = {}, bias[2] = {};
   RowStage stage;
-  int behind = -kRowLag;
   for_each_piece(a, walk, [&](const RowsPiece& piece) {
-    float grads[kSize][kColumns][2] = {};
-    const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
+    float grads[kRowSize][kRowColumns][2] = {};
+    const int steps = piece.rows + kRowSize - 1, h = piece.p - a.pad_h;
 #pragma unroll 1
-    for (int step = 0; step < steps; step += kSize) {
+    for (int step = 0; step < steps; step += kRowSize) {
 #pragma unroll
-      for (int u = 0; u < kSize; ++u) {
+      for (int u = 0; u < kRowSize; ++u) {
         if (step + u >= steps) break;
         barrier_wait(row_full(stage), stage.parity);
         const unsigned char* const row = pixels + stage.index * walk.stage;
@@ -89,7 +85,7 @@ depthwise_rows_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments 
           read_columns<T>(row + walk.row, walk.pitch, grads[u]);
           if constexpr (kBias) {
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
+            for (int j = 0; j < kRowColumns; ++j) {
               bias[0] += grads[u][j][0];
               bias[1] += grads[u][j][1];
             }
@@ -104,66 +100,63 @@ depthwise_rows_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments 
 #pragma unroll
           for (int j = 0; j < kWide; ++j) {
 #pragma unroll
-            for (int s = 0; s < kSize; ++s) {
+            for (int s = 0; s < kRowSize; ++s) {
               const int column = j - s;
-              if (column < 0 || column >= kColumns) continue;
+              if (column < 0 || column >= kRowColumns) continue;
 #pragma unroll
-              for (int r = 0; r < kSize; ++r) {
-                const float (&grad)[2] = grads[(u - r + kSize) % kSize][column];
-                sums[r * kSize + s][0] += grad[0] * values[j][0];
-                sums[r * kSize + s][1] += grad[1] * values[j][1];
+              for (int r = 0; r < kRowSize; ++r) {
+                const float (&grad)[2] = grads[(u - r + kRowSize) % kRowSize][column];
+                sums[r * kRowSize + s][0] += grad[0] * values[j][0];
+                sums[r * kRowSize + s][1] += grad[1] * values[j][1];
               }
             }
           }
         }
         leave_row(stage);
-        if (thread == 0 && ++behind > 0) Loader::load(loader, a, walk);
         RowStage::advance(stage, walk);
       }
     }
   });
 
   // All rows have come and been read: their place is free. It gets [strip][tap, or the bias][C].
-  sync_block();
-  constexpr int kSums = kTaps + (kBias ? 1 : 0);
+  sync_workers(walk);
+  constexpr int kSums = kRowTaps + (kBias ? 1 : 0);
   auto* const shared = reinterpret_cast<float*>(shared_memory() + kRowBarriers);
   if (exists) {
 #pragma unroll
     for (int tap = 0; tap < kSums; ++tap) {
       float* const to = shared + (strip * kSums + tap) * a.C + channel;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) to[i] = tap < kTaps ? sums[tap][i] : bias[i];
+      for (int i = 0; i < 2; ++i) to[i] = tap < kRowTaps ? sums[tap][i] : bias[i];
     }
   }
-  sync_block();
+  sync_workers(walk);
   const int split = static_cast<int>(blockIdx.x);
 #pragma unroll 1
-  for (int i = thread; i < kSums * a.C; i += walk.threads) {
+  for (int i = thread; i < kSums * a.C; i += walk.workers) {
     float sum = 0;
     for (int from = 0; from < walk.strips; ++from) sum += shared[from * kSums * a.C + i];
     const int tap = i / a.C, k = i % a.C;
-    if (tap == kTaps) {
+    if (tap == kRowTaps) {
       *partial_bias(partial, a, static_cast<int>(gridDim.x), split, k) = sum;
       continue;
     }
     // Zeros around an image, or beyond a row, make NaN of infinities.
-    if (sum != sum) sum = exact_sum_of_block(a, walk, tensors, k, tap / kSize, tap % kSize);
+    if (sum != sum) sum = exact_sum_of_block(a, walk, tensors, k, tap / kRowSize, tap % kRowSize);
     partial_taps(partial, a, split, k)[tap] = sum;
   }
 #endif
 }
 
-RowsWalk weight_walk(const DepthwiseArguments& a) {
-  return a.R == 3 ? rows_walk<3>(a, 2, kMultiprocessors) : rows_walk<5>(a, 2, kMultiprocessors);
-}
+RowsWalk weight_walk(const DepthwiseArguments& a) { return rows_walk(a, 2, kMultiprocessors); }
 
-template <typename T, int kSize, bool kBias>
+template <typename T, bool kBias>
 void launch_rows(const DepthwiseArguments& a, const Tensors<T>& tensors, float* partial,
                  uintptr_t stream) {
   const RowsWalk walk = weight_walk(a);
-  launch(kOp, depthwise_rows_grad_weight_kernel<T, kSize, kBias>,
-         static_cast<unsigned>(walk.blocks), static_cast<unsigned>(walk.threads),
-         static_cast<size_t>(walk.shared_bytes()), stream, a, walk, tensors, partial);
+  launch(kOp, depthwise_rows_grad_weight_kernel<T, kBias>, static_cast<unsigned>(walk.blocks),
+         static_cast<unsigned>(walk.workers + kWarp), static_cast<size_t>(walk.shared_bytes()),
+         stream, a, walk, tensors, partial);
 }
 
 }  // namespace
@@ -176,8 +169,7 @@ void depthwise_rows_grad_weight(DType dtype, const DepthwiseArguments& a, const 
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
-      auto* chosen = bias ? launch_rows<T, 3, true> : launch_rows<T, 3, false>;
-      if (a.R == 5) chosen = bias ? launch_rows<T, 5, true> : launch_rows<T, 5, false>;
+      auto* const chosen = bias ? launch_rows<T, true> : launch_rows<T, false>;
       chosen(a, tensors, static_cast<float*>(partial), stream);
     }
   });
