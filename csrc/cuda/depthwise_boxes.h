@@ -20,30 +20,32 @@ namespace gdfast::cuda {
 
 constexpr int kBoxChannels = 64, kBoxTiles = 2, kTilePositions = 16;
 constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
-constexpr int kBoxLag = 2;  // steps that other warps may be behind the one that loads and stores
+constexpr int kBoxLoaders = 4 * kWarp;  // threads of the warpgroup that starts copies
+constexpr int kBoxLoaderRegisters = 24;
 
 // What a warp has: groups of 8 channels, and tiles. The more, the more products for each barrier;
-// what registers leave is for warps.
-template <int kTaps>
+// registers limit them. Those of a thread at launch are of all that a multiprocessor has.
+template <int kTaps, bool kWeight>
 struct BoxesTile {
-  static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 3 ? 2 : 1;
-  static constexpr int kBlocks = kTaps == 3 ? 4 : 1;  // of a multiprocessor
-};
-template <int kTaps>
-struct BoxesWeightTile {
   static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 5 ? 1 : 2;
-  static constexpr int kBlocks = kTaps == 3 ? 4 : 1;
+  static constexpr int kBlocks = kTaps == 3 ? 3 : 1;  // of a multiprocessor
+  static constexpr int kRegisters = kTaps == 3 ? 80 : kTaps == 5 ? 96 : 168;
 };
 
-// Blocks with such tiles: their warps, those of the same channels, and rows on their way.
-template <typename Tile>
-struct BoxesBlock {
-  static constexpr int kGroups = Tile::kGroups, kTiles = Tile::kTiles, kBlocks = Tile::kBlocks;
-  static constexpr int kOfChannels = kBoxTiles / kTiles;
-  static constexpr int kAcross = kBoxChannels / 8 / kGroups;
-  static constexpr int kWarps = kAcross * kOfChannels, kThreads = kWarps * kWarp;
-  static constexpr int kStages = kBlocks > 1 ? 5 : 12;
-  static constexpr int kMade = kBlocks > 1 ? 4 : 8;  // rows of outputs that are written
+// Blocks with such tiles: their warps, those across the channels, and rows on their way.
+template <int kTaps, bool kWeight>
+struct BoxesBlock : BoxesTile<kTaps, kWeight> {
+  using Tile = BoxesTile<kTaps, kWeight>;
+  static constexpr int kOfChannels = kBoxTiles / Tile::kTiles;
+  static constexpr int kAcross = kBoxChannels / 8 / Tile::kGroups;
+  static constexpr int kWarps = kAcross * kOfChannels, kWorkers = kWarps * kWarp;
+  static constexpr int kThreads = kBoxLoaders + kWorkers;
+  static constexpr int kStages = Tile::kBlocks > 1 ? 7 : 12;
+  static constexpr int kMade = Tile::kBlocks > 1 ? 4 : 8;  // rows of outputs that are written
+  // The loaders give their registers to the others.
+  static constexpr int kGiven = (Tile::kRegisters - kBoxLoaderRegisters) * kBoxLoaders / kWorkers;
+  static constexpr int kWorkerRegisters = (Tile::kRegisters + kGiven) / 8 * 8;
+  static_assert(Tile::kBlocks * kThreads * Tile::kRegisters <= 65536, "registers");
 };
 
 struct BoxesArguments {
@@ -71,29 +73,22 @@ struct BoxesPiece {
   }
 };
 
-// Pieces of a block, one after the other, and their steps.
-struct BoxesWalk {
-  int next, step = 0, steps = 0;
-  BoxesPiece piece{};
-
-  // The piece of the next step; false at the end. `beyond` are the steps beside its rows.
-  GDFAST_DEVICE bool has(BoxesWalk& walk, const DepthwiseArguments& a, const BoxesArguments& boxes,
-                         int beyond) {
-    if (walk.step < walk.steps) return true;
-    if (walk.next >= boxes.pieces) return false;
-    walk.piece = BoxesPiece::at(a, boxes, walk.next);
-    walk.next += static_cast<int>(gridDim.x) / boxes.chunks;
-    walk.step = 0;
-    walk.steps = walk.piece.rows + beyond;
-    return true;
-  }
-};
-
 GDFAST_DEVICE int box_channel(const BoxesArguments& boxes) {
   return static_cast<int>(blockIdx.x) % boxes.chunks * kBoxChannels;
 }
 GDFAST_DEVICE int first_piece(const BoxesArguments& boxes) {
   return static_cast<int>(blockIdx.x) / boxes.chunks;
+}
+
+// Calls each(piece) for those of a block, one after the other.
+template <typename Each>
+GDFAST_DEVICE void for_each_box_piece(const DepthwiseArguments& a, const BoxesArguments& boxes,
+                                      Each&& each) {
+#pragma unroll 1
+  for (int i = first_piece(boxes); i < boxes.pieces;
+       i += static_cast<int>(gridDim.x) / boxes.chunks) {
+    each(BoxesPiece::at(a, boxes, i));
+  }
 }
 
 // A place in a ring. Both sides count from the block's first step; a barrier's phase is over once

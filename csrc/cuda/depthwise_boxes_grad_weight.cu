@@ -14,8 +14,8 @@ constexpr int kMultiprocessors = 132;
 constexpr int kGradBytes = kBoxTiles * kTilePositions * kBoxRow;
 
 template <int kSize>
-struct Memory : BoxesBlock<BoxesWeightTile<kSize>> {
-  using Its = BoxesBlock<BoxesWeightTile<kSize>>;
+struct Memory : BoxesBlock<kSize, true> {
+  using Its = BoxesBlock<kSize, true>;
   static constexpr int kSums = kBoxChannels * (kSize * kSize + 1), kBarriers = 512;
   static_assert(2 * Its::kStages * 8 <= kBarriers, "barriers fit");
 
@@ -43,35 +43,33 @@ struct Memory : BoxesBlock<BoxesWeightTile<kSize>> {
 
 #if defined(GDFAST_HOPPER)
 
-// What one thread does beside its part: it starts the copies.
+// One thread starts to load all rows, each as soon as its stage is nobody's any more.
 template <int kSize>
-struct Loader {
+GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
   using Its = Memory<kSize>;
-  BoxesWalk walk;
+  const int pixels = boxes.stage - kGradBytes;
   RingPlace<Its::kStages> stage;
-
-  // A step more, if there is one: as soon as its stage is nobody's any more.
-  GDFAST_DEVICE void load(Loader& its, const DepthwiseArguments& a, const BoxesArguments& boxes) {
-    BoxesWalk& at = its.walk;
-    if (!BoxesWalk::has(at, a, boxes, kSize - 1)) return;
-    uint64_t* const full = Its::full(boxes, its.stage.index);
-    // In the first turn nobody has to leave a stage: the phase before the first is over.
-    barrier_wait(Its::empty(boxes, its.stage.index), its.stage.parity ^ 1);
-    const int p = at.piece.p + at.step, h = p - a.pad_h, pixels = boxes.stage - kGradBytes;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-    const bool graded = at.step < at.piece.rows;
-    unsigned char* const to = Its::stage(boxes, its.stage.index);
-    barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? kGradBytes : 0));
-    if (inside) {
-      load_box(to, boxes.input, {box_channel(boxes), at.piece.q - a.pad_w, h, at.piece.n}, full);
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+#pragma unroll 1
+    for (int step = 0; step < piece.rows + kSize - 1; ++step) {
+      const int p = piece.p + step, h = p - a.pad_h;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
+      const bool graded = step < piece.rows;
+      uint64_t* const full = Its::full(boxes, stage.index);
+      unsigned char* const to = Its::stage(boxes, stage.index);
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(Its::empty(boxes, stage.index), stage.parity ^ 1);
+      barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? kGradBytes : 0));
+      if (inside) {
+        load_box(to, boxes.input, {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
+      }
+      if (graded) {
+        load_box(to + pixels, boxes.output, {box_channel(boxes), piece.q, p, piece.n}, full);
+      }
+      RingPlace<Its::kStages>::advance(stage);
     }
-    if (graded) {
-      load_box(to + pixels, boxes.output, {box_channel(boxes), at.piece.q, p, at.piece.n}, full);
-    }
-    ++at.step;
-    RingPlace<Its::kStages>::advance(its.stage);
-  }
-};
+  });
+}
 
 #endif
 
@@ -82,23 +80,24 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
   using Its = Memory<kSize>;
-  using Carrier = Loader<kSize>;
   constexpr int kGroups = Its::kGroups, kTiles = Its::kTiles;
-  const bool carries = threadIdx.x == 0;
-  if (carries) Its::init_barriers(boxes);
+  if (threadIdx.x == 0) Its::init_barriers(boxes);
   sync_block();
-  Carrier carrier{{first_piece(boxes)}, {}};
-  if (carries) {
-#pragma unroll 1
-    for (int i = 0; i < Its::kStages; ++i) Carrier::load(carrier, a, boxes);
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
+  if (warp < 0) {
+    give_registers<kBoxLoaderRegisters>();
+    if (warp == -1 && warp_lane() == 0) load_box_rows<kSize>(a, boxes);
+    return;
   }
+  take_registers<Its::kWorkerRegisters>();
 
   // Where this lane loads matrices: columns of two taps, or the last tap's and the gradients'. The
   // next group's chunk has a place that differs by a bit; the next tile is so many slots on, a
   // multiple of eight.
   static_assert(kGroups <= 2, "groups are two chunks side by side");
-  const int plane = warp_index() % Its::kAcross * kGroups;
-  const int tile = warp_index() / Its::kAcross * kTiles;
+  const int plane = warp % Its::kAcross * kGroups;
+  const int tile = warp / Its::kAcross * kTiles;
   const int matrix = warp_lane() / 8, line = warp_lane() % 8;
   const int next = (boxes.images > 1 ? boxes.pitch : kTilePositions) * kBoxRow;
   const auto at = [&](int slot) { return slot * kBoxRow + (plane ^ slot % 8) * 16; };
@@ -116,12 +115,8 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
 
   TapSums<kSize> sums[kGroups] = {};
   RingPlace<Its::kStages> stage;
-  int behind = -kBoxLag;
-  BoxesWalk walk{first_piece(boxes)};
-#pragma unroll 1
-  while (BoxesWalk::has(walk, a, boxes, kSize - 1)) {
-    const int h = walk.piece.p - a.pad_h, rows = walk.piece.rows, steps = walk.steps;
-    walk.step = steps;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int h = piece.p - a.pad_h, rows = piece.rows, steps = rows + kSize - 1;
     TapRows<kSize> taps[kGroups][kTiles] = {};
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
@@ -141,36 +136,32 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
         }
         sync_warp();
         if (warp_lane() == 0) barrier_arrive(Its::empty(boxes, stage.index));
-        if (carries && ++behind > 0) Carrier::load(carrier, a, boxes);
         RingPlace<Its::kStages>::advance(stage);
       }
     }
-  }
+  });
 
   // All rows have come and been read: their place is free.
-  sync_block();
+  sync_threads_of(1, Its::kWorkers);
   auto* const shared = reinterpret_cast<float*>(shared_memory());
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     share_sums<kBoxChannels, kSize>(sums[i], shared + tile / kTiles * Its::kSums, plane + i);
   }
-  sync_block();
-  write_sums<kBoxChannels, kSize, Its::kThreads>(
+  sync_threads_of(1, Its::kWorkers);
+  write_sums<kBoxChannels, kSize, Its::kWorkers>(
       a, shared, Its::kOfChannels, box_channel(boxes), partial,
-      static_cast<int>(gridDim.x) / boxes.chunks, first_piece(boxes), [&](int k, int r, int s) {
+      static_cast<int>(gridDim.x) / boxes.chunks, first_piece(boxes),
+      static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
         float sum = 0;
-        BoxesWalk again{first_piece(boxes)};
-#pragma unroll 1
-        while (BoxesWalk::has(again, a, boxes, 0)) {
-          const BoxesPiece& piece = again.piece;
-          again.step = again.steps;
+        for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
           const int columns = a.Q - piece.q < boxes.strip ? a.Q - piece.q : boxes.strip;
 #pragma unroll 1
           for (int n = piece.n; n < a.N && n < piece.n + boxes.images; ++n) {
             sum += exact_sum(a, tensors.grad_output, tensors.input, n, piece.p, piece.rows, piece.q,
                              columns, k, r, s);
           }
-        }
+        });
         return sum;
       });
 #endif

@@ -9,11 +9,11 @@ namespace {
 
 // Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
 template <int kSize>
-struct BoxesMemory : BoxesBlock<BoxesTile<kSize>> {
-  using Its = BoxesBlock<BoxesTile<kSize>>;
+struct BoxesMemory : BoxesBlock<kSize, false> {
+  using Its = BoxesBlock<kSize, false>;
   static constexpr int kMadeRows = Its::kMade * kMadeBytes, kBarriers = 512;
   static_assert(kBoxChannels * kSize * kSize * 2 <= kMadeRows, "filters fit");
-  static_assert(2 * (Its::kStages + Its::kMade) * 8 <= kBarriers, "barriers fit");
+  static_assert((2 * (Its::kStages + Its::kMade) + 1) * 8 <= kBarriers, "barriers fit");
 
   static int bytes(const BoxesArguments& boxes) {
     return Its::kStages * boxes.stage + kMadeRows + kBarriers;
@@ -39,6 +39,10 @@ struct BoxesMemory : BoxesBlock<BoxesTile<kSize>> {
   GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
     return full(boxes, 2 * Its::kStages + Its::kMade + row);
   }
+  // All of the block's outputs are in global memory.
+  GDFAST_DEVICE uint64_t* finished(const BoxesArguments& boxes) {
+    return full(boxes, 2 * (Its::kStages + Its::kMade));
+  }
   GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
     for (int i = 0; i < Its::kStages; ++i) {
       barrier_init(full(boxes, i), 1);
@@ -48,6 +52,7 @@ struct BoxesMemory : BoxesBlock<BoxesTile<kSize>> {
       barrier_init(made(boxes, i), Its::kWarps);
       barrier_init(written(boxes, i), 1);
     }
+    barrier_init(finished(boxes), 1);
     barriers_ready();
   }
 #endif
@@ -55,54 +60,51 @@ struct BoxesMemory : BoxesBlock<BoxesTile<kSize>> {
 
 #if defined(GDFAST_HOPPER)
 
-// What one thread does beside its part: it starts the copies, of rows and of outputs.
+// One thread starts to load all rows, each as soon as its stage is nobody's any more.
 template <int kSize>
-struct BoxesCarrier {
+GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
   using Memory = BoxesMemory<kSize>;
-  BoxesWalk loads, stores;
   RingPlace<Memory::kStages> stage;
-  RingPlace<Memory::kMade> row;
-  int behind = -kBoxLag;  // steps that have been multiplied, and rows that have been made,
-  int made = -kBoxLag;    // when both sides are far enough apart
-  bool has_stored = false;
-
-  // A step more, if there is one: as soon as its stage is nobody's any more.
-  GDFAST_DEVICE void load(BoxesCarrier& its, const DepthwiseArguments& a,
-                          const BoxesArguments& boxes) {
-    BoxesWalk& at = its.loads;
-    if (!BoxesWalk::has(at, a, boxes, kSize - 1)) return;
-    const int index = its.stage.index;
-    // In the first turn nobody has to leave a stage: the phase before the first is over.
-    barrier_wait(Memory::empty(boxes, index), its.stage.parity ^ 1);
-    const int h = at.piece.p + at.step - a.pad_h;
-    const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-    barrier_arrive_expecting(Memory::full(boxes, index), inside ? boxes.stage : 0);
-    if (inside) {
-      load_box(Memory::stage(boxes, index), boxes.input,
-               {box_channel(boxes), at.piece.q - a.pad_w, h, at.piece.n},
-               Memory::full(boxes, index));
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+#pragma unroll 1
+    for (int step = 0; step < piece.rows + kSize - 1; ++step) {
+      const int h = piece.p + step - a.pad_h;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
+      uint64_t* const full = Memory::full(boxes, stage.index);
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(Memory::empty(boxes, stage.index), stage.parity ^ 1);
+      barrier_arrive_expecting(full, inside ? boxes.stage : 0);
+      if (inside) {
+        load_box(Memory::stage(boxes, stage.index), boxes.input,
+                 {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
+      }
+      RingPlace<Memory::kStages>::advance(stage);
     }
-    ++at.step;
-    RingPlace<Memory::kStages>::advance(its.stage);
-  }
+  });
+}
 
-  // A row of outputs more. Of the row before it, memory is free when this one has been started.
-  GDFAST_DEVICE void store(BoxesCarrier& its, const DepthwiseArguments& a,
-                           const BoxesArguments& boxes) {
-    BoxesWalk& at = its.stores;
-    if (!BoxesWalk::has(at, a, boxes, 0)) return;
-    const int row = its.row.index, before = (row + Memory::kMade - 1) % Memory::kMade;
-    barrier_wait(Memory::made(boxes, row), its.row.parity);
-    store_box(boxes.output, {box_channel(boxes), at.piece.q, at.piece.p + at.step, at.piece.n},
-              Memory::made_row(boxes, row));
-    stores_commit();
-    stores_wait_read<1>();
-    if (its.has_stored) barrier_arrive(Memory::written(boxes, before));
-    its.has_stored = true;
-    ++at.step;
-    RingPlace<Memory::kMade>::advance(its.row);
-  }
-};
+// Another one stores rows of outputs. Of a row memory is free when the next one has been started.
+template <int kSize>
+GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
+  using Memory = BoxesMemory<kSize>;
+  RingPlace<Memory::kMade> row;
+  int before = -1;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+#pragma unroll 1
+    for (int p = piece.p; p < piece.p + piece.rows; ++p) {
+      barrier_wait(Memory::made(boxes, row.index), row.parity);
+      store_box(boxes.output, {box_channel(boxes), piece.q, p, piece.n},
+                Memory::made_row(boxes, row.index));
+      stores_commit();
+      stores_wait_read<1>();
+      if (before >= 0) barrier_arrive(Memory::written(boxes, before));
+      before = row.index;
+      RingPlace<Memory::kMade>::advance(row);
+    }
+  });
+  stores_wait<0>();
+  barrier_arrive(Memory::finished(boxes));
+}
 
 #endif
 
@@ -116,23 +118,28 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   using Memory = BoxesMemory<kSize>;
   constexpr int kGroups = Memory::kGroups, kTiles = Memory::kTiles;
   using Filters = Diagonals<T, kSize, kGroups>;
-  using Carrier = BoxesCarrier<kSize>;
-  const bool carries = threadIdx.x == 0;
-  const int first_channel = box_channel(boxes);
-  if (carries) Memory::init_barriers(boxes);
+  if (threadIdx.x == 0) Memory::init_barriers(boxes);
   sync_block();
-  Carrier carrier{{first_piece(boxes)}, {first_piece(boxes)}, {}, {}};
-  if (carries) {
-#pragma unroll 1
-    for (int i = 0; i < Memory::kStages; ++i) Carrier::load(carrier, a, boxes);
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
+  if (warp < 0) {
+    give_registers<kBoxLoaderRegisters>();
+    if (warp_lane() != 0) return;
+    if (warp == -1) load_box_rows<kSize>(a, boxes);
+    if (warp == -2) store_box_rows<kSize>(a, boxes);
+    return;
   }
+  take_registers<Memory::kWorkerRegisters>();
+  const auto sync = [] { sync_threads_of(1, Memory::kWorkers); };
+  const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
+  const int first_channel = box_channel(boxes);
   auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
-  Filters::template share<kBoxChannels, Memory::kThreads>(a, tensors.weight, first_channel,
-                                                          filters);
-  sync_block();
+  Filters::template share<kBoxChannels, Memory::kWorkers>(a, tensors.weight, first_channel, filters,
+                                                          thread);
+  sync();
   // The channels and positions of this warp.
-  const int plane = warp_index() % Memory::kAcross * kGroups;
-  const int tile = warp_index() / Memory::kAcross * kTiles, quarter = warp_lane() % 4;
+  const int plane = warp % Memory::kAcross * kGroups;
+  const int tile = warp / Memory::kAcross * kTiles, quarter = warp_lane() % 4;
   const bool exists = first_channel + plane * 8 < a.C;
   Filters diagonals;
   Filters::take(diagonals, filters + plane * 8 * kSize * kSize);
@@ -144,7 +151,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       if (k < a.K) bias[i] = to_float(tensors.bias[k]);
     }
   }
-  sync_block();
+  sync();
 
   // Where this lane loads matrices: two columns of the filter at a time, of one group of channels,
   // or the last column of two. The next group's chunk has a place that differs by a bit; the next
@@ -174,11 +181,8 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   float zero = 0;  // unless a sum was not finite
   RingPlace<Memory::kStages> stage;
   RingPlace<Memory::kMade> row;
-  BoxesWalk walk{first_piece(boxes)};
-#pragma unroll 1
-  while (BoxesWalk::has(walk, a, boxes, kSize - 1)) {
-    const int h = walk.piece.p - a.pad_h, steps = walk.steps;
-    walk.step = steps;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int h = piece.p - a.pad_h, steps = piece.rows + kSize - 1;
     Sums<kGroups> alive[kTiles][kSize] = {};
     LastColumn<kGroups> before[kTiles] = {};
     const auto multiply = [&](int step, int u) {
@@ -195,7 +199,6 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       }
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
-      if (carries && ++carrier.behind > 0) Carrier::load(carrier, a, boxes);
       RingPlace<Memory::kStages>::advance(stage);
     };
     const auto finish = [&](int tile, Sums<kGroups>& sums) {
@@ -220,7 +223,6 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
-      if (carries && ++carrier.made > 0) Carrier::store(carrier, a, boxes);
       RingPlace<Memory::kMade>::advance(row);
     };
 #pragma unroll 1
@@ -259,23 +261,16 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         }
       }
     }
-  }
-  if (carries) {
-#pragma unroll 1
-    for (int i = 0; i < kBoxLag; ++i) Carrier::store(carrier, a, boxes);
-    stores_wait<0>();
-  }
-  sync_block();
-  if (sum_of_block(zero, reinterpret_cast<float*>(shared_memory())) == 0) return;
-  walk = {first_piece(boxes)};
-#pragma unroll 1
-  while (BoxesWalk::has(walk, a, boxes, 0)) {
-    walk.step = walk.steps;
-    const BoxesPiece& piece = walk.piece;
+  });
+  sync();
+  const float all =
+      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, Memory::kWarps, sync);
+  if (all == 0) return;
+  barrier_wait(Memory::finished(boxes), 0);
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
     const int chunks = boxes.strip * 8, of_image = piece.rows * chunks;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < boxes.images * of_image;
-         i += Memory::kThreads) {
+    for (int i = thread; i < boxes.images * of_image; i += Memory::kWorkers) {
       const int n = piece.n + i / of_image, p = piece.p + i % of_image / chunks;
       const int q = piece.q + i % chunks / 8, k = first_channel + i % 8 * 8;
       if (n >= a.N || q >= a.Q || k >= a.K) continue;
@@ -283,7 +278,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           tensors.output + n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k;
       mend<T, kSize>(a, tensors, chunk, n, k, p, q);
     }
-  }
+  });
 #endif
 }
 

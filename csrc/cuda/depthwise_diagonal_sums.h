@@ -115,10 +115,10 @@ GDFAST_DEVICE void share_sums(const TapSums<kSize>& sums, float* to, int group) 
 // sum without them.
 template <int kSlab, int kSize, int kThreads, typename Exact>
 GDFAST_DEVICE void write_sums(const DepthwiseArguments& a, const float* shared, int warps,
-                              int first_channel, float* partial, int splits, int split,
+                              int first_channel, float* partial, int splits, int split, int thread,
                               Exact&& exact) {
   constexpr int kTaps = kSize * kSize, kSums = kSlab * (kTaps + 1);
-  for (int i = static_cast<int>(threadIdx.x); i < kSums; i += kThreads) {
+  for (int i = thread; i < kSums; i += kThreads) {
     float sum = 0;
     for (int warp = 0; warp < warps; ++warp) sum += shared[warp * kSums + i];
     const bool is_bias = i >= kSlab * kTaps;

@@ -24,12 +24,12 @@ struct Diagonals {
   // To shared memory as [channel][tap]; all numbers are on their way at a time.
   template <int kChannels, int kThreads>
   GDFAST_DEVICE void share(const DepthwiseArguments& a, const T* weight, int first_channel,
-                           T* filters) {
+                           T* filters, int thread) {
     constexpr int kNumbers = kChannels * kTaps, kEach = (kNumbers - 1) / kThreads + 1;
     T numbers[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int index = thread + i * kThreads;
       const int tap = index % kTaps, k = first_channel + index / kTaps;
       const int at = tap / kSize * a.weight_r + tap % kSize * a.weight_s;
       const bool exists = index < kNumbers && k < a.K;
@@ -37,7 +37,7 @@ struct Diagonals {
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int index = thread + i * kThreads;
       if (index < kNumbers) filters[index] = numbers[i];
     }
   }
@@ -127,16 +127,18 @@ GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u, LastColumn
   }
 }
 
-// The sum of what the threads of a block have, in a part of shared memory that nobody uses.
-GDFAST_DEVICE float sum_of_block(float value, float* shared) {
+// The sum of what the threads of some warps have, in a part of shared memory that nobody uses;
+// sync() lets them meet.
+template <typename Sync>
+GDFAST_DEVICE float sum_of_warps(float value, float* shared, int warp, int warps, Sync&& sync) {
 #pragma unroll
   for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
     value += shuffle_xor(value, distance);
   }
-  if (warp_lane() == 0) shared[warp_index()] = value;
-  sync_block();
+  if (warp_lane() == 0) shared[warp] = value;
+  sync();
   float sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += shared[warp];
+  for (int i = 0; i < warps; ++i) sum += shared[i];
   return sum;
 }
 

@@ -152,11 +152,11 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   auto* const shared = reinterpret_cast<float*>(ring);
   share_sums<kSlab, kSize>(sums, shared + warp_index() % Tile::kWarps * Its::kSums, group);
   sync_block();
-  write_sums<kSlab, kSize, kThreads>(a, shared, Tile::kWarps, first_channel, partial,
-                                     static_cast<int>(gridDim.y), split, [&](int k, int r, int s) {
-                                       return exact_sum_of_block(a, walk, tensors, first, end, k, r,
-                                                                 s);
-                                     });
+  write_sums<kSlab, kSize, kThreads>(
+      a, shared, Tile::kWarps, first_channel, partial, static_cast<int>(gridDim.y), split,
+      static_cast<int>(threadIdx.x), [&](int k, int r, int s) {
+        return exact_sum_of_block(a, walk, tensors, first, end, k, r, s);
+      });
 }
 
 template <typename Tile, int kSize>

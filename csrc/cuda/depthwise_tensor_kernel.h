@@ -83,7 +83,8 @@ GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
   auto* const filters = reinterpret_cast<T*>(ring + Its::kRing);
-  Filters::template share<Tile::kSlab, Its::kThreads>(a, tensors.weight, first_channel, filters);
+  Filters::template share<Tile::kSlab, Its::kThreads>(a, tensors.weight, first_channel, filters,
+                                                      static_cast<int>(threadIdx.x));
   sync_block();
   // The channels and positions of this warp, from the block's first ones on.
   const int group = warp_index() / Tile::kWarps * kGroups;
@@ -220,7 +221,10 @@ GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
   cp_async_wait<0>();
   sync_block();
   write_outputs();
-  if (sum_of_block(zero, reinterpret_cast<float*>(ring)) == 0) return;
+  if (sum_of_warps(zero, reinterpret_cast<float*>(ring), warp_index(), Its::kThreads / kWarp,
+                   sync_block) == 0) {
+    return;
+  }
 #pragma unroll 1
   for (int row = first; row < end;) {
     const TensorPiece piece = piece_at(a, walk, row, end);
