@@ -1,4 +1,4 @@
-"""The depthwise kernels in boxes for the tensor cores, in the simulator or on a GPU of Hopper's, against native."""
+"""The depthwise kernels in boxes, in the simulator or on a GPU of Hopper's, against native."""
 
 from __future__ import annotations
 

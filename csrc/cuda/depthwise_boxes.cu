@@ -23,7 +23,7 @@ std::string depthwise_boxes_why_not(const Conv2dProblem& p) {
   if (std::string reason = depthwise_tensor_why_not(p); !reason.empty()) return reason;
   for (const HopperImage& image :
        {HopperImage{p.N, p.C, p.H, p.W, p.input}, HopperImage{p.N, p.K, p.P, p.Q, p.output}}) {
-    if (std::string reason = image_why_not("it takes", image); !reason.empty()) return reason;
+    if (std::string reason = image_why_not("images", image); !reason.empty()) return reason;
   }
   return "";
 }
