@@ -272,7 +272,7 @@ def test_a_file_that_cannot_be_written_is_told_once(
 
     monkeypatch.setattr(choices_file, "write_atomic", full)
     monkeypatch.setattr(
-        tuning_timer, "measure", lambda calls, wait: {name: float(len(name)) for name in calls}
+        tuning_timer, "measure", lambda calls, *_: {name: float(len(name)) for name in calls}
     )
     monkeypatch.setattr(tuning, "_SECONDS_BETWEEN_SAVES", float("-inf"))
     monkeypatch.setattr(tuning, "_warned", False)

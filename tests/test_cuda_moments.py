@@ -270,7 +270,7 @@ def test_the_tuner_does_so_for_them_alone(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("GDFAST_CACHE_DIR", str(tmp_path))
 
-    def measure(calls: dict[str, Any], _: Any) -> dict[str, float]:
+    def measure(calls: dict[str, Any], *_: Any) -> dict[str, float]:
         for call in calls.values():
             call()
         return dict.fromkeys(calls, 1.0)
@@ -369,7 +369,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(
 def test_by_the_dispatcher_as_tensors_on_a_gpu_go(
     handed_on: list[bool], cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("ordinary", "conv2d", "conv2d_moments", "batch_norm"):
+    for module in ("ordinary", "conv2d_autograd", "conv2d_moments", "batch_norm"):
         monkeypatch.setattr(sys.modules[f"gdfast.ops.{module}"], "are_ordinary", lambda *_: False)
     ours = nn.ConvNormAct(4, 6, 3, bias=True).to(cuda_device)
     natives = copy.deepcopy(ours)

@@ -297,8 +297,8 @@ class TestChoosing:
     def resolve(self, op: str, query: Any, requested: str = "auto") -> Any:
         return triton_backend.BACKEND if requested != "reference" else registry._backends[requested]
 
-    def measure(self, calls: dict[str, Any], wait: Any) -> dict[str, float]:
-        assert wait is not None
+    def measure(self, calls: dict[str, Any], visit: Any) -> dict[str, float]:
+        assert isinstance(visit, tuning_timer.OnGpu)
         self.timed.append(list(calls))
         return {name: self.seconds.get(name, 1.0) for name in calls}
 

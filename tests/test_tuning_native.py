@@ -50,7 +50,7 @@ def test_not_where_one_pass_is_ours(
 ) -> None:
     order = iter(("conv2d", "conv2d_grad_input", "conv2d_grad_weight"))
 
-    def choose(calls: dict[str, Any], wait: Any) -> dict[str, float]:
+    def choose(calls: dict[str, Any]) -> dict[str, float]:
         seconds = NATIVE if next(order) != ours else {**NATIVE, "direct": 0.1}
         return {name: seconds[name] for name in calls}
 

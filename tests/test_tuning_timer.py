@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gdfast.backends import tuning_timer
 
@@ -81,15 +84,74 @@ class TestTimer:
         assert tuning_timer.measure(calls) == {"a": pytest.approx(0.1)}
         assert tuning_timer.measure({"bad": fail}) == {}
 
-    def test_what_a_device_does_later_is_waited_for(self, clock: list[float]) -> None:
-        pending = [0.0]
 
-        def wait() -> None:
-            clock[0] += pending[0]
-            pending[0] = 0.0
+class FakeGpu:
+    """A GPU that does what it is given one after the other, and a host that takes its time."""
 
-        def give(seconds: float) -> None:
-            pending[0] += seconds
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.free = 0.0
+        self.slept: list[float] = []
+        monkeypatch.setattr(tuning_timer, "clock", lambda: self.now)
+        for name in ("_sleep", "synchronize", "Event"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        self.visit = tuning_timer.OnGpu(torch.device("cuda"))
 
-        calls = {"a": partial(give, 1e-3), "b": partial(give, 1.2e-3)}
-        assert tuning_timer.measure(calls, wait) == pytest.approx({"a": 1e-3, "b": 1.2e-3})
+    def give(self, seconds: float) -> float:
+        self.free = max(self.now, self.free) + seconds
+        return self.free
+
+    def call(self, host: float, seconds: float) -> None:
+        self.now += host
+        self.give(seconds)
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.free)
+
+    def _sleep(self, cycles: int) -> None:
+        self.slept.append(cycles / 2e9)
+        self.give(self.slept[-1])
+
+    def Event(self, enable_timing: bool) -> Any:
+        event = SimpleNamespace(at=0.0)
+
+        def record() -> None:
+            event.at = self.give(0.0)
+
+        def synchronize() -> None:
+            self.now = max(self.now, event.at)
+
+        event.record, event.synchronize = record, synchronize
+        event.query = lambda: self.now >= event.at
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    return FakeGpu(monkeypatch)
+
+
+class TestOnGpu:
+    @pytest.mark.parametrize("host", [1e-6, 6e-5, 1e-3])
+    def test_the_time_of_the_host_does_not_count(self, gpu: FakeGpu, host: float) -> None:
+        calls = {
+            "a": partial(gpu.call, host, 1.0e-5), "b": partial(gpu.call, 2 * host, 0.9e-5),
+        }  # fmt: skip
+        times = tuning_timer.measure(calls, gpu.visit)
+        assert times == pytest.approx({"a": 1.0e-5, "b": 0.9e-5})
+
+    def test_compiling_does_not_keep_it_asleep(self, gpu: FakeGpu) -> None:
+        hosts = iter([3.0])
+        assert gpu.visit(lambda: gpu.call(next(hosts, 2e-5), 1e-5), 1) == pytest.approx(1e-5)
+        gpu.slept.clear()
+        assert gpu.visit(lambda: gpu.call(2e-5, 1e-5), 10) == pytest.approx(1e-5)
+        assert sum(gpu.slept) < 1e-3
+
+    def test_what_waits_for_the_gpu_ends(self, gpu: FakeGpu) -> None:
+        def call() -> None:
+            gpu.call(1e-5, 1e-4)
+            gpu.synchronize()
+
+        assert gpu.visit(call, 1) == pytest.approx(1e-4, rel=0.2)
+        assert max(gpu.slept) <= tuning_timer.OnGpu._LONGEST

@@ -11,7 +11,7 @@ a file (see `choices_file`), so that a machine pays for it once.
 
 The cost model alone chooses (under "auto" that is native on a GPU, and for bfloat16 where there are
 products of it: what has not been compared with it there does not run)
-- what is too small to matter, or would not be worth it: after so many sizes of one layer;
+- what is too small to matter on a CPU, or would not be worth it: after so many sizes of one layer;
 - under torch.use_deterministic_algorithms: what is timed may come out otherwise in the next run;
 - in forked processes: there, timing would be of one thread on busy CPUs;
 - while a CUDA graph is recorded: nothing may wait for the GPU then;
@@ -69,13 +69,16 @@ MOMENTS = "conv2d_moments"  # a forward pass, of which a batch normalisation tak
 
 # The backends with several ways of running a convolution.
 _CHOOSERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton_backend}
-# A modest core, and a GPU: what it needs less time for than this is not worth choosing.
+# A modest core: what it needs less time for than this is not worth choosing. On a GPU all is:
+# what is not compared with native does not run there under "auto".
 _FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
-_GPU_FLOPS, _GPU_BANDWIDTH, _GPU_LEAST_SECONDS = 200e12, 2e12, 5e-6
 _MOST_SIZES = 16  # of the images of one layer that are timed in one process
 # How much faster native must be before it is preferred, for the noise of medians, and how much an
 # algorithm that is less exact.
 _NATIVE_HANDICAP, _ERROR_HANDICAP = 1.01, 1.05
+# What the host needs for native's call of a convolution on a GPU, measured in training steps; and
+# by how much it may slow down what is recorded as a CUDA graph, where it costs nothing.
+_NATIVE_CALL, _MOST_FOR_CALL = 60e-6, 1.3
 _SECONDS_BETWEEN_SAVES = 2.0
 # Parts of a situation's number: each is more than all before it, the first of which is threads.
 _DETERMINISTIC, _EPOCH = 1 << 19, 1 << 20
@@ -254,7 +257,6 @@ def _choose(
     on_gpu = query.device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
         return predicted
-    wait = partial(torch.cuda.synchronize, query.device) if on_gpu else None
     doubted = [n for n in calls if n != NATIVE and (on_gpu or n == cpu_algorithms.BF16)]
     if doubted:
         try:
@@ -270,11 +272,10 @@ def _choose(
                 f"{op}: backend: none of its kernels gives native PyTorch's result for "
                 f"{query.dtype} and {query.geometry}. Ask for 'auto' to let another backend run it."
             )
-    elsewhere = 0.0 if on_gpu else _seconds_elsewhere(op, query)
     if op == MOMENTS:
         calls = tuning_norm.followed(calls, query)
     calls = {name: partial(call, *arguments) for name, call in calls.items()}
-    choice = _timed(predicted.name, calls, wait, elsewhere)
+    choice = _timed(predicted.name, calls, op, query)
     if not choice.seconds:
         return choice  # nothing was found out that would be worth remembering
     if _mode == FORCE:
@@ -290,10 +291,8 @@ def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
     g = query.geometry
     elements = prod(g.input_size) + prod(g.weight_size) + prod(g.output_size)
     number = elements * query.dtype.itemsize
-    if query.device.type == "cuda":
-        if g.flops / _GPU_FLOPS + number / _GPU_BANDWIDTH < _GPU_LEAST_SECONDS:
-            return False
-    elif g.flops / _FLOPS + number / _BANDWIDTH < _LEAST_SECONDS:
+    on_cpu = query.device.type != "cuda"
+    if on_cpu and g.flops / _FLOPS + number / _BANDWIDTH < _LEAST_SECONDS:
         return False
     layer = (op, query.dtype, g.weight_size, g.stride, g.padding, g.dilation, g.groups)
     _sizes[layer] += 1
@@ -343,23 +342,30 @@ def _seconds_elsewhere(op: str, query: Conv2dQuery) -> float:
 
 
 def _timed(
-    predicted: str, calls: Mapping[str, Callable[[], Any]], wait: Callable[[], Any] | None = None,
-    elsewhere: float = 0.0,
+    predicted: str, calls: Mapping[str, Callable[[], Any]], op: str, query: Conv2dQuery
 ) -> Choice:  # fmt: skip
-    """The fastest; native's time has what it costs elsewhere beside it."""
-    measured = tuning_timer.measure(calls, wait)
+    """The fastest; on a CPU, native's time has what it costs elsewhere beside it."""
+    if query.device.type == "cuda":
+        measured = tuning_timer.measure(calls, tuning_timer.OnGpu(query.device))
+    else:
+        measured = tuning_timer.measure(calls)
+        if NATIVE in measured:
+            measured[NATIVE] += _seconds_elsewhere(op, query)
     if not measured:
         return Choice(predicted)
-    if NATIVE in measured:
-        measured[NATIVE] += elsewhere
     seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
-    return Choice(min(seconds, key=lambda name: _handicap(name) * seconds[name]), seconds)
+    on_gpu = query.device.type == "cuda"
+    return Choice(min(seconds, key=lambda name: _weighed(name, seconds[name], on_gpu)), seconds)
 
 
-def _handicap(name: str) -> float:
-    if name == NATIVE:
-        return _NATIVE_HANDICAP
-    return _ERROR_HANDICAP if cpu_algorithms.STATED_ERROR.get(name) else 1.0
+def _weighed(name: str, seconds: float, on_gpu: bool) -> float:
+    """Seconds by which ways are compared."""
+    if name != NATIVE:
+        return seconds * (_ERROR_HANDICAP if cpu_algorithms.STATED_ERROR.get(name) else 1.0)
+    if on_gpu:
+        # In steps of short kernels the GPU waits for the host, which native's call keeps longer.
+        seconds = max(seconds, min(_NATIVE_CALL, _MOST_FOR_CALL * seconds))
+    return seconds * _NATIVE_HANDICAP
 
 
 def _read_file() -> None:
