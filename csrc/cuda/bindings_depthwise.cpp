@@ -15,9 +15,11 @@ DepthwiseWay way_named(const std::string& name) {
   if (name == "depthwise") return DepthwiseWay::kVectors;
   if (name == "depthwise-tensor") return DepthwiseWay::kSlabs;
   if (name == "depthwise-tensor-narrow") return DepthwiseWay::kNarrowSlabs;
+  if (name == "depthwise-rows") return DepthwiseWay::kRows;
+  if (name == "depthwise-boxes") return DepthwiseWay::kBoxes;
   throw py::value_error(
-      "depthwise_conv2d: way: expected depthwise, depthwise-tensor or depthwise-tensor-narrow, "
-      "got " +
+      "depthwise_conv2d: way: expected depthwise, depthwise-tensor, depthwise-tensor-narrow, "
+      "depthwise-rows or depthwise-boxes, got " +
       name);
 }
 
@@ -27,6 +29,10 @@ void bind_depthwise(py::module_& m) {
   m.def("depthwise_tensor_why_not", &depthwise_tensor_why_not, py::arg("problem"),
         "Why no pass of a problem runs on the tensor cores, or an empty string. Where one could "
         "and is told to, an address that 16 does not divide keeps it from doing so.");
+  m.def("depthwise_rows_why_not", &depthwise_rows_why_not, py::arg("problem"),
+        "The same for the kernels by whole rows, which run on Hopper (hopper_missing).");
+  m.def("depthwise_boxes_why_not", &depthwise_boxes_why_not, py::arg("problem"),
+        "The same for the kernels in boxes, which run on Hopper too.");
   m.def(
       "depthwise_conv2d",
       [](const Conv2dProblem& problem, const std::string& way, uintptr_t input, uintptr_t weight,

@@ -1,5 +1,7 @@
 // Depthwise convolution, forward: which kernel makes it, and the one that takes every shape.
+#include "depthwise_boxes.h"
 #include "depthwise_columns.h"
+#include "depthwise_rows.h"
 #include "depthwise_strips.h"
 #include "depthwise_tensor.h"
 
@@ -100,6 +102,12 @@ void forward(const DepthwiseArguments& a, bool vectors, const Tensors<T>& tensor
 void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, DepthwiseWay way,
                        const void* input, const void* weight, const void* bias, void* output,
                        uintptr_t stream) {
+  if (way == DepthwiseWay::kRows) {
+    return depthwise_rows(dtype, arguments, input, weight, bias, output, stream);
+  }
+  if (way == DepthwiseWay::kBoxes) {
+    return depthwise_boxes(dtype, arguments, input, weight, bias, output, stream);
+  }
   if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;
     return depthwise_tensor(dtype, arguments, wide, input, weight, bias, output, stream);

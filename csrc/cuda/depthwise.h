@@ -4,9 +4,9 @@
 //       input[n, c, p * stride_h - pad_h + r * dilation_h, q * stride_w - pad_w + s * dilation_w])
 //
 // Common filters have kernels in which a thread makes several outputs, so that registers hold what
-// these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW; and
-// depthwise_tensor.h for half types in channels_last on the tensor cores. The rest has one for
-// every shape, an output per thread.
+// these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW; and, for
+// half types in channels_last, depthwise_tensor.h on the tensor cores and depthwise_rows.h on
+// Hopper. The rest has one for every shape, an output per thread.
 #pragma once
 
 #include <string>
@@ -93,13 +93,16 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
   return true;
 }
 
-// How images are read: number by number, in vectors of channels, or in slabs for the tensor cores.
-enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs };
+// How images are read: number by number, in vectors of channels, in slabs for the tensor cores, or,
+// on Hopper, in whole rows or in boxes for the tensor cores.
+enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows, kBoxes };
 
-// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. Slabs
-// that are asked for are taken for problems that depthwise_tensor_why_not has nothing against,
-// where 16 divides the images' addresses; else the best that fits is.
+// The passes of a convolution in which every group has one channel; tensors as for conv2d.h. What
+// is asked for is taken for problems that its why_not has nothing against, where 16 divides the
+// images' addresses; else the best that fits is.
 std::string depthwise_tensor_why_not(const Conv2dProblem& problem);
+std::string depthwise_rows_why_not(const Conv2dProblem& problem);
+std::string depthwise_boxes_why_not(const Conv2dProblem& problem);
 void depthwise_conv2d(const Conv2dProblem& problem, DepthwiseWay wanted, const void* input,
                       const void* weight, const void* bias, void* output, const Where& where);
 void depthwise_conv2d_grad_input(const Conv2dProblem& problem, DepthwiseWay wanted,
@@ -111,8 +114,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
                                   void* grad_bias, void* workspace, const Where& where);
 
 inline DepthwiseWay depthwise_way(const Conv2dProblem& p, DepthwiseWay wanted, bool aligned) {
-  const bool slabs = wanted >= DepthwiseWay::kSlabs;
-  if (slabs && aligned && depthwise_tensor_why_not(p).empty()) return wanted;
+  const auto why_not = wanted == DepthwiseWay::kRows    ? depthwise_rows_why_not
+                       : wanted == DepthwiseWay::kBoxes ? depthwise_boxes_why_not
+                                                        : depthwise_tensor_why_not;
+  if (wanted >= DepthwiseWay::kSlabs && aligned && why_not(p).empty()) return wanted;
   return has_depthwise_vectors(p, aligned) ? DepthwiseWay::kVectors : DepthwiseWay::kNumbers;
 }
 

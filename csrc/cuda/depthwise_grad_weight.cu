@@ -8,7 +8,9 @@
 // the outputs of its split; what the threads of a block have is joined in a fixed order. In the
 // second each sum joins the splits in theirs. Common filters in channels_last have a first pass of
 // their own (depthwise_columns_grad_weight.cu).
+#include "depthwise_boxes.h"
 #include "depthwise_columns.h"
+#include "depthwise_rows.h"
 #include "depthwise_tensor.h"
 #include "depthwise_weight_sums.h"
 
@@ -118,10 +120,16 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
   int64_t splits = WeightWalk::of(p).splits;
   const int64_t of_columns = depthwise_columns_splits(a, p.dtype);
   if (of_columns > splits) splits = of_columns;
-  if (wanted >= DepthwiseWay::kSlabs && depthwise_tensor_why_not(p).empty()) {
-    const int64_t others = depthwise_tensor_splits(a, wanted == DepthwiseWay::kSlabs);
-    if (others > splits) splits = others;
+  int64_t of_way = 0;
+  const DepthwiseWay way = depthwise_way(p, wanted, true);
+  if (way == DepthwiseWay::kRows) {
+    of_way = depthwise_rows_splits(a);
+  } else if (way == DepthwiseWay::kBoxes) {
+    of_way = depthwise_boxes_splits(a);
+  } else if (way >= DepthwiseWay::kSlabs) {
+    of_way = depthwise_tensor_splits(a, way == DepthwiseWay::kSlabs);
   }
+  if (of_way > splits) splits = of_way;
   const int64_t bytes = p.dtype == DType::kFloat64 ? 8 : 4;
   return splits * p.K * (p.R * p.S + 1) * bytes;
 }
@@ -133,7 +141,14 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
   const DepthwiseArguments a = depthwise_arguments(problem);
   int splits = 0;
   const DepthwiseWay way = depthwise_way(problem, wanted, are_aligned(grad_output, input));
-  if (way >= DepthwiseWay::kSlabs) {
+  if (way == DepthwiseWay::kRows) {
+    splits = depthwise_rows_splits(a);
+    depthwise_rows_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
+                               workspace, where.stream);
+  } else if (way == DepthwiseWay::kBoxes) {
+    splits = depthwise_boxes_splits(a);
+    depthwise_boxes_grad_weight(problem.dtype, a, grad_output, input, workspace, where.stream);
+  } else if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;
     splits = depthwise_tensor_splits(a, wide);
     depthwise_tensor_grad_weight(problem.dtype, a, wide, grad_output, input, workspace,

@@ -1,11 +1,7 @@
 // Depthwise convolution on the tensor cores (depthwise_tensor.h), gradient in the weight: the first
 // pass.
-//
-// A matrix instruction multiplies the pixels of two taps and 8 channels by the gradients of these
-// channels, over 16 positions. Of each tap's 8 x 8 sums the diagonal is the filters'. A warp keeps
-// the sums of all taps, and the gradients of all rows that see the row of the image which it loads.
+#include "depthwise_diagonal_sums.h"
 #include "depthwise_tensor.h"
-#include "depthwise_weight_sums.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -40,27 +36,11 @@ struct Block {
   static_assert(kWarps * kSums * 4 <= kBytes, "sums fit");
 };
 
-template <typename T>
-struct Tensors {
-  const T* grad_output;
-  const T* input;
-};
-
-// Sums of a warp. Pairs of taps are two of a row; those of the last column are two of neighbouring
-// rows, which the same gradients are multiplied by where the upper one's pixel is a row higher:
-// pair i is of the rows 2 i + 1 and 2 i, and the last one of the filter's last row and of ones, for
-// the bias.
-template <int kSize>
-struct Sums {
-  static constexpr int kPairs = kSize / 2;
-  float pairs[kSize][kPairs][4];
-  float last[kPairs + 1][4];
-};
-
 // The sum of one tap over a block's rows of outputs, from global memory.
 template <typename T>
-GDFAST_DEVICE float exact_sum(const DepthwiseArguments& a, const TensorWalk& walk,
-                              const Tensors<T>& tensors, int first, int end, int k, int r, int s) {
+GDFAST_DEVICE float exact_sum_of_block(const DepthwiseArguments& a, const TensorWalk& walk,
+                                       const Tensors<T>& tensors, int first, int end, int k, int r,
+                                       int s) {
   float sum = 0;
 #pragma unroll 1
   for (int row = first; row < end;) {
@@ -68,61 +48,13 @@ GDFAST_DEVICE float exact_sum(const DepthwiseArguments& a, const TensorWalk& wal
     row += piece.rows;
     const int images = a.N - piece.n < walk.images ? a.N - piece.n : walk.images;
     const int columns = a.Q - piece.q < walk.strip ? a.Q - piece.q : walk.strip;
-    const int positions = piece.rows * columns;
 #pragma unroll 1
-    for (int i = 0; i < images * positions; ++i) {
-      const int n = piece.n + i / positions, p = piece.p + i % positions / columns;
-      const int q = piece.q + i % columns, h = p - a.pad_h + r, w = q - a.pad_w + s;
-      if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
-      if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
-      const T grad =
-          tensors
-              .grad_output[n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k];
-      const T pixel =
-          tensors.input[n * a.input.n + int64_t{h} * a.input.h + int64_t{w} * a.input.w + k];
-      sum += to_float(grad) * to_float(pixel);
-      if (sum != sum) return sum;
+    for (int i = 0; i < images; ++i) {
+      sum += exact_sum(a, tensors.grad_output, tensors.input, piece.n + i, piece.p, piece.rows,
+                       piece.q, columns, k, r, s);
     }
   }
   return sum;
-}
-
-// What this lane has of the diagonals of two taps.
-struct Diagonal {
-  int channel;  // of the group, or -1 for none
-  int at;       // in the first of them; the second one is two further on
-
-  GDFAST_DEVICE Diagonal of_lane() {
-    const int row = warp_lane() / 4;
-    return {row / 2 == warp_lane() % 4 ? row : -1, row % 2};
-  }
-};
-
-// Writes a warp's sums to its part of shared memory, [channel][tap] and behind these [channel].
-template <int kSlab, int kSize>
-GDFAST_DEVICE void share_sums(const Sums<kSize>& sums, float* to, int group) {
-  constexpr int kTaps = kSize * kSize;
-  const Diagonal diagonal = Diagonal::of_lane();
-  if (warp_lane() < 4) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      to[kSlab * kTaps + group * 8 + warp_lane() * 2 + i] = sums.last[kSize / 2][2 + i];
-    }
-  }
-  if (diagonal.channel < 0) return;
-  float* const taps = to + (group * 8 + diagonal.channel) * kTaps;
-  const auto first = [&](const float (&pair)[4]) { return diagonal.at == 0 ? pair[0] : pair[1]; };
-  const auto second = [&](const float (&pair)[4]) { return diagonal.at == 0 ? pair[2] : pair[3]; };
-#pragma unroll
-  for (int r = 0; r < kSize; ++r) {
-#pragma unroll
-    for (int i = 0; i < kSize / 2; ++i) {
-      taps[r * kSize + 2 * i] = first(sums.pairs[r][i]);
-      taps[r * kSize + 2 * i + 1] = second(sums.pairs[r][i]);
-    }
-    const auto& last = sums.last[r / 2];
-    taps[r * kSize + kSize - 1] = r % 2 == 1 || r + 1 == kSize ? first(last) : second(last);
-  }
 }
 
 template <typename T, typename Tile, int kSize>
@@ -188,15 +120,14 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   const int last_at = matrix < 2
                           ? group * Its::kPlane + (position + matrix * 8 + kSize - 1) * 16
                           : Its::kGrad + group * Its::kGradPlane + (position + matrix % 2 * 8) * 16;
-  const uint32_t ones = pack_two<T>(1.f, 1.f);
-  Sums<kSize> sums{};
+  TapSums<kSize> sums{};
   int at = 0;
 #pragma unroll 1
   for (int row = first; row < end;) {
     const TensorPiece piece = piece_at(a, walk, row, end);
     row += piece.rows;
     const int steps = piece.rows + kSize - 1, h = piece.p - a.pad_h;
-    uint32_t alive[kSize][2] = {}, before[2] = {0, 0};
+    TapRows<kSize> taps{};
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
       cp_async_wait<Its::kBatches - 2>();
@@ -209,31 +140,9 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
         if (step + u >= steps) break;
         const unsigned char* const from = batch + u * Its::kRow;
         const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
-        uint32_t loaded[4];
-        ldmatrix_x4_transposed(loaded, from + last_at);
-        alive[u][0] = step + u < piece.rows ? loaded[2] : 0;
-        alive[u][1] = step + u < piece.rows ? loaded[3] : 0;
-        if (inside) {
-#pragma unroll
-          for (int i = 0; i < kSize / 2; ++i) {
-            uint32_t pair[4];
-            ldmatrix_x4_transposed(pair, from + pairs_at + 2 * i * 16);
-#pragma unroll
-            for (int r = 0; r < kSize; ++r) {
-              mma_m16n8k16<T>(sums.pairs[r][i], pair, alive[(u - r + kSize) % kSize]);
-            }
-          }
-        }
-        const uint32_t now[2] = {inside ? loaded[0] : 0, inside ? loaded[1] : 0};
-#pragma unroll
-        for (int i = 0; i < kSize / 2; ++i) {
-          mma_m16n8k16<T>(sums.last[i], {now[0], before[0], now[1], before[1]},
-                          alive[(u - 2 * i - 1 + kSize) % kSize]);
-        }
-        // The first gradients that have been multiplied by all rows.
-        mma_m16n8k16<T>(sums.last[kSize / 2], {now[0], ones, now[1], ones}, alive[(u + 1) % kSize]);
-        before[0] = now[0];
-        before[1] = now[1];
+        multiply_taps<T>(
+            sums, taps, u, inside, step + u < piece.rows,
+            [&](int column) { return from + pairs_at + column * 16; }, from + last_at);
       }
     }
   }
@@ -243,24 +152,11 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   auto* const shared = reinterpret_cast<float*>(ring);
   share_sums<kSlab, kSize>(sums, shared + warp_index() % Tile::kWarps * Its::kSums, group);
   sync_block();
-  for (int i = static_cast<int>(threadIdx.x); i < Its::kSums; i += kThreads) {
-    float sum = 0;
-#pragma unroll
-    for (int warp = 0; warp < Tile::kWarps; ++warp) sum += shared[warp * Its::kSums + i];
-    const bool is_bias = i >= kSlab * Its::kTaps;
-    const int tap = i % Its::kTaps, channel = is_bias ? i - kSlab * Its::kTaps : i / Its::kTaps;
-    const int k = first_channel + channel;
-    if (k >= a.K) continue;
-    if (is_bias) {
-      *partial_bias(partial, a, static_cast<int>(gridDim.y), split, k) = sum;
-      continue;
-    }
-    // Zeros around an image, or beyond a row, make NaN of infinities.
-    if (sum != sum) {
-      sum = exact_sum(a, walk, tensors, first, end, k, tap / kSize, tap % kSize);
-    }
-    partial_taps(partial, a, split, k)[tap] = sum;
-  }
+  write_sums<kSlab, kSize, kThreads>(
+      a, shared, Tile::kWarps, first_channel, partial, static_cast<int>(gridDim.y), split,
+      static_cast<int>(threadIdx.x), [&](int k, int r, int s) {
+        return exact_sum_of_block(a, walk, tensors, first, end, k, r, s);
+      });
 }
 
 template <typename Tile, int kSize>

@@ -1,7 +1,7 @@
 // The kernel of depthwise_tensor.cu.
 #pragma once
 
-#include "activation.h"
+#include "depthwise_diagonals.h"
 #include "depthwise_tensor.h"
 
 namespace gdfast::cuda {
@@ -39,157 +39,6 @@ struct Block {
   static constexpr int kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0, "each thread writes the same place of a row");
 };
-
-template <typename T>
-struct Tensors {
-  const T* input;
-  const T* weight;
-  const T* bias;
-  T* output;
-};
-
-// The right operands of matrix instructions: of each tap eight channels' numbers on a diagonal. A
-// lane has two neighbours of a column, which are zeros unless they lie on it.
-template <typename T, int kSize, int kGroups>
-struct Diagonals {
-  static constexpr int kTaps = kSize * kSize;
-  uint32_t taps[kGroups][kTaps];
-
-  // To shared memory as [channel][tap]; all numbers are on their way at a time.
-  template <int kChannels, int kThreads>
-  GDFAST_DEVICE void share(const DepthwiseArguments& a, const T* weight, int first_channel,
-                           T* filters) {
-    constexpr int kNumbers = kChannels * kTaps, kEach = (kNumbers - 1) / kThreads + 1;
-    T numbers[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-      const int tap = index % kTaps, k = first_channel + index / kTaps;
-      const int at = tap / kSize * a.weight_r + tap % kSize * a.weight_s;
-      const bool exists = index < kNumbers && k < a.K;
-      numbers[i] = exists ? weight[k * a.weight_k + at] : from_float<T>(0.f);
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-      if (index < kNumbers) filters[index] = numbers[i];
-    }
-  }
-
-  GDFAST_DEVICE void take(Diagonals& diagonals, const T* filters) {
-    const int column = warp_lane() / 4, shift = column % 2 * 16;
-    const bool within = column / 2 == warp_lane() % 4;
-    const auto* const bits = reinterpret_cast<const uint16_t*>(filters);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const uint32_t number = bits[(group * 8 + column) * kTaps + tap];
-        diagonals.taps[group][tap] = within ? number << shift : 0;
-      }
-    }
-  }
-};
-
-// Of a row of positions, as matrix instructions have them.
-template <int kGroups>
-using Sums = float[kGroups * 4];
-
-// One output, from global memory.
-template <typename T, int kSize>
-GDFAST_DEVICE float exact_output(const DepthwiseArguments& a, const Tensors<T>& tensors, int n,
-                                 int k, int p, int q) {
-  const T* const image = tensors.input + n * a.input.n + k;
-  const T* const filter = tensors.weight + k * a.weight_k;
-  float sum = tensors.bias == nullptr ? 0.f : to_float(tensors.bias[k]);
-#pragma unroll 1
-  for (int tap = 0; tap < kSize * kSize; ++tap) {
-    const int r = tap / kSize, s = tap % kSize, h = p - a.pad_h + r, w = q - a.pad_w + s;
-    if (static_cast<unsigned>(h) >= static_cast<unsigned>(a.H)) continue;
-    if (static_cast<unsigned>(w) >= static_cast<unsigned>(a.W)) continue;
-    const T pixel = image[int64_t{h} * a.input.h + int64_t{w} * a.input.w];
-    sum += to_float(pixel) * to_float(filter[r * a.weight_r + s * a.weight_s]);
-  }
-  return sum;
-}
-
-// The zeros beside diagonals make NaN of a neighbour's infinities, as those around an image do of a
-// filter's: what is NaN of a chunk that this thread has written is made again without them.
-template <typename T, int kSize>
-GDFAST_DEVICE void mend(const DepthwiseArguments& a, const Tensors<T>& tensors, T* chunk, int n,
-                        int channel, int p, int q) {
-#pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-    if (to_float(chunk[i]) == to_float(chunk[i])) continue;
-    float sums[1] = {exact_output<T, kSize>(a, tensors, n, channel + i, p, q)};
-    activate(sums, a.activation, static_cast<float>(a.negative_slope));
-    chunk[i] = from_float<T>(sums[0]);
-  }
-}
-
-// What is multiplied by a filter's last column, of which a row has an odd number: pixels of eight
-// and of eight more positions, for each group of channels.
-template <int kGroups>
-using LastColumn = uint32_t[kGroups * 2];
-
-// Adds what a row of pixels gives to the outputs that see it, as row r of the filter those r above.
-// Without pixels there is no such row; what the row before gives by the last column is left.
-template <typename T, int kSize, int kGroups, int kPlane>
-GDFAST_DEVICE void multiply_row(Sums<kGroups> (&alive)[kSize], int u, LastColumn<kGroups>& before,
-                                const Diagonals<T, kSize, kGroups>& diagonals, bool inside,
-                                const unsigned char* pairs, const unsigned char* last) {
-  const auto sums = [&](int group, int r) -> float (&)[4] {
-    return *reinterpret_cast<float (*)[4]>(&alive[(u - r + kSize) % kSize][group * 4]);
-  };
-  uint32_t now[4] = {0, 0, 0, 0};
-  if (inside) {
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const auto& taps = diagonals.taps[group];
-#pragma unroll
-      for (int s = 0; s + 1 < kSize; s += 2) {
-        uint32_t pixels[4];
-        ldmatrix_x4(pixels, pairs + group * kPlane + s * 16);
-#pragma unroll
-        for (int r = 0; r < kSize; ++r) {
-          mma_m16n8k16<T>(sums(group, r), pixels, {taps[r * kSize + s], taps[r * kSize + s + 1]});
-        }
-      }
-    }
-    ldmatrix_x4(now, last);
-  }
-  // Two rows of the filter at a time: the upper one's pixels are those of the row before. Of 3 x 3
-  // each row alone: products do not bound it, and registers are few.
-  constexpr bool kInPairs = kSize > 3;
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const auto tap = [&](int r) { return diagonals.taps[group][r * kSize + kSize - 1]; };
-    uint32_t *const low = now + group * 2, *const high = before + group * 2;
-#pragma unroll
-    for (int r = 1; kInPairs && r < kSize; r += 2) {
-      mma_m16n8k16<T>(sums(group, r), {low[0], low[1], high[0], high[1]}, {tap(r), tap(r - 1)});
-    }
-#pragma unroll
-    for (int r = kInPairs ? kSize - 1 : 0; r < kSize; ++r) {
-      mma_m16n8k8<T>(sums(group, r), {low[0], low[1]}, tap(r));
-    }
-    high[0] = low[0];
-    high[1] = low[1];
-  }
-}
-
-// The sum of what the threads of a block have, in a part of shared memory that nobody uses.
-GDFAST_DEVICE float sum_of_block(float value, float* shared) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
-    value += shuffle_xor(value, distance);
-  }
-  if (warp_lane() == 0) shared[warp_index()] = value;
-  sync_block();
-  float sum = 0;
-  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) sum += shared[warp];
-  return sum;
-}
 
 // kEnding: with a bias or an activation.
 template <typename T, typename Tile, int kSize, bool kEnding>
@@ -234,7 +83,8 @@ GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
 #pragma unroll 1
   for (int i = 0; i < Its::kBatches * kSize; ++i) Rows::clear(walk, ring + i * Its::kRow);
   auto* const filters = reinterpret_cast<T*>(ring + Its::kRing);
-  Filters::template share<Tile::kSlab, Its::kThreads>(a, tensors.weight, first_channel, filters);
+  Filters::template share<Tile::kSlab, Its::kThreads>(a, tensors.weight, first_channel, filters,
+                                                      static_cast<int>(threadIdx.x));
   sync_block();
   // The channels and positions of this warp, from the block's first ones on.
   const int group = warp_index() / Tile::kWarps * kGroups;
@@ -322,8 +172,9 @@ GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
         for (float& sum : alive[u]) sum = 0;
         const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
         const unsigned char* const pixels = batch + u * Its::kRow;
-        multiply_row<T, kSize, kGroups, Its::kPlane>(alive, u, before, diagonals, inside,
-                                                     pixels + pairs_at, pixels + last_at);
+        multiply_row<T, kSize>(alive, u, before, diagonals, inside, [&](int g, int s) {
+          return pixels + (s + 1 < kSize ? pairs_at + g * Its::kPlane + s * 16 : last_at);
+        });
       };
       // The output that sees row u last.
       const auto finish = [&](int u, Sums<kGroups>& sums) {
@@ -370,7 +221,10 @@ GDFAST_POINTERS_MAY_LEAVE GDFAST_KERNEL((Block<Tile, kSize>::kThreads),
   cp_async_wait<0>();
   sync_block();
   write_outputs();
-  if (sum_of_block(zero, reinterpret_cast<float*>(ring)) == 0) return;
+  if (sum_of_warps(zero, reinterpret_cast<float*>(ring), warp_index(), Its::kThreads / kWarp,
+                   sync_block) == 0) {
+    return;
+  }
 #pragma unroll 1
   for (int row = first; row < end;) {
     const TensorPiece piece = piece_at(a, walk, row, end);

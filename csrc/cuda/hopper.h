@@ -10,6 +10,9 @@
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
 //                                          c of row r lies in the place of chunk c ^ r
+//   load_line(shared, from, bytes, barrier)
+//                                          likewise, bytes that lie side by side: a multiple of 16,
+//                                          from and to such addresses, in the order they have
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
 //                                          whoever wrote there has called stores_ready() and met;
 //                                          what lies outside of the tensor is not written. Products

@@ -126,6 +126,14 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
       : "memory");
 }
 
+GDFAST_DEVICE void load_line(void* shared, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 GDFAST_DEVICE void store_box(const TensorMap& map, const int (&at)[4], const void* shared) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"

@@ -57,6 +57,8 @@ struct Box {
   TensorMap map;  // whose thread may have ended when the box comes
   int at[4];
   uint64_t* barrier;
+  const unsigned char* line = nullptr;  // or bytes side by side
+  int bytes = 0;
 };
 
 // What a thread has started to write, and what lay there then.
@@ -153,7 +155,17 @@ void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) 
   }
 }
 
+inline void complete(uint64_t* at, int bytes) {
+  Barrier barrier = read_barrier(at);
+  barrier.bytes_and_phase -= 2 * bytes;
+  write_barrier(at, barrier);
+}
+
 inline void deliver(const Box& box) {
+  if (box.line != nullptr) {
+    std::memcpy(box.to, box.line, static_cast<size_t>(box.bytes));
+    return complete(box.barrier, box.bytes);
+  }
   const TensorMap& map = box.map;
   const auto bytes = static_cast<size_t>(map.element);
   for_each_element(map, box.at, [&](const unsigned char* from, size_t offset) {
@@ -163,9 +175,7 @@ inline void deliver(const Box& box) {
       std::memset(box.to + offset, 0, bytes);
     }
   });
-  Barrier barrier = read_barrier(box.barrier);
-  barrier.bytes_and_phase -= 2 * box_rows(map) * kBoxRow;
-  write_barrier(box.barrier, barrier);
+  complete(box.barrier, box_rows(map) * kBoxRow);
 }
 
 struct Wait {
@@ -315,6 +325,16 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
   if ((to - shared_memory()) % 1024 != 0) simulator::fail("load_box: expected a multiple of 1024");
   std::memset(to, 0xff, static_cast<size_t>(simulator::box_rows(map)) * kBoxRow);
   simulator::under_way().boxes.push_back({to, map, {at[0], at[1], at[2], at[3]}, barrier});
+}
+
+GDFAST_DEVICE void load_line(void* shared, const void* from, int bytes, uint64_t* barrier) {
+  simulator::require_aligned("load_line", shared);
+  simulator::require_aligned("load_line", from);
+  if (bytes <= 0 || bytes % 16 != 0) simulator::fail("load_line: expected a multiple of 16 bytes");
+  auto* const to = static_cast<unsigned char*>(shared);
+  std::memset(to, 0xff, static_cast<size_t>(bytes));
+  simulator::under_way().boxes.push_back(
+      {to, {}, {}, barrier, static_cast<const unsigned char*>(from), bytes});
 }
 
 // Written as late as can be: who changes shared memory before the wait is told of it.

@@ -73,8 +73,11 @@ def candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
 def _depthwise_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
     if not _may_turn(op, query):
         fits = query.dtype.itemsize == 2 and native.cuda is not None
-        by_tensor = fits and not depthwise_tensor_why_not(query)
-        return cuda_depthwise.WAYS if by_tensor else (cuda_depthwise.NAME,)
+        if not fits or depthwise_tensor_why_not(query):
+            return (cuda_depthwise.NAME,)
+        hopper = cuda_depthwise.HOPPER if _has_hopper(query) else ()
+        ways = tuple(by for by in hopper if not depthwise_hopper_why_not(query, by))
+        return *ways, *cuda_depthwise.EVERYWHERE
     there = tuple(name + TURNED for name in _depthwise_candidates(op, turned(op, query)))
     in_place = (cuda_depthwise.NAME,)
     return there + in_place if cuda_depthwise.is_large(query) else in_place + there
@@ -173,6 +176,13 @@ def hopper_float32_why_not(op: str, query: Conv2dQuery) -> str:
 def depthwise_tensor_why_not(query: Conv2dQuery) -> str:
     """Why a depthwise convolution does not run on the tensor cores, or ""."""
     return cuda_depthwise.tensor_why_not(problem_of(query)[0])
+
+
+def depthwise_hopper_why_not(query: Conv2dQuery, by: str) -> str:
+    """Why a depthwise convolution does not run by one of the ways for Hopper, or ""."""
+    if reason := cuda_hopper.missing(query.device):
+        return reason
+    return cuda_depthwise.hopper_why_not(problem_of(query)[0], by)
 
 
 def grouped_why_not(op: str, query: Conv2dQuery, by: str = cuda_grouped.NAME) -> str:

@@ -17,7 +17,11 @@ from gdfast.geometry import Conv2dGeometry
 NAME = "depthwise"
 TENSOR = "depthwise-tensor"  # on the tensor cores
 NARROW = "depthwise-tensor-narrow"  # there too, in slabs of fewer channels
-WAYS = TENSOR, NARROW, NAME  # the one expected to be fastest first
+ROWS = "depthwise-rows"  # by whole rows, on GPUs of compute capability 9.0
+BOXES = "depthwise-boxes"  # there too, in boxes for the tensor cores
+HOPPER = ROWS, BOXES
+EVERYWHERE = TENSOR, NARROW, NAME
+WAYS = HOPPER + EVERYWHERE  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
@@ -64,6 +68,15 @@ def tensor_why_not(problem: Any) -> str:
     """Why a depthwise problem does not run on the tensor cores, or ""."""
     assert native.cuda is not None
     return str(native.cuda.depthwise_tensor_why_not(problem))
+
+
+def hopper_why_not(problem: Any, by: str) -> str:
+    """Why a depthwise problem does not run by whole rows, or in boxes, or ""."""
+    assert native.cuda is not None
+    names = {
+        ROWS: native.cuda.depthwise_rows_why_not, BOXES: native.cuda.depthwise_boxes_why_not
+    }  # fmt: skip
+    return str(names[by](problem))
 
 
 def conv2d(

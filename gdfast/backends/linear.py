@@ -6,7 +6,7 @@ calls it twice, each time reading grad_output anew and writing to fresh memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -124,7 +124,7 @@ def backward_plan(
     (N, K), C, dtype = grad_output.shape, columns, grad_output.dtype
     step = C if input is None else input.stride(0)
     launch = native.cpu.linear_backward_launch(_problem(N, C, K, step, dtype))
-    makers = (
+    makers: tuple[Callable[[], Tensor], ...] = (
         memory.allocator((N, C), (C, 1), dtype), memory.allocator((K, C), (C, 1), dtype),
         partial(torch.empty, K, dtype=dtype, device=grad_output.device),
     )  # fmt: skip

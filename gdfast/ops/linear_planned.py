@@ -29,7 +29,8 @@ class _Linear(Planned):
         return gradients(ctx.needs_input_grad, self._columns, grad_output, saved)
 
     def backward_plan(self, needs: Any, grad_output: Tensor, saved: Any) -> Plan | None:
-        return kernels.backward_plan(grad_output, *saved, self._columns, needs)
+        input, weight = saved
+        return kernels.backward_plan(grad_output, input, weight, self._columns, needs)
 
 
 def planned_linear(tensors: Tensors) -> Planned | None:

@@ -98,13 +98,13 @@ class Planned(ABC):
         """What autocast makes of input, weight and bias."""
         return autocast(*tensors)
 
-    def run(self, tensors: tuple[Any, ...], _: float = 0.0) -> Tensor:
+    def run(self, tensors: tuple[Any, ...], momentum: float = 0.0) -> Tensor:
         """The layer's output; tensors are as those that it was found for."""
         if torch.is_grad_enabled():
             output: Tensor = _apply_to_ordinary(*tensors, self)
-            return output
-        results = self.forward(tensors)
-        return results[0]  # type: ignore[no-any-return]
+        else:
+            output = self.forward(tensors)[0]
+        return output
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The output, and what backward reads beside the tensors."""
@@ -164,7 +164,7 @@ class PlannedFunction(torch.autograd.Function):
         ctx.planned = planned = inputs[-1]
         output, *made = planned.forward(inputs[:-1])
         ctx.save_for_backward(*planned.saved(ctx.needs_input_grad, inputs, made))
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:

@@ -1,0 +1,158 @@
+// Depthwise convolution of half types in channels_last on Hopper's tensor cores, in boxes of 64
+// channels: what its kernels share.
+//
+// Products are those of depthwise_tensor.h, rows come and leave as TMA's boxes, with zeros from
+// outside of the image. No warp waits for the others of its block but through the barriers of a
+// ring of rows: while some multiply, others write what they have made.
+//
+// A block has two tiles of 16 positions of a row side by side: of one image, or of two where rows
+// are short. It walks down the rows of pieces, one after the other, all of the same channels.
+//
+//   slot    128 bytes of a box: the channels of a pixel. An output's position is the slot of the
+//           first column that it sees
+//   step    a row of the image that a piece's outputs see, from 0; output p begins at step p
+#pragma once
+
+#include "conv2d_hopper_images.h"
+#include "depthwise.h"
+
+namespace gdfast::cuda {
+
+constexpr int kBoxChannels = 64, kBoxTiles = 2, kTilePositions = 16;
+constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
+constexpr int kBoxLoaders = 4 * kWarp;  // threads of the warpgroup that starts copies
+constexpr int kBoxLoaderRegisters = 24;
+
+// What a warp has: groups of 8 channels, and tiles. The more, the more products for each barrier;
+// registers limit them. Those of a thread at launch are of all that a multiprocessor has.
+template <int kTaps, bool kWeight>
+struct BoxesTile {
+  static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 5 ? 1 : 2;
+  static constexpr int kBlocks = kTaps == 3 ? 3 : 1;  // of a multiprocessor
+  static constexpr int kRegisters = kTaps == 3 ? 80 : kTaps == 5 ? 96 : 168;
+};
+
+// Blocks with such tiles: their warps, those across the channels, and rows on their way.
+template <int kTaps, bool kWeight>
+struct BoxesBlock : BoxesTile<kTaps, kWeight> {
+  using Tile = BoxesTile<kTaps, kWeight>;
+  static constexpr int kOfChannels = kBoxTiles / Tile::kTiles;
+  static constexpr int kAcross = kBoxChannels / 8 / Tile::kGroups;
+  static constexpr int kWarps = kAcross * kOfChannels, kWorkers = kWarps * kWarp;
+  static constexpr int kThreads = kBoxLoaders + kWorkers;
+  static constexpr int kStages = Tile::kBlocks > 1 ? 7 : 12;
+  static constexpr int kMade = Tile::kBlocks > 1 ? 4 : 8;  // rows of outputs that are written
+  // The loaders give their registers to the others.
+  static constexpr int kGiven = (Tile::kRegisters - kBoxLoaderRegisters) * kBoxLoaders / kWorkers;
+  static constexpr int kWorkerRegisters = (Tile::kRegisters + kGiven) / 8 * 8;
+  static_assert(Tile::kBlocks * kThreads * Tile::kRegisters <= 65536, "registers");
+};
+
+struct BoxesArguments {
+  TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
+  int stage;                // bytes
+  int images, strip;        // side by side, and the columns of outputs of each
+  int pitch;                // slots of an image
+  int chunks;               // of channels
+  int parts, rows;          // of an image's rows of outputs
+  int pieces;               // of each chunk
+  int blocks;
+  Divisor strips, parts_by;
+};
+
+// Rows of outputs down from (p, q) of images from n on.
+struct BoxesPiece {
+  int n, p, q, rows;
+
+  GDFAST_DEVICE BoxesPiece at(const DepthwiseArguments& a, const BoxesArguments& boxes, int index) {
+    const Divided part = divide(index, boxes.parts_by);
+    const Divided strip = divide(part.quotient, boxes.strips);
+    const int p = part.rest * boxes.rows, below = a.P - p;
+    return {strip.quotient * boxes.images, p, strip.rest * boxes.strip,
+            below < boxes.rows ? below : boxes.rows};
+  }
+};
+
+GDFAST_DEVICE int box_channel(const BoxesArguments& boxes) {
+  return static_cast<int>(blockIdx.x) % boxes.chunks * kBoxChannels;
+}
+GDFAST_DEVICE int first_piece(const BoxesArguments& boxes) {
+  return static_cast<int>(blockIdx.x) / boxes.chunks;
+}
+
+// Calls each(piece) for those of a block, one after the other.
+template <typename Each>
+GDFAST_DEVICE void for_each_box_piece(const DepthwiseArguments& a, const BoxesArguments& boxes,
+                                      Each&& each) {
+#pragma unroll 1
+  for (int i = first_piece(boxes); i < boxes.pieces;
+       i += static_cast<int>(gridDim.x) / boxes.chunks) {
+    each(BoxesPiece::at(a, boxes, i));
+  }
+}
+
+// A place in a ring. Both sides count from the block's first step; a barrier's phase is over once
+// per turn of the ring.
+template <int kCount>
+struct RingPlace {
+  int index = 0, parity = 0;
+
+  GDFAST_DEVICE void advance(RingPlace& place) {
+    if (++place.index == kCount) {
+      place.index = 0;
+      place.parity ^= 1;
+    }
+  }
+};
+
+// All but the maps, for as many blocks at once, in strips of one width or as wide as tiles are.
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal) {
+  constexpr int64_t kMost = kBoxTiles * kTilePositions;
+  BoxesArguments boxes{};
+  const int64_t strips = ceil_div(a.Q, kMost);
+  const int64_t strip = equal || strips == 1 ? ceil_div(a.Q, strips) : kMost;
+  boxes.images = strip <= kTilePositions && a.N > 1 ? kBoxTiles : 1;
+  boxes.strip = static_cast<int>(strip);
+  // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
+  // rows of a box begin at multiples of 1024 bytes.
+  const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
+  boxes.pitch = static_cast<int>(ceil_div(positions + a.S, 8) * 8);
+  boxes.stage = boxes.images * boxes.pitch * kBoxRow;
+  boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
+  boxes.strips = Divisor::of(strips);
+  const int64_t blocks = boxes.chunks < at_once ? at_once / boxes.chunks : 1;
+  int64_t least = 0;
+  for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
+    const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
+    const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
+    const int64_t takes = ceil_div(pieces, blocks) * (rows + a.R - 1);
+    if (least > 0 && takes >= least) continue;
+    least = takes;
+    boxes.rows = static_cast<int>(rows);
+    boxes.parts = static_cast<int>(whole);
+    boxes.pieces = static_cast<int>(pieces);
+    boxes.blocks = static_cast<int>(pieces < blocks ? pieces : blocks) * boxes.chunks;
+  }
+  boxes.parts_by = Divisor::of(boxes.parts);
+  return boxes;
+}
+
+// A tensor of half types as boxes of some images, a row and columns by 64 channels.
+template <typename T>
+TensorMap box_map(const char* op, const T* address, const DepthwiseArguments& a,
+                  const ImageStrides& s, int rows, int columns, int images, int box) {
+  return channels_first<T>(op, address, {a.N, a.C, rows, columns, {s.n, s.c, s.h, s.w}},
+                           {images, 1, box});
+}
+
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against.
+void depthwise_boxes(DType dtype, const DepthwiseArguments& arguments, const void* input,
+                     const void* weight, const void* bias, void* output, uintptr_t stream);
+
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h).
+int depthwise_boxes_splits(const DepthwiseArguments& arguments);
+void depthwise_boxes_grad_weight(DType dtype, const DepthwiseArguments& arguments,
+                                 const void* grad_output, const void* input, void* partial,
+                                 uintptr_t stream);
+
+}  // namespace gdfast::cuda

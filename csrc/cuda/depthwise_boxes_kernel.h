@@ -1,0 +1,286 @@
+// The kernel of depthwise_boxes.cu.
+#pragma once
+
+#include "depthwise_boxes.h"
+#include "depthwise_diagonals.h"
+
+namespace gdfast::cuda {
+namespace {
+
+// Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
+template <int kSize>
+struct BoxesMemory : BoxesBlock<kSize, false> {
+  using Its = BoxesBlock<kSize, false>;
+  static constexpr int kMadeRows = Its::kMade * kMadeBytes, kBarriers = 512;
+  static_assert(kBoxChannels * kSize * kSize * 2 <= kMadeRows, "filters fit");
+  static_assert((2 * (Its::kStages + Its::kMade) + 1) * 8 <= kBarriers, "barriers fit");
+
+  static int bytes(const BoxesArguments& boxes) {
+    return Its::kStages * boxes.stage + kMadeRows + kBarriers;
+  }
+
+#if defined(GDFAST_HOPPER)
+  GDFAST_DEVICE unsigned char* stage(const BoxesArguments& boxes, int index) {
+    return shared_memory() + index * boxes.stage;
+  }
+  GDFAST_DEVICE unsigned char* made_row(const BoxesArguments& boxes, int row) {
+    return stage(boxes, Its::kStages) + row * kMadeBytes;
+  }
+  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int stage) {
+    return reinterpret_cast<uint64_t*>(made_row(boxes, Its::kMade)) + stage;
+  }
+  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int stage) {
+    return full(boxes, Its::kStages + stage);
+  }
+  // A row of outputs is there, or may be made.
+  GDFAST_DEVICE uint64_t* made(const BoxesArguments& boxes, int row) {
+    return full(boxes, 2 * Its::kStages + row);
+  }
+  GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
+    return full(boxes, 2 * Its::kStages + Its::kMade + row);
+  }
+  // All of the block's outputs are in global memory.
+  GDFAST_DEVICE uint64_t* finished(const BoxesArguments& boxes) {
+    return full(boxes, 2 * (Its::kStages + Its::kMade));
+  }
+  GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
+    for (int i = 0; i < Its::kStages; ++i) {
+      barrier_init(full(boxes, i), 1);
+      barrier_init(empty(boxes, i), Its::kWarps);
+    }
+    for (int i = 0; i < Its::kMade; ++i) {
+      barrier_init(made(boxes, i), Its::kWarps);
+      barrier_init(written(boxes, i), 1);
+    }
+    barrier_init(finished(boxes), 1);
+    barriers_ready();
+  }
+#endif
+};
+
+#if defined(GDFAST_HOPPER)
+
+// One thread starts to load all rows, each as soon as its stage is nobody's any more.
+template <int kSize>
+GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
+  using Memory = BoxesMemory<kSize>;
+  RingPlace<Memory::kStages> stage;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+#pragma unroll 1
+    for (int step = 0; step < piece.rows + kSize - 1; ++step) {
+      const int h = piece.p + step - a.pad_h;
+      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
+      uint64_t* const full = Memory::full(boxes, stage.index);
+      // In the first turn nobody has to leave a stage: the phase before the first is over.
+      barrier_wait(Memory::empty(boxes, stage.index), stage.parity ^ 1);
+      barrier_arrive_expecting(full, inside ? boxes.stage : 0);
+      if (inside) {
+        load_box(Memory::stage(boxes, stage.index), boxes.input,
+                 {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
+      }
+      RingPlace<Memory::kStages>::advance(stage);
+    }
+  });
+}
+
+// Another one stores rows of outputs. Of a row memory is free when the next one has been started.
+template <int kSize>
+GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
+  using Memory = BoxesMemory<kSize>;
+  RingPlace<Memory::kMade> row;
+  int before = -1;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+#pragma unroll 1
+    for (int p = piece.p; p < piece.p + piece.rows; ++p) {
+      barrier_wait(Memory::made(boxes, row.index), row.parity);
+      store_box(boxes.output, {box_channel(boxes), piece.q, p, piece.n},
+                Memory::made_row(boxes, row.index));
+      stores_commit();
+      stores_wait_read<1>();
+      if (before >= 0) barrier_arrive(Memory::written(boxes, before));
+      before = row.index;
+      RingPlace<Memory::kMade>::advance(row);
+    }
+  });
+  stores_wait<0>();
+  barrier_arrive(Memory::finished(boxes));
+}
+
+#endif
+
+// kEnding: with a bias or an activation.
+template <typename T, int kSize, bool kEnding>
+GDFAST_KERNEL((BoxesMemory<kSize>::kThreads), (BoxesMemory<kSize>::kBlocks))
+depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
+                       const GDFAST_GRID_CONSTANT BoxesArguments boxes,
+                       const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
+#if defined(GDFAST_HOPPER)
+  using Memory = BoxesMemory<kSize>;
+  constexpr int kGroups = Memory::kGroups, kTiles = Memory::kTiles;
+  using Filters = Diagonals<T, kSize, kGroups>;
+  if (threadIdx.x == 0) Memory::init_barriers(boxes);
+  sync_block();
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
+  if (warp < 0) {
+    give_registers<kBoxLoaderRegisters>();
+    if (warp_lane() != 0) return;
+    if (warp == -1) load_box_rows<kSize>(a, boxes);
+    if (warp == -2) store_box_rows<kSize>(a, boxes);
+    return;
+  }
+  take_registers<Memory::kWorkerRegisters>();
+  const auto sync = [] { sync_threads_of(1, Memory::kWorkers); };
+  const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
+  const int first_channel = box_channel(boxes);
+  auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
+  Filters::template share<kBoxChannels, Memory::kWorkers>(a, tensors.weight, first_channel, filters,
+                                                          thread);
+  sync();
+  // The channels and positions of this warp.
+  const int plane = warp % Memory::kAcross * kGroups;
+  const int tile = warp / Memory::kAcross * kTiles, quarter = warp_lane() % 4;
+  const bool exists = first_channel + plane * 8 < a.C;
+  Filters diagonals;
+  Filters::take(diagonals, filters + plane * 8 * kSize * kSize);
+  float bias[kGroups * 2] = {};  // of the channels that this lane has of a matrix's columns
+  if (kEnding && tensors.bias != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kGroups * 2; ++i) {
+      const int k = first_channel + (plane + i / 2) * 8 + quarter * 2 + i % 2;
+      if (k < a.K) bias[i] = to_float(tensors.bias[k]);
+    }
+  }
+  sync();
+
+  // Where this lane loads matrices: two columns of the filter at a time, of one group of channels,
+  // or the last column of two. The next group's chunk has a place that differs by a bit; the next
+  // tile is so many slots on, a multiple of eight.
+  static_assert(kGroups <= 2, "groups are two chunks side by side");
+  const bool alone = boxes.images > 1;  // a tile has an image of its own
+  const int next = (alone ? boxes.pitch : kTilePositions) * kBoxRow;
+  const int matrix = warp_lane() / 8, slot = matrix % 2 * 8 + warp_lane() % 8;
+  const auto chunk_at = [&](int chunk, int at) { return at * kBoxRow + (chunk ^ at % 8) * 16; };
+  int load_at[kSize / 2 + 1];
+#pragma unroll
+  for (int i = 0; i <= kSize / 2; ++i) {
+    const bool last_of_two = i == kSize / 2 && kGroups == 2;
+    load_at[i] = tile * next + (last_of_two ? chunk_at(plane + matrix / 2, slot + 2 * i)
+                                            : chunk_at(plane, slot + matrix / 2 + 2 * i));
+  }
+  // And where it puts sums: of two positions of each tile, if there are outputs of these.
+  int sums_at[kTiles][2];
+#pragma unroll
+  for (int i = 0; i < kTiles * 2; ++i) {
+    const int place = warp_lane() / 4 + i % 2 * 8, number = tile + i / 2;
+    const int column = alone ? place : number * kTilePositions + place;
+    const int row = alone ? number * boxes.strip + place : column;
+    sums_at[i / 2][i % 2] = column < boxes.strip ? chunk_at(plane, row) + quarter * 4 : -1;
+  }
+
+  float zero = 0;  // unless a sum was not finite
+  RingPlace<Memory::kStages> stage;
+  RingPlace<Memory::kMade> row;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int h = piece.p - a.pad_h, steps = piece.rows + kSize - 1;
+    Sums<kGroups> alive[kTiles][kSize] = {};
+    LastColumn<kGroups> before[kTiles] = {};
+    const auto multiply = [&](int step, int u) {
+      const bool inside = exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
+      const unsigned char* const pixels = Memory::stage(boxes, stage.index);
+      barrier_wait(Memory::full(boxes, stage.index), stage.parity);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (float& sum : alive[i][u]) sum = 0;
+        multiply_row<T, kSize>(alive[i], u, before[i], diagonals, inside, [&](int group, int s) {
+          return pixels + (load_at[s / 2] ^ group * 16) + i * next;
+        });
+      }
+      sync_warp();
+      if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
+      RingPlace<Memory::kStages>::advance(stage);
+    };
+    const auto finish = [&](int tile, Sums<kGroups>& sums) {
+#pragma unroll
+      for (float sum : sums) zero += sum * 0;
+      if constexpr (kEnding) {
+#pragma unroll
+        for (int i = 0; i < kGroups * 4; ++i) sums[i] += bias[i / 4 * 2 + i % 2];
+        activate(sums, a.activation, static_cast<float>(a.negative_slope));
+      }
+      unsigned char* const to = Memory::made_row(boxes, row.index);
+#pragma unroll
+      for (int i = 0; i < kGroups * 2; ++i) {
+        const int at = sums_at[tile][i % 2];
+        auto* const word = reinterpret_cast<PackOf<T, 2>*>(to + (at ^ i / 2 * 16));
+        if (at >= 0) *word = {{pack_two<T>(sums[2 * i], sums[2 * i + 1])}};
+      }
+    };
+    // Around what is put into a row of outputs.
+    const auto begin_row = [&] { barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1); };
+    const auto end_row = [&] {
+      stores_ready();
+      sync_warp();
+      if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
+      RingPlace<Memory::kMade>::advance(row);
+    };
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kSize) {
+      if constexpr (kEnding) {
+        // Activations are long: they are there once.
+#pragma unroll 1
+        for (int u = 0; u < kSize && step + u < steps; ++u) {
+          Sums<kGroups> sums[kTiles];
+#pragma unroll
+          for (int v = 0; v < kSize; ++v) {
+            if (u != v) continue;
+            multiply(step + v, v);
+#pragma unroll
+            for (int i = 0; i < kTiles * kGroups * 4; ++i) {
+              sums[i / (kGroups * 4)][i % (kGroups * 4)] =
+                  alive[i / (kGroups * 4)][(v + 1) % kSize][i % (kGroups * 4)];
+            }
+          }
+          if (step + u < kSize - 1) continue;
+          begin_row();
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) finish(i, sums[i]);
+          end_row();
+        }
+      } else {
+#pragma unroll
+        for (int u = 0; u < kSize; ++u) {
+          if (step + u >= steps) break;
+          multiply(step + u, u);
+          if (step + u < kSize - 1) continue;
+          begin_row();
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) finish(i, alive[i][(u + 1) % kSize]);
+          end_row();
+        }
+      }
+    }
+  });
+  sync();
+  const float all =
+      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, Memory::kWarps, sync);
+  if (all == 0) return;
+  barrier_wait(Memory::finished(boxes), 0);
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int chunks = boxes.strip * 8, of_image = piece.rows * chunks;
+#pragma unroll 1
+    for (int i = thread; i < boxes.images * of_image; i += Memory::kWorkers) {
+      const int n = piece.n + i / of_image, p = piece.p + i % of_image / chunks;
+      const int q = piece.q + i % chunks / 8, k = first_channel + i % 8 * 8;
+      if (n >= a.N || q >= a.Q || k >= a.K) continue;
+      T* const chunk =
+          tensors.output + n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k;
+      mend<T, kSize>(a, tensors, chunk, n, k, p, q);
+    }
+  });
+#endif
+}
+
+}  // namespace
+}  // namespace gdfast::cuda
