@@ -12,7 +12,6 @@ namespace gdfast::cuda {
 namespace {
 
 constexpr int kTaps = 9;
-constexpr int kSlotsBeforeFilters = 2;
 constexpr int kResultBuffers = 3;  // of a stream
 static_assert((2 * kMostSlots + 1) * sizeof(uint64_t) <= kRingAt, "a barrier more");
 
@@ -42,6 +41,8 @@ struct GroupedWarps {
 };
 
 #if defined(GDFAST_HOPPER)
+
+constexpr int kSlotsBeforeFilters = 2;
 
 GDFAST_DEVICE uint64_t* filters_there() {
   return reinterpret_cast<uint64_t*>(shared_memory()) + 2 * kMostSlots;
