@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,11 @@ PASSES = {"tf32": 1, "tf32x3": 3, "ieee": 16}
 # longer than a kernel's launch; what it ends with does not.
 _conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
 _getter: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def asked_of_tf32() -> Callable[[], Any]:
+    """What to ask whether anything about TF32 has changed: the answer is another one then."""
+    return allows_tf32 if _getter is None else partial(_getter, "cuda", "conv")
 
 
 def allows_tf32() -> bool:

@@ -172,7 +172,6 @@ def test_pooled_convolutions_give_the_same_bits(
                 theirs = both_ways(twin, images)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     units = [each for each in conv2d_dispatch.units.values() if each]
-    assert units
     if layout is torch.channels_last and (channels < 16 or native.cuda_is_simulated):
         assert any(each.plan for unit in units for each in unit._backward.values())
 

@@ -3,7 +3,6 @@
 
 #include "depthwise_grad_weight.h"
 #include "depthwise_norm.h"
-#include "grad_input_phases.h"
 #include "kernels.h"
 
 namespace gdfast::cpu::GDFAST_ISA {
@@ -24,6 +23,13 @@ void depthwise_grad_input(const Conv2dProblem& p, const void* grad_output, const
   Workspace tap_memory(p.R * p.S * sizeof(Tap));
   with_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
+    if constexpr (kSame<T, typename Accumulator<T>::type>) {
+      if (p.input.c == 1 && p.output.c == 1 && p.C >= kLanes<T> && DepthwisePhases<T>::takes(p)) {
+        return depthwise_grad_input_channel_lines(p, static_cast<const T*>(grad_output),
+                                                  static_cast<const T*>(weight),
+                                                  static_cast<T*>(grad_input), threads);
+      }
+    }
     for_each_phase(
         p, reinterpret_cast<Tap*>(tap_memory.data()), [&](const TapConv& conv, int64_t offset) {
           run_depthwise<T>(conv, static_cast<const T*>(grad_output), static_cast<const T*>(weight),
@@ -55,8 +61,7 @@ void depthwise_norm(const Conv2dProblem& p, const BatchNormProblem& norm, const 
 void depthwise_norm_backward(const Conv2dProblem& of_input, const Conv2dProblem& of_weight,
                              const BatchNormProblem& norm, const BatchNormBackward& to,
                              PreActivation from, const Conv2dGradients& conv, int threads) {
-  const int64_t taps = DepthwiseNormGradients::kTapSets * of_input.R * of_input.S;
-  Workspace tap_memory(taps * sizeof(Tap));
+  Workspace tap_memory(DepthwiseNormGradients::tap_count(of_input) * sizeof(Tap));
   const DepthwiseNormGradients gradients(
       of_input, of_weight, static_cast<const float*>(conv.input),
       static_cast<const float*>(conv.weight), static_cast<float*>(conv.grad_input),

@@ -298,7 +298,7 @@ class DepthwiseLines {
         channels_(conv.groups),
         size_(round_up(channels_, kLanes<T>)),
         ahead_(fetch_distance<T>(taps_.ahead)),
-        to_ahead_(conv.dest.w == channels_ ? fetch_distance<T>(kBlockPixels * channels_) : 0),
+        to_ahead_(fetches_dest(conv) ? fetch_distance<T>(kBlockPixels * conv.dest.w) : 0),
         ending_(Ending<T>::of(conv)) {
     taps_.with_shape([&](auto shape) {
       most_seen_ = decltype(shape)::kSeen;
@@ -356,17 +356,30 @@ class DepthwiseLines {
     return finite;
   }
 
+  // Where dest's pixels do not lie side by side, few taps are seen from each: then fetching costs
+  // more than it gives, unless dest is more than caches hold.
+  static bool fetches_dest(const TapConv& conv) {
+    constexpr int64_t kBytes = 2 << 20;
+    const int64_t values = conv.pixels() * conv.groups;
+    return conv.dest.w == conv.groups || values * static_cast<int64_t>(sizeof(T)) > kBytes;
+  }
+
   const TapConv& conv_;
   bool finite_;
   TapRows taps_;
   int64_t channels_, size_;
-  int64_t ahead_, to_ahead_;  // of the image, and of dest where its pixels lie side by side
+  int64_t ahead_, to_ahead_;  // of the image and of dest
   Ending<T> ending_;
   int most_seen_ = 0;
   void (*run_)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, int64_t, Ending<T>,
                T* const*) = nullptr;
   T *weights_ = nullptr, *starts_ = nullptr, *zeros_ = nullptr;
 };
+
+// Neighbouring lines see the same lines of the image: one thread takes a few of them.
+inline int64_t lines_together(int64_t lines, int threads) {
+  return max_of(1, min_of(8, lines / (8 * threads)));
+}
 
 template <typename T>
 void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weight, const T* bias,
@@ -376,8 +389,7 @@ void depthwise_channel_lines(const TapConv& conv, const T* source, const T* weig
       threads, [&](Carver& carver) { lines.carve_shared(carver); },
       [&](Carver& carver) { lines.carve(carver); });
   lines.prepare(weight, bias);
-  // Neighbouring lines see the same lines of the image: one thread takes a few of them.
-  const int64_t together = max_of(1, min_of(8, conv.batch * conv.height / (8 * threads)));
+  const int64_t together = lines_together(conv.batch * conv.height, threads);
   const int64_t runs = ceil_div(conv.height, together);
   parallel_for(conv.batch * runs, threads, [&](int64_t index, int thread) {
     Carver carver = memory.of(thread);

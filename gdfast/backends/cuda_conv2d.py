@@ -371,7 +371,8 @@ def conv2d_grad_weight(
             return results
 
         def draft(*arguments: Any) -> Any:
-            return plans.draft_of(exact if _is_exact(query) else stem)(*arguments)
+            make: Any = plans.draft_of(exact if _is_exact(query) else stem)
+            return make(*arguments)
 
         return plans.drafted(either, draft, on_gpu=True)
     if by in cuda_grouped.BINDINGS:

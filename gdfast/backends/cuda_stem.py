@@ -116,9 +116,10 @@ def conv2d_grad_weight(
         return grad_weight, grad_bias
 
     def draft(plan: plans.Draft, grad_output: int, input: int, bias: bool) -> tuple[int, int]:
-        like = {"dtype": query.dtype, "device": query.device}
-        grad_weight = plan.fresh(partial(torch.empty_strided, size, strides, **like))
-        grad_bias = plan.fresh(partial(torch.empty, size[0], **like)) if bias else plans.NONE
+        assert native.cuda is not None
+        make = partial(torch.empty_strided, dtype=query.dtype, device=query.device)
+        grad_weight = plan.fresh(partial(make, size, strides))
+        grad_bias = plan.fresh(partial(make, size[:1], (1,))) if bias else plans.NONE
         launch = native.cuda.conv2d_stem_grad_weight_launch(problem, way(), parts)
         workspace = plan.scratch(bytes_of[bias])
         plan.launch(launch, grad_output, input, grad_weight, grad_bias, workspace)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import compress, pairwise, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,7 +136,9 @@ def cuda(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:
         reference(tensors, hyper)
 
 
-def again(run: Callable[..., None], tensors: SgdTensors, at: Memory) -> Callable[..., bool] | None:
+def again_like(
+    run: Callable[..., None], tensors: SgdTensors, at: Memory
+) -> Callable[..., bool] | None:
     """Does an update by `run` once more, of tensors like these, whose kernels are told of `at`.
 
     `again(params, state, lr, momentum, dampening, weight_decay, nesterov, maximize, zero_grad)`
@@ -154,8 +156,13 @@ def again(run: Callable[..., None], tensors: SgdTensors, at: Memory) -> Callable
         made = native.cpu.make_update(launch, dtype, params, grads, momenta)
     except ValueError:  # of what has no memory
         return None
-    run, place = native.cpu.run_update, plans.place(like.device, on_gpu)
-    return lambda *arguments: run(made, *arguments, *place())
+    run_again, place = native.cpu.run_update, plans.place(like.device, on_gpu)
+
+    def again(*arguments: Any) -> bool:
+        done: bool = run_again(made, *arguments, *place())
+        return done
+
+    return again
 
 
 def triton(tensors: SgdTensors, hyper: SgdHyper, at: Memory) -> None:

@@ -168,14 +168,15 @@ def note(ctx: Any, inputs: tuple[Any, ...]) -> None:
     )
 
 
-def saved(needs: Sequence[bool], input: Tensor, weight: Tensor, argmax: Tensor) -> Any:
+def saved(needs: Sequence[bool], inputs: tuple[Any, ...], argmax: Tensor) -> tuple[Any, ...]:
     """What backward reads."""
+    input, weight, *_ = inputs
     return input if needs[1] else None, weight if needs[0] else None, argmax
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     note(ctx, inputs)
-    ctx.save_for_backward(*saved(ctx.needs_input_grad, *inputs[:2], output[1]))
+    ctx.save_for_backward(*saved(ctx.needs_input_grad, inputs, output[1]))
 
 
 def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

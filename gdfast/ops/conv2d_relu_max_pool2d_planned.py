@@ -45,7 +45,8 @@ class _Fused(Planned):
         return results
 
     def saved(self, needs: Any, tensors: Any, made: Any) -> tuple[Tensor | None, ...]:
-        return saved(needs, *tensors[:2], *made)  # type: ignore[no-any-return]
+        (argmax,) = made
+        return saved(needs, tensors, argmax)
 
     def operations(self, ctx: Any, grad_output: Tensor, saved: Tensors) -> Gradients:
         return gradients(ctx.needs_input_grad, self._noted, grad_output, saved)
@@ -55,10 +56,8 @@ class _Fused(Planned):
         if need_input or not need_weight:
             return None
         (input, _, argmax), how = saved, self._noted
-        key = fused_dispatch.grad_weight_key(
-            grad_output, argmax, input, how.weight_size, how.weight_channels_last, *how.arguments,
-            self.backend,
-        )  # fmt: skip
+        settings = how.weight_size, how.weight_channels_last, *how.arguments, self.backend
+        key = fused_dispatch.grad_weight_key(grad_output, argmax, input, *settings)
         make = draft_of(pool_dispatch.known_kernel(key))
         if make is None:
             return None
@@ -92,7 +91,8 @@ class _Composed(Planned):
         return results
 
     def saved(self, needs: Any, tensors: Any, made: Any) -> tuple[Tensor | None, ...]:
-        return saved(needs, *tensors[:2], *made)  # type: ignore[no-any-return]
+        (argmax,) = made
+        return saved(needs, tensors, argmax)
 
     def operations(self, ctx: Any, grad_output: Tensor, saved: Tensors) -> Gradients:
         input, weight, argmax = saved
@@ -173,7 +173,8 @@ def _find(key: Any, tensors: Tensors, geometry: tuple[Any, ...], pool_size: Any)
     if not runs_fused(input, weight, (*of_conv, *windows), (0, 0), backend):
         return _find_composed(key, tensors, of_conv, (*windows, (0, 0), (1, 1), False))
     arguments = *of_conv, *windows
-    kernel = pool_dispatch.known_kernel(fused_dispatch.forward_key(*tensors, *arguments, backend))
+    key_of_kernel = fused_dispatch.forward_key(input, weight, bias, *(*arguments, backend))
+    kernel = pool_dispatch.known_kernel(key_of_kernel)
     if kernel is None:
         return None  # not run yet
     make = draft_of(kernel)
@@ -193,14 +194,14 @@ def _find_composed(
         # Before its first backward pass nobody knows whether native's own operator is better.
         if conv2d_dispatch.all_native.get(layer) is not False:
             return None
-    conv = conv2d_dispatch.known_kernel(conv2d_dispatch.conv2d_key(*tensors, *of_conv, backend))
+    key_of_conv = conv2d_dispatch.conv2d_key(input, weight, bias, *(*of_conv, backend))
+    conv = conv2d_dispatch.known_kernel(key_of_conv)
     if conv is None:
         return None
-    query = conv2d_dispatch.conv2d_query("conv2d", *tensors, *of_conv)
+    query = conv2d_dispatch.conv2d_query("conv2d", input, weight, bias, *of_conv)
     between = _empty(query.geometry.output_size, query.strides[2], input)
-    pool = pool_dispatch.known_kernel(
-        pool_dispatch.max_pool2d_key(between, *of_pool, True, backend)
-    )
+    key_of_pool = pool_dispatch.max_pool2d_key(between, *(*of_pool, True, backend))
+    pool = pool_dispatch.known_kernel(key_of_pool)
     if pool is None:
         return None
     make_conv, make_pool = draft_of(conv), draft_of(pool)

@@ -54,7 +54,8 @@ def planned_max_pool2d(input: Tensor, *arguments: Any) -> Planned | None:
 
 
 def _find(key: Any, input: Tensor, arguments: tuple[Any, ...]) -> Planned | None:
-    kernel = dispatch.known_kernel(dispatch.max_pool2d_key(input, *arguments, False, chosen()))
+    settings = *arguments, False, chosen()
+    kernel = dispatch.known_kernel(dispatch.max_pool2d_key(input, *settings))
     if kernel is None:
         return None  # not run yet
     make = draft_of(kernel)

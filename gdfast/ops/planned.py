@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import chosen, plans, registry, tuning
-from gdfast.backends.precision import is_strict
+from gdfast.backends import _precision, chosen, plans, registry, tuning
 from gdfast.ops import conv2d_dispatch, in_backward
 from gdfast.ops.conv2d import autocast
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
-from gdfast.tensor_cores import allows_tf32
+from gdfast.tensor_cores import allows_tf32, asked_of_tf32
 
 _MOST_BACKWARD = 64  # layouts and subsets of gradients that one layer meets
 Gradients = tuple[Tensor | None, ...]
@@ -35,14 +34,17 @@ def situation(backend: str) -> tuple[str, int, bool]:
 def known_situation(device: torch.device) -> tuple[list[Any], list[Any]]:
     """What `situation` and looking for a layer go by beside tensors and arguments, as `make_memo`
     of gdfast._cpu takes it: what modules have under a name, and what functions answer."""
-    names = (registry, "_switch"), (tuning, "_epoch"), (conv2d_dispatch, "generation")
+    names = (
+        (registry, "_switch"), (tuning, "_epoch"), (conv2d_dispatch, "generation"),
+        (_precision, "_precision"),
+    )  # fmt: skip
     kept = [(vars(module), name, vars(module)[name]) for module, name in names]
     functions: list[Any] = [
         torch.get_num_threads, torch._C._get_deterministic_algorithms, torch.is_grad_enabled,
-        torch._C._is_any_autocast_enabled, is_strict,
+        torch._C._is_any_autocast_enabled,
     ]  # fmt: skip
     if native.cuda is not None:
-        functions.append(allows_tf32)
+        functions.append(asked_of_tf32())
     if torch._C._is_any_autocast_enabled():
         for function in (torch.is_autocast_enabled, torch.get_autocast_dtype):
             functions.append(partial(function, device.type))
@@ -98,13 +100,13 @@ class Planned(ABC):
         """What autocast makes of input, weight and bias."""
         return autocast(*tensors)
 
-    def run(self, tensors: tuple[Any, ...], _: float = 0.0) -> Tensor:
+    def run(self, tensors: tuple[Any, ...], momentum: float = 0.0) -> Tensor:
         """The layer's output; tensors are as those that it was found for."""
         if torch.is_grad_enabled():
             output: Tensor = _apply_to_ordinary(*tensors, self)
-            return output
-        results = self.forward(tensors)
-        return results[0]  # type: ignore[no-any-return]
+        else:
+            output = self.forward(tensors)[0]
+        return output
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         """The output, and what backward reads beside the tensors."""
@@ -164,7 +166,7 @@ class PlannedFunction(torch.autograd.Function):
         ctx.planned = planned = inputs[-1]
         output, *made = planned.forward(inputs[:-1])
         ctx.save_for_backward(*planned.saved(ctx.needs_input_grad, inputs, made))
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:

@@ -14,8 +14,7 @@ from torch.optim.optimizer import ParamsT
 from gdfast import ops
 from gdfast.backends import chosen, plans
 from gdfast.backends.cuda_grad_weight import BegunGradWeight
-from gdfast.backends.sgd import HALF_TYPES, SgdHyper, SgdTensors
-from gdfast.backends.sgd import again as sgd_again
+from gdfast.backends.sgd import HALF_TYPES, SgdHyper, SgdTensors, again_like
 from gdfast.ops.sgd_dispatch import Checked, run_sgd, walk_with
 from gdfast.optim.in_backward import InBackward
 
@@ -306,7 +305,7 @@ class SGD(torch.optim.SGD):
         all_params = self.param_groups[index]["params"]
         if self.master_weights or len(tensors.params) != len(all_params):
             return
-        again = sgd_again(checked.run, tensors, checked.memory)
+        again = again_like(checked.run, tensors, checked.memory)
         if again is not None:
             self._again[index] = checked.backend, again
 

@@ -1,0 +1,380 @@
+"""Layers whose passes are plans, on the CPU: they give what their operations give, and notice all
+that those notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import gdfast
+from gdfast import nn, optim
+from gdfast.backends import plans
+from gdfast.ops import conv2d_dispatch
+
+pytestmark = pytest.mark.usefixtures("fresh_registry", "compiled_cpu")
+
+
+class Pooled(torch.nn.Module):
+    """A convolution, ReLU and pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.conv_relu_max_pool(self.conv, images, 2)
+
+
+def layer_of(name: str) -> tuple[torch.nn.Module, Tensor]:
+    """A layer, and a batch for it."""
+    torch.manual_seed(0)
+    if name == "linear":
+        return nn.Linear(70, 9), torch.randn(64, 70)
+    images = torch.randn(3, 2, 12, 11)
+    return (Pooled() if name == "pooled" else nn.MaxPool2d(3, 2, 1)), images
+
+
+LAYERS = ["pooled", "pooling", "linear"]
+
+
+def run(module: torch.nn.Module, batch: Tensor) -> list[Tensor]:
+    """Output and gradients of a pass both ways."""
+    output = module(batch)
+    weights = torch.linspace(-1, 1, output.numel()).to(output.dtype).view(output.shape)
+    wanted = [each for each in (batch, *module.parameters()) if each.requires_grad]
+    if not wanted:
+        return [output]
+    return [output.detach(), *torch.autograd.grad(output, wanted, weights)]
+
+
+def warmed(name: str, needs: bool = True) -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
+    """A layer that runs by plans, one like it, and the batch."""
+    module, batch = layer_of(name)
+    twin, batch = copy.deepcopy(module), batch.requires_grad_(needs)
+    for _ in range(5):
+        run(module, batch)
+    assert units()
+    return module, twin, batch
+
+
+def units() -> list[Any]:
+    return [each for each in conv2d_dispatch.units.values() if each]
+
+
+def by_hand(module: torch.nn.Module, batch: Tensor) -> list[Tensor]:
+    with plans.disabled():
+        return run(module, batch)
+
+
+def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert [each.stride() for each in ours] == [each.stride() for each in theirs]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("needs", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gives_the_same_bits(name: str, needs: bool, layout: Any) -> None:
+    module, batch = layer_of(name)
+    if batch.dim() == 4:
+        batch = batch.contiguous(memory_format=layout)
+    batch.requires_grad_(needs)
+    twin = copy.deepcopy(module)
+    for _ in range(6):
+        same(run(module, batch), by_hand(twin, batch))
+    assert type(module(batch).grad_fn).__name__ in ("PlannedFunctionBackward", "NoneType")
+    # A pooled convolution's gradient in its input goes by way of the convolution's output.
+    if name != "pooling" and not (name == "pooled" and needs):
+        assert any(each.plan for unit in units() for each in unit._backward.values())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types(name: str, dtype: torch.dtype) -> None:
+    module, twin, batch = warmed(name)
+    for each in (module, twin):
+        each.to(dtype)
+    batch = batch.detach().to(dtype).requires_grad_()
+    for _ in range(4):
+        same(run(module, batch), by_hand(twin, batch))
+
+
+CHANGES: list[Callable[[torch.nn.Module], Any]] = [
+    lambda each: each.requires_grad_(False),
+    lambda each: next(each.parameters()).requires_grad_(False),
+    lambda each: [p.requires_grad_(i == 0) for i, p in enumerate(each.parameters())],
+    lambda each: [p.data.mul_(2) for p in each.parameters()],
+    lambda each: each.double(),
+    lambda each: each.eval(),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["pooled", "linear"])
+def test_notices_changes_of_parameters(name: str, change: Any) -> None:
+    module, twin, batch = warmed(name)
+    change(module)
+    change(twin)
+    batch = batch.detach().to(next(module.parameters()).dtype).requires_grad_()
+    for _ in range(4):
+        same(run(module, batch), by_hand(twin, batch))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda each: setattr(each.conv, "stride", (2, 1)),
+        lambda each: setattr(each.conv, "padding", (1, 0)),
+        lambda each: setattr(each.conv, "padding_mode", "reflect"),
+        lambda each: setattr(each.conv, "bias", None),
+        lambda each: setattr(each.conv, "weight", torch.nn.Parameter(torch.ones(5, 2, 3, 3))),
+        lambda each: each.conv.register_forward_hook(lambda _, __, output: output * 2),
+        lambda each: torch.nn.utils.parametrizations.weight_norm(each.conv),
+    ],
+)
+def test_notices_changes_of_a_convolution(change: Any) -> None:
+    module, twin, batch = warmed("pooled")
+    torch.manual_seed(1)
+    change(module)
+    change(twin)
+    for _ in range(4):
+        same(run(module, batch), by_hand(twin, batch))
+
+
+def test_notices_changes_of_a_pooling() -> None:
+    module, twin, batch = warmed("pooling")
+    for name, value in (("stride", 1), ("kernel_size", (2, 3)), ("ceil_mode", True)):
+        for each in (module, twin):
+            setattr(each, name, value)
+        same(run(module, batch), by_hand(twin, batch))
+    setattr(module, "return_indices", True)  # noqa: B010
+    assert len(module(batch)) == 2
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_notices_other_batches(name: str) -> None:
+    module, twin, batch = warmed(name)
+    others = [batch[:2], torch.cat([batch, batch]), batch.detach(), torch.zeros_like(batch)]
+    if batch.dim() == 4:
+        others += [batch[..., 1:], batch.transpose(2, 3), batch[0]]
+    for other in (*others, batch):
+        other = other.detach().requires_grad_(other.requires_grad)
+        same(run(module, other), by_hand(twin, other))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_notices_modes(name: str) -> None:
+    module, twin, batch = warmed(name)
+    with gdfast.backend("native"):
+        assert "Planned" not in type(module(batch).grad_fn).__name__
+    with torch.no_grad():
+        assert module(batch).grad_fn is None
+    with torch.inference_mode():
+        torch.testing.assert_close(module(batch), twin(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(batch).dtype == twin(batch).dtype
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    same(run(module, batch), by_hand(twin, batch))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    same(run(module, batch), by_hand(twin, batch))
+    torch.use_deterministic_algorithms(False)
+    with gdfast.precision("strict"):
+        same(run(module, batch), by_hand(twin, batch))
+    same(run(module, batch), by_hand(twin, batch))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_operations_are_seen_by_whoever_looks(name: str) -> None:
+    class Looks(TorchDispatchMode):
+        seen: ClassVar[list[Any]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            self.seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    module, _, batch = warmed(name)
+    with Looks() as looks:
+        run(module, batch)
+    assert looks.seen
+    if name != "pooled":  # no transform knows our fused operation's gradient
+        batched = torch.func.vmap(module)(
+            batch.detach().unsqueeze(1).repeat(1, 3, 1, *[1] * (batch.dim() - 2))
+        )
+        assert batched.shape[0] == len(batch)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_gradients(name: str) -> None:
+    module, twin, batch = warmed(name)
+    found = []
+    for each in (module, twin):
+        wanted = [batch, *each.parameters()]
+        with plans.disabled() if each is twin else torch.enable_grad():
+            loss = each(batch).square().sum()
+            first = torch.autograd.grad(loss, wanted, create_graph=True)
+            total = sum(gradient.square().sum() for gradient in first)
+            found.append([*first, *torch.autograd.grad(total, wanted)])
+    same(*found)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_second_backward_is_refused(name: str) -> None:
+    module, _, batch = warmed(name)
+    output = module(batch).sum()
+    output.backward(retain_graph=True)
+    output.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()
+
+
+@pytest.mark.parametrize("name", ["pooled", "linear"])
+def test_what_backward_reads_may_not_be_written_to(name: str) -> None:
+    module, _, batch = warmed(name, needs=False)
+    output = module(batch).sum()
+    batch.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+    output = module(batch).sum()
+    with torch.no_grad():
+        next(module.parameters()).add_(1)  # which a batch without a gradient leaves unread
+    output.backward()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_other_gradients_come_in(name: str) -> None:
+    module, twin, batch = warmed(name)
+    for each in (module, twin):
+        each.zero_grad()
+    output, other = module(batch), twin(batch)
+    for make in (torch.ones_like, lambda like: torch.ones(()).expand(like.shape)):
+        wanted = [batch, *module.parameters()], [batch, *twin.parameters()]
+        ours = torch.autograd.grad(output, wanted[0], make(output), retain_graph=True)
+        with plans.disabled():
+            theirs = torch.autograd.grad(other, wanted[1], make(other), retain_graph=True)
+        same(list(ours), list(theirs))
+    eye = torch.stack([torch.ones_like(output)] * 2)
+    batched = torch.autograd.grad(output, batch, eye, is_grads_batched=True)
+    torch.testing.assert_close(batched[0][0], ours[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_saved_tensors_may_come_back_as_copies(name: str) -> None:
+    module, twin, batch = warmed(name)
+    expected = by_hand(twin, batch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        same(run(module, batch), expected)
+    output = checkpoint(module, batch, use_reentrant=False)
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_freed(name: str) -> None:
+    module, twin, batch = warmed(name)
+    watched = weakref.ref(module)
+    del module
+    gc.collect()
+    assert watched() is None
+    same(run(twin, batch), run(twin, batch))
+
+
+def trained(change: Callable[[Any, int], Any], planned: bool, **settings: Any) -> list[Tensor]:
+    """Parameters and momenta after steps that a change is made between."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    optimizer = optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
+    batch = torch.randn(4, 7)
+    for step in range(8):
+        if planned:
+            optimizer.zero_grad()
+            model(batch).square().sum().backward()
+            change(optimizer, step)
+            optimizer.step()
+        else:
+            with plans.disabled():
+                optimizer.zero_grad()
+                model(batch).square().sum().backward()
+                change(optimizer, step)
+                optimizer.step()
+    assert not planned or change is not _nothing or optimizer._again
+    momenta = [optimizer.state[p].get("momentum_buffer") for p in model.parameters()]
+    return [p.detach() for p in model.parameters()] + [m for m in momenta if m is not None]
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _first(optimizer: Any) -> Tensor:
+    return optimizer.param_groups[0]["params"][0]  # type: ignore[no-any-return]
+
+
+def _at_six(change: Callable[[Any], Any]) -> Callable[[Any, int], Any]:
+    return lambda optimizer, step: change(optimizer) if step == 5 else None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _nothing,
+        _at_six(lambda o: o.param_groups[0].update(lr=0.03)),
+        _at_six(lambda o: o.param_groups[0].update(lr=torch.tensor(0.03))),
+        _at_six(lambda o: o.param_groups[0].update(momentum=0.0)),
+        _at_six(lambda o: o.param_groups[0].update(nesterov=True)),
+        _at_six(lambda o: o.param_groups[0].update(weight_decay=0.1)),
+        _at_six(lambda o: setattr(_first(o), "grad", None)),
+        _at_six(lambda o: setattr(_first(o), "grad", _first(o).grad.t().contiguous().t())),
+        _at_six(lambda o: o.state.pop(_first(o))),
+        _at_six(lambda o: o.state.clear()),
+        _at_six(lambda o: o.load_state_dict(copy.deepcopy(o.state_dict()))),
+        _at_six(lambda o: o.param_groups[0]["params"].pop()),
+        _at_six(lambda o: setattr(_first(o), "data", _first(o).data.clone())),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0}, {"fused_zero_grad": True}], ids=str)
+def test_steps_notice_what_changes(change: Any, settings: dict[str, Any]) -> None:
+    if settings.get("momentum") == 0 and change is not _nothing:
+        settings = {"weight_decay": 0.01, "momentum": 0.5}
+    same(trained(change, True, **settings), trained(change, False, **settings))
+
+
+def test_steps_tell_autograd_what_they_wrote() -> None:
+    weight = torch.nn.Parameter(torch.ones(40, 3))
+    optimizer = optim.SGD([weight], lr=0.1, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        weight.square().sum().backward()
+        optimizer.step()
+    assert optimizer._again
+    optimizer.zero_grad()
+    loss = weight.square().sum()
+    weight.grad = torch.ones_like(weight)
+    version = weight._version
+    optimizer.step()
+    assert weight._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_optimizer_and_its_parameters_are_freed() -> None:
+    weight = torch.nn.Parameter(torch.ones(40, 3))
+    optimizer = optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.owner = optimizer
+    for _ in range(5):
+        weight.square().sum().backward()
+        optimizer.step()
+    watched = weakref.ref(weight)
+    del weight, optimizer
+    gc.collect()
+    assert watched() is None
