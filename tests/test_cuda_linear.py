@@ -301,21 +301,29 @@ def test_a_failed_launch_names_its_sizes(
 @pytest.mark.parametrize("sizes", [(64, 5408, 10), (32, 512, 1000)], ids=str)
 def test_a_side_stream_and_a_graph(sizes: tuple[int, int, int]) -> None:
     tensors = layer_of(sizes, (BF16, FP32, BF16), torch.device("cuda"))
-    right = passes(ops.linear, tensors, BF16)
+    grad = torch.randn(sizes[0], sizes[2], device="cuda", dtype=BF16)
+
+    def both_ways() -> list[Tensor]:
+        with torch.autocast("cuda", BF16):
+            output = ops.linear(*tensors)
+        assert is_ours(output)
+        return [output.detach(), *torch.autograd.grad(output, tensors, grad)]
+
+    right = both_ways()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
-        ours = passes(ops.linear, tensors, BF16)
+        ours = both_ways()
     stream.synchronize()
     assert all(map(torch.equal, ours, right))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours = passes(ops.linear, tensors, BF16)
+        ours = both_ways()
     with torch.no_grad():
         tensors[0].mul_(2)
     graph.replay()
-    right = passes(ops.linear, tensors, BF16)
+    right = both_ways()
     assert all(map(torch.equal, ours, right))
 
 
