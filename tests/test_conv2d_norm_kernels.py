@@ -116,8 +116,8 @@ class Both:
         )  # fmt: skip
         assert plan is not None
         results: Any = plan(tensors, 0.1, torch.get_num_threads(), 0)
-        output, between, mean, invstd, mask = results
-        assert mask is None
+        output, between, mean, invstd, mask, cast = results
+        assert mask is None and cast is None
         assert batches == 4
         return between, output, mean, invstd, *running
 

@@ -218,7 +218,7 @@ def test_runs_natively_what_it_has_no_kernel_for(
     torch.testing.assert_close(output, F.linear(*leaves))
 
 
-def test_large_layers_are_natives() -> None:
+def test_large_layers_are_natives(cuda_device: torch.device) -> None:
     assert cuda_linear.fits_layer(2048, 1000) and cuda_linear.fits_layer(5408, 10)
     assert not cuda_linear.fits_layer(4096, 4096) and not cuda_linear.fits_layer(512, 1001)
     assert not cuda_linear.fits_layer(32, 10)
