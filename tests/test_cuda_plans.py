@@ -172,7 +172,9 @@ def test_pooled_convolutions_give_the_same_bits(
                 theirs = both_ways(twin, images)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     units = [each for each in conv2d_dispatch.units.values() if each]
-    if layout is torch.channels_last and (channels < 16 or native.cuda_is_simulated):
+    # On Hopper what gradients of few channels, and a bias's beside many, go through has no plan.
+    has_plan = native.cuda_is_simulated or (channels < 16 and not with_gradient)
+    if layout is torch.channels_last and has_plan:
         assert any(each.plan for unit in units for each in unit._backward.values())
 
 
