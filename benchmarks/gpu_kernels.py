@@ -425,6 +425,11 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         for dtype in (torch.bfloat16, torch.float16):
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
+    for case in _DEPTHWISE_TENSOR:
+        ways = ("depthwise-rows", "depthwise-boxes") if case.R == 3 else ("depthwise-boxes",)
+        for by in ways:
+            run = partial(passes, case, bfloat16, "channels_last", by=by, **where)
+            yield f"{by} {case}, bfloat16", run, 0
     for case in _PLANES:
         name = cuda_hopper_planes.NAME
         run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)
