@@ -428,7 +428,7 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
     for case in _DEPTHWISE_TENSOR:
         ways = ("depthwise-rows", "depthwise-boxes") if case.R == 3 else ("depthwise-boxes",)
         for by in ways:
-            run = partial(passes, case, bfloat16, "channels_last", by=by, **where)
+            run = partial(passes, case, torch.bfloat16, "channels_last", by=by, **where)
             yield f"{by} {case}, bfloat16", run, 0
     for case in _PLANES:
         name = cuda_hopper_planes.NAME
