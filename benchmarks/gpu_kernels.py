@@ -26,6 +26,7 @@ import gdfast
 from gdfast import native, nn, ops, optim
 from gdfast.backends import (
     cuda_conv2d,
+    cuda_depthwise,
     cuda_grouped,
     cuda_hopper,
     cuda_hopper_float32,
@@ -460,6 +461,10 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         for dtype in (torch.bfloat16, torch.float16):
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
+    for case in _DEPTHWISE_TENSOR[:2]:
+        for by in cuda_depthwise.HOPPER:
+            run = partial(passes, case, torch.bfloat16, "channels_last", by=by, **where)
+            yield f"{by} {case}, bfloat16", run, 0
     for case in _PLANES:
         name = cuda_hopper_planes.NAME
         run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)

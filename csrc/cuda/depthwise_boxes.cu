@@ -7,20 +7,20 @@ namespace {
 
 constexpr char kOp[] = "conv2d";
 
-template <typename T, int kSize, bool kEnding>
+template <typename T, bool kEnding>
 void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
-  using Memory = BoxesMemory<kSize>;
-  BoxesArguments boxes = boxes_arguments(a, int64_t{Memory::kBlocks} * multiprocessors(kOp), true);
+  BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * multiprocessors(kOp), true);
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
   boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip);
-  launch(kOp, depthwise_boxes_kernel<T, kSize, kEnding>, static_cast<unsigned>(boxes.blocks),
-         Memory::kThreads, static_cast<size_t>(Memory::bytes(boxes)), stream, a, boxes, tensors);
+  launch(kOp, depthwise_boxes_kernel<T, kEnding>, static_cast<unsigned>(boxes.blocks), kBoxThreads,
+         static_cast<size_t>(BoxesMemory::bytes(boxes)), stream, a, boxes, tensors);
 }
 
 }  // namespace
 
 std::string depthwise_boxes_why_not(const Conv2dProblem& p) {
   if (std::string reason = depthwise_tensor_why_not(p); !reason.empty()) return reason;
+  if (p.R != kBoxSize) return "it takes filters of 3x3";
   for (const HopperImage& image :
        {HopperImage{p.N, p.C, p.H, p.W, p.input}, HopperImage{p.N, p.K, p.P, p.Q, p.output}}) {
     if (std::string reason = image_why_not("images", image); !reason.empty()) return reason;
@@ -36,9 +36,7 @@ void depthwise_boxes(DType dtype, const DepthwiseArguments& a, const void* input
     if constexpr (sizeof(T) == 2) {
       const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),
                                static_cast<const T*>(bias), static_cast<T*>(output)};
-      auto* chosen = ending ? launch_boxes<T, 3, true> : launch_boxes<T, 3, false>;
-      if (a.R == 5) chosen = ending ? launch_boxes<T, 5, true> : launch_boxes<T, 5, false>;
-      if (a.R == 7) chosen = ending ? launch_boxes<T, 7, true> : launch_boxes<T, 7, false>;
+      auto* const chosen = ending ? launch_boxes<T, true> : launch_boxes<T, false>;
       chosen(a, tensors, stream);
     }
   });

@@ -1,4 +1,4 @@
-// Depthwise convolution of half types in channels_last on Hopper's tensor cores, in boxes of 64
+// Depthwise convolution 3x3 of half types in channels_last on Hopper's tensor cores, in boxes of 64
 // channels: what its kernels share.
 //
 // Products are those of depthwise_tensor.h, rows come and leave as TMA's boxes, with zeros from
@@ -18,35 +18,22 @@
 
 namespace gdfast::cuda {
 
+constexpr int kBoxSize = 3;  // of filters
 constexpr int kBoxChannels = 64, kBoxTiles = 2, kTilePositions = 16;
-constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
+// A warp has both tiles of so many groups of 8 channels: enough products for each barrier.
+constexpr int kBoxGroups = 2;
+constexpr int kBoxWarps = kBoxChannels / 8 / kBoxGroups, kBoxWorkers = kBoxWarps * kWarp;
 constexpr int kBoxLoaders = 4 * kWarp;  // threads of the warpgroup that starts copies
-constexpr int kBoxLoaderRegisters = 24;
-
-// What a warp has: groups of 8 channels, and tiles. The more, the more products for each barrier;
-// registers limit them. Those of a thread at launch are of all that a multiprocessor has.
-template <int kTaps, bool kWeight>
-struct BoxesTile {
-  static constexpr int kGroups = kTaps == 3 ? 2 : 1, kTiles = kTaps == 5 ? 1 : 2;
-  static constexpr int kBlocks = kTaps == 3 ? 3 : 1;  // of a multiprocessor
-  static constexpr int kRegisters = kTaps == 3 ? 80 : kTaps == 5 ? 96 : 168;
-};
-
-// Blocks with such tiles: their warps, those across the channels, and rows on their way.
-template <int kTaps, bool kWeight>
-struct BoxesBlock : BoxesTile<kTaps, kWeight> {
-  using Tile = BoxesTile<kTaps, kWeight>;
-  static constexpr int kOfChannels = kBoxTiles / Tile::kTiles;
-  static constexpr int kAcross = kBoxChannels / 8 / Tile::kGroups;
-  static constexpr int kWarps = kAcross * kOfChannels, kWorkers = kWarps * kWarp;
-  static constexpr int kThreads = kBoxLoaders + kWorkers;
-  static constexpr int kStages = Tile::kBlocks > 1 ? 7 : 12;
-  static constexpr int kMade = Tile::kBlocks > 1 ? 4 : 8;  // rows of outputs that are written
-  // The loaders give their registers to the others.
-  static constexpr int kGiven = (Tile::kRegisters - kBoxLoaderRegisters) * kBoxLoaders / kWorkers;
-  static constexpr int kWorkerRegisters = (Tile::kRegisters + kGiven) / 8 * 8;
-  static_assert(Tile::kBlocks * kThreads * Tile::kRegisters <= 65536, "registers");
-};
+constexpr int kBoxThreads = kBoxLoaders + kBoxWorkers;
+constexpr int kBoxBlocks = 3;  // of a multiprocessor
+// At launch, and after the loaders have given theirs to the others.
+constexpr int kBoxRegisters = 80, kLoaderRegisters = 24, kWorkerRegisters = 136;
+static_assert(kBoxBlocks * kBoxThreads * kBoxRegisters <= 65536, "of a multiprocessor");
+static_assert(kBoxLoaders * kLoaderRegisters + kBoxWorkers * kWorkerRegisters <=
+                  kBoxThreads * kBoxRegisters,
+              "of a block");
+constexpr int kBoxStages = 7;  // rows on their way
+constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
 
 struct BoxesArguments {
   TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
@@ -116,7 +103,7 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
   // rows of a box begin at multiples of 1024 bytes.
   const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
-  boxes.pitch = static_cast<int>(ceil_div(positions + a.S, 8) * 8);
+  boxes.pitch = static_cast<int>(ceil_div(positions + kBoxSize, 8) * 8);
   boxes.stage = boxes.images * boxes.pitch * kBoxRow;
   boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
   boxes.strips = Divisor::of(strips);
@@ -125,7 +112,7 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
     const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
     const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
-    const int64_t takes = ceil_div(pieces, blocks) * (rows + a.R - 1);
+    const int64_t takes = ceil_div(pieces, blocks) * (rows + kBoxSize - 1);
     if (least > 0 && takes >= least) continue;
     least = takes;
     boxes.rows = static_cast<int>(rows);

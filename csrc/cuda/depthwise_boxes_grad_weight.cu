@@ -13,52 +13,35 @@ constexpr int kMultiprocessors = 132;
 // A stage has a box of the input and, behind it, one of the gradient, zeros beyond its columns.
 constexpr int kGradBytes = kBoxTiles * kTilePositions * kBoxRow;
 
-template <int kSize>
-struct Memory : BoxesBlock<kSize, true> {
-  using Its = BoxesBlock<kSize, true>;
-  static constexpr int kSums = kBoxChannels * (kSize * kSize + 1), kBarriers = 512;
-  static_assert(2 * Its::kStages * 8 <= kBarriers, "barriers fit");
-
-  static int bytes(const BoxesArguments& boxes) { return Its::kStages * boxes.stage + kBarriers; }
+constexpr int kBarrierBytes = 256;
+static_assert(2 * kBoxStages * 8 <= kBarrierBytes, "barriers fit");
 
 #if defined(GDFAST_HOPPER)
-  GDFAST_DEVICE unsigned char* stage(const BoxesArguments& boxes, int index) {
-    return shared_memory() + index * boxes.stage;
-  }
-  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int index) {
-    return reinterpret_cast<uint64_t*>(stage(boxes, Its::kStages)) + index;
-  }
-  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int index) {
-    return full(boxes, Its::kStages + index);
-  }
-  GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
-    for (int i = 0; i < Its::kStages; ++i) {
-      barrier_init(full(boxes, i), 1);
-      barrier_init(empty(boxes, i), Its::kWarps);
-    }
-    barriers_ready();
-  }
-#endif
-};
 
-#if defined(GDFAST_HOPPER)
+GDFAST_DEVICE unsigned char* stage_at(const BoxesArguments& boxes, int index) {
+  return shared_memory() + index * boxes.stage;
+}
+GDFAST_DEVICE uint64_t* full_barrier(const BoxesArguments& boxes, int index) {
+  return reinterpret_cast<uint64_t*>(stage_at(boxes, kBoxStages)) + index;
+}
+GDFAST_DEVICE uint64_t* empty_barrier(const BoxesArguments& boxes, int index) {
+  return full_barrier(boxes, kBoxStages + index);
+}
 
 // One thread starts to load all rows, each as soon as its stage is nobody's any more.
-template <int kSize>
 GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  using Its = Memory<kSize>;
   const int pixels = boxes.stage - kGradBytes;
-  RingPlace<Its::kStages> stage;
+  RingPlace<kBoxStages> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
-    for (int step = 0; step < piece.rows + kSize - 1; ++step) {
+    for (int step = 0; step < piece.rows + kBoxSize - 1; ++step) {
       const int p = piece.p + step, h = p - a.pad_h;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
       const bool graded = step < piece.rows;
-      uint64_t* const full = Its::full(boxes, stage.index);
-      unsigned char* const to = Its::stage(boxes, stage.index);
+      uint64_t* const full = full_barrier(boxes, stage.index);
+      unsigned char* const to = stage_at(boxes, stage.index);
       // In the first turn nobody has to leave a stage: the phase before the first is over.
-      barrier_wait(Its::empty(boxes, stage.index), stage.parity ^ 1);
+      barrier_wait(empty_barrier(boxes, stage.index), stage.parity ^ 1);
       barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? kGradBytes : 0));
       if (inside) {
         load_box(to, boxes.input, {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
@@ -66,66 +49,69 @@ GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArgumen
       if (graded) {
         load_box(to + pixels, boxes.output, {box_channel(boxes), piece.q, p, piece.n}, full);
       }
-      RingPlace<Its::kStages>::advance(stage);
+      RingPlace<kBoxStages>::advance(stage);
     }
   });
 }
 
 #endif
 
-template <typename T, int kSize>
-GDFAST_KERNEL((Memory<kSize>::kThreads), (Memory<kSize>::kBlocks))
+template <typename T>
+GDFAST_KERNEL(kBoxThreads, kBoxBlocks)
 depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                                    const GDFAST_GRID_CONSTANT BoxesArguments boxes,
                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
-  using Its = Memory<kSize>;
-  constexpr int kGroups = Its::kGroups, kTiles = Its::kTiles;
-  if (threadIdx.x == 0) Its::init_barriers(boxes);
+  constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kBoxStages; ++i) {
+      barrier_init(full_barrier(boxes, i), 1);
+      barrier_init(empty_barrier(boxes, i), kBoxWarps);
+    }
+    barriers_ready();
+  }
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
   if (warp < 0) {
-    give_registers<kBoxLoaderRegisters>();
-    if (warp == -1 && warp_lane() == 0) load_box_rows<kSize>(a, boxes);
+    give_registers<kLoaderRegisters>();
+    if (warp == -1 && warp_lane() == 0) load_box_rows(a, boxes);
     return;
   }
-  take_registers<Its::kWorkerRegisters>();
+  take_registers<kWorkerRegisters>();
 
   // Where this lane loads matrices: columns of two taps, or the last tap's and the gradients'. The
   // next group's chunk has a place that differs by a bit; the next tile is so many slots on, a
   // multiple of eight.
-  static_assert(kGroups <= 2, "groups are two chunks side by side");
-  const int plane = warp % Its::kAcross * kGroups;
-  const int tile = warp / Its::kAcross * kTiles;
+  static_assert(kGroups == 2, "groups are two chunks side by side");
+  const int plane = warp * kGroups;
   const int matrix = warp_lane() / 8, line = warp_lane() % 8;
   const int next = (boxes.images > 1 ? boxes.pitch : kTilePositions) * kBoxRow;
   const auto at = [&](int slot) { return slot * kBoxRow + (plane ^ slot % 8) * 16; };
-  int pairs_at[kSize / 2];
+  int pairs_at[kBoxSize / 2];
 #pragma unroll
-  for (int i = 0; i < kSize / 2; ++i) {
-    pairs_at[i] = tile * next + at(line + matrix / 2 * 8 + matrix % 2 + 2 * i);
+  for (int i = 0; i < kBoxSize / 2; ++i) {
+    pairs_at[i] = at(line + matrix / 2 * 8 + matrix % 2 + 2 * i);
   }
   const bool of_pixels = matrix < 2;
   const int last_next = of_pixels ? next : kTilePositions * kBoxRow;
-  const int last_at =
-      tile * last_next + (of_pixels ? at(line + matrix * 8 + kSize - 1)
-                                    : boxes.stage - kGradBytes + at(line + matrix % 2 * 8));
+  const int last_at = (of_pixels ? at(line + matrix * 8 + kBoxSize - 1)
+                                 : boxes.stage - kGradBytes + at(line + matrix % 2 * 8));
   const bool exists = box_channel(boxes) + plane * 8 < a.C;
 
-  TapSums<kSize> sums[kGroups] = {};
-  RingPlace<Its::kStages> stage;
+  TapSums<kBoxSize> sums[kGroups] = {};
+  RingPlace<kBoxStages> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-    const int h = piece.p - a.pad_h, rows = piece.rows, steps = rows + kSize - 1;
-    TapRows<kSize> taps[kGroups][kTiles] = {};
+    const int h = piece.p - a.pad_h, rows = piece.rows, steps = rows + kBoxSize - 1;
+    TapRows<kBoxSize> taps[kGroups][kTiles] = {};
 #pragma unroll 1
-    for (int step = 0; step < steps; step += kSize) {
+    for (int step = 0; step < steps; step += kBoxSize) {
 #pragma unroll
-      for (int u = 0; u < kSize; ++u) {
+      for (int u = 0; u < kBoxSize; ++u) {
         if (step + u >= steps) break;
         const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
-        const unsigned char* const from = Its::stage(boxes, stage.index);
-        barrier_wait(Its::full(boxes, stage.index), stage.parity);
+        const unsigned char* const from = stage_at(boxes, stage.index);
+        barrier_wait(full_barrier(boxes, stage.index), stage.parity);
 #pragma unroll
         for (int i = 0; i < kTiles * kGroups; ++i) {
           const int number = i / kGroups, group = i % kGroups;
@@ -135,24 +121,23 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
               from + (last_at ^ group * 16) + number * last_next);
         }
         sync_warp();
-        if (warp_lane() == 0) barrier_arrive(Its::empty(boxes, stage.index));
-        RingPlace<Its::kStages>::advance(stage);
+        if (warp_lane() == 0) barrier_arrive(empty_barrier(boxes, stage.index));
+        RingPlace<kBoxStages>::advance(stage);
       }
     }
   });
 
   // All rows have come and been read: their place is free.
-  sync_threads_of(1, Its::kWorkers);
+  sync_threads_of(1, kBoxWorkers);
   auto* const shared = reinterpret_cast<float*>(shared_memory());
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    share_sums<kBoxChannels, kSize>(sums[i], shared + tile / kTiles * Its::kSums, plane + i);
+    share_sums<kBoxChannels, kBoxSize>(sums[i], shared, plane + i);
   }
-  sync_threads_of(1, Its::kWorkers);
-  write_sums<kBoxChannels, kSize, Its::kWorkers>(
-      a, shared, Its::kOfChannels, box_channel(boxes), partial,
-      static_cast<int>(gridDim.x) / boxes.chunks, first_piece(boxes),
-      static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
+  sync_threads_of(1, kBoxWorkers);
+  write_sums<kBoxChannels, kBoxSize, kBoxWorkers>(
+      a, shared, 1, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
+      first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
         float sum = 0;
         for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
           const int columns = a.Q - piece.q < boxes.strip ? a.Q - piece.q : boxes.strip;
@@ -167,32 +152,29 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
 #endif
 }
 
-template <int kSize>
 BoxesArguments weight_boxes(const DepthwiseArguments& a) {
   // Strips are as wide as boxes, whose columns beyond the gradient's last one are zeros.
-  auto boxes = boxes_arguments(a, int64_t{Memory<kSize>::kBlocks} * kMultiprocessors, false);
+  BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * kMultiprocessors, false);
   boxes.stage += kGradBytes;
   return boxes;
 }
 
-template <typename T, int kSize>
+template <typename T>
 void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, float* partial,
                   uintptr_t stream) {
-  using Its = Memory<kSize>;
-  BoxesArguments boxes = weight_boxes<kSize>(a);
+  BoxesArguments boxes = weight_boxes(a);
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
   boxes.output = box_map(kOp, tensors.grad_output, a, a.output, a.P, a.Q, boxes.images,
                          kBoxTiles * kTilePositions / boxes.images);
-  launch(kOp, depthwise_boxes_grad_weight_kernel<T, kSize>, static_cast<unsigned>(boxes.blocks),
-         Its::kThreads, static_cast<size_t>(Its::bytes(boxes)), stream, a, boxes, tensors, partial);
+  launch(kOp, depthwise_boxes_grad_weight_kernel<T>, static_cast<unsigned>(boxes.blocks),
+         kBoxThreads, static_cast<size_t>(kBoxStages * boxes.stage + kBarrierBytes), stream, a,
+         boxes, tensors, partial);
 }
 
 }  // namespace
 
 int depthwise_boxes_splits(const DepthwiseArguments& a) {
-  const BoxesArguments boxes = a.R == 3   ? weight_boxes<3>(a)
-                               : a.R == 5 ? weight_boxes<5>(a)
-                                          : weight_boxes<7>(a);
+  const BoxesArguments boxes = weight_boxes(a);
   return boxes.blocks / boxes.chunks;
 }
 
@@ -202,10 +184,7 @@ void depthwise_boxes_grad_weight(DType dtype, const DepthwiseArguments& a, const
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
-      auto* const chosen = a.R == 3   ? launch_boxes<T, 3>
-                           : a.R == 5 ? launch_boxes<T, 5>
-                                      : launch_boxes<T, 7>;
-      chosen(a, tensors, static_cast<float*>(partial), stream);
+      launch_boxes(a, tensors, static_cast<float*>(partial), stream);
     }
   });
 }

@@ -7,16 +7,15 @@
 namespace gdfast::cuda {
 namespace {
 
-// Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
-template <int kSize>
-struct BoxesMemory : BoxesBlock<kSize, false> {
-  using Its = BoxesBlock<kSize, false>;
-  static constexpr int kMadeRows = Its::kMade * kMadeBytes, kBarriers = 512;
-  static_assert(kBoxChannels * kSize * kSize * 2 <= kMadeRows, "filters fit");
-  static_assert((2 * (Its::kStages + Its::kMade) + 1) * 8 <= kBarriers, "barriers fit");
+constexpr int kMadeRows = 4;  // of outputs, that are written
+constexpr int kBarrierBytes = 256;
+static_assert((2 * (kBoxStages + kMadeRows) + 1) * 8 <= kBarrierBytes, "barriers fit");
+static_assert(kBoxChannels * kBoxSize * kBoxSize * 2 <= kMadeRows * kMadeBytes, "filters fit");
 
+// Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
+struct BoxesMemory {
   static int bytes(const BoxesArguments& boxes) {
-    return Its::kStages * boxes.stage + kMadeRows + kBarriers;
+    return kBoxStages * boxes.stage + kMadeRows * kMadeBytes + kBarrierBytes;
   }
 
 #if defined(GDFAST_HOPPER)
@@ -24,32 +23,32 @@ struct BoxesMemory : BoxesBlock<kSize, false> {
     return shared_memory() + index * boxes.stage;
   }
   GDFAST_DEVICE unsigned char* made_row(const BoxesArguments& boxes, int row) {
-    return stage(boxes, Its::kStages) + row * kMadeBytes;
+    return stage(boxes, kBoxStages) + row * kMadeBytes;
   }
   GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int stage) {
-    return reinterpret_cast<uint64_t*>(made_row(boxes, Its::kMade)) + stage;
+    return reinterpret_cast<uint64_t*>(made_row(boxes, kMadeRows)) + stage;
   }
   GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int stage) {
-    return full(boxes, Its::kStages + stage);
+    return full(boxes, kBoxStages + stage);
   }
   // A row of outputs is there, or may be made.
   GDFAST_DEVICE uint64_t* made(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * Its::kStages + row);
+    return full(boxes, 2 * kBoxStages + row);
   }
   GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * Its::kStages + Its::kMade + row);
+    return full(boxes, 2 * kBoxStages + kMadeRows + row);
   }
   // All of the block's outputs are in global memory.
   GDFAST_DEVICE uint64_t* finished(const BoxesArguments& boxes) {
-    return full(boxes, 2 * (Its::kStages + Its::kMade));
+    return full(boxes, 2 * (kBoxStages + kMadeRows));
   }
   GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
-    for (int i = 0; i < Its::kStages; ++i) {
+    for (int i = 0; i < kBoxStages; ++i) {
       barrier_init(full(boxes, i), 1);
-      barrier_init(empty(boxes, i), Its::kWarps);
+      barrier_init(empty(boxes, i), kBoxWarps);
     }
-    for (int i = 0; i < Its::kMade; ++i) {
-      barrier_init(made(boxes, i), Its::kWarps);
+    for (int i = 0; i < kMadeRows; ++i) {
+      barrier_init(made(boxes, i), kBoxWarps);
       barrier_init(written(boxes, i), 1);
     }
     barrier_init(finished(boxes), 1);
@@ -61,13 +60,12 @@ struct BoxesMemory : BoxesBlock<kSize, false> {
 #if defined(GDFAST_HOPPER)
 
 // One thread starts to load all rows, each as soon as its stage is nobody's any more.
-template <int kSize>
 GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  using Memory = BoxesMemory<kSize>;
-  RingPlace<Memory::kStages> stage;
+  using Memory = BoxesMemory;
+  RingPlace<kBoxStages> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
-    for (int step = 0; step < piece.rows + kSize - 1; ++step) {
+    for (int step = 0; step < piece.rows + kBoxSize - 1; ++step) {
       const int h = piece.p + step - a.pad_h;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
       uint64_t* const full = Memory::full(boxes, stage.index);
@@ -78,16 +76,15 @@ GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArgumen
         load_box(Memory::stage(boxes, stage.index), boxes.input,
                  {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
       }
-      RingPlace<Memory::kStages>::advance(stage);
+      RingPlace<kBoxStages>::advance(stage);
     }
   });
 }
 
 // Another one stores rows of outputs. Of a row memory is free when the next one has been started.
-template <int kSize>
 GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  using Memory = BoxesMemory<kSize>;
-  RingPlace<Memory::kMade> row;
+  using Memory = BoxesMemory;
+  RingPlace<kMadeRows> row;
   int before = -1;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
@@ -99,7 +96,7 @@ GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArgume
       stores_wait_read<1>();
       if (before >= 0) barrier_arrive(Memory::written(boxes, before));
       before = row.index;
-      RingPlace<Memory::kMade>::advance(row);
+      RingPlace<kMadeRows>::advance(row);
     }
   });
   stores_wait<0>();
@@ -109,40 +106,39 @@ GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArgume
 #endif
 
 // kEnding: with a bias or an activation.
-template <typename T, int kSize, bool kEnding>
-GDFAST_KERNEL((BoxesMemory<kSize>::kThreads), (BoxesMemory<kSize>::kBlocks))
+template <typename T, bool kEnding>
+GDFAST_KERNEL(kBoxThreads, kBoxBlocks)
 depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                        const GDFAST_GRID_CONSTANT BoxesArguments boxes,
                        const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
 #if defined(GDFAST_HOPPER)
-  using Memory = BoxesMemory<kSize>;
-  constexpr int kGroups = Memory::kGroups, kTiles = Memory::kTiles;
-  using Filters = Diagonals<T, kSize, kGroups>;
+  using Memory = BoxesMemory;
+  constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
+  using Filters = Diagonals<T, kBoxSize, kGroups>;
   if (threadIdx.x == 0) Memory::init_barriers(boxes);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
   if (warp < 0) {
-    give_registers<kBoxLoaderRegisters>();
+    give_registers<kLoaderRegisters>();
     if (warp_lane() != 0) return;
-    if (warp == -1) load_box_rows<kSize>(a, boxes);
-    if (warp == -2) store_box_rows<kSize>(a, boxes);
+    if (warp == -1) load_box_rows(a, boxes);
+    if (warp == -2) store_box_rows(a, boxes);
     return;
   }
-  take_registers<Memory::kWorkerRegisters>();
-  const auto sync = [] { sync_threads_of(1, Memory::kWorkers); };
+  take_registers<kWorkerRegisters>();
+  const auto sync = [] { sync_threads_of(1, kBoxWorkers); };
   const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
   const int first_channel = box_channel(boxes);
   auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
-  Filters::template share<kBoxChannels, Memory::kWorkers>(a, tensors.weight, first_channel, filters,
-                                                          thread);
+  Filters::template share<kBoxChannels, kBoxWorkers>(a, tensors.weight, first_channel, filters,
+                                                     thread);
   sync();
-  // The channels and positions of this warp.
-  const int plane = warp % Memory::kAcross * kGroups;
-  const int tile = warp / Memory::kAcross * kTiles, quarter = warp_lane() % 4;
+  // The channels of this warp.
+  const int plane = warp * kGroups, quarter = warp_lane() % 4;
   const bool exists = first_channel + plane * 8 < a.C;
   Filters diagonals;
-  Filters::take(diagonals, filters + plane * 8 * kSize * kSize);
+  Filters::take(diagonals, filters + plane * 8 * kBoxSize * kBoxSize);
   float bias[kGroups * 2] = {};  // of the channels that this lane has of a matrix's columns
   if (kEnding && tensors.bias != nullptr) {
 #pragma unroll
@@ -156,34 +152,33 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   // Where this lane loads matrices: two columns of the filter at a time, of one group of channels,
   // or the last column of two. The next group's chunk has a place that differs by a bit; the next
   // tile is so many slots on, a multiple of eight.
-  static_assert(kGroups <= 2, "groups are two chunks side by side");
+  static_assert(kGroups == 2, "groups are two chunks side by side");
   const bool alone = boxes.images > 1;  // a tile has an image of its own
   const int next = (alone ? boxes.pitch : kTilePositions) * kBoxRow;
   const int matrix = warp_lane() / 8, slot = matrix % 2 * 8 + warp_lane() % 8;
   const auto chunk_at = [&](int chunk, int at) { return at * kBoxRow + (chunk ^ at % 8) * 16; };
-  int load_at[kSize / 2 + 1];
+  int load_at[kBoxSize / 2 + 1];
 #pragma unroll
-  for (int i = 0; i <= kSize / 2; ++i) {
-    const bool last_of_two = i == kSize / 2 && kGroups == 2;
-    load_at[i] = tile * next + (last_of_two ? chunk_at(plane + matrix / 2, slot + 2 * i)
-                                            : chunk_at(plane, slot + matrix / 2 + 2 * i));
+  for (int i = 0; i <= kBoxSize / 2; ++i) {
+    load_at[i] = i == kBoxSize / 2 ? chunk_at(plane + matrix / 2, slot + 2 * i)
+                                   : chunk_at(plane, slot + matrix / 2 + 2 * i);
   }
   // And where it puts sums: of two positions of each tile, if there are outputs of these.
   int sums_at[kTiles][2];
 #pragma unroll
   for (int i = 0; i < kTiles * 2; ++i) {
-    const int place = warp_lane() / 4 + i % 2 * 8, number = tile + i / 2;
-    const int column = alone ? place : number * kTilePositions + place;
-    const int row = alone ? number * boxes.strip + place : column;
-    sums_at[i / 2][i % 2] = column < boxes.strip ? chunk_at(plane, row) + quarter * 4 : -1;
+    const int place = warp_lane() / 4 + i % 2 * 8, tile = i / 2;
+    const int column = alone ? place : tile * kTilePositions + place;
+    const int row = alone ? tile * boxes.strip + place : column;
+    sums_at[tile][i % 2] = column < boxes.strip ? chunk_at(plane, row) + quarter * 4 : -1;
   }
 
   float zero = 0;  // unless a sum was not finite
-  RingPlace<Memory::kStages> stage;
-  RingPlace<Memory::kMade> row;
+  RingPlace<kBoxStages> stage;
+  RingPlace<kMadeRows> row;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-    const int h = piece.p - a.pad_h, steps = piece.rows + kSize - 1;
-    Sums<kGroups> alive[kTiles][kSize] = {};
+    const int h = piece.p - a.pad_h, steps = piece.rows + kBoxSize - 1;
+    Sums<kGroups> alive[kTiles][kBoxSize] = {};
     LastColumn<kGroups> before[kTiles] = {};
     const auto multiply = [&](int step, int u) {
       const bool inside = exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
@@ -193,13 +188,13 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (float& sum : alive[i][u]) sum = 0;
-        multiply_row<T, kSize>(alive[i], u, before[i], diagonals, inside, [&](int group, int s) {
+        multiply_row<T, kBoxSize>(alive[i], u, before[i], diagonals, inside, [&](int group, int s) {
           return pixels + (load_at[s / 2] ^ group * 16) + i * next;
         });
       }
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
-      RingPlace<Memory::kStages>::advance(stage);
+      RingPlace<kBoxStages>::advance(stage);
     };
     const auto finish = [&](int tile, Sums<kGroups>& sums) {
 #pragma unroll
@@ -223,26 +218,26 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
-      RingPlace<Memory::kMade>::advance(row);
+      RingPlace<kMadeRows>::advance(row);
     };
 #pragma unroll 1
-    for (int step = 0; step < steps; step += kSize) {
+    for (int step = 0; step < steps; step += kBoxSize) {
       if constexpr (kEnding) {
         // Activations are long: they are there once.
 #pragma unroll 1
-        for (int u = 0; u < kSize && step + u < steps; ++u) {
+        for (int u = 0; u < kBoxSize && step + u < steps; ++u) {
           Sums<kGroups> sums[kTiles];
 #pragma unroll
-          for (int v = 0; v < kSize; ++v) {
+          for (int v = 0; v < kBoxSize; ++v) {
             if (u != v) continue;
             multiply(step + v, v);
 #pragma unroll
             for (int i = 0; i < kTiles * kGroups * 4; ++i) {
               sums[i / (kGroups * 4)][i % (kGroups * 4)] =
-                  alive[i / (kGroups * 4)][(v + 1) % kSize][i % (kGroups * 4)];
+                  alive[i / (kGroups * 4)][(v + 1) % kBoxSize][i % (kGroups * 4)];
             }
           }
-          if (step + u < kSize - 1) continue;
+          if (step + u < kBoxSize - 1) continue;
           begin_row();
 #pragma unroll
           for (int i = 0; i < kTiles; ++i) finish(i, sums[i]);
@@ -250,13 +245,13 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         }
       } else {
 #pragma unroll
-        for (int u = 0; u < kSize; ++u) {
+        for (int u = 0; u < kBoxSize; ++u) {
           if (step + u >= steps) break;
           multiply(step + u, u);
-          if (step + u < kSize - 1) continue;
+          if (step + u < kBoxSize - 1) continue;
           begin_row();
 #pragma unroll
-          for (int i = 0; i < kTiles; ++i) finish(i, alive[i][(u + 1) % kSize]);
+          for (int i = 0; i < kTiles; ++i) finish(i, alive[i][(u + 1) % kBoxSize]);
           end_row();
         }
       }
@@ -264,19 +259,19 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   });
   sync();
   const float all =
-      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, Memory::kWarps, sync);
+      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kBoxWarps, sync);
   if (all == 0) return;
   barrier_wait(Memory::finished(boxes), 0);
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
     const int chunks = boxes.strip * 8, of_image = piece.rows * chunks;
 #pragma unroll 1
-    for (int i = thread; i < boxes.images * of_image; i += Memory::kWorkers) {
+    for (int i = thread; i < boxes.images * of_image; i += kBoxWorkers) {
       const int n = piece.n + i / of_image, p = piece.p + i % of_image / chunks;
       const int q = piece.q + i % chunks / 8, k = first_channel + i % 8 * 8;
       if (n >= a.N || q >= a.Q || k >= a.K) continue;
       T* const chunk =
           tensors.output + n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k;
-      mend<T, kSize>(a, tensors, chunk, n, k, p, q);
+      mend<T, kBoxSize>(a, tensors, chunk, n, k, p, q);
     }
   });
 #endif

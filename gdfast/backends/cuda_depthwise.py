@@ -17,7 +17,7 @@ from gdfast.geometry import Conv2dGeometry
 NAME = "depthwise"
 TENSOR = "depthwise-tensor"  # on the tensor cores
 NARROW = "depthwise-tensor-narrow"  # there too, in slabs of fewer channels
-ROWS = "depthwise-rows"  # by whole rows, on GPUs of compute capability 9.0
+ROWS = "depthwise-rows"  # 3x3 by whole rows, on GPUs of compute capability 9.0
 BOXES = "depthwise-boxes"  # there too, in boxes for the tensor cores
 HOPPER = ROWS, BOXES
 EVERYWHERE = TENSOR, NARROW, NAME
