@@ -1,16 +1,17 @@
 // Depthwise convolution forward by whole rows (depthwise_rows.h), and the gradient in the input,
 // which is one too with the filters turned round.
 #include "depthwise_rows_kernel.h"
+#include "depthwise_tensor.h"
 
 namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d";
 
-template <typename T, bool kEnding>
+template <typename T>
 void launch_rows(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
   const RowsWalk walk = rows_walk(a, 1, multiprocessors(kOp));
-  launch(kOp, depthwise_rows_kernel<T, kEnding>, static_cast<unsigned>(walk.blocks),
+  launch(kOp, depthwise_rows_kernel<T>, static_cast<unsigned>(walk.blocks),
          static_cast<unsigned>(walk.workers + kWarp), static_cast<size_t>(walk.shared_bytes()),
          stream, a, walk, tensors);
 }
@@ -37,14 +38,16 @@ std::string depthwise_rows_why_not(const Conv2dProblem& p) {
 
 void depthwise_rows(DType dtype, const DepthwiseArguments& a, const void* input, const void* weight,
                     const void* bias, void* output, uintptr_t stream) {
-  const bool ending = bias != nullptr || a.activation != Activation::kNone;
+  if (bias != nullptr || a.activation != Activation::kNone) {
+    // With these the registers of rows do not suffice.
+    return depthwise_tensor(dtype, a, true, input, weight, bias, output, stream);
+  }
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const Tensors<T> tensors{static_cast<const T*>(input), static_cast<const T*>(weight),
-                               static_cast<const T*>(bias), static_cast<T*>(output)};
-      auto* const chosen = ending ? launch_rows<T, true> : launch_rows<T, false>;
-      chosen(a, tensors, stream);
+      launch_rows<T>(
+          a, {static_cast<const T*>(input), static_cast<const T*>(weight), static_cast<T*>(output)},
+          stream);
     }
   });
 }

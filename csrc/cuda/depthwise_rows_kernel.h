@@ -10,7 +10,6 @@ template <typename T>
 struct Tensors {
   const T* input;
   const T* weight;
-  const T* bias;
   T* output;
 };
 
@@ -48,8 +47,7 @@ GDFAST_DEVICE void add_row(float (&sums)[kRowSize][kRowColumns * 2],
 
 #endif
 
-// kEnding: with a bias or an activation.
-template <typename T, bool kEnding>
+template <typename T>
 GDFAST_KERNEL(kRowThreads, 1)
 depthwise_rows_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                       const GDFAST_GRID_CONSTANT RowsWalk walk,
@@ -78,11 +76,6 @@ depthwise_rows_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       zero += weights[tap][i] * 0;
     }
   }
-  float bias[2] = {};
-  if (kEnding && tensors.bias != nullptr) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) bias[i] = to_float(tensors.bias[channel + i]);
-  }
   sync_workers(walk);
 
   const unsigned char* const pixels = shared_memory() + kRowBarriers + q * walk.pitch + channel * 2;
@@ -104,12 +97,7 @@ depthwise_rows_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       leave_row(stage);
       RowStage::advance(stage, walk);
     };
-    const auto finish = [&](float (&made)[kRowColumns* 2]) {
-      if constexpr (kEnding) {
-#pragma unroll
-        for (int i = 0; i < kRowColumns * 2; ++i) made[i] += bias[i % 2];
-        activate(made, a.activation, static_cast<float>(a.negative_slope));
-      }
+    const auto write = [&](const float (&made)[kRowColumns* 2]) {
       const auto store = [&](int j) {
         *reinterpret_cast<PackOf<T, 2>*>(to + j * step_q) = {
             {pack_two<T>(made[2 * j], made[2 * j + 1])}};
@@ -127,27 +115,11 @@ depthwise_rows_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     };
 #pragma unroll 1
     for (int step = 0; step < steps; step += kRowSize) {
-      if constexpr (kEnding) {
-        // Activations are long: they are there once.
-#pragma unroll 1
-        for (int u = 0; u < kRowSize && step + u < steps; ++u) {
-          float made[kRowColumns * 2];
 #pragma unroll
-          for (int v = 0; v < kRowSize; ++v) {
-            if (u != v) continue;
-            add(step + v, v);
-#pragma unroll
-            for (int i = 0; i < kRowColumns * 2; ++i) made[i] = sums[(v + 1) % kRowSize][i];
-          }
-          if (step + u >= kRowSize - 1) finish(made);
-        }
-      } else {
-#pragma unroll
-        for (int u = 0; u < kRowSize; ++u) {
-          if (step + u >= steps) break;
-          add(step + u, u);
-          if (step + u >= kRowSize - 1) finish(sums[(u + 1) % kRowSize]);
-        }
+      for (int u = 0; u < kRowSize; ++u) {
+        if (step + u >= steps) break;
+        add(step + u, u);
+        if (step + u >= kRowSize - 1) write(sums[(u + 1) % kRowSize]);
       }
     }
   });
@@ -157,9 +129,10 @@ depthwise_rows_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     for (int i = 0; i < piece.rows * kRowColumns * 2; ++i) {
       const int p = piece.p + i / (kRowColumns * 2), j = i / 2 % kRowColumns, k = channel + i % 2;
       if (j >= left) continue;
+      const float sum = exact_output<kRowSize, T>(a, tensors.input, tensors.weight, nullptr,
+                                                  piece.n, k, p, q + j);
       tensors.output[piece.n * a.output.n + int64_t{p} * a.output.h + int64_t{q + j} * a.output.w +
-                     k] = from_float<T>(exact_output<kRowSize>(a, tensors.input, tensors.weight,
-                                                               tensors.bias, piece.n, k, p, q + j));
+                     k] = from_float<T>(sum);
     }
   });
 #endif
