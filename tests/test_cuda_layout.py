@@ -14,6 +14,7 @@ from gdfast.backends import (
     cuda_candidates,
     cuda_conv2d,
     cuda_depthwise,
+    cuda_hopper,
     cuda_layout,
     cuda_problem,
     cuda_tiles,
@@ -124,7 +125,8 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
-def test_candidates_of_depthwise_nchw(op: str) -> None:
+def test_candidates_of_depthwise_nchw(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_hopper, "missing", lambda device: "")
     in_place = (cuda_depthwise.NAME,)
     ways = in_place if native.cuda is None else cuda_depthwise.WAYS
     turned = tuple(name + cuda_problem.TURNED for name in ways)
