@@ -96,6 +96,12 @@ _DEPTHWISE = (
     Conv2dCase("7x7", 1, 12, 9, 10, 12, 7, 7, padding=(3, 3), groups=12),
     Conv2dCase("multiplier-3", 2, 7, 7, 6, 21, 3, 2, (2, 1), (1, 0), (1, 2), groups=7),
 )
+# Images that a block has whole, or walks down: an odd number of them, and a slab that is not full.
+_GROUPED_WHOLE = (
+    Conv2dCase("octets", 9, 96, 7, 7, 96, 3, 3, padding=(1, 1), groups=3),
+    Conv2dCase("quads", 5, 80, 14, 14, 80, 3, 3, padding=(1, 1), groups=5),
+    Conv2dCase("strips", 3, 72, 28, 28, 72, 3, 3, padding=(1, 1), groups=9),
+)
 # Slabs that are half full; images side by side, and rows in strips.
 _DEPTHWISE_TENSOR = (
     Conv2dCase("3x3", 7, 24, 30, 11, 24, 3, 3, padding=(1, 1), groups=24),
@@ -130,7 +136,7 @@ def passes(
             ]
             without_weight = (
                 cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO,
-                {cuda_hopper_planes.NAME},
+                {cuda_hopper_planes.NAME, cuda_grouped.WHOLE},
             )  # fmt: skip
             if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
@@ -461,10 +467,13 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
         for dtype in (torch.bfloat16, torch.float16):
             run = partial(passes, case, dtype, "channels_last", by=cuda_grouped.HOPPER, **where)
             yield f"conv2d in groups {case} for Hopper, {dtype}", run, 0
+    for case in _GROUPED_WHOLE:
+        run = partial(passes, case, torch.bfloat16, "channels_last", by=cuda_grouped.WHOLE, **where)
+        yield f"conv2d in groups {case} for Hopper, whole images", run, 0
     for case in _DEPTHWISE_TENSOR[:2]:
         for by in cuda_depthwise.HOPPER:
             run = partial(passes, case, torch.bfloat16, "channels_last", by=by, **where)
-            yield f"{by} {case}, bfloat16", run, 0
+            yield f"{by} {case} for Hopper, bfloat16", run, 0
     for case in _PLANES:
         name = cuda_hopper_planes.NAME
         run = partial(passes, case, torch.bfloat16, "NCHW", by=name, **where)

@@ -159,7 +159,9 @@ def test_a_module_that_writes_to_a_view_of_the_result() -> None:
         return layers
 
     ours, native, report = pair(model)
-    assert [row.op for row in report.fused] == ["conv2d_act(leaky_relu, without gradients)"]
+    # Where there are CUDA kernels, the last layer is one that these take too.
+    fused = [row.op for row in report.fused if row.op != "linear"]
+    assert fused == ["conv2d_act(leaky_relu, without gradients)"]
     assert_same(ours, native, images())
 
 
