@@ -231,6 +231,9 @@ def test_errors_are_natives(cuda_device: torch.device) -> None:
             call(torch.randn(9, 81, device=cuda_device), weight, bias)
         with pytest.raises(RuntimeError, match="dtype"):
             call(torch.randn(9, 80, device=cuda_device, dtype=FP64), weight, bias)
+        # Kernels that autocast uses take them, but nobody asked for a cast.
+        with pytest.raises(RuntimeError, match="dtype"):
+            call(torch.randn(9, 80, device=cuda_device, dtype=BF16), weight, bias)
 
 
 def test_the_native_backend_and_transforms(cuda_device: torch.device) -> None:

@@ -378,3 +378,65 @@ def test_an_optimizer_and_its_parameters_are_freed() -> None:
     del weight, optimizer
     gc.collect()
     assert watched() is None
+
+
+@pytest.mark.parametrize("casts_first", [False, True])
+def test_a_linear_layer_under_autocast_and_without(casts_first: bool) -> None:
+    layer, batch = layer_of("linear")
+    for casts in (casts_first, not casts_first) * 2:
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            outputs = [layer(batch) for _ in range(4)]
+        dtype = torch.bfloat16 if casts else torch.float32
+        assert [output.dtype for output in outputs] == [dtype] * 4
+    # What came under autocast keeps no plan from what comes without.
+    planned = [unit for key, unit in conv2d_dispatch.units.items() if key[0] == "linear"]
+    assert any(planned)
+
+
+def hook(layer: torch.nn.Module, kind: str, model: torch.nn.Module) -> None:
+    """Sets a hook on a layer or on its parameter, that leads to the model."""
+    if kind == "module":
+        layer.register_forward_hook(lambda *_: model and None)
+    else:
+        next(layer.parameters()).register_hook(lambda _: model and None)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "early"),
+    [(name, "module", early) for name in ("pooling", "linear") for early in (False, True)]
+    + [("linear", "parameter", True)],
+)
+def test_hooks_that_lead_to_a_model_do_not_keep_it(name: str, kind: str, early: bool) -> None:
+    layer, batch = layer_of(name)
+    model = torch.nn.Sequential(layer)
+
+    if early:
+        hook(layer, kind, model)
+    for _ in range(4):
+        model(batch)
+    if not early:
+        hook(layer, kind, model)
+        model(batch)
+    watched = weakref.ref(model)
+    del model, layer
+    gc.collect()
+    assert watched() is None
+
+
+def test_an_optimizer_whose_containers_were_replaced() -> None:
+    layer, batch = layer_of("linear")
+    optimizer = optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        layer(batch).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(4):
+        step()
+    (group,) = optimizer.param_groups
+    group["params"] = tuple(group["params"])
+    before = [p.detach().clone() for p in layer.parameters()]
+    step()
+    for param, old in zip(layer.parameters(), before, strict=True):
+        assert not torch.equal(param, old)

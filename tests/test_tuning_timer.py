@@ -90,6 +90,7 @@ class FakeGpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.free = 0.0
+        self.clock = 2e9
         self.slept: list[float] = []
         monkeypatch.setattr(tuning_timer, "clock", lambda: self.now)
         for name in ("_sleep", "synchronize", "Event"):
@@ -109,7 +110,7 @@ class FakeGpu:
         self.now = max(self.now, self.free)
 
     def _sleep(self, cycles: int) -> None:
-        self.slept.append(cycles / 2e9)
+        self.slept.append(cycles / self.clock)
         self.give(self.slept[-1])
 
     def Event(self, enable_timing: bool) -> Any:
@@ -155,3 +156,7 @@ class TestOnGpu:
 
         assert gpu.visit(call, 1) == pytest.approx(1e-4, rel=0.2)
         assert max(gpu.slept) <= tuning_timer.OnGpu._LONGEST
+
+    def test_a_gpu_that_wakes_early_is_told_to_sleep_longer(self, gpu: FakeGpu) -> None:
+        gpu.clock = 4e9
+        assert gpu.visit(lambda: gpu.call(5e-5, 1e-5), 4) == pytest.approx(1e-5)

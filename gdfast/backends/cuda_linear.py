@@ -58,6 +58,7 @@ def find(
         and columns == C
         and fits_layer(C, K)
         and 1 <= N * C * K <= most
+        and (cast is not None or weight.dtype == input.dtype)  # else native raises
         and _has_kernels(input.dtype, weight.dtype, dtype, is_wide)
         and weight.device == device
         and input.stride(1) == 1

@@ -118,8 +118,9 @@ def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
         own = vars(each)
         names = next(names for kind, names in _SETTINGS.items() if isinstance(each, kind))
         kept += [(own, name, own[name]) for name in names]
+        # Hooks that are added later may lead to the model: the next call drops the memo then.
+        kept += [(own, name, _FALSE) for name in _HOOKS]
         if isinstance(each, torch.nn.Conv2d):
-            kept += [(own, name, _FALSE) for name in _HOOKS]
             kept += [(own, name, _ABSENT) for name in ("forward", "_conv_forward")]
             kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
         params = own["_parameters"]
@@ -145,7 +146,19 @@ def _leads_on(module: Any) -> bool:
     """Whether attributes may lead from a module to its model, which a memo would keep alive: the
     garbage collector does not look into memos."""
     own = (value for name, value in vars(module).items() if name not in _OF_ALL)
-    return bool(module._modules) or not all(map(_is_plain, own))
+    return (
+        bool(module._modules)
+        or any(map(vars(module).get, _HOOKS))
+        or not all(map(_is_plain, own))
+        or any(map(_has_hooks, (*module._parameters.values(), *module._buffers.values())))
+    )
+
+
+def _has_hooks(tensor: Any) -> bool:
+    if tensor is None:
+        return False
+    hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
+    return bool(hooks or vars(tensor))
 
 
 def _is_plain(value: Any) -> bool:

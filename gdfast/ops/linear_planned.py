@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gdfast.backends import linear as kernels
@@ -35,6 +36,9 @@ class _Linear(Planned):
 
 def planned_linear(tensors: Tensors) -> Planned | None:
     """What runs `linear` on input, weight and bias; None where the function does."""
+    # Facts of a key do not tell of autocast, under which the function calls native's product.
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
+        return None
     key, found = lookup("linear", tensors)
     if found is None and key is not None:
         forward = kernels.plan(*tensors) if is_ours(*tensors) else None

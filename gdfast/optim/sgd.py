@@ -216,6 +216,9 @@ class SGD(torch.optim.SGD):
         own = vars(self)
         if (
             backend != chosen()
+            or self.master_weights
+            or not isinstance(group["params"], list)
+            or not isinstance(self.state, dict)
             or not isinstance(lr, float)
             or own.get("grad_scale") is not None
             or own.get("found_inf") is not None
