@@ -85,6 +85,27 @@ def query_of(case: Conv2dCase, values: dict[str, Tensor]) -> gdfast.backends.Con
     return gdfast.backends.Conv2dQuery(input.device, input.dtype, geometry=geometry, strides=layout)
 
 
+def with_activation(
+    query: gdfast.backends.Conv2dQuery, activation: str, slope: float
+) -> gdfast.backends.Conv2dActQuery:
+    return gdfast.backends.Conv2dActQuery(
+        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
+        activation=activation, negative_slope=slope,
+    )  # fmt: skip
+
+
+def check_bias_and_activation(
+    case: Conv2dCase, values: dict[str, Tensor], by: str, activation: str, exact: Tensor
+) -> None:
+    """A candidate's forward pass in float16, with a bias and without; `exact` has the bias."""
+    input, weight, bias, _ = values.values()
+    query = with_activation(query_of(case, values), activation, 0.25)
+    kernel = cuda_conv2d.conv2d(query, by)
+    for given, sums in ((bias, exact), (None, exact - bias.double()[:, None, None])):
+        expected = activate(sums, activation, 0.25).half()
+        torch.testing.assert_close(kernel(input, weight, given), expected, rtol=2e-3, atol=2e-3)
+
+
 def by_tile(case: Conv2dCase, values: dict[str, Tensor], tile: str) -> tuple[Tensor, ...]:
     input, weight, bias, grad = values.values()
     query = query_of(case, values)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_conv2d import check, passes, query_of, tensors_of
+from test_cuda_conv2d import check, check_bias_and_activation, passes, query_of, tensors_of
 from torch import Tensor
 
-from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d, cuda_depthwise
-from gdfast.backends.activation import ACTIVATIONS, activate
+from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_depthwise
+from gdfast.backends.activation import ACTIVATIONS
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -163,17 +163,7 @@ def test_an_address_that_16_does_not_divide(cuda_device: torch.device) -> None:
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_bias_and_activation(case: Conv2dCase, activation: str, cuda_device: torch.device) -> None:
     values = tensors_of(case, torch.float16, True, cuda_device)
-    input, weight, bias, _ = values.values()
-    query = query_of(case, values)
-    query = Conv2dActQuery(
-        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
-        activation=activation, negative_slope=0.25,
-    )  # fmt: skip
-    exact = exactly(case, values)[0]
-    kernel = cuda_conv2d.conv2d(query, TENSOR)
-    for with_bias, sums in ((bias, exact), (None, exact - bias.double()[:, None, None])):
-        expected = activate(sums, activation, 0.25).half()
-        torch.testing.assert_close(kernel(input, weight, with_bias), expected, rtol=2e-3, atol=2e-3)
+    check_bias_and_activation(case, values, TENSOR, activation, exactly(case, values)[0])
 
 
 def test_without_a_gradient_of_the_bias(cuda_device: torch.device) -> None:
@@ -185,16 +175,13 @@ def test_without_a_gradient_of_the_bias(cuda_device: torch.device) -> None:
     assert torch.equal(grad_weight.double(), exactly(case, values)[2])
 
 
-@pytest.mark.parametrize("name", ["input", "weight", "bias", "grad"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[9]], ids=str)
-def test_what_is_not_finite_stays_in_its_channel(
-    case: Conv2dCase, value: float, name: str, cuda_device: torch.device
-) -> None:
-    """Nor does padding make NaN of a filter's infinity: it multiplies nothing."""
-    values = small_integers(case, torch.float16, cuda_device)
-    values["weight"] = torch.where(values["weight"] == 0, 1, values["weight"])
-    values["input"] = torch.where(values["input"] == 0, 1, values["input"])
+def with_one(
+    case: Conv2dCase, name: str, value: float, device: torch.device
+) -> dict[str, Tensor]:  # fmt: skip
+    """Small integers, none of them zero in weight and input, with a value at places of a tensor."""
+    values = small_integers(case, torch.float16, device)
+    for each in ("weight", "input"):
+        values[each] = torch.where(values[each] == 0, 1, values[each])
     tensor = values[name]
     if tensor.ndim == 1:
         tensor[2] = value
@@ -204,6 +191,17 @@ def test_what_is_not_finite_stays_in_its_channel(
         tensor[:, 3] = value
         tensor[0, 6, 0, 0] = value
         tensor[-1, 6, -1, -1] = value
+    return values
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "grad"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("case", [CASES[0], CASES[7], CASES[9]], ids=str)
+def test_what_is_not_finite_stays_in_its_channel(
+    case: Conv2dCase, value: float, name: str, cuda_device: torch.device
+) -> None:
+    """Nor does padding make NaN of a filter's infinity: it multiplies nothing."""
+    values = with_one(case, name, value, cuda_device)
     exact = without_padding(case, values)
     unseen = case.name == "7x7-low" and name == "weight"
     assert unseen == all(result.isfinite().all() for result in exact)

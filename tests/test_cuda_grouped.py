@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_conv2d import check, passes, query_of, tensors_of
+from test_cuda_conv2d import check, check_bias_and_activation, passes, query_of, tensors_of
 from torch import Tensor
 
 from gdfast import native
-from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d
-from gdfast.backends.activation import activate
+from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -129,17 +128,8 @@ def test_an_address_that_16_does_not_divide(cuda_device: torch.device) -> None:
 def test_bias_and_activation(activation: str, cuda_device: torch.device) -> None:
     case = CASES[0]
     values = tensors_of(case, torch.float16, True, cuda_device)
-    input, weight, bias, _ = values.values()
-    query = query_of(case, values)
-    query = Conv2dActQuery(
-        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
-        activation=activation, negative_slope=0.25,
-    )  # fmt: skip
     exact = passes(case, {name: t.double() for name, t in values.items()}, "reference")[0]
-    kernel = cuda_conv2d.conv2d(query, "grouped")
-    for with_bias, sums in ((bias, exact), (None, exact - bias.double()[:, None, None])):
-        expected = activate(sums, activation, 0.25).half()
-        torch.testing.assert_close(kernel(input, weight, with_bias), expected, rtol=2e-3, atol=2e-3)
+    check_bias_and_activation(case, values, "grouped", activation, exact)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

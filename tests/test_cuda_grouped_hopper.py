@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda_conv2d import check, passes, query_of, tensors_of
+from test_cuda_conv2d import check, check_bias_and_activation, passes, query_of, tensors_of
 from test_cuda_grouped import OPS, ours, small_integers
 
 from gdfast import native
-from gdfast.backends import Conv2dActQuery, cuda_candidates, cuda_conv2d
-from gdfast.backends.activation import activate
+from gdfast.backends import cuda_candidates, cuda_conv2d
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -124,17 +123,7 @@ def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str)
 def test_bias_and_activation(activation: str, hopper: torch.device) -> None:
     case = CASES[7]
     values = tensors_of(case, torch.float16, True, hopper)
-    input, weight, bias, _ = values.values()
-    query = query_of(case, values)
-    query = Conv2dActQuery(
-        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
-        activation=activation, negative_slope=0.0,
-    )  # fmt: skip
-    exact = exact_of(case, values)[0]
-    kernel = cuda_conv2d.conv2d(query, HOPPER)
-    for with_bias, sums in ((bias, exact), (None, exact - bias.double()[:, None, None])):
-        expected = activate(sums, activation, 0.0).half()
-        torch.testing.assert_close(kernel(input, weight, with_bias), expected, rtol=2e-3, atol=2e-3)
+    check_bias_and_activation(case, values, HOPPER, activation, exact_of(case, values)[0])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

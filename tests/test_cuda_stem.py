@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cuda_conv2d import TF32_ERROR, check, passes, query_of, tensors_of
+from test_cuda_conv2d import TF32_ERROR, check, passes, query_of, tensors_of, with_activation
 from test_cuda_moments import joined
 from test_cuda_tiles import on_a_gpu
 from torch import Tensor
@@ -130,13 +130,7 @@ def test_no_images(precision: str, cuda_device: torch.device) -> None:
 def test_bias_and_activation(activation: str, cuda_device: torch.device) -> None:
     values = tensors_of(RESNET, torch.float32, True, cuda_device)
     input, weight, bias, _ = values.values()
-    query = query_of(RESNET, values)
-    from gdfast.backends import Conv2dActQuery
-
-    query = Conv2dActQuery(
-        query.device, query.dtype, geometry=query.geometry, strides=query.strides,
-        activation=activation, negative_slope=0.0,
-    )  # fmt: skip
+    query = with_activation(query_of(RESNET, values), activation, 0.0)
     result = cuda_conv2d.conv2d(query, "stem")(input, weight, bias)
     exact = passes(RESNET, {n: t.double() for n, t in values.items()}, "reference")[0]
     expected = activate(exact, activation, 0.0).float()

@@ -317,7 +317,8 @@ def _nothing(*_: Any) -> None:
 
 
 def _first(optimizer: Any) -> Tensor:
-    return optimizer.param_groups[0]["params"][0]  # type: ignore[no-any-return]
+    first: Tensor = optimizer.param_groups[0]["params"][0]
+    return first
 
 
 def _at_six(change: Callable[[Any], Any]) -> Callable[[Any, int], Any]:

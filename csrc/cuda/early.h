@@ -27,23 +27,25 @@ GDFAST_DEVICE void wait_for_kernel_before() {
 }
 
 // Whether what runs of a kernel was compiled for GPUs on which it waits. A multiprocessor divides
-// its memory anew only when it has no blocks: the kernel takes its share as one does that has much
-// shared memory.
+// its memory anew only when it has no blocks: such a kernel takes its share as one does that has
+// much shared memory.
 inline bool may_begin_early(const char* op, const void* kernel) {
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, bool> known;
   int device = 0;
   check(op, cudaGetDevice(&device));
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace({kernel, device}, false);
-  if (is_new) {
-    cudaFuncAttributes attributes;
-    check(op, cudaFuncGetAttributes(&attributes, kernel));
+  const auto at = known.find({kernel, device});
+  if (at != known.end()) return at->second;
+  cudaFuncAttributes attributes;
+  check(op, cudaFuncGetAttributes(&attributes, kernel));
+  const bool may = attributes.ptxVersion >= 90;
+  if (may) {
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                    cudaSharedmemCarveoutMaxShared));
-    at->second = attributes.ptxVersion >= 90;
   }
-  return at->second;
+  known[{kernel, device}] = may;
+  return may;
 }
 
 template <typename... Parameters, typename... Arguments>

@@ -243,6 +243,10 @@ GroupedRing grouped_ring(const char* op, const Conv2dProblem& p, const GroupedHo
   const int64_t image_bytes = plan.box_rows * plan.pitch * kBoxRow;
   const int64_t input_bytes = plan.images * image_bytes, slot_bytes = input_bytes + more_bytes;
   const int64_t slots = (kHopperMemory - kRingAt - beside) / slot_bytes;
+  // A band that is not the whole image is read with the one below it.
+  if (slots < (plan.whole ? 1 : 2)) {
+    throw std::logic_error(std::string(op) + ": a block's memory has no room for its rows");
+  }
   const int64_t row_strips = ceil_div(plan.bands, split.bands), row_bytes = plan.pitch * kBoxRow;
   const int64_t bands_of_slot = plan.grad_rows / plan.band_rows, tiles = plan.columns / kSide;
   return {channels_first<T>(op, input, {p.N, p.C, p.H, p.W, p.input},

@@ -345,7 +345,8 @@ def _timed(
     predicted: str, calls: Mapping[str, Callable[[], Any]], op: str, query: Conv2dQuery
 ) -> Choice:  # fmt: skip
     """The fastest; on a CPU, native's time has what it costs elsewhere beside it."""
-    if query.device.type == "cuda":
+    on_gpu = query.device.type == "cuda"
+    if on_gpu:
         measured = tuning_timer.measure(calls, tuning_timer.OnGpu(query.device))
     else:
         measured = tuning_timer.measure(calls)
@@ -354,7 +355,6 @@ def _timed(
     if not measured:
         return Choice(predicted)
     seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
-    on_gpu = query.device.type == "cuda"
     return Choice(min(seconds, key=lambda name: _weighed(name, seconds[name], on_gpu)), seconds)
 
 

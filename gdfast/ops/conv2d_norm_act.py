@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gdfast import native
 from gdfast.backends import chosen, plans
 from gdfast.backends.batch_norm import CudaForward
 from gdfast.backends.cuda_conv2d import Kernel
@@ -29,7 +28,7 @@ from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
-from gdfast.ops.planned import backward_memo, situation
+from gdfast.ops.planned import backward_memo, run_again, situation
 
 # input, weight and bias of the convolution; weight, bias, running mean and running variance of the
 # norm; residual; and the counter of batches, where the norm has one that is to be raised
@@ -117,7 +116,9 @@ class Unit:
             )  # fmt: skip
             self._plan = make()
             self._weight_strides = weight.stride()
-            if self._plan is not None and self._is_cuda and input.dtype in HALF_TYPES:
+            layouts = torch.contiguous_format, torch.channels_last
+            dense = any(weight.is_contiguous(memory_format=layout) for layout in layouts)
+            if self._plan is not None and self._is_cuda and dense and input.dtype in HALF_TYPES:
                 self._wide_plan = make(casts=True)
         if self._is_cuda:
             if wants_mask:
@@ -138,13 +139,10 @@ class Unit:
     ) -> tuple[Tensor | None, ...]:
         """The gradients of input, weight and bias, and of the norm's weight, bias and residual."""
         needs, last, how = ctx.needs_input_grad, self._last, (ctx.source, ctx.is_wide)
-        if last is not None and last.needs == needs and last.how == how and plans.enabled:
-            assert native.cpu is not None and last.plan is not None
-            tensors = native.cpu.recall(last.memo, grad_output, *saved)
-            if tensors is not None and not torch.compiler.is_compiling():
-                results = last.plan(tensors, 0.0, *self._place())
-                if results is not None:
-                    return results
+        if last is not None and last.needs == needs and last.how == how:
+            results = run_again(last.plan, last.memo, (grad_output, *saved), self._place)
+            if results is not None:
+                return results
         facts = unwatched_facts(grad_output, *saved)
         found = self._backward.get((how, needs, facts))
         if (

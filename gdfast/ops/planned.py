@@ -59,6 +59,17 @@ def backward_memo(facts: bytes, count: int, device: torch.device) -> Any:
     return native.cpu.make_memo(tuple(kept), tuple(asked), tuple(range(count)), facts, ())
 
 
+def run_again(plan: plans.Plan | None, memo: Any, tensors: tuple[Any, ...], place: Any) -> Any:
+    """What a backward pass's plan gives, or None where the call is not one that its memo knows."""
+    if plan is None or not plans.enabled:
+        return None
+    assert native.cpu is not None
+    known = native.cpu.recall(memo, *tensors)
+    if known is None or torch.compiler.is_compiling():
+        return None
+    return plan(known, 0.0, *place())
+
+
 class Planned(ABC):
     """A layer on tensors of certain sizes, strides and types, which has run before.
 
@@ -119,13 +130,10 @@ class Planned(ABC):
     def gradients(self, ctx: Any, grad_output: Tensor, saved: tuple[Any, ...]) -> Gradients:
         """The gradients of all tensors that a context asks for, and a None."""
         needs, last = ctx.needs_input_grad, self._last
-        if last is not None and last.needs == needs and plans.enabled:
-            assert native.cpu is not None and last.plan is not None
-            tensors = native.cpu.recall(last.memo, grad_output, *saved)
-            if tensors is not None and not torch.compiler.is_compiling():
-                results = last.plan(tensors, 0.0, *self._place())
-                if results is not None:
-                    return results
+        if last is not None and last.needs == needs:
+            results = run_again(last.plan, last.memo, (grad_output, *saved), self._place)
+            if results is not None:
+                return results
         facts = self._facts(grad_output, saved)
         found = self._backward.get((needs, facts))
         if found is not None and found.plan is not None and plans.enabled:
