@@ -41,10 +41,12 @@ def layer_of(name: str) -> tuple[torch.nn.Module, Tensor]:
     if name == "linear":
         return nn.Linear(70, 9), torch.randn(64, 70)
     images = torch.randn(3, 2, 12, 11)
+    if name == "conv":
+        return nn.Conv2d(2, 5, 3, padding=1), images
     return (Pooled() if name == "pooled" else nn.MaxPool2d(3, 2, 1)), images
 
 
-LAYERS = ["pooled", "pooling", "linear"]
+LAYERS = ["pooled", "pooling", "linear", "conv"]
 
 
 def run(module: torch.nn.Module, batch: Tensor) -> list[Tensor]:
@@ -120,7 +122,7 @@ CHANGES: list[Callable[[torch.nn.Module], Any]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", ["pooled", "linear"])
+@pytest.mark.parametrize("name", ["pooled", "linear", "conv"])
 def test_notices_changes_of_parameters(name: str, change: Any) -> None:
     module, twin, batch = warmed(name)
     change(module)
@@ -133,20 +135,27 @@ def test_notices_changes_of_parameters(name: str, change: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda each: setattr(each.conv, "stride", (2, 1)),
-        lambda each: setattr(each.conv, "padding", (1, 0)),
-        lambda each: setattr(each.conv, "padding_mode", "reflect"),
-        lambda each: setattr(each.conv, "bias", None),
-        lambda each: setattr(each.conv, "weight", torch.nn.Parameter(torch.ones(5, 2, 3, 3))),
-        lambda each: each.conv.register_forward_hook(lambda _, __, output: output * 2),
-        lambda each: torch.nn.utils.parametrizations.weight_norm(each.conv),
+        lambda each: setattr(each, "stride", (2, 1)),
+        lambda each: setattr(each, "padding", (1, 0)),
+        lambda each: setattr(each, "padding_mode", "reflect"),
+        lambda each: setattr(each, "bias", None),
+        lambda each: setattr(each, "weight", torch.nn.Parameter(torch.ones(5, 2, 3, 3))),
+        lambda each: each.register_forward_hook(lambda _, __, output: output * 2),
+        lambda each: torch.nn.utils.parametrizations.weight_norm(each),
+        lambda each: setattr(
+            each, "forward", lambda images: images * each.weight.sum() + each.bias.sum()
+        ),
+        lambda each: setattr(
+            each, "_conv_forward", lambda images, *_: images * each.weight.sum() + each.bias.sum()
+        ),
     ],
 )
-def test_notices_changes_of_a_convolution(change: Any) -> None:
-    module, twin, batch = warmed("pooled")
-    torch.manual_seed(1)
-    change(module)
-    change(twin)
+@pytest.mark.parametrize("name", ["pooled", "conv"])
+def test_notices_changes_of_a_convolution(name: str, change: Any) -> None:
+    module, twin, batch = warmed(name)
+    for each in (module, twin):
+        torch.manual_seed(1)
+        change(getattr(each, "conv", each))
     for _ in range(4):
         same(run(module, batch), by_hand(twin, batch))
 
@@ -239,7 +248,7 @@ def test_a_second_backward_is_refused(name: str) -> None:
         output.backward()
 
 
-@pytest.mark.parametrize("name", ["pooled", "linear"])
+@pytest.mark.parametrize("name", ["pooled", "linear", "conv"])
 def test_what_backward_reads_may_not_be_written_to(name: str) -> None:
     module, _, batch = warmed(name, needs=False)
     output = module(batch).sum()

@@ -58,7 +58,7 @@ def test_not_where_one_pass_is_ours(
     arguments = tensors()
     assert [function(step(*arguments)[0]) for _ in range(3)] == [
         "Conv2dFunctionBackward",
-        *["Conv2dLayerFunctionBackward"] * 2,
+        *["PlannedFunctionBackward"] * 2,
     ]
 
 
@@ -66,7 +66,7 @@ def test_only_where_the_choice_holds(stopwatch: Stopwatch) -> None:  # noqa: F81
     stopwatch.seconds = NATIVE
     arguments = tensors()
     step(*arguments)
-    ours = "Conv2dFunctionBackward", "Conv2dLayerFunctionBackward"
+    ours = "Conv2dFunctionBackward", "PlannedFunctionBackward"
     assert function(step(*arguments, backend="cpu")[0]) in ours
     assert function(step(*tensors(size=41))[0]) in ours
     assert function(step(arguments[0].detach(), arguments[1])[0]) in ours

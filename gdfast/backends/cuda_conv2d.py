@@ -330,7 +330,7 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         return grad_input
 
     make_launch = getattr(native.cuda, f"{run.__name__}_launch")
-    return plans.drafted(kernel, draft)
+    return plans.drafted(kernel, draft, on_gpu=True)
 
 
 def _padded_grad_input(query: Conv2dQuery, tile: str) -> Callable[[Tensor, Tensor], Tensor]:

@@ -30,7 +30,7 @@ class GradWeight:
     gradients. `begin` takes the same and leaves the weight's for later.
     """
 
-    drafts_wide = True
+    on_gpu = drafts_wide = True
     ends_in_registers = True  # whether one part alone may update a weight without a workspace
 
     def __init__(

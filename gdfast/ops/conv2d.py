@@ -11,18 +11,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from gdfast.backends import chosen, fall_back, tuning
+from gdfast.backends import chosen, fall_back
 from gdfast.geometry import integer, named_padding, pair
-from gdfast.ops import conv2d_dispatch, in_backward
+from gdfast.ops.casts import autocast
 from gdfast.ops.conv2d_autograd import conv
-from gdfast.ops.conv2d_layer import Layer
-from gdfast.ops.ordinary import is_watched, ordinary_facts
+from gdfast.ops.conv2d_planned import layer_of, learn
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Asked once: torch.compile of torch 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
-)
 
 
 def conv2d(
@@ -47,6 +42,10 @@ def conv2d(
     range, TypeError for arguments of another type, ValueError for numbers of more than 64 bits and
     an unknown backend, BackendError when the backend asked for by name cannot run this.
     """
+    tensors = input, weight, bias
+    key, layer = layer_of(tensors, stride, padding, dilation, groups, backend)
+    if layer is not None:
+        return layer.run(tensors)
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride, padding, dilation, groups,
@@ -55,17 +54,6 @@ def conv2d(
     backend = chosen(backend)
     if backend == "reference" or not are_tensors(input, weight, bias):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    is_plain = not (torch._C._is_any_autocast_enabled() or is_watched())
-    if is_plain and (facts := ordinary_facts(input, weight, bias)) is not None:
-        arguments = *settings("conv2d", weight, stride, padding, dilation, groups), backend
-        key = facts, arguments, tuning.situation()
-        layer = conv2d_dispatch.layers.get(key)
-        if layer is not None:
-            return layer(input, weight, bias)
-        if input.dim() == 4 and input.dtype in _DTYPES:
-            output = conv(input, weight, bias, *arguments)
-            Layer.learn(key, input, weight, bias, arguments)
-            return output
     if reason := why_native(input, weight):
         fall_back("conv2d", backend, reason)
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -74,7 +62,10 @@ def conv2d(
     arguments = *settings("conv2d", weight, stride, padding, dilation, groups), backend
     if input.dim() == 3:
         return conv(input.unsqueeze(0), weight, bias, *arguments).squeeze(0)
-    return conv(input, weight, bias, *arguments)
+    output = conv(input, weight, bias, *arguments)
+    if key is not None:
+        learn(key, (input, weight, bias), arguments)
+    return output
 
 
 def settings(
@@ -112,24 +103,3 @@ def why_native(input: Any, weight: Any) -> str:
     if torch._C._get_tracing_state() is not None:
         return "a traced model should run without gdfast"
     return ""
-
-
-def autocast(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
-    """What autocast makes of the arguments of aten.conv2d: all but float64 is lowered."""
-    device = input.device.type
-    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    cast: tuple[Any, ...] = tuple(
-        tensor.to(dtype)
-        if tensor is not None
-        and tensor.dtype != dtype
-        and tensor.device.type == device
-        and tensor.is_floating_point()
-        and tensor.dtype != torch.float64
-        else tensor
-        for tensor in (input, weight, bias)
-    )
-    if not torch.compiler.is_compiling() and in_backward.targets and cast[1] is not weight:
-        in_backward.note_cast(cast[1])
-    return cast

@@ -27,7 +27,8 @@ from gdfast.backends.activation import (
 from gdfast.backends.registry import AUTO
 from gdfast.ops import conv2d_act_dispatch as dispatch
 from gdfast.ops import conv2d_dispatch
-from gdfast.ops.conv2d import are_tensors, autocast, settings, why_native
+from gdfast.ops.casts import autocast
+from gdfast.ops.conv2d import are_tensors, settings, why_native
 from gdfast.ops.conv2d_act_dispatch import OP
 from gdfast.ops.conv2d_autograd import conv, conv_gradients, learn_whether_native, note_sizes
 from gdfast.ops.conv2d_dispatch import library

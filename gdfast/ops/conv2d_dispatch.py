@@ -47,22 +47,20 @@ KERNELS_LIMIT = 4096
 # own operator does what takes three through us: after a large kernel, with cold caches, each of
 # these costs 50 to 200 us more.
 all_native: dict[tuple[Any, ...], bool] = {}
-# What `ops.conv2d` knows of layers that have run before.
-layers: dict[tuple[Any, ...], Any] = {}
-# What `ops.conv2d_norm_act` knows of convolutions with the batch normalisations behind them.
+# Layers that have run before, convolutions with the batch normalisations behind them too.
 units: dict[tuple[Any, ...], Any] = {}
 generation = object()  # another one when units are forgotten
 
 
 def forget_kernels() -> None:
     """Drops every kernel that was looked up, so that the next call resolves its backend again."""
-    for known in (_kernels, _native, all_native, layers):
+    for known in (_kernels, _native, all_native):
         known.clear()
     forget_units()
 
 
 def forget_units() -> None:
-    """Drops what was looked up of convolutions with batch normalisations."""
+    """Drops what is known of layers."""
     global generation
     generation = object()
     units.clear()

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from gdfast import native
 from gdfast.backends import chosen, tuning
 from gdfast.backends.cuda_conv2d import Kernel
-from gdfast.ops.conv2d import are_tensors, autocast, conv2d, settings, why_native
+from gdfast.ops.casts import autocast
+from gdfast.ops.conv2d import are_tensors, conv2d, settings, why_native
 from gdfast.ops.conv2d_autograd import _backward_conv2d, _save_conv2d
 from gdfast.ops.conv2d_dispatch import bind, conv2d_key, conv2d_query, known_kernel, library
 from gdfast.ops.ordinary import (

@@ -22,7 +22,8 @@ from gdfast.backends.sgd import HALF_TYPES
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch, in_backward
 from gdfast.ops.batch_norm import count_batch, norm_gradients
 from gdfast.ops.batch_norm_dispatch import pre_activation
-from gdfast.ops.conv2d import autocast, settings
+from gdfast.ops.casts import autocast
+from gdfast.ops.conv2d import settings
 from gdfast.ops.conv2d_autograd import conv_gradients, layer_key, note_sizes
 from gdfast.ops.conv2d_moments import OP as MOMENTS
 from gdfast.ops.conv2d_moments import may_have_moments

@@ -19,7 +19,8 @@ from gdfast.backends import Query, chosen, fall_back, preview
 from gdfast.backends.fused_pool import fits
 from gdfast.geometry import conv2d_is_channels_last, is_channels_last, pair
 from gdfast.ops import conv2d_relu_max_pool2d_dispatch as dispatch
-from gdfast.ops.conv2d import are_tensors, autocast, settings, why_native
+from gdfast.ops.casts import autocast
+from gdfast.ops.conv2d import are_tensors, settings, why_native
 from gdfast.ops.conv2d_autograd import conv, conv_grad_input, conv_grad_weight
 from gdfast.ops.conv2d_dispatch import library
 from gdfast.ops.max_pool2d import IntOrPair, pool, pool_grad, values_at

@@ -18,7 +18,8 @@ from gdfast.geometry import conv2d_is_channels_last, dense_strides, is_channels_
 from gdfast.ops import conv2d_dispatch
 from gdfast.ops import conv2d_relu_max_pool2d_dispatch as fused_dispatch
 from gdfast.ops import max_pool2d_dispatch as pool_dispatch
-from gdfast.ops.conv2d import autocast, settings
+from gdfast.ops.casts import autocast
+from gdfast.ops.conv2d import settings
 from gdfast.ops.conv2d_autograd import conv_gradients, layer_key
 from gdfast.ops.conv2d_relu_max_pool2d import gradients, note, runs_fused, saved
 from gdfast.ops.max_pool2d import pool_grad

@@ -17,7 +17,7 @@ from torch import Tensor
 from gdfast import native
 from gdfast.backends import _precision, chosen, plans, registry, tuning
 from gdfast.ops import conv2d_dispatch, in_backward
-from gdfast.ops.conv2d import autocast
+from gdfast.ops.casts import autocast
 from gdfast.ops.ordinary import apply_to_ordinary, unwatched_facts
 from gdfast.tensor_cores import allows_tf32, asked_of_tf32
 
@@ -74,11 +74,14 @@ class Planned(ABC):
     """A layer on tensors of certain sizes, strides and types, which has run before.
 
     `forward` is a plan that takes its tensors, and gives the output and what backward reads beside
-    them; `on_gpu` tells whether its kernels are launched on a GPU.
+    them; `on_gpu` tells whether its kernels are launched on a GPU, `backend` what was asked for.
     """
 
-    def __init__(self, forward: plans.Plan, device: torch.device, on_gpu: bool = False) -> None:
-        self._forward, self._device, self.backend = forward, device, chosen()
+    def __init__(
+        self, forward: plans.Plan, device: torch.device, on_gpu: bool = False,
+        backend: str = registry.AUTO,
+    ) -> None:  # fmt: skip
+        self._forward, self._device, self.backend = forward, device, chosen(backend)
         self._place: Any = plans.place(device, on_gpu)
         self._situation = situation(self.backend)
         # By which gradients are asked for and the facts of the tensors: what was saved may come

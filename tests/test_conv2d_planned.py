@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gdfast
 from gdfast import backends, ops
-from gdfast.ops import conv2d_dispatch, conv2d_layer
+from gdfast.ops import conv2d_dispatch, conv2d_planned
 
 pytestmark = pytest.mark.usefixtures("fresh_registry", "compiled_cpu")
 
-KNOWN = "Conv2dLayerFunctionBackward"
+KNOWN = "PlannedFunctionBackward"
 SETTINGS = {"stride": (2, 1), "padding": (1, 0)}
 
 
@@ -68,7 +68,7 @@ def test_the_same_as_at_first_by_less(
         raise AssertionError("these kernels are known")
 
     if needs[1] or not needs[2]:  # else the bias's gradient is a sum, by no kernel of ours
-        monkeypatch.setattr(conv2d_layer, "conv_gradients", forgotten)
+        monkeypatch.setattr(conv2d_planned, "conv_gradients", forgotten)
     assert equal(second, first) and equal(step(arguments), first)
     with torch.no_grad():
         assert torch.equal(conv(*arguments), first[0])
@@ -192,6 +192,6 @@ def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(2, 2, 3, 3)
     for size in range(5, 20):
         ops.conv2d(torch.randn(1, 2, size, size), weight, backend="cpu")
-        assert 0 < len(conv2d_dispatch.layers) <= 4
+        assert 0 < len(conv2d_dispatch.units) <= 4
     conv2d_dispatch.forget_kernels()
-    assert not conv2d_dispatch.layers
+    assert not conv2d_dispatch.units
