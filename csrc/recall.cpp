@@ -10,13 +10,13 @@ namespace {
 constexpr const char* kMemoCapsule = "gdfast.memo";
 
 struct Kept {
-  PyObject *dict, *key, *value;
+  PyObject *holder, *key, *value;
 };
 struct Asked {
   PyObject *function, *answer;
 };
 struct Source {
-  PyObject *dict, *key;  // null for an argument
+  PyObject *object, *name, *key;  // null for an argument
   Py_ssize_t argument;
 };
 
@@ -31,6 +31,35 @@ struct Memo {
   ~Memo() { Py_XDECREF(all); }
 };
 
+// The dicts of objects that are referred to weakly, each looked up once for what is asked of it in
+// a row: a memo that owned them would keep alive whatever they lead to.
+class Dicts {
+ public:
+  ~Dicts() { Py_XDECREF(dict_); }
+
+  // Borrowed; null where the object is gone, or with an exception set.
+  PyObject* of(PyObject* reference) {
+    if (reference == reference_) return dict_;
+    Py_CLEAR(dict_);
+    reference_ = nullptr;
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* object = nullptr;
+    if (PyWeakref_GetRef(reference, &object) != 1) return nullptr;
+#else
+    PyObject* const object = PyWeakref_GetObject(reference);
+    if (object == nullptr || object == Py_None) return nullptr;
+    Py_INCREF(object);
+#endif
+    dict_ = PyObject_GenericGetDict(object, nullptr);
+    Py_DECREF(object);
+    if (dict_ != nullptr) reference_ = reference;
+    return dict_;
+  }
+
+ private:
+  PyObject *reference_ = nullptr, *dict_ = nullptr;
+};
+
 Memo* memo_of(PyObject* capsule) {
   return static_cast<Memo*>(PyCapsule_GetPointer(capsule, kMemoCapsule));
 }
@@ -39,7 +68,9 @@ bool read_kept(PyObject* kept, Memo* memo) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(kept); ++i) {
     Kept each;
     PyObject* const triple = PyTuple_GET_ITEM(kept, i);
-    if (!PyArg_ParseTuple(triple, "O!OO", &PyDict_Type, &each.dict, &each.key, &each.value)) {
+    if (!PyArg_ParseTuple(triple, "OOO", &each.holder, &each.key, &each.value)) return false;
+    if (!PyDict_Check(each.holder) && !PyWeakref_CheckRef(each.holder)) {
+      PyErr_SetString(PyExc_TypeError, "make_memo: kept: expected dicts or weak references");
       return false;
     }
     memo->kept.push_back(each);
@@ -61,14 +92,17 @@ bool read_asked(PyObject* asked, Memo* memo) {
 bool read_tensors(PyObject* tensors, Memo* memo) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors); ++i) {
     PyObject* const from = PyTuple_GET_ITEM(tensors, i);
-    Source source{nullptr, nullptr, 0};
+    Source source{nullptr, nullptr, nullptr, 0};
     if (PyLong_Check(from)) {
       source.argument = PyLong_AsSsize_t(from);
       if (source.argument < 0) {
         PyErr_SetString(PyExc_ValueError, "make_memo: tensors: expected numbers of arguments");
         return false;
       }
-    } else if (!PyArg_ParseTuple(from, "O!O", &PyDict_Type, &source.dict, &source.key)) {
+    } else if (!PyArg_ParseTuple(from, "OOO", &source.object, &source.name, &source.key)) {
+      return false;
+    } else if (!PyWeakref_CheckRef(source.object)) {
+      PyErr_SetString(PyExc_TypeError, "make_memo: tensors: expected weak references");
       return false;
     }
     memo->tensors.push_back(source);
@@ -108,8 +142,10 @@ PyObject* make_memo(PyObject*, PyObject* arguments) {
 }
 
 // 1 where it is so, 0 where not, -1 with an exception set.
-int is_kept(const Kept& kept) {
-  PyObject* const now = PyDict_GetItemWithError(kept.dict, kept.key);
+int is_kept(const Kept& kept, Dicts& dicts) {
+  PyObject* const dict = PyDict_Check(kept.holder) ? kept.holder : dicts.of(kept.holder);
+  if (dict == nullptr) return PyErr_Occurred() ? -1 : 0;
+  PyObject* const now = PyDict_GetItemWithError(dict, kept.key);
   if (now == nullptr) return PyErr_Occurred() ? -1 : kept.value == Py_NotImplemented;
   if (kept.value != Py_Ellipsis) return now == kept.value;
   Py_INCREF(now);  // asking it may run Python, which may drop it
@@ -135,16 +171,26 @@ int needs_as(PyObject* tensor, PyObject* needs) {
   return answer == needs;  // True or False
 }
 
+// What a dict of an object has by a key; borrowed, null where there is none or with an exception.
+PyObject* find(const Source& source, Dicts& dicts) {
+  PyObject* const own = dicts.of(source.object);
+  if (own == nullptr) return nullptr;
+  PyObject* const dict = PyDict_GetItemWithError(own, source.name);
+  if (dict == nullptr || !PyDict_Check(dict)) return nullptr;
+  return PyDict_GetItemWithError(dict, source.key);
+}
+
 // Puts the tensors into a tuple; 1 where all is as it was, 0 where not, -1 with an exception.
-int look_up(const Memo& memo, PyObject* const* arguments, Py_ssize_t count, PyObject* tuple) {
+int look_up(const Memo& memo, Dicts& dicts, PyObject* const* arguments, Py_ssize_t count,
+            PyObject* tuple) {
   Py_ssize_t place = 0;
   for (const Source& source : memo.tensors) {
     PyObject* each;
-    if (source.dict == nullptr) {
+    if (source.object == nullptr) {
       if (source.argument >= count) return 0;
       each = arguments[source.argument];
     } else {
-      each = PyDict_GetItemWithError(source.dict, source.key);
+      each = find(source, dicts);
       if (each == nullptr) return PyErr_Occurred() ? -1 : 0;
     }
     Py_INCREF(each);
@@ -164,8 +210,9 @@ PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   const Memo* const memo = memo_of(arguments[0]);
   if (memo == nullptr) return nullptr;
+  Dicts dicts;
   int same = 1;
-  for (size_t i = 0; same == 1 && i < memo->kept.size(); ++i) same = is_kept(memo->kept[i]);
+  for (size_t i = 0; same == 1 && i < memo->kept.size(); ++i) same = is_kept(memo->kept[i], dicts);
   for (size_t i = 0; same == 1 && i < memo->asked.size(); ++i) same = is_answered(memo->asked[i]);
   if (same == 1) {
     const int watches = is_anyone_watching();
@@ -175,7 +222,7 @@ PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!same) Py_RETURN_NONE;
   PyObject* const tuple = PyTuple_New(static_cast<Py_ssize_t>(memo->tensors.size()));
   if (tuple == nullptr) return nullptr;
-  same = look_up(*memo, arguments + 1, count - 1, tuple);
+  same = look_up(*memo, dicts, arguments + 1, count - 1, tuple);
   if (same == 1) return tuple;
   Py_DECREF(tuple);
   if (same < 0) return nullptr;

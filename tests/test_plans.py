@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -100,13 +101,14 @@ class Recalled:
     """A memo of a call on an image that is given and a weight in a dict."""
 
     def __init__(self) -> None:
-        self.image, self.answer = torch.zeros(2, 3), 4
+        self.image, self.answer, self.mode = torch.zeros(2, 3), 4, "one"
         self.own: dict[str, Any] = {"size": object(), "hooks": {}, "weight": torch.ones(3)}
-        kept = (self.own, "size", self.own["size"]), (self.own, "hooks", ...)
+        weak = weakref.ref(self)
+        kept = (self.own, "size", self.own["size"]), (self.own, "hooks", ...), (weak, "mode", "one")
         absent = (self.own, "forward", NotImplemented)
-        asked = ((lambda: self.answer, 4),)
+        asked = ((lambda: weak().answer, 4),)
         facts = unwatched_facts(self.image, self.own["weight"], None)
-        sources = 0, (self.own, "weight"), 1
+        sources = 0, (weak, "own", "weight"), 1
         self.memo = native.cpu.make_memo((*kept, absent), asked, sources, facts, (False, False))
 
     def __call__(self) -> Any:
@@ -121,6 +123,20 @@ def test_a_call_is_recalled() -> None:
     assert recalled()[1] is recalled.own["weight"]
 
 
+def test_a_memo_does_not_keep_what_it_is_about() -> None:
+    recalled = Recalled()
+    memo, image, weak = recalled.memo, recalled.image, weakref.ref(recalled)
+    del recalled
+    assert weak() is None
+    assert native.cpu.recall(memo, image, None) is None
+
+
+def test_what_a_memo_may_not_be_about() -> None:
+    for kept, sources in ((((1, "size", 2),), (0,)), ((), (({}, "own", "weight"),))):
+        with pytest.raises(TypeError, match="weak references"):
+            native.cpu.make_memo(kept, (), sources, b"", ())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -129,9 +145,13 @@ def test_a_call_is_recalled() -> None:
         lambda call: call.own["hooks"].update(a=1),
         lambda call: call.own.update(forward=None),
         lambda call: setattr(call, "answer", 5),
+        lambda call: setattr(call, "mode", "two"),
+        lambda call: delattr(call, "mode"),
         lambda call: call.own.update(weight=torch.ones(4)),
         lambda call: call.own.update(weight=None),
         lambda call: call.own.pop("weight"),
+        lambda call: setattr(call, "own", []),
+        lambda call: delattr(call, "own"),
         lambda call: call.own["weight"].requires_grad_(),
         lambda call: setattr(call, "image", torch.zeros(3, 2).t()),
         lambda call: setattr(call, "image", torch.zeros(2, 3, dtype=torch.float64)),

@@ -30,18 +30,13 @@ _GLOBAL_HOOKS = (
 )  # fmt: skip
 # What a call of a layer depends on beside its tensors and hooks.
 _SETTINGS = {
-    torch.nn.Conv2d: ("padding_mode", "stride", "padding", "dilation", "groups", "_parameters"),
-    torch.nn.BatchNorm2d: (
-        "training", "track_running_stats", "momentum", "eps", "_parameters", "_buffers",
-    ),
-    torch.nn.Linear: ("_parameters",),
+    torch.nn.Conv2d: ("padding_mode", "stride", "padding", "dilation", "groups"),
+    torch.nn.BatchNorm2d: ("training", "track_running_stats", "momentum", "eps"),
+    torch.nn.Linear: (),
     torch.nn.MaxPool2d: (
         "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
-        "_parameters",
     ),
 }  # fmt: skip
-
-_OF_ALL = vars(_module.Module()).keys()
 
 
 class _Memo(NamedTuple):
@@ -54,7 +49,8 @@ class _Memo(NamedTuple):
     capsule: Any  # None after a call of its kind: what changes all the time is not noted
 
 
-# By the id of a module, and no longer than that lives: they hold parameters.
+# By the id of a module, and no longer than that lives. The garbage collector does not look into
+# them: they refer to modules weakly, and own none of their parameters.
 _memos: dict[int, _Memo] = {}
 
 
@@ -110,31 +106,29 @@ def _forget(key: int, _: Any) -> None:
 def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
     modules = [module] if conv is None else [conv, module]
     facts = unwatched_facts(*tensors)
-    if not isinstance(facts, bytes) or any(map(_leads_on, modules)):
+    if not isinstance(facts, bytes):
         return None
     kept: list[Any] = []
     sources: list[Any] = [_INPUT]
     for each in modules:
-        own = vars(each)
+        own, weak = vars(each), weakref.ref(each)
         names = next(names for kind, names in _SETTINGS.items() if isinstance(each, kind))
-        kept += [(own, name, own[name]) for name in names]
-        # Hooks that are added later may lead to the model: the next call drops the memo then.
-        kept += [(own, name, _FALSE) for name in _HOOKS]
+        kept += [(weak, name, own[name]) for name in names]
+        kept += [(weak, name, _FALSE) for name in _HOOKS]
         if isinstance(each, torch.nn.Conv2d):
-            kept += [(own, name, _ABSENT) for name in ("forward", "_conv_forward")]
+            kept += [(weak, name, _ABSENT) for name in ("forward", "_conv_forward")]
             kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
-        params = own["_parameters"]
-        sources += [(params, name) for name in ("weight", "bias") if params]
+        if each._parameters:
+            sources += [(weak, "_parameters", name) for name in ("weight", "bias")]
     if conv is not None:
-        buffers = vars(module)["_buffers"]
-        sources += [(buffers, "running_mean"), (buffers, "running_var"), _RESIDUAL]
-        sources.append((buffers, "num_batches_tracked"))
-    kept_of_situation, asked = known_situation(tensors[0].device)
+        sources += [(weak, "_buffers", "running_mean"), (weak, "_buffers", "running_var")]
+        sources += [_RESIDUAL, (weak, "_buffers", "num_batches_tracked")]
     for place, (source, tensor) in enumerate(zip(sources, tensors, strict=True)):
-        if isinstance(source, tuple) and source[0].get(source[1]) is not tensor:
+        if isinstance(source, tuple) and _find(*source) is not tensor:
             if tensor is not None:
                 return None
             sources[place] = _NONE  # statistics that are not in use
+    kept_of_situation, asked = known_situation(tensors[0].device)
     needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
     assert native.cpu is not None
     return native.cpu.make_memo(
@@ -142,26 +136,5 @@ def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
     )
 
 
-def _leads_on(module: Any) -> bool:
-    """Whether attributes may lead from a module to its model, which a memo would keep alive: the
-    garbage collector does not look into memos."""
-    own = (value for name, value in vars(module).items() if name not in _OF_ALL)
-    return (
-        bool(module._modules)
-        or any(map(vars(module).get, _HOOKS))
-        or not all(map(_is_plain, own))
-        or any(map(_has_hooks, (*module._parameters.values(), *module._buffers.values())))
-    )
-
-
-def _has_hooks(tensor: Any) -> bool:
-    if tensor is None:
-        return False
-    hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
-    return bool(hooks or vars(tensor))
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (int, float, str))
+def _find(module: weakref.ref[Any], name: str, key: str) -> Any:
+    return vars(module())[name].get(key)
