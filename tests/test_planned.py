@@ -8,7 +8,6 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -293,20 +292,20 @@ def test_saved_tensors_may_come_back_as_copies(name: str) -> None:
 def test_layers_are_freed(name: str) -> None:
     module, twin, batch = warmed(name)
     watched = weakref.ref(module)
-    # What a memo might own may come to lead to the layer.
-    module.model = [module]
-    for each in module.parameters():
-        each.register_hook(partial(_keep, module))
-        each.model = module
+    lead_to(module)
     run(module, batch)
-    del module, each
+    del module
     gc.collect()
     assert watched() is None
     same(run(twin, batch), run(twin, batch))
 
 
-def _keep(module: torch.nn.Module, gradient: Tensor) -> Tensor:
-    return gradient
+def lead_to(module: Any) -> None:
+    """Has all that a memo might own lead to a layer."""
+    module.model = [module]
+    for each in module.parameters():
+        each.model = module
+        each.register_hook(lambda gradient: module and gradient)
 
 
 def trained(change: Callable[[Any, int], Any], planned: bool, **settings: Any) -> list[Tensor]:
