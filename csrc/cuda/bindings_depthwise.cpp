@@ -17,9 +17,10 @@ DepthwiseWay way_named(const std::string& name) {
   if (name == "depthwise-tensor-narrow") return DepthwiseWay::kNarrowSlabs;
   if (name == "depthwise-rows") return DepthwiseWay::kRows;
   if (name == "depthwise-boxes") return DepthwiseWay::kBoxes;
+  if (name == "depthwise-toeplitz") return DepthwiseWay::kToeplitz;
   throw py::value_error(
       "depthwise_conv2d: way: expected depthwise, depthwise-tensor, depthwise-tensor-narrow, "
-      "depthwise-rows or depthwise-boxes, got " +
+      "depthwise-rows, depthwise-boxes or depthwise-toeplitz, got " +
       name);
 }
 
@@ -33,6 +34,8 @@ void bind_depthwise(py::module_& m) {
         "The same for the kernels by whole rows, which run on Hopper (hopper_missing).");
   m.def("depthwise_boxes_why_not", &depthwise_boxes_why_not, py::arg("problem"),
         "The same for the kernels in boxes, which run on Hopper too.");
+  m.def("depthwise_toeplitz_why_not", &depthwise_toeplitz_why_not, py::arg("problem"),
+        "The same for the kernels by bands, which run on Hopper too.");
   m.def(
       "depthwise_conv2d",
       [](const Conv2dProblem& problem, const std::string& way, uintptr_t input, uintptr_t weight,

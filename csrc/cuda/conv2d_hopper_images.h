@@ -13,17 +13,18 @@ inline Axis next_axis(const Axis& before, int64_t size, int64_t stride_bytes) {
   return {size, size == 1 ? before.size * before.bytes : stride_bytes};
 }
 
-// A tensor with its channels first, as boxes of pixels by 64 of them, 32 in float32.
+// A tensor with its channels first, as boxes of pixels by 64 of them, 32 in float32; or half as
+// many.
 template <typename T>
 TensorMap channels_first(const char* op, const void* address, const HopperImage& image,
-                         const PixelBox& box) {
+                         const PixelBox& box, int row_bytes = kBoxRow) {
   constexpr int kBytes = sizeof(T);
   const Axis channels{image.channels, kBytes};
   const Axis w = next_axis(channels, image.W, kBytes * image.strides.w);
   const Axis h = next_axis(w, image.H, kBytes * image.strides.h);
   const Axis n = next_axis(h, image.N, kBytes * image.strides.n);
   return tensor_map<T>(op, address, {channels, w, h, n},
-                       {kBoxRow / kBytes, static_cast<int>(box.w), static_cast<int>(box.h),
+                       {row_bytes / kBytes, static_cast<int>(box.w), static_cast<int>(box.h),
                         static_cast<int>(box.n)});
 }
 

@@ -4,6 +4,7 @@
 #include "depthwise_rows.h"
 #include "depthwise_strips.h"
 #include "depthwise_tensor.h"
+#include "depthwise_toeplitz.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -107,6 +108,9 @@ void depthwise_forward(DType dtype, const DepthwiseArguments& arguments, Depthwi
   }
   if (way == DepthwiseWay::kBoxes) {
     return depthwise_boxes(dtype, arguments, input, weight, bias, output, stream);
+  }
+  if (way == DepthwiseWay::kToeplitz) {
+    return depthwise_toeplitz(dtype, arguments, input, weight, bias, output, stream);
   }
   if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;

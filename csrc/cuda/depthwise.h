@@ -5,8 +5,8 @@
 //
 // Common filters have kernels in which a thread makes several outputs, so that registers hold what
 // these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW; and, for
-// half types in channels_last, depthwise_tensor.h on the tensor cores and depthwise_rows.h on
-// Hopper. The rest has one for every shape, an output per thread.
+// half types in channels_last, depthwise_tensor.h on the tensor cores and, on Hopper,
+// depthwise_rows.h, depthwise_boxes.h and depthwise_toeplitz.h. The rest has one for every shape, an output per thread.
 #pragma once
 
 #include <string>
@@ -94,8 +94,8 @@ bool with_common_filter(const DepthwiseArguments& a, F&& f) {
 }
 
 // How images are read: number by number, in vectors of channels, in slabs for the tensor cores, or,
-// on Hopper, in whole rows or in boxes for the tensor cores.
-enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows, kBoxes };
+// on Hopper, in whole rows, or in boxes for the tensor cores, by diagonals or by bands.
+enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows, kBoxes, kToeplitz };
 
 // The passes of a convolution in which every group has one channel; tensors as for conv2d.h. What
 // is asked for is taken for problems that its why_not has nothing against, where 16 divides the
@@ -103,6 +103,7 @@ enum class DepthwiseWay { kNumbers, kVectors, kSlabs, kNarrowSlabs, kRows, kBoxe
 std::string depthwise_tensor_why_not(const Conv2dProblem& problem);
 std::string depthwise_rows_why_not(const Conv2dProblem& problem);
 std::string depthwise_boxes_why_not(const Conv2dProblem& problem);
+std::string depthwise_toeplitz_why_not(const Conv2dProblem& problem);
 void depthwise_conv2d(const Conv2dProblem& problem, DepthwiseWay wanted, const void* input,
                       const void* weight, const void* bias, void* output, const Where& where);
 void depthwise_conv2d_grad_input(const Conv2dProblem& problem, DepthwiseWay wanted,
@@ -114,9 +115,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
                                   void* grad_bias, void* workspace, const Where& where);
 
 inline DepthwiseWay depthwise_way(const Conv2dProblem& p, DepthwiseWay wanted, bool aligned) {
-  const auto why_not = wanted == DepthwiseWay::kRows    ? depthwise_rows_why_not
-                       : wanted == DepthwiseWay::kBoxes ? depthwise_boxes_why_not
-                                                        : depthwise_tensor_why_not;
+  const auto why_not = wanted == DepthwiseWay::kRows       ? depthwise_rows_why_not
+                       : wanted == DepthwiseWay::kBoxes    ? depthwise_boxes_why_not
+                       : wanted == DepthwiseWay::kToeplitz ? depthwise_toeplitz_why_not
+                                                           : depthwise_tensor_why_not;
   if (wanted >= DepthwiseWay::kSlabs && aligned && why_not(p).empty()) return wanted;
   return has_depthwise_vectors(p, aligned) ? DepthwiseWay::kVectors : DepthwiseWay::kNumbers;
 }

@@ -13,7 +13,7 @@ void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintpt
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
   boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip);
   launch(kOp, depthwise_boxes_kernel<T, kEnding>, static_cast<unsigned>(boxes.blocks), kBoxThreads,
-         static_cast<size_t>(BoxesMemory::bytes(boxes)), stream, a, boxes, tensors);
+         static_cast<size_t>(BoxesRing::bytes(boxes)), stream, a, boxes, tensors);
 }
 
 }  // namespace

@@ -37,7 +37,8 @@ constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
 
 struct BoxesArguments {
   TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
-  int stage;                // bytes
+  int stage, pixels;        // bytes, and those that a box of the input fills
+  int made;                 // bytes of a row of outputs
   int images, strip;        // side by side, and the columns of outputs of each
   int pitch;                // slots of an image
   int chunks;               // of channels
@@ -92,6 +93,26 @@ struct RingPlace {
   }
 };
 
+// Divides images into pieces of so many strips, for as many blocks at once.
+inline void share_rows(BoxesArguments& boxes, const DepthwiseArguments& a, int64_t strips,
+                       int64_t at_once) {
+  boxes.strips = Divisor::of(strips);
+  const int64_t blocks = boxes.chunks < at_once ? at_once / boxes.chunks : 1;
+  int64_t least = 0;
+  for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
+    const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
+    const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
+    const int64_t takes = ceil_div(pieces, blocks) * (rows + a.R - 1);
+    if (least > 0 && takes >= least) continue;
+    least = takes;
+    boxes.rows = static_cast<int>(rows);
+    boxes.parts = static_cast<int>(whole);
+    boxes.pieces = static_cast<int>(pieces);
+    boxes.blocks = static_cast<int>(pieces < blocks ? pieces : blocks) * boxes.chunks;
+  }
+  boxes.parts_by = Divisor::of(boxes.parts);
+}
+
 // All but the maps, for as many blocks at once, in strips of one width or as wide as tiles are.
 inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal) {
   constexpr int64_t kMost = kBoxTiles * kTilePositions;
@@ -104,32 +125,20 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   // rows of a box begin at multiples of 1024 bytes.
   const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
   boxes.pitch = static_cast<int>(ceil_div(positions + kBoxSize, 8) * 8);
-  boxes.stage = boxes.images * boxes.pitch * kBoxRow;
+  boxes.stage = boxes.pixels = boxes.images * boxes.pitch * kBoxRow;
+  boxes.made = kMadeBytes;
   boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
-  boxes.strips = Divisor::of(strips);
-  const int64_t blocks = boxes.chunks < at_once ? at_once / boxes.chunks : 1;
-  int64_t least = 0;
-  for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
-    const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
-    const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
-    const int64_t takes = ceil_div(pieces, blocks) * (rows + kBoxSize - 1);
-    if (least > 0 && takes >= least) continue;
-    least = takes;
-    boxes.rows = static_cast<int>(rows);
-    boxes.parts = static_cast<int>(whole);
-    boxes.pieces = static_cast<int>(pieces);
-    boxes.blocks = static_cast<int>(pieces < blocks ? pieces : blocks) * boxes.chunks;
-  }
-  boxes.parts_by = Divisor::of(boxes.parts);
+  share_rows(boxes, a, strips, at_once);
   return boxes;
 }
 
-// A tensor of half types as boxes of some images, a row and columns by 64 channels.
+// A tensor of half types as boxes of some images, a row and columns by 64 channels or 32.
 template <typename T>
 TensorMap box_map(const char* op, const T* address, const DepthwiseArguments& a,
-                  const ImageStrides& s, int rows, int columns, int images, int box) {
+                  const ImageStrides& s, int rows, int columns, int images, int box,
+                  int row_bytes = kBoxRow) {
   return channels_first<T>(op, address, {a.N, a.C, rows, columns, {s.n, s.c, s.h, s.w}},
-                           {images, 1, box});
+                           {images, 1, box}, row_bytes);
 }
 
 // The kernels' launchers, for addresses that 16 divides and what there is nothing against.

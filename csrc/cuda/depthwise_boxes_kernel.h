@@ -1,109 +1,13 @@
 // The kernel of depthwise_boxes.cu.
 #pragma once
 
-#include "depthwise_boxes.h"
-#include "depthwise_diagonals.h"
+#include "depthwise_boxes_ring.h"
 
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kMadeRows = 4;  // of outputs, that are written
-constexpr int kBarrierBytes = 256;
-static_assert((2 * (kBoxStages + kMadeRows) + 1) * 8 <= kBarrierBytes, "barriers fit");
+using BoxesRing = BoxesMemory<kBoxSize, kBoxChannels, kBoxStages, kBoxWarps>;
 static_assert(kBoxChannels * kBoxSize * kBoxSize * 2 <= kMadeRows * kMadeBytes, "filters fit");
-
-// Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
-struct BoxesMemory {
-  static int bytes(const BoxesArguments& boxes) {
-    return kBoxStages * boxes.stage + kMadeRows * kMadeBytes + kBarrierBytes;
-  }
-
-#if defined(GDFAST_HOPPER)
-  GDFAST_DEVICE unsigned char* stage(const BoxesArguments& boxes, int index) {
-    return shared_memory() + index * boxes.stage;
-  }
-  GDFAST_DEVICE unsigned char* made_row(const BoxesArguments& boxes, int row) {
-    return stage(boxes, kBoxStages) + row * kMadeBytes;
-  }
-  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int stage) {
-    return reinterpret_cast<uint64_t*>(made_row(boxes, kMadeRows)) + stage;
-  }
-  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int stage) {
-    return full(boxes, kBoxStages + stage);
-  }
-  // A row of outputs is there, or may be made.
-  GDFAST_DEVICE uint64_t* made(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * kBoxStages + row);
-  }
-  GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * kBoxStages + kMadeRows + row);
-  }
-  // All of the block's outputs are in global memory.
-  GDFAST_DEVICE uint64_t* finished(const BoxesArguments& boxes) {
-    return full(boxes, 2 * (kBoxStages + kMadeRows));
-  }
-  GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
-    for (int i = 0; i < kBoxStages; ++i) {
-      barrier_init(full(boxes, i), 1);
-      barrier_init(empty(boxes, i), kBoxWarps);
-    }
-    for (int i = 0; i < kMadeRows; ++i) {
-      barrier_init(made(boxes, i), kBoxWarps);
-      barrier_init(written(boxes, i), 1);
-    }
-    barrier_init(finished(boxes), 1);
-    barriers_ready();
-  }
-#endif
-};
-
-#if defined(GDFAST_HOPPER)
-
-// One thread starts to load all rows, each as soon as its stage is nobody's any more.
-GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  using Memory = BoxesMemory;
-  RingPlace<kBoxStages> stage;
-  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-#pragma unroll 1
-    for (int step = 0; step < piece.rows + kBoxSize - 1; ++step) {
-      const int h = piece.p + step - a.pad_h;
-      const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-      uint64_t* const full = Memory::full(boxes, stage.index);
-      // In the first turn nobody has to leave a stage: the phase before the first is over.
-      barrier_wait(Memory::empty(boxes, stage.index), stage.parity ^ 1);
-      barrier_arrive_expecting(full, inside ? boxes.stage : 0);
-      if (inside) {
-        load_box(Memory::stage(boxes, stage.index), boxes.input,
-                 {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
-      }
-      RingPlace<kBoxStages>::advance(stage);
-    }
-  });
-}
-
-// Another one stores rows of outputs. Of a row memory is free when the next one has been started.
-GDFAST_DEVICE void store_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  using Memory = BoxesMemory;
-  RingPlace<kMadeRows> row;
-  int before = -1;
-  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-#pragma unroll 1
-    for (int p = piece.p; p < piece.p + piece.rows; ++p) {
-      barrier_wait(Memory::made(boxes, row.index), row.parity);
-      store_box(boxes.output, {box_channel(boxes), piece.q, p, piece.n},
-                Memory::made_row(boxes, row.index));
-      stores_commit();
-      stores_wait_read<1>();
-      if (before >= 0) barrier_arrive(Memory::written(boxes, before));
-      before = row.index;
-      RingPlace<kMadeRows>::advance(row);
-    }
-  });
-  stores_wait<0>();
-  barrier_arrive(Memory::finished(boxes));
-}
-
-#endif
 
 // kEnding: with a bias or an activation.
 template <typename T, bool kEnding>
@@ -112,7 +16,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                        const GDFAST_GRID_CONSTANT BoxesArguments boxes,
                        const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
 #if defined(GDFAST_HOPPER)
-  using Memory = BoxesMemory;
+  using Memory = BoxesRing;
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
   using Filters = Diagonals<T, kBoxSize, kGroups>;
   if (threadIdx.x == 0) Memory::init_barriers(boxes);
@@ -122,14 +26,14 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   if (warp < 0) {
     give_registers<kLoaderRegisters>();
     if (warp_lane() != 0) return;
-    if (warp == -1) load_box_rows(a, boxes);
-    if (warp == -2) store_box_rows(a, boxes);
+    if (warp == -1) Memory::load_rows(a, boxes);
+    if (warp == -2) Memory::store_rows(a, boxes);
     return;
   }
   take_registers<kWorkerRegisters>();
   const auto sync = [] { sync_threads_of(1, kBoxWorkers); };
   const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
-  const int first_channel = box_channel(boxes);
+  const int first_channel = Memory::channel(boxes);
   auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
   Filters::template share<kBoxChannels, kBoxWorkers>(a, tensors.weight, first_channel, filters,
                                                      thread);
@@ -260,20 +164,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   sync();
   const float all =
       sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kBoxWarps, sync);
-  if (all == 0) return;
-  barrier_wait(Memory::finished(boxes), 0);
-  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-    const int chunks = boxes.strip * 8, of_image = piece.rows * chunks;
-#pragma unroll 1
-    for (int i = thread; i < boxes.images * of_image; i += kBoxWorkers) {
-      const int n = piece.n + i / of_image, p = piece.p + i % of_image / chunks;
-      const int q = piece.q + i % chunks / 8, k = first_channel + i % 8 * 8;
-      if (n >= a.N || q >= a.Q || k >= a.K) continue;
-      T* const chunk =
-          tensors.output + n * a.output.n + int64_t{p} * a.output.h + int64_t{q} * a.output.w + k;
-      mend<T, kBoxSize>(a, tensors, chunk, n, k, p, q);
-    }
-  });
+  if (all != 0) Memory::mend_pieces(a, boxes, tensors, thread);
 #endif
 }
 

@@ -9,7 +9,8 @@
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
-//                                          c of row r lies in the place of chunk c ^ r
+//                                          c of row r lies in the place of chunk c ^ r. Of a box of
+//                                          64 bytes a row that is chunk c ^ r / 2, within 512 bytes
 //   load_line(shared, from, bytes, barrier)
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have
@@ -55,6 +56,7 @@ namespace gdfast::cuda {
 
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kBoxRow = 128;  // bytes
+constexpr int kHalfBoxRow = kBoxRow / 2;
 
 // One axis of a tensor. Bytes between its elements: a multiple of 16 but in the first axis.
 struct Axis {

@@ -45,11 +45,13 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   constexpr auto kType = std::is_same_v<T, float>  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                          : std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto swizzle = box[0] * static_cast<int>(sizeof(T)) == kBoxRow ? CU_TENSOR_MAP_SWIZZLE_128B
+                                                                       : CU_TENSOR_MAP_SWIZZLE_64B;
   TensorMap map;
   const CUresult result =
       encode(&map, kType, 4, const_cast<void*>(address), sizes, bytes, boxes, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error(std::string(op) + ": CUDA: cuTensorMapEncodeTiled: error " +
                              std::to_string(static_cast<int>(result)));

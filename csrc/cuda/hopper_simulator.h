@@ -31,7 +31,8 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   };
   TensorMap map{static_cast<unsigned char*>(const_cast<void*>(address)), {}, {}, sizeof(T)};
   require(reinterpret_cast<uintptr_t>(address) % 16 == 0, "address: expected a multiple of 16");
-  require(box[0] * map.element == kBoxRow, "box: expected rows of 128 bytes");
+  const int row = box[0] * map.element;
+  require(row == kBoxRow || row == kHalfBoxRow, "box: expected rows of 128 or 64 bytes");
   for (int i = 0; i < 4; ++i) {
     require(axes[i].size > 0 && axes[i].size <= int64_t{1} << 32, "size: expected 1 to 2^32");
     require(box[i] > 0 && box[i] <= 256, "box: expected 1 to 256");
@@ -130,7 +131,11 @@ inline void arrive(uint64_t* at, int bytes) {
 // The place of a byte of a box: chunks of 16 bytes change places within their row.
 inline size_t swizzled(size_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
+inline size_t swizzled_half(size_t offset) { return offset ^ (offset >> 7 & 3) << 4; }
+
 inline int box_rows(const TensorMap& map) { return map.box[1] * map.box[2] * map.box[3]; }
+inline int row_bytes(const TensorMap& map) { return map.box[0] * map.element; }
+inline int box_bytes(const TensorMap& map) { return box_rows(map) * row_bytes(map); }
 
 // Calls each(address, or null outside of the tensor, offset in shared memory from where 1024 bytes
 // begin) for the elements of a box.
@@ -149,8 +154,9 @@ void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) 
     for (int i = 0; i < map.box[0]; ++i) {
       const int64_t at = int64_t{first[0]} + i;
       const bool exists = inside && at >= 0 && at < map.axes[0].size;
+      const auto offset = static_cast<size_t>(row * row_bytes(map) + map.element * i);
       each(exists ? map.address + from + map.element * at : nullptr,
-           swizzled(static_cast<size_t>(row * kBoxRow + map.element * i)));
+           row_bytes(map) == kBoxRow ? swizzled(offset) : swizzled_half(offset));
     }
   }
 }
@@ -175,7 +181,7 @@ inline void deliver(const Box& box) {
       std::memset(box.to + offset, 0, bytes);
     }
   });
-  complete(box.barrier, box_rows(map) * kBoxRow);
+  complete(box.barrier, box_bytes(map));
 }
 
 struct Wait {
@@ -323,7 +329,7 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
                             uint64_t* barrier) {
   auto* const to = static_cast<unsigned char*>(shared);
   if ((to - shared_memory()) % 1024 != 0) simulator::fail("load_box: expected a multiple of 1024");
-  std::memset(to, 0xff, static_cast<size_t>(simulator::box_rows(map)) * kBoxRow);
+  std::memset(to, 0xff, static_cast<size_t>(simulator::box_bytes(map)));
   simulator::under_way().boxes.push_back({to, map, {at[0], at[1], at[2], at[3]}, barrier});
 }
 
@@ -347,7 +353,7 @@ GDFAST_DEVICE void store_box(const TensorMap& map, const int (&at)[4], const voi
   now.stores[threadIdx.x].push_back({&map,
                                      {at[0], at[1], at[2], at[3]},
                                      from,
-                                     {from, from + simulator::box_rows(map) * kBoxRow},
+                                     {from, from + simulator::box_bytes(map)},
                                      now.committed_stores[threadIdx.x]});
 }
 

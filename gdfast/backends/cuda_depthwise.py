@@ -19,7 +19,8 @@ TENSOR = "depthwise-tensor"  # on the tensor cores
 NARROW = "depthwise-tensor-narrow"  # there too, in slabs of fewer channels
 ROWS = "depthwise-rows"  # 3x3 by whole rows, on GPUs of compute capability 9.0
 BOXES = "depthwise-boxes"  # there too, in boxes for the tensor cores
-HOPPER = ROWS, BOXES
+TOEPLITZ = "depthwise-toeplitz"  # there, 5x5 and 7x7 by bands for the tensor cores
+HOPPER = ROWS, BOXES, TOEPLITZ
 EVERYWHERE = TENSOR, NARROW, NAME
 WAYS = HOPPER + EVERYWHERE  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
@@ -71,10 +72,11 @@ def tensor_why_not(problem: Any) -> str:
 
 
 def hopper_why_not(problem: Any, by: str) -> str:
-    """Why a depthwise problem does not run by whole rows, or in boxes, or ""."""
+    """Why a depthwise problem does not run by one of the ways for Hopper, or ""."""
     assert native.cuda is not None
     names = {
-        ROWS: native.cuda.depthwise_rows_why_not, BOXES: native.cuda.depthwise_boxes_why_not
+        ROWS: native.cuda.depthwise_rows_why_not, BOXES: native.cuda.depthwise_boxes_why_not,
+        TOEPLITZ: native.cuda.depthwise_toeplitz_why_not,
     }  # fmt: skip
     return str(names[by](problem))
 

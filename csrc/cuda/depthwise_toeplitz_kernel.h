@@ -1,0 +1,207 @@
+// The kernel of depthwise_toeplitz.cu.
+#pragma once
+
+#include "depthwise_boxes_ring.h"
+#include "depthwise_toeplitz.h"
+
+namespace gdfast::cuda {
+namespace {
+
+template <int kSize>
+using ToeplitzRing = BoxesMemory<kSize, kToeplitzChannels, kToeplitzStages, kToeplitzWarps>;
+static_assert(kToeplitzChannels * 7 * 7 * 2 <= kMadeRows * 1024, "filters fit");
+
+// Of four words, pairs of channels of four pixels: of each channel two pairs of pixels.
+GDFAST_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
+  return (first & 0xffffu) | second << 16;
+}
+GDFAST_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
+  return first >> 16 | (second & 0xffff0000u);
+}
+
+// The right operands of matrix instructions: rows of filters as bands. Along the sum a lane with
+// quarter t has pixels t and t + 4, t + 8 and t + 12 of a tile; column 2 i is of output i, column
+// 2 i + 1 of output i + 4.
+template <int kSize>
+struct Bands {
+  uint32_t rows[kWarpChannels][kSize][2];
+
+  // Of filters that lie in shared memory as [channel][tap], from the warp's first one on.
+  template <typename T>
+  GDFAST_DEVICE void take(Bands& bands, const T* filters) {
+    const int column = warp_lane() / 4, first = warp_lane() % 4 - column / 2 - column % 2 * 4;
+    const auto* const bits = reinterpret_cast<const uint16_t*>(filters);
+#pragma unroll
+    for (int i = 0; i < kWarpChannels * kSize; ++i) {
+      const auto number = [&](int tap) -> uint32_t {
+        return tap >= 0 && tap < kSize ? bits[i * kSize + tap] : 0;
+      };
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        bands.rows[i / kSize][i % kSize][half] =
+            number(first + half * 8) | number(first + half * 8 + 4) << 16;
+      }
+    }
+  }
+};
+
+// kEnding: with a bias or an activation.
+template <typename T, int kSize, bool kEnding>
+GDFAST_KERNEL(kToeplitzThreads, 1)
+depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
+                          const GDFAST_GRID_CONSTANT BoxesArguments boxes,
+                          const GDFAST_GRID_CONSTANT Tensors<T> tensors) {
+#if defined(GDFAST_HOPPER)
+  using Memory = ToeplitzRing<kSize>;
+  using Sum = float[4];
+  constexpr int kChannels = kWarpChannels;
+  if (threadIdx.x == 0) Memory::init_barriers(boxes);
+  const int behind = (boxes.stage - boxes.pixels) / 16;
+  for (int i = static_cast<int>(threadIdx.x); i < kToeplitzStages * behind; i += kToeplitzThreads) {
+    store_16(Memory::stage(boxes, i / behind) + boxes.pixels + i % behind * 16, {{0, 0, 0, 0}});
+  }
+  sync_block();
+  // From lane 0, so that the compiler knows it to be the same for all of the warp.
+  const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
+  if (warp < 0) {
+    give_registers<kLoaderRegisters>();
+    if (warp_lane() != 0) return;
+    if (warp == -1) Memory::load_rows(a, boxes);
+    if (warp == -2) Memory::store_rows(a, boxes);
+    return;
+  }
+  take_registers<kToeplitzWorkerRegisters>();
+  const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
+  const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
+  const int first_channel = Memory::channel(boxes), channel = warp * kChannels;
+  auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
+  Diagonals<T, kSize, 1>::template share<kToeplitzChannels, kToeplitzWorkers>(
+      a, tensors.weight, first_channel, filters, thread);
+  sync();
+  const bool exists = first_channel + channel < a.C;
+  Bands<kSize> bands;
+  Bands<kSize>::take(bands, filters + channel * kSize * kSize);
+  float bias[kChannels] = {};
+  if (kEnding && tensors.bias != nullptr && exists) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      bias[c] = to_float(tensors.bias[first_channel + channel + c]);
+    }
+  }
+  sync();
+
+  // Where this lane loads a pixel of each of its two tiles, and the one that is 4 further on: eight
+  // slots on, chunks have changed places alike. And where it puts sums.
+  int load_at[2][2], sums_at[2][2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const ToeplitzTile tile = ToeplitzTile::at(boxes, warp_lane() / 4 + i * 8);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int column = tile.column + warp_lane() % 4 + j * 4;
+      load_at[i][j] = channels_of_slot(tile.image * boxes.pitch + column, channel);
+      sums_at[i][j] = tile.exists && column < boxes.strip
+                          ? channels_of_slot(tile.image * boxes.strip + column, channel)
+                          : -1;
+    }
+  }
+
+  float zero = 0;  // unless a sum was not finite
+  typename Memory::Stage stage;
+  typename Memory::Row row;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int h = piece.p - a.pad_h, steps = piece.rows + kSize - 1;
+    Sum alive[kSize][kChannels] = {};
+    // A row of pixels, for the output that sees it first and those that have begun.
+    const auto multiply = [&](int step, int u) {
+#pragma unroll
+      for (int i = 0; i < kChannels * 4; ++i) alive[u][i / 4][i % 4] = 0;
+      const unsigned char* const pixels = Memory::stage(boxes, stage.index);
+      barrier_wait(Memory::full(boxes, stage.index), stage.parity);
+      if (exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H)) {
+        PackOf<T, 4> packs[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          packs[i / 4][i % 4] = load_pack<4>(reinterpret_cast<const T*>(
+              pixels + load_at[i / 4][i % 2] + i % 4 / 2 * 8 * kHalfBoxRow));
+        }
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          uint32_t left[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const uint32_t first = packs[i % 2][i / 2 * 2].words[c / 2];
+            const uint32_t second = packs[i % 2][i / 2 * 2 + 1].words[c / 2];
+            left[i] = c % 2 == 0 ? low_halves(first, second) : high_halves(first, second);
+          }
+#pragma unroll
+          for (int r = 0; r < kSize; ++r) {
+            mma_m16n8k16<T>(alive[(u - r + kSize) % kSize][c], left, bands.rows[c][r]);
+          }
+        }
+      }
+      sync_warp();
+      if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
+      Memory::Stage::advance(stage);
+    };
+    // The output that sees a row last.
+    const auto finish = [&](const Sum(&sums)[kChannels]) {
+#pragma unroll
+      for (int i = 0; i < kChannels * 4; ++i) zero += sums[i / 4][i % 4] * 0;
+      barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1);
+      unsigned char* const to = Memory::made_row(boxes, row.index);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float values[kChannels];
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) values[c] = sums[c][i];
+        if constexpr (kEnding) {
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
+          activate(values, a.activation, static_cast<float>(a.negative_slope));
+        }
+        const int at = sums_at[i / 2][i % 2];
+        if (at >= 0) store_values<kChannels>(reinterpret_cast<T*>(to + at), values);
+      }
+      stores_ready();
+      sync_warp();
+      if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
+      Memory::Row::advance(row);
+    };
+#pragma unroll 1
+    for (int step = 0; step < steps; step += kSize) {
+      if constexpr (kEnding) {
+        // Activations are long: they are there once.
+#pragma unroll 1
+        for (int u = 0; u < kSize && step + u < steps; ++u) {
+          Sum sums[kChannels];
+#pragma unroll
+          for (int v = 0; v < kSize; ++v) {
+            if (u != v) continue;
+            multiply(step + v, v);
+#pragma unroll
+            for (int i = 0; i < kChannels * 4; ++i) {
+              sums[i / 4][i % 4] = alive[(v + 1) % kSize][i / 4][i % 4];
+            }
+          }
+          if (step + u >= kSize - 1) finish(sums);
+        }
+      } else {
+#pragma unroll
+        for (int u = 0; u < kSize; ++u) {
+          if (step + u >= steps) break;
+          multiply(step + u, u);
+          if (step + u >= kSize - 1) finish(alive[(u + 1) % kSize]);
+        }
+      }
+    }
+  });
+  sync();
+  const float all =
+      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kToeplitzWarps, sync);
+  if (all != 0) Memory::mend_pieces(a, boxes, tensors, thread);
+#endif
+}
+
+}  // namespace
+}  // namespace gdfast::cuda
