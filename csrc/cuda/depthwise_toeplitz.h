@@ -40,6 +40,13 @@ GDFAST_DEVICE int channels_of_slot(int slot, int channel) {
   return slot * kHalfBoxRow + (channel / 8 ^ slot / 2 % 4) * 16 + channel / 4 % 2 * 8;
 }
 
+// Two pixels of one of four channels, as a register of a matrix instruction.
+template <typename Pack>
+GDFAST_DEVICE uint32_t pair_of_pixels(const Pack& first, const Pack& second, int channel) {
+  const uint32_t a = first.words[channel / 2], b = second.words[channel / 2];
+  return channel % 2 == 0 ? low_halves(a, b) : high_halves(a, b);
+}
+
 // Which image a tile is of, and its first column. Images come before columns: lanes that load at
 // a time have tiles of two.
 struct ToeplitzTile {

@@ -11,14 +11,6 @@ template <int kSize>
 using ToeplitzRing = BoxesMemory<kSize, kToeplitzChannels, kToeplitzStages, kToeplitzWarps>;
 static_assert(kToeplitzChannels * 7 * 7 * 2 <= kMadeRows * 1024, "filters fit");
 
-// Of four words, pairs of channels of four pixels: of each channel two pairs of pixels.
-GDFAST_DEVICE uint32_t low_halves(uint32_t first, uint32_t second) {
-  return (first & 0xffffu) | second << 16;
-}
-GDFAST_DEVICE uint32_t high_halves(uint32_t first, uint32_t second) {
-  return first >> 16 | (second & 0xffff0000u);
-}
-
 // The right operands of matrix instructions: rows of filters as bands. Along the sum a lane with
 // quarter t has pixels t and t + 4, t + 8 and t + 12 of a tile; column 2 i is of output i, column
 // 2 i + 1 of output i + 4.
@@ -44,6 +36,16 @@ struct Bands {
     }
   }
 };
+
+// In steps that do not all wait for one another.
+GDFAST_DEVICE float sum_of(const float (&sums)[kWarpChannels][4]) {
+  float all = 0;
+#pragma unroll
+  for (const float(&of_channel)[4] : sums) {
+    all += (of_channel[0] + of_channel[1]) + (of_channel[2] + of_channel[3]);
+  }
+  return all;
+}
 
 // kEnding: with a bias or an activation.
 template <typename T, int kSize, bool kEnding>
@@ -130,9 +132,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           uint32_t left[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const uint32_t first = packs[i % 2][i / 2 * 2].words[c / 2];
-            const uint32_t second = packs[i % 2][i / 2 * 2 + 1].words[c / 2];
-            left[i] = c % 2 == 0 ? low_halves(first, second) : high_halves(first, second);
+            left[i] = pair_of_pixels(packs[i % 2][i / 2 * 2], packs[i % 2][i / 2 * 2 + 1], c);
           }
 #pragma unroll
           for (int r = 0; r < kSize; ++r) {
@@ -146,8 +146,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     };
     // The output that sees a row last.
     const auto finish = [&](const Sum(&sums)[kChannels]) {
-#pragma unroll
-      for (int i = 0; i < kChannels * 4; ++i) zero += sums[i / 4][i % 4] * 0;
+      zero += sum_of(sums) * 0;
       barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1);
       unsigned char* const to = Memory::made_row(boxes, row.index);
 #pragma unroll

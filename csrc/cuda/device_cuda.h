@@ -93,6 +93,9 @@ GDFAST_HOST_DEVICE T from_float(Number value) {
   return FromFloat<T>::convert(value);
 }
 
+GDFAST_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+GDFAST_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
 template <typename T>
 GDFAST_DEVICE uint32_t pack_two(float low, float high);
 template <>

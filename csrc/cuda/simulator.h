@@ -213,6 +213,9 @@ GDFAST_DEVICE T from_float(Number value) {
   }
 }
 
+GDFAST_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
+GDFAST_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+
 template <typename T>
 GDFAST_DEVICE uint32_t pack_two(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
