@@ -113,6 +113,13 @@ _DEPTHWISE_TENSOR = (
     Conv2dCase("5x5", 5, 40, 28, 28, 40, 5, 5, padding=(2, 2), groups=40),
     Conv2dCase("7x7", 5, 24, 14, 14, 24, 7, 7, padding=(3, 3), groups=24),
 )
+# Rows in strips, and channels of more boxes than one.
+_BANDS = Conv2dCase("5x5-strips", 2, 72, 19, 130, 72, 5, 5, padding=(2, 2), groups=72)
+_DEPTHWISE_HOPPER = {
+    3: (cuda_depthwise.ROWS, cuda_depthwise.BOXES),
+    5: (cuda_depthwise.TOEPLITZ,),
+    7: (cuda_depthwise.TOEPLITZ,),
+}
 
 
 def everything(device: str, backend: str) -> Iterator[tuple[str, Run, float]]:
@@ -235,8 +242,8 @@ def _hopper(where: dict[str, str]) -> Iterator[tuple[str, Run, float]]:
     for case in _GROUPED_WHOLE:
         run = partial(passes, case, torch.bfloat16, "channels_last", by=cuda_grouped.WHOLE, **where)
         yield f"conv2d in groups {case} for Hopper, whole images", run, 0
-    for case in _DEPTHWISE_TENSOR[:2]:
-        for by in cuda_depthwise.HOPPER:
+    for case in (*_DEPTHWISE_TENSOR, _BANDS):
+        for by in _DEPTHWISE_HOPPER[case.R]:
             run = partial(passes, case, torch.bfloat16, "channels_last", by=by, **where)
             yield f"{by} {case} for Hopper, bfloat16", run, 0
     for case in _PLANES:

@@ -124,17 +124,22 @@ def test_candidates_of_nchw(monkeypatch: pytest.MonkeyPatch) -> None:
     assert candidates("conv2d_grad_weight", False) == candidates("conv2d_grad_weight", True)
 
 
+@pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("op", ["conv2d", "conv2d_grad_input", "conv2d_grad_weight"])
-def test_candidates_of_depthwise_nchw(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_of_depthwise_nchw(op: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_hopper, "missing", lambda device: "")
     in_place = (cuda_depthwise.NAME,)
-    ways = in_place if native.cuda is None else cuda_depthwise.WAYS
+    others = {3: (cuda_depthwise.TOEPLITZ,), 5: (cuda_depthwise.ROWS, cuda_depthwise.BOXES)}[size]
+    ways = tuple(by for by in cuda_depthwise.WAYS if by not in others)
+    if native.cuda is None:
+        ways = in_place
     turned = tuple(name + cuda_problem.TURNED for name in ways)
     for batch, channels_last, expected in (
         (64, False, turned + in_place), (1, False, in_place + turned),
         (64, True, ways),
     ):  # fmt: skip
-        case = Conv2dCase("", batch, 32, 24, 24, 32, 3, 3, (1, 1), (1, 1), (1, 1), 32)
+        padding = size // 2, size // 2
+        case = Conv2dCase("", batch, 32, 24, 24, 32, size, size, (1, 1), padding, (1, 1), 32)
         values = tensors_of(case, torch.bfloat16, channels_last, torch.device("cpu"))
         query = replace(query_of(case, values), device=torch.device("cuda"))
         assert cuda_candidates.candidates(op, query) == expected

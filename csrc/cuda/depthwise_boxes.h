@@ -14,7 +14,7 @@
 #pragma once
 
 #include "conv2d_hopper_images.h"
-#include "depthwise.h"
+#include "depthwise_exact.h"
 
 namespace gdfast::cuda {
 
@@ -79,6 +79,21 @@ GDFAST_DEVICE void for_each_box_piece(const DepthwiseArguments& a, const BoxesAr
   }
 }
 
+// What a block's pieces add to a tap's sum (exact_sum).
+template <typename T>
+GDFAST_DEVICE float exact_sum_of_pieces(const DepthwiseArguments& a, const BoxesArguments& boxes,
+                                        const T* grad_output, const T* input, int k, int r, int s) {
+  float sum = 0;
+  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+    const int columns = a.Q - piece.q < boxes.strip ? a.Q - piece.q : boxes.strip;
+#pragma unroll 1
+    for (int n = piece.n; n < a.N && n < piece.n + boxes.images; ++n) {
+      sum += exact_sum(a, grad_output, input, n, piece.p, piece.rows, piece.q, columns, k, r, s);
+    }
+  });
+  return sum;
+}
+
 // A place in a ring. Both sides count from the block's first step; a barrier's phase is over once
 // per turn of the ring.
 template <int kCount>
@@ -93,14 +108,16 @@ struct RingPlace {
   }
 };
 
-// Divides images into pieces of so many strips, for as many blocks at once.
+// Divides images into pieces of so many strips, for as many blocks at once; all but an image's last
+// piece have a multiple of rows.
 inline void share_rows(BoxesArguments& boxes, const DepthwiseArguments& a, int64_t strips,
-                       int64_t at_once) {
+                       int64_t at_once, int64_t multiple = 1) {
   boxes.strips = Divisor::of(strips);
   const int64_t blocks = boxes.chunks < at_once ? at_once / boxes.chunks : 1;
   int64_t least = 0;
   for (int64_t parts = 1; parts <= a.P && parts <= 64; ++parts) {
-    const int64_t rows = ceil_div(a.P, parts), whole = ceil_div(a.P, rows);
+    const int64_t rows = ceil_div(ceil_div(a.P, parts), multiple) * multiple;
+    const int64_t whole = ceil_div(a.P, rows);
     const int64_t pieces = ceil_div(a.N, boxes.images) * strips * whole;
     const int64_t takes = ceil_div(pieces, blocks) * (rows + a.R - 1);
     if (least > 0 && takes >= least) continue;

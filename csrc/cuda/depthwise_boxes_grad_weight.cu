@@ -138,16 +138,7 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
   write_sums<kBoxChannels, kBoxSize, kBoxWorkers>(
       a, shared, 1, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
       first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
-        float sum = 0;
-        for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-          const int columns = a.Q - piece.q < boxes.strip ? a.Q - piece.q : boxes.strip;
-#pragma unroll 1
-          for (int n = piece.n; n < a.N && n < piece.n + boxes.images; ++n) {
-            sum += exact_sum(a, tensors.grad_output, tensors.input, n, piece.p, piece.rows, piece.q,
-                             columns, k, r, s);
-          }
-        });
-        return sum;
+        return exact_sum_of_pieces(a, boxes, tensors.grad_output, tensors.input, k, r, s);
       });
 #endif
 }

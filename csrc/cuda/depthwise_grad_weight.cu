@@ -12,6 +12,7 @@
 #include "depthwise_columns.h"
 #include "depthwise_rows.h"
 #include "depthwise_tensor.h"
+#include "depthwise_toeplitz.h"
 #include "depthwise_weight_sums.h"
 
 namespace gdfast::cuda {
@@ -126,6 +127,8 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
     of_way = depthwise_rows_splits(a);
   } else if (way == DepthwiseWay::kBoxes) {
     of_way = depthwise_boxes_splits(a);
+  } else if (way == DepthwiseWay::kToeplitz) {
+    of_way = depthwise_toeplitz_splits(a);
   } else if (way >= DepthwiseWay::kSlabs) {
     of_way = depthwise_tensor_splits(a, way == DepthwiseWay::kSlabs);
   }
@@ -148,6 +151,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
   } else if (way == DepthwiseWay::kBoxes) {
     splits = depthwise_boxes_splits(a);
     depthwise_boxes_grad_weight(problem.dtype, a, grad_output, input, workspace, where.stream);
+  } else if (way == DepthwiseWay::kToeplitz) {
+    splits = depthwise_toeplitz_splits(a);
+    depthwise_toeplitz_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
+                                   workspace, where.stream);
   } else if (way >= DepthwiseWay::kSlabs) {
     const bool wide = way == DepthwiseWay::kSlabs;
     splits = depthwise_tensor_splits(a, wide);

@@ -91,8 +91,14 @@ inline BoxesArguments toeplitz_arguments(const DepthwiseArguments& a, int64_t at
   return boxes;
 }
 
-// The kernels' launcher, for addresses that 16 divides and what there is nothing against.
+// The kernels' launchers, for addresses that 16 divides and what there is nothing against.
 void depthwise_toeplitz(DType dtype, const DepthwiseArguments& arguments, const void* input,
                         const void* weight, const void* bias, void* output, uintptr_t stream);
+
+// In how many splits `partial` gets the sums (depthwise_weight_sums.h).
+int depthwise_toeplitz_splits(const DepthwiseArguments& arguments);
+void depthwise_toeplitz_grad_weight(DType dtype, const DepthwiseArguments& arguments,
+                                    const void* grad_output, const void* input, bool with_bias,
+                                    void* partial, uintptr_t stream);
 
 }  // namespace gdfast::cuda

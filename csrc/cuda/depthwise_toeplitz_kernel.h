@@ -41,7 +41,7 @@ struct Bands {
 GDFAST_DEVICE float sum_of(const float (&sums)[kWarpChannels][4]) {
   float all = 0;
 #pragma unroll
-  for (const float(&of_channel)[4] : sums) {
+  for (const float (&of_channel)[4] : sums) {
     all += (of_channel[0] + of_channel[1]) + (of_channel[2] + of_channel[3]);
   }
   return all;

@@ -76,8 +76,9 @@ def _depthwise_candidates(op: str, query: Conv2dQuery) -> tuple[str, ...]:
         if not fits or depthwise_tensor_why_not(query):
             return (cuda_depthwise.NAME,)
         hopper = cuda_depthwise.HOPPER if _has_hopper(query) else ()
-        ways = tuple(by for by in hopper if not depthwise_hopper_why_not(query, by))
-        return *ways, *cuda_depthwise.EVERYWHERE
+        fitting = {by for by in hopper if not depthwise_hopper_why_not(query, by)}
+        ways = cuda_depthwise.WAYS
+        return tuple(by for by in ways if by in fitting or by not in cuda_depthwise.HOPPER)
     there = tuple(name + TURNED for name in _depthwise_candidates(op, turned(op, query)))
     in_place = (cuda_depthwise.NAME,)
     return there + in_place if cuda_depthwise.is_large(query) else in_place + there
