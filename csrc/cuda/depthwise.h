@@ -6,7 +6,8 @@
 // Common filters have kernels in which a thread makes several outputs, so that registers hold what
 // these share: depthwise_columns.h in channels_last, depthwise_strips.h for 3 x 3 in NCHW; and, for
 // half types in channels_last, depthwise_tensor.h on the tensor cores and, on Hopper,
-// depthwise_rows.h, depthwise_boxes.h and depthwise_toeplitz.h. The rest has one for every shape, an output per thread.
+// depthwise_rows.h, depthwise_boxes.h and depthwise_toeplitz.h. The rest has one for every shape,
+// an output per thread.
 #pragma once
 
 #include <string>

@@ -34,7 +34,7 @@ struct WeightLines {
   int windows_of_image;  // where images have windows of their own, or 0
 
   // Where a window begins.
-  GDFAST_DEVICE int first_slot(const WeightLines& lines, int window) {
+  GDFAST_HOST_DEVICE int first_slot(const WeightLines& lines, int window) {
     if (lines.windows_of_image == 0) return window * kWindow;
     return window / lines.windows_of_image * lines.boxes.pitch +
            window % lines.windows_of_image * kWindow;
@@ -59,13 +59,8 @@ WeightLines weight_lines(const DepthwiseArguments& a) {
   const int columns = boxes.images * boxes.pitch;
   lines.windows =
       own ? boxes.images * lines.windows_of_image : static_cast<int>(ceil_div(columns, kWindow));
-  int slots = columns;
-  for (int i = 0; i < lines.windows; ++i) {
-    const int first =
-        own ? i / lines.windows_of_image * boxes.pitch + i % lines.windows_of_image * kWindow
-            : i * kWindow;
-    if (first + kWindow > slots) slots = first + kWindow;
-  }
+  const int end = WeightLines::first_slot(lines, lines.windows - 1) + kWindow;
+  const int slots = end > columns ? end : columns;
   lines.line = static_cast<int>(ceil_div((slots + kMove) * kHalfBoxRow, 1024) * 1024);
   boxes.pixels = columns * kHalfBoxRow;
   lines.graded = (strips > 1 ? boxes.strip : columns) * kHalfBoxRow;
@@ -76,6 +71,7 @@ WeightLines weight_lines(const DepthwiseArguments& a) {
 }
 constexpr int kMostStage = 2 * kLines * ((kMostLine + 1023) / 1024 * 1024);
 static_assert(kSteps * kMostStage + kBarrierBytes <= 227 * 1024, "the longest lines fit");
+constexpr int kLeastStage = 2 * kLines * 2048;  // of lines of one window, between zeros
 
 // Groups of four rows of gradients that four rows of the image see.
 template <int kSize>
@@ -293,6 +289,9 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
   sync();
   constexpr int kOfWarp = MoveSums<kSize>::kShared;
+  static_assert(
+      (kToeplitzWarps * kOfWarp + kToeplitzChannels * (kTaps + 1)) * 4 <= kSteps * kLeastStage,
+      "sums fit");
   auto* const shared = reinterpret_cast<float*>(shared_memory());
   float* const made = shared + kToeplitzWarps * kOfWarp;
   MoveSums<kSize>::share(sums, shared + warp * kOfWarp);
