@@ -71,7 +71,6 @@ WeightLines weight_lines(const DepthwiseArguments& a) {
 }
 constexpr int kMostStage = 2 * kLines * ((kMostLine + 1023) / 1024 * 1024);
 static_assert(kSteps * kMostStage + kBarrierBytes <= 227 * 1024, "the longest lines fit");
-constexpr int kLeastStage = 2 * kLines * 2048;  // of lines of one window, between zeros
 
 // Groups of four rows of gradients that four rows of the image see.
 template <int kSize>
@@ -289,6 +288,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
   sync();
   constexpr int kOfWarp = MoveSums<kSize>::kShared;
+  constexpr int kLeastStage = 2 * kLines * 2048;  // of lines of one window, between zeros
   static_assert(
       (kToeplitzWarps * kOfWarp + kToeplitzChannels * (kTaps + 1)) * 4 <= kSteps * kLeastStage,
       "sums fit");
