@@ -104,8 +104,9 @@ GDFAST_INLINE void store_group(const G& group, T* to, const V& value) {
 }
 
 // Results of at least so many bytes are written past the caches: the next layer would find little
-// of them there, and the input of the second pass is left in peace.
-constexpr int64_t kStreamBytes = 16 * 1024 * 1024;
+// of them there, what would be overwritten need not be read first, and the input of the second pass
+// is left in peace.
+constexpr int64_t kStreamBytes = 6 * 1024 * 1024;
 
 // Whether to do so, which takes `pitch` elements at a time that begin at whole cache lines.
 template <typename T>

@@ -53,16 +53,19 @@ class Rows {
   Region whole() const { return {0, columns_, 0, rows_, 0, 0}; }
 
   // visit(piece) for parts of a region, one after the other, that give the sums of the whole: they
-  // begin where a sum does. With `many`, each fits a core's cache.
+  // begin where a sum does. With `many`, each fits a core's cache, and no short one is left at the
+  // end: a matrix product would read all weights for its few pixels.
   template <typename Visit>
   void for_pieces(const Region& g, bool many, const Visit& visit) const {
     const int64_t bytes = kSumLength * columns_ * static_cast<int64_t>(sizeof(T));
-    const int64_t step = kSumLength * max_of(1, kPieceBytes / bytes);
-    if (!many || g.i_end - g.i <= step) return visit(g);
-    for (Region piece = g; piece.i < g.i_end; piece.i = piece.i_end) {
-      piece.i_end = min_of(piece.i + step, g.i_end);
+    const int64_t step = many ? kSumLength * sums_of_piece(bytes) : g.i_end - g.i;
+    Region piece = g;
+    for (; g.i_end - piece.i > step + step / 2; piece.i = piece.i_end) {
+      piece.i_end = piece.i + step;
       visit(piece);
     }
+    piece.i_end = g.i_end;
+    visit(piece);
   }
 
   // The pixels of a region's rows, those of the short row with it.
@@ -210,7 +213,9 @@ class Rows {
 
  private:
   static constexpr int64_t kRegionsPerThread = 4;
-  static constexpr int64_t kPieceBytes = 128 * 1024;
+  static constexpr int64_t kPieceBytes = 128 * 1024, kMostPieceBytes = 384 * 1024;
+  // Rows of so many sums are whole tiles of a matrix product, which have 6.
+  static constexpr int64_t kWholeSums = 3;
   static constexpr int64_t kMostColumns = 4096;
   // Rows whose mean the sums are taken about, of kSumLength.
   static constexpr int64_t kNearRows = 8;
@@ -218,6 +223,12 @@ class Rows {
   static constexpr int64_t kShortRow = 256;  // bytes
   // The second pass goes backwards in steps of so much, each of them forwards.
   static constexpr int64_t kBandBytes = 64 * 1024;
+
+  static int64_t sums_of_piece(int64_t bytes_of_sum) {
+    const int64_t fitting = kPieceBytes / bytes_of_sum;
+    if (fitting >= kWholeSums) return fitting / kWholeSums * kWholeSums;
+    return kWholeSums * bytes_of_sum <= kMostPieceBytes ? kWholeSums : 1;
+  }
 
   // The gradient in front of the activation, written for the residual too where that is wanted.
   template <Activation kActivation, PreActivation kFrom, typename G>

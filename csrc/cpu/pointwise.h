@@ -69,7 +69,7 @@ class Pointwise {
     if (tiles_ >= threads * kLeastTiles / 2) blocks_ = round_up(blocks_, threads);
     blocks_ = min_of(blocks_, tiles_);
     panel_groups_ = min_of(ceil_div(threads, blocks_), panels_);
-    most_pixels_ = ceil_div(tiles_, blocks_) * kTileRows;
+    block_tiles_ = ceil_div(tiles_, blocks_);
   }
 
   void run() {
@@ -109,11 +109,12 @@ class Pointwise {
                   int thread) const {
     Carver carver = scratch.of(thread);
     const Own own = carve(carver);
-    while (first < end) {
-      const int64_t next = min_of(first + most_pixels_, end);
-      block(first, next, 0, 1, lines, own);
-      if (lines != nullptr) lines += (next - first) * conv_.reduced;
-      first = next;
+    const int64_t tiles = ceil_div(end - first, kTileRows), blocks = ceil_div(tiles, own_tiles());
+    for (int64_t at = 0; at < blocks; ++at) {
+      const int64_t begin = tiles * at / blocks * kTileRows;
+      const int64_t stop = min_of(tiles * (at + 1) / blocks * kTileRows, end - first);
+      block(first + begin, first + stop, 0, 1,
+            lines == nullptr ? nullptr : lines + begin * conv_.reduced, own);
     }
   }
 
@@ -128,15 +129,19 @@ class Pointwise {
     T* unused;         // a line of dest, for pixels past the end
   };
 
+  // Tiles of a block at most. Whoever asks for some pixels has them in a cache, however many: all
+  // of them at once read the weights once.
+  int64_t own_tiles() const { return 2 * block_tiles_; }
+
   Own carve(Carver& carver) const {
     Own own;
-    own.source = carver.template take<const T*>(most_pixels_ + kTileRows);
-    own.rows = carver.template take<const T*>(most_pixels_);
-    own.out = carver.template take<T*>(most_pixels_ + kTileRows);
-    own.copy = carver.template take<T>(copied_ ? most_pixels_ * depth_ : 0);
-    own.narrow =
-        carver.template take<T>(ends_whole() ? 0 : (most_pixels_ + kTileRows) * kPanelWidth<T>);
-    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : most_pixels_ + kTileRows);
+    const int64_t pixels = own_tiles() * kTileRows;
+    own.source = carver.template take<const T*>(pixels + kTileRows);
+    own.rows = carver.template take<const T*>(pixels);
+    own.out = carver.template take<T*>(pixels + kTileRows);
+    own.copy = carver.template take<T>(copied_ ? pixels * depth_ : 0);
+    own.narrow = carver.template take<T>(ends_whole() ? 0 : (pixels + kTileRows) * kPanelWidth<T>);
+    own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : pixels + kTileRows);
     own.unused = carver.template take<T>(vectors_ * kLanes<T>);
     return own;
   }
@@ -290,7 +295,7 @@ class Pointwise {
   int threads_;
   int64_t vectors_, panel_vectors_, panels_;
   int64_t parts_, depth_;  // of the channels
-  int64_t tiles_, blocks_, panel_groups_, most_pixels_;
+  int64_t tiles_, blocks_, panel_groups_, block_tiles_;
   int64_t source_step_, dest_step_;  // see even_step()
   bool copied_;
   T* packed_;
