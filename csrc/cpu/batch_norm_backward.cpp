@@ -180,7 +180,8 @@ void backward(const BatchNormProblem& p, const BatchNormBackward& to, bool train
     if (user != nullptr) {
       run_sums(layout, cut, parts.totals, threads, first, finish);
       const PixelPass pass{p, second_pass, factors, grad_input, training};
-      user->run(user->self, {PixelPass::write, &pass});
+      user->run(user->self,
+                {PixelPass::write, &pass, {second_pass.grad_output, second_pass.input}});
       return;
     }
   }

@@ -68,7 +68,7 @@ class PointwiseNormGradients {
     const ThreadScratch scratch = all.grad_input_.make_scratch();
     all.grad_input_.pack_weights();
     const Chunks chunks{all, gradient, scratch};
-    const ChunkSource source{Chunks::write, &chunks};
+    const ChunkSource source{Chunks::write, &chunks, {gradient.reads[0], gradient.reads[1]}};
     all.grad_weight_.run(&source);
   }
 

@@ -22,6 +22,7 @@ struct PixelGradient {
   // Writes that of pixels [first, end) to `to`, side by side, on the calling thread alone.
   void (*write)(const void* self, int64_t first, int64_t end, float* to);
   const void* self;
+  const float* reads[2];  // what it reads of every pixel, side by side, to be fetched ahead
 };
 
 // What is called with the gradient when all but that is done.

@@ -27,10 +27,12 @@ inline bool is_pointwise_grad_weight(const Conv2dProblem& p) {
          (p.Q - 1) * p.stride_w < p.W;
 }
 
-// What writes a chunk of grad_output, pixels [first, end), where it is needed: side by side.
+// What writes a chunk of grad_output, pixels [first, end), where it is needed: side by side. It
+// reads as many values of every pixel, twice.
 struct ChunkSource {
   void (*write)(const void* self, int64_t first, int64_t end, float* to, int thread);
   const void* self;
+  const float* reads[2];
 };
 
 class PointwiseGradWeight : ChunkTiles {
@@ -68,10 +70,6 @@ class PointwiseGradWeight : ChunkTiles {
     block_tiles_ = ceil_div(range, ceil_div(range, kMostTiles));
     in_place_ = shares_ == 1 && !swapped_ && columns_ % kLanes<T> == 0;
     width_ = vectors_ * kLanes<T>;
-    // So many lines of a chunk are fetched ahead by a tile, or fewer.
-    const int64_t lines = ceil_div(chunk_ * (rows_ + columns_), kLine);
-    const int64_t by_tile = ceil_div(lines, tiles_ * panels_ * kTileRows);
-    stretch_ = kFetchesMore ? max_of(2, min_of(kLine, chunk_ / by_tile / 2 * 2)) : kLine;
   }
 
   // Whether each pixel belongs to one task alone.
@@ -80,6 +78,10 @@ class PointwiseGradWeight : ChunkTiles {
   // With a source, each chunk of grad_output comes from there.
   void run(const ChunkSource* source = nullptr) {
     source_ = source;
+    // So many lines of a chunk are fetched ahead by a tile, or fewer.
+    const int64_t read = p_.C + (source == nullptr ? 1 : 2) * p_.K;
+    const int64_t by_tile = ceil_div(ceil_div(chunk_ * read, kLine), tiles_ * panels_ * kTileRows);
+    stretch_ = kFetchesMore ? max_of(2, min_of(kLine, chunk_ / by_tile / 2 * 2)) : kLine;
     ThreadScratch scratch(
         threads_,
         [&](Carver& carver) {
@@ -193,32 +195,43 @@ class PointwiseGradWeight : ChunkTiles {
     }
   }
 
-  // What the next chunk reads, as two stretches of memory. With a stride it would be many, but of
-  // more bytes each: those come quickly enough by themselves.
+  // What the next chunk reads, as stretches of memory. With a stride it would be many, but of more
+  // bytes each: those come quickly enough by themselves.
   struct Ahead {
-    const T *from, *end;
-    const T *then, *then_end;
+    struct {
+      const T *from, *end;
+    } stretch[3];
+    int at;
+
+    bool ends() {
+      while (at < 3 && stretch[at].from >= stretch[at].end) ++at;
+      return at == 3;
+    }
   };
 
   Ahead ahead_of(int64_t first, int64_t end, const Own& own) const {
     if (first >= end || p_.stride_h != 1 || p_.stride_w != 1 || p_.Q != p_.W) return {};
     const int64_t pixels = min_of(chunk_, end - first), last = chunk_ - 1;
     const T* input = own.input[last] + p_.C;
+    Ahead ahead{{{input, input + pixels * p_.C}}, 0};
     // With several ranges of k each thread needs a part of every line.
-    const T* grad_output = own.grad_output[last] + p_.K;
-    const int64_t count = ranges_ == 1 && source_ == nullptr ? pixels * p_.K : 0;
-    return {input, input + pixels * p_.C, grad_output, grad_output + count};
+    if (ranges_ > 1) return ahead;
+    for (int i = 0; i < (source_ == nullptr ? 1 : 2); ++i) {
+      const T* from =
+          source_ == nullptr ? own.grad_output[last] + p_.K : source_->reads[i] + first * p_.K;
+      ahead.stretch[1 + i] = {from, from + pixels * p_.K};
+    }
+    return ahead;
   }
 
   // A column's share of that: as a tile's rows of the chunk are read, so many bytes are fetched.
   const T* const* fetch(Ahead& ahead, int64_t pixels, int64_t tiles, const Own& own) const {
+    if (ahead.ends()) return nullptr;
     for (int64_t i = 0; i < tiles * kTileRows; i += kTileRows) {
-      if (ahead.from >= ahead.end) {
-        if (i == 0 && ahead.then >= ahead.then_end) return nullptr;
-        if (ahead.then < ahead.then_end) ahead = {ahead.then, ahead.then_end, nullptr, nullptr};
-      }
-      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = ahead.from + j * kLine;
-      if (ahead.from < ahead.end) ahead.from += ceil_div(pixels, stretch_) * kTileRows * kLine;
+      const bool ends = ahead.ends();
+      auto& stretch = ahead.stretch[ends ? 2 : ahead.at];
+      for (int j = 0; j < kTileRows; ++j) own.ahead[i + j] = stretch.from + j * kLine;
+      if (!ends) stretch.from += ceil_div(pixels, stretch_) * kTileRows * kLine;
     }
     return own.ahead;
   }
