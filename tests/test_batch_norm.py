@@ -143,7 +143,7 @@ def test_sizes(size: tuple[int, ...], layout: str, isa: str, nan_filled_memory: 
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_so_large_that_they_pass_the_caches_by(layout: str, isa: str) -> None:
-    # 16 MB; in NCHW they are written so where planes are whole cache lines.
+    # 16 MB, of which none is near a cache; in NCHW so where planes are whole cache lines.
     check(randoms((4, 64, 128, 128), layout=layout), True, training=True)
 
 

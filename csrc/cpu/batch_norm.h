@@ -103,10 +103,9 @@ GDFAST_INLINE void store_group(const G& group, T* to, const V& value) {
   }
 }
 
-// Results of at least so many bytes are written past the caches: the next layer would find little
-// of them there, what would be overwritten need not be read first, and the input of the second pass
-// is left in peace.
-constexpr int64_t kStreamBytes = 6 * 1024 * 1024;
+// Results of at least so many bytes are written past the caches: lines that are to be overwritten
+// need not be read first, and what the second pass and its neighbours read stays where it is.
+constexpr int64_t kStreamBytes = 1024 * 1024;
 
 // Whether to do so, which takes `pitch` elements at a time that begin at whole cache lines.
 template <typename T>
