@@ -213,7 +213,7 @@ class PointwiseGradWeight : ChunkTiles {
     if (first >= end || p_.stride_h != 1 || p_.stride_w != 1 || p_.Q != p_.W) return {};
     const int64_t pixels = min_of(chunk_, end - first), last = chunk_ - 1;
     const T* input = own.input[last] + p_.C;
-    Ahead ahead{{{input, input + pixels * p_.C}}, 0};
+    Ahead ahead{{{input, input + pixels * p_.C}, {input, input}, {input, input}}, 0};
     // With several ranges of k each thread needs a part of every line.
     if (ranges_ > 1) return ahead;
     for (int i = 0; i < (source_ == nullptr ? 1 : 2); ++i) {
