@@ -3,11 +3,12 @@
 //
 // A block of neighbouring pixels goes along the channels, so that memory is read in order. For each
 // row of taps there is a list of the pixels of the image that the block sees through it: each is
-// loaded once for all pixels of the block, and beyond the border there are zeros.
+// loaded once for all pixels of the block, and beyond the border there are zeros. 3x3 taps are walked
+// instead (depthwise_walk.h).
 #pragma once
 
 #include "band.h"
-#include "ending.h"
+#include "depthwise_walk.h"
 #include "parallel.h"
 
 namespace gdfast::cpu {
@@ -25,8 +26,8 @@ struct TapShape {
 
 constexpr int kBlockPixels = TapShape<0, 1, 1>::kPixels;
 
-// What a block reads and writes is fetched while blocks before it are computed: whole blocks ahead,
-// at least so many bytes, that it is there in time.
+// What a block writes is fetched while blocks before it are computed: whole blocks ahead, at least
+// so many bytes, that it is there in time.
 constexpr int64_t kFetchBytes = 2048;
 
 // That distance in elements, where neighbouring blocks lie `block` of them apart.
@@ -90,12 +91,11 @@ class TapRows {
                          : run(TapShape<0, 1, 1>());
     if (step == 1 && columns == 2)
       return rows == 2 ? run(TapShape<2, 2, 1>()) : run(TapShape<0, 2, 1>());
-    if (step == 1 && columns == 3)
-      return rows == 3 ? run(TapShape<3, 3, 1>()) : run(TapShape<0, 3, 1>());
+    if (step == 1 && columns == 3) return run(TapShape<0, 3, 1>());
     if (step == 1 && columns == 4) return run(TapShape<0, 4, 1>());
     if (step == 1 && columns == 5) return run(TapShape<0, 5, 1>());
     if (step == 1) return run(TapShape<0, 7, 1>());
-    if (columns == 3) return rows == 3 ? run(TapShape<3, 3, 2>()) : run(TapShape<0, 3, 2>());
+    if (columns == 3) return run(TapShape<0, 3, 2>());
     if (columns == 5) return run(TapShape<0, 5, 2>());
     run(TapShape<0, 7, 2>());
   }
@@ -124,6 +124,33 @@ class TapRows {
                     : zeros;
       }
     }
+  }
+
+  // Whether a walk sees all taps: 3x3 of them, and each pixel sees the image through its middle
+  // column.
+  bool walks() const {
+    const int64_t step = conv_.step_w;
+    return rows == 3 && columns == 3 && least_ + 1 >= 0 - (step == 1) &&
+           (conv_.width - 1) * step + least_ + (step == 1 ? 0 : 1) < conv_.source_width;
+  }
+
+  // What line i sees, of vectors of channels from c on.
+  template <typename T, typename LineAt>
+  SeenLines<T> seen_lines(const LineAt& line_at, int64_t i, const T* zeros) const {
+    SeenLines<T> seen;
+    for (int64_t row = 0; row < 3; ++row) {
+      const int64_t h = i * conv_.step_h + tap(row, 0).dh;
+      const bool inside = h >= 0 && h < conv_.source_height;
+      seen.at[row] = inside ? line_at(h) : zeros;
+      seen.pitch[row] = inside ? conv_.source.w : 0;
+    }
+    seen.width = conv_.source_width;
+    seen.first_dw = least_;
+    // Processors foresee a walk by themselves, if not as far ahead as memory is away.
+    constexpr int64_t kBytes = 8 << 20;
+    const int64_t values = conv_.batch * conv_.source_height * conv_.source_width * conv_.groups;
+    seen.ahead = values * static_cast<int64_t>(sizeof(T)) > kBytes ? conv_.source.h : 0;
+    return seen;
   }
 
   int64_t rows = 0, columns = 0;
@@ -163,28 +190,24 @@ GDFAST_INLINE void for_tap_rows(int64_t rows, const Visit& visit) {
   }
 }
 
-// Channels [c, c + lanes) of a pixel that the block sees. A block to come sees what lies `ahead` of
-// it: of the rows that were not there for the line above, it is fetched now, in the order of
-// memory, in which the processor fetches it twice as fast as pixel by pixel. With steps of 2 it is
-// so much that L1 would lose what the next vector reads: it goes to L2.
-template <typename T, typename Shape>
-GDFAST_INLINE Vec<T> load_seen(const T* const* seen, int64_t row, int x, int64_t c, int64_t ahead) {
-  const T* const* const pixels = seen + row * Shape::kSeen;
-  if constexpr (Shape::kRows == 3) {
-    constexpr int kNew = Shape::kPixels * Shape::kStep;  // pixels, and as many vectors each time
-    const int fetched = x - (Shape::kSeen - kNew);
-    if (row + Shape::kStep >= Shape::kRows && fetched >= 0) {
-      const T* const next = pixels[Shape::kSeen - kNew] + ahead;
-      __builtin_prefetch(next + kNew * c + fetched * kLanes<T>, 0, Shape::kStep == 1 ? 3 : 2);
-    }
+// Calls each(c, v, count) for vectors of channels that are walked together: count of them, an
+// integral constant.
+template <typename T, typename Each>
+GDFAST_INLINE void for_walked_vectors(int64_t channels, const Each& each) {
+  constexpr int64_t kWidth = kLanes<T>;
+  int64_t v = 0;
+  for (; (v + kWalkVectors) * kWidth <= channels; v += kWalkVectors) {
+    each(v * kWidth, v, std::integral_constant<int, kWalkVectors>());
   }
-  return load(pixels[x] + c);
+  for (; v * kWidth < channels; ++v) {
+    each(min_of(v * kWidth, channels - kWidth), v, std::integral_constant<int, 1>());
+  }
 }
 
 // The sums of a block: to[x] = starts + weights * seen. Weights lie [vector][tap][lane].
 template <typename T, typename Shape>
 void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* starts,
-                int64_t channels, int64_t ahead, int64_t to_ahead, Ending<T> ending, T* const* to) {
+                int64_t channels, int64_t to_ahead, Ending<T> ending, T* const* to) {
   constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
   constexpr int kWidth = kLanes<T>;
   const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
@@ -208,7 +231,7 @@ void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* s
       }
       Vec<T> pixels[kSeen];
 #pragma GCC unroll 16
-      for (int x = 0; x < kSeen; ++x) pixels[x] = load_seen<T, Shape>(seen, row, x, c, ahead);
+      for (int x = 0; x < kSeen; ++x) pixels[x] = load(seen[row * kSeen + x] + c);
 #pragma GCC unroll 8
       for (int s = 0; s < kColumns; ++s) {
         const Vec<T> weight = load(weights + (v * taps + row * kColumns + s) * kWidth);
@@ -227,7 +250,7 @@ void block_sums(const T* const* seen, const T* weights, int64_t rows, const T* s
 // sums += grads * seen, for each tap; sums lie as weights do.
 template <typename T, typename Shape>
 void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, int64_t channels,
-                    int64_t ahead, T* sums) {
+                    T* sums) {
   constexpr int kPixels = Shape::kPixels, kColumns = Shape::kColumns, kSeen = Shape::kSeen;
   constexpr int kWidth = kLanes<T>;
   const int64_t taps = (Shape::kRows == 0 ? rows : Shape::kRows) * kColumns;
@@ -252,7 +275,7 @@ void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, i
       for (int s = 0; s < kColumns; ++s) sum[s] = load(to + s * kWidth);
 #pragma GCC unroll 16
       for (int x = 0; x < kSeen; ++x) {
-        const Vec<T> pixel = load_seen<T, Shape>(seen, row, x, c, ahead);
+        const Vec<T> pixel = load(seen[row * kSeen + x] + c);
 #pragma GCC unroll 4
         for (int p = 0; p < kPixels; ++p) {
           const int s = x - p * Shape::kStep;
@@ -262,6 +285,24 @@ void block_tap_sums(const T* const* seen, const T* const* grads, int64_t rows, i
 #pragma GCC unroll 8
       for (int s = 0; s < kColumns; ++s) store<T>(to + s * kWidth, sum[s]);
     });
+  });
+}
+
+// Pixels of one line of dest, and sums for each tap over a line of gradients, by walks.
+template <typename T, int kStep>
+void walk_line(const SeenLines<T>& seen, const T* weights, const T* starts, int64_t channels,
+               const WalkedPixels<T>& pixels, const Ending<T>& ending) {
+  for_walked_vectors<T>(channels, [&](int64_t c, int64_t v, auto count) {
+    walk_sums<T, kStep, count.value>(seen.from_channel(c), weights + v * 9 * kLanes<T>,
+                                     starts + v * kLanes<T>, pixels.from_channel(c), ending);
+  });
+}
+template <typename T, int kStep>
+void walk_tap_line(const SeenLines<T>& seen, int64_t channels, const WalkedPixels<const T>& grads,
+                   T* sums) {
+  for_walked_vectors<T>(channels, [&](int64_t c, int64_t v, auto count) {
+    walk_tap_sums<T, kStep, count.value>(seen.from_channel(c), grads.from_channel(c),
+                                         sums + v * 9 * kLanes<T>);
   });
 }
 
@@ -297,13 +338,13 @@ class DepthwiseLines {
         taps_(conv, !finite_),
         channels_(conv.groups),
         size_(round_up(channels_, kLanes<T>)),
-        ahead_(fetch_distance<T>(taps_.ahead)),
         to_ahead_(fetches_dest(conv) ? fetch_distance<T>(kBlockPixels * conv.dest.w) : 0),
         ending_(Ending<T>::of(conv)) {
     taps_.with_shape([&](auto shape) {
       most_seen_ = decltype(shape)::kSeen;
       run_ = block_sums<T, decltype(shape)>;
     });
+    if (taps_.walks()) walk_ = conv.step_w == 1 ? walk_line<T, 1> : walk_line<T, 2>;
   }
 
   void carve_shared(Carver& carver) {
@@ -335,6 +376,15 @@ class DepthwiseLines {
   template <typename LineAt>
   void line(int64_t i, int64_t j, int64_t end, const LineAt& line_at, T* dest,
             const Own& own) const {
+    if (walk_ != nullptr) {
+      walk_(taps_.seen_lines(line_at, i, zeros_), weights_, starts_, channels_,
+            {j, end, dest, conv_.dest.w}, ending_);
+      for (; j < end; j += kBlockPixels) {
+        finish_rows<kBlockPixels>(ending_, dest + j * conv_.dest.w, conv_.dest.w,
+                                  min_of(kBlockPixels, end - j), channels_);
+      }
+      return;
+    }
     for (const int64_t begin = j; j < end; j += kBlockPixels) {
       const int64_t count = min_of(kBlockPixels, end - j);
       T* to[kBlockPixels];
@@ -342,7 +392,7 @@ class DepthwiseLines {
         to[x] = x < count ? dest + (j + x) * conv_.dest.w : own.unused;
       }
       taps_.find(line_at, i, j, j > begin, most_seen_, finite_ ? zeros_ : nullptr, own.seen);
-      run_(own.seen, weights_, taps_.rows, starts_, channels_, ahead_, to_ahead_, ending_, to);
+      run_(own.seen, weights_, taps_.rows, starts_, channels_, to_ahead_, ending_, to);
       finish_rows(ending_, to, count, channels_);
     }
   }
@@ -368,11 +418,13 @@ class DepthwiseLines {
   bool finite_;
   TapRows taps_;
   int64_t channels_, size_;
-  int64_t ahead_, to_ahead_;  // of the image and of dest
+  int64_t to_ahead_;  // of dest
   Ending<T> ending_;
   int most_seen_ = 0;
-  void (*run_)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, int64_t, Ending<T>,
+  void (*run_)(const T* const*, const T*, int64_t, const T*, int64_t, int64_t, Ending<T>,
                T* const*) = nullptr;
+  void (*walk_)(const SeenLines<T>&, const T*, const T*, int64_t, const WalkedPixels<T>&,
+                const Ending<T>&) = nullptr;
   T *weights_ = nullptr, *starts_ = nullptr, *zeros_ = nullptr;
 };
 

@@ -98,7 +98,6 @@ class DepthwiseGradWeightLines {
         careful_(careful),
         taps_(conv, careful),
         channels_(conv.groups),
-        ahead_(fetch_distance<T>(taps_.ahead)),
         all_taps_(conv.tap_count * round_up(channels_, kWidth)),
         size_(all_taps_ + round_up(channels_, kWidth)),
         lines_(conv.batch * conv.height),
@@ -107,6 +106,7 @@ class DepthwiseGradWeightLines {
       most_seen_ = decltype(shape)::kSeen;
       run_ = block_tap_sums<T, decltype(shape)>;
     });
+    if (taps_.walks()) walk_ = conv.step_w == 1 ? walk_tap_line<T, 1> : walk_tap_line<T, 2>;
   }
 
   int64_t shares() const { return shares_; }
@@ -138,13 +138,18 @@ class DepthwiseGradWeightLines {
     const int64_t i = line % conv_.height, width = conv_.width;
     const T* image = input_ + line / conv_.height * conv_.source.n;
     const auto line_at = [&](int64_t h) { return image + h * conv_.source.h; };
-    for (int64_t j = 0; j < width; j += kBlockPixels) {
+    if (walk_ != nullptr) {
+      walk_(taps_.seen_lines(line_at, i, zeros_), channels_, {0, width, grad_line, step}, own.sums);
+    }
+    for (int64_t j = 0; j < width && (walk_ == nullptr || has_bias_); j += kBlockPixels) {
       const T* grads[kBlockPixels];
       for (int x = 0; x < kBlockPixels; ++x) {
         grads[x] = j + x < width ? grad_line + (j + x) * step : zeros_;
       }
-      taps_.find(line_at, i, j, j > 0, most_seen_, careful_ ? nullptr : zeros_, own.seen);
-      run_(own.seen, grads, taps_.rows, channels_, ahead_, own.sums);
+      if (walk_ == nullptr) {
+        taps_.find(line_at, i, j, j > 0, most_seen_, careful_ ? nullptr : zeros_, own.seen);
+        run_(own.seen, grads, taps_.rows, channels_, own.sums);
+      }
       if (!has_bias_) continue;
       for_channel_vectors<T>(channels_, [&](int64_t c, int64_t v) {
         T* to = own.sums + all_taps_ + v * kWidth;
@@ -184,9 +189,10 @@ class DepthwiseGradWeightLines {
   const T* input_;
   bool has_bias_, careful_;
   TapRows taps_;
-  int64_t channels_, ahead_, all_taps_, size_, lines_, shares_;
+  int64_t channels_, all_taps_, size_, lines_, shares_;
   int most_seen_ = 0;
-  void (*run_)(const T* const*, const T* const*, int64_t, int64_t, int64_t, T*) = nullptr;
+  void (*run_)(const T* const*, const T* const*, int64_t, int64_t, T*) = nullptr;
+  void (*walk_)(const SeenLines<T>&, int64_t, const WalkedPixels<const T>&, T*) = nullptr;
   T *totals_ = nullptr, *zeros_ = nullptr;
 };
 
