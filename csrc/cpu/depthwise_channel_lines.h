@@ -293,16 +293,15 @@ template <typename T, int kStep>
 void walk_line(const SeenLines<T>& seen, const T* weights, const T* starts, int64_t channels,
                const WalkedPixels<T>& pixels, const Ending<T>& ending) {
   for_walked_vectors<T>(channels, [&](int64_t c, int64_t v, auto count) {
-    walk_sums<T, kStep, count.value>(seen.from_channel(c), weights + v * 9 * kLanes<T>,
-                                     starts + v * kLanes<T>, pixels.from_channel(c), ending);
+    walk_sums<T, kStep, count.value>(seen, c, weights + v * 9 * kLanes<T>, starts + v * kLanes<T>,
+                                     pixels, ending);
   });
 }
 template <typename T, int kStep>
 void walk_tap_line(const SeenLines<T>& seen, int64_t channels, const WalkedPixels<const T>& grads,
                    T* sums) {
   for_walked_vectors<T>(channels, [&](int64_t c, int64_t v, auto count) {
-    walk_tap_sums<T, kStep, count.value>(seen.from_channel(c), grads.from_channel(c),
-                                         sums + v * 9 * kLanes<T>);
+    walk_tap_sums<T, kStep, count.value>(seen, c, grads, sums + v * 9 * kLanes<T>);
   });
 }
 

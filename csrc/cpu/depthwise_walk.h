@@ -23,29 +23,46 @@ struct SeenLines {
   int64_t width;     // columns
   int64_t first_dw;  // of the first tap
   int64_t ahead;     // to a line that is fetched meanwhile, 0: none
+};
 
-  SeenLines from_channel(int64_t c) const {
-    SeenLines those = *this;
-    for (int r = 0; r < 3; ++r) those.at[r] += c;
-    return those;
-  }
-
-  GDFAST_INLINE void skip(int64_t columns) {
-    for (int r = 0; r < 3; ++r) at[r] += columns * pitch[r];
+// A column after the other of those lines, of vectors of channels from c on.
+template <typename T, int kStep, int kVectors>
+class Walk {
+ public:
+  // Each address by itself: filled as vectors, they would wait for what was stored a moment ago.
+  GDFAST_INLINE Walk(const SeenLines<T>& seen, int64_t c, int64_t column) : ahead_(seen.ahead) {
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      pitch_[r] = seen.pitch[r];
+      at_[r] = seen.at[r] + c + column * pitch_[r];
+      forget_origin(pitch_[r]);
+      forget_origin(at_[r]);
+    }
   }
 
   // Calls each(row, vector, pixels) for a column, and goes on to the next.
-  template <int kStep, int kVectors, typename Each>
+  template <typename Each>
   GDFAST_INLINE void take(const Each& each) {
 #pragma GCC unroll 2
     for (int g = 0; g < kVectors; ++g) {
 #pragma GCC unroll 2
-      for (int x = 1; x <= kStep; ++x) __builtin_prefetch(at[2] + g * kLanes<T> + x * ahead, 0, 2);
+      for (int x = 1; x <= kStep; ++x) {
+        __builtin_prefetch(at_[2] + g * kLanes<T> + x * ahead_, 0, 2);
+      }
 #pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) each(r, g, load(at[r] + g * kLanes<T>));
+      for (int r = 0; r < 3; ++r) {
+        Vec<T> pixels = load(at_[r] + g * kLanes<T>);
+        keep_in_register<T>(pixels);
+        each(r, g, pixels);
+      }
     }
-    skip(1);
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) at_[r] += pitch_[r];
   }
+
+ private:
+  const T* at_[3];
+  int64_t pitch_[3], ahead_;
 };
 
 // Pixels [j, end) of a line of dest, of which `to` is pixel 0 and `step` lies between two.
@@ -54,15 +71,14 @@ struct WalkedPixels {
   int64_t j, end;
   T* to;
   int64_t step;
-
-  WalkedPixels from_channel(int64_t c) const { return {j, end, to + c, step}; }
 };
 
-// Sums of kVectors vectors; weights lie [vector][row][column][lane].
+// Sums of kVectors vectors of channels from c on; weights lie [vector][row][column][lane].
 template <typename T, int kStep, int kVectors>
-void walk_sums(SeenLines<T> seen, const T* weights, const T* starts, const WalkedPixels<T>& pixels,
-               const Ending<T>& ending_of_all) {
+void walk_sums(const SeenLines<T>& seen, int64_t c, const T* weights, const T* starts,
+               const WalkedPixels<T>& pixels, const Ending<T>& ending_of_all) {
   const Ending<T> ending = ending_of_all;
+  T* const line = pixels.to + c;
   const int64_t j = pixels.j, end = pixels.end, step = pixels.step;
   Vec<T> weight[kVectors][3][3], start[kVectors];
 #pragma GCC unroll 2
@@ -73,7 +89,7 @@ void walk_sums(SeenLines<T> seen, const T* weights, const T* starts, const Walke
   }
   const auto write = [&](int64_t x, Vec<T>(&sums)[kVectors]) {
     finish_sums<1, kVectors>(ending, &sums);
-    T* const to = pixels.to + x * step;
+    T* const to = line + x * step;
 #pragma GCC unroll 2
     for (int g = 0; g < kVectors; ++g) store<T>(to + g * kLanes<T>, sums[g]);
   };
@@ -93,10 +109,10 @@ void walk_sums(SeenLines<T> seen, const T* weights, const T* starts, const Walke
     const int64_t first = max_of(0, j + seen.first_dw);
     const int64_t columns_end = min_of(seen.width, end + seen.first_dw + 2);
     int64_t x = first - seen.first_dw - 2;  // the pixel whose last tap sees the column
-    seen.skip(first);
+    Walk<T, kStep, kVectors> walk(seen, c, first);
     for (int64_t column = first; column < columns_end; ++column, ++x) {
       begin(last);
-      seen.template take<1, kVectors>([&](int r, int g, Vec<T> pixel) {
+      walk.take([&](int r, int g, Vec<T> pixel) {
         sums[g] += weight[g][r][2] * pixel;
         next[g] += weight[g][r][1] * pixel;
         last[g] += weight[g][r][0] * pixel;
@@ -111,18 +127,18 @@ void walk_sums(SeenLines<T> seen, const T* weights, const T* starts, const Walke
     }
   } else {
     int64_t column = j * kStep + seen.first_dw;
-    seen.skip(max_of(0, column));
+    Walk<T, kStep, kVectors> walk(seen, c, max_of(0, column));
     if (column >= 0) {
-      seen.template take<kStep, kVectors>(
+      walk.take(
           [&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][0] * pixel; });
     }
     for (int64_t x = j; x < end; ++x) {
-      seen.template take<kStep, kVectors>(
+      walk.take(
           [&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][1] * pixel; });
       begin(next);
       column += kStep;
       if (column < seen.width) {
-        seen.template take<kStep, kVectors>([&](int r, int g, Vec<T> pixel) {
+        walk.take([&](int r, int g, Vec<T> pixel) {
           sums[g] += weight[g][r][2] * pixel;
           next[g] += weight[g][r][0] * pixel;
         });
@@ -133,17 +149,12 @@ void walk_sums(SeenLines<T> seen, const T* weights, const T* starts, const Walke
   }
 }
 
-// sums += gradients * seen for each tap, over the pixels of a whole line. Sums lie as weights do.
+// to += gradients * seen for each tap, over the pixels of a whole line. Sums lie as weights do.
 template <typename T, int kStep, int kVectors>
-void walk_tap_sums(SeenLines<T> seen, const WalkedPixels<const T>& grads, T* to) {
-  const T* const grad = grads.to;
+void walk_tap_sums(const SeenLines<T>& seen, int64_t c, const WalkedPixels<const T>& grads, T* to) {
+  const T* const grad = grads.to + c;
   const int64_t end = grads.end, step = grads.step;
-  Vec<T> sums[kVectors][3][3];
-#pragma GCC unroll 2
-  for (int g = 0; g < kVectors; ++g) {
-#pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) sums[g][t / 3][t % 3] = load(to + (g * 9 + t) * kLanes<T>);
-  }
+  Vec<T> sums[kVectors][3][3] = {};
   const auto fetch = [&](int64_t x, Vec<T>(&those)[kVectors]) {
     const bool inside = x >= 0 && x < end;
 #pragma GCC unroll 2
@@ -163,10 +174,10 @@ void walk_tap_sums(SeenLines<T> seen, const WalkedPixels<const T>& grads, T* to)
     int64_t x = first - seen.first_dw;
     fetch(x - 2, past);
     fetch(x - 1, middle);
-    seen.skip(first);
+    Walk<T, kStep, kVectors> walk(seen, c, first);
     for (int64_t column = first; column < columns_end; ++column, ++x) {
       fetch(x, now);
-      seen.template take<1, kVectors>([&](int r, int g, Vec<T> pixel) {
+      walk.take([&](int r, int g, Vec<T> pixel) {
         sums[g][r][0] += now[g] * pixel;
         sums[g][r][1] += middle[g] * pixel;
         sums[g][r][2] += past[g] * pixel;
@@ -176,29 +187,32 @@ void walk_tap_sums(SeenLines<T> seen, const WalkedPixels<const T>& grads, T* to)
     }
   } else {
     int64_t column = seen.first_dw;
-    seen.skip(max_of(0, column));
+    Walk<T, kStep, kVectors> walk(seen, c, max_of(0, column));
     fetch(-1, past);
     for (int64_t x = 0; x < end; ++x, column += kStep) {
       fetch(x, now);
       if (column >= 0) {
-        seen.template take<kStep, kVectors>([&](int r, int g, Vec<T> pixel) {
+        walk.take([&](int r, int g, Vec<T> pixel) {
           sums[g][r][0] += now[g] * pixel;
           sums[g][r][2] += past[g] * pixel;
         });
       }
-      seen.template take<kStep, kVectors>(
+      walk.take(
           [&](int r, int g, Vec<T> pixel) { sums[g][r][1] += now[g] * pixel; });
       move(now, past);
     }
     if (column < seen.width) {
-      seen.template take<kStep, kVectors>(
+      walk.take(
           [&](int r, int g, Vec<T> pixel) { sums[g][r][2] += past[g] * pixel; });
     }
   }
 #pragma GCC unroll 2
   for (int g = 0; g < kVectors; ++g) {
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) store<T>(to + (g * 9 + t) * kLanes<T>, sums[g][t / 3][t % 3]);
+    for (int t = 0; t < 9; ++t) {
+      T* const sum = to + (g * 9 + t) * kLanes<T>;
+      store<T>(sum, load(sum) + sums[g][t / 3][t % 3]);
+    }
   }
 }
 
