@@ -47,7 +47,7 @@ class Walk {
     for (int g = 0; g < kVectors; ++g) {
 #pragma GCC unroll 2
       for (int x = 1; x <= kStep; ++x) {
-        __builtin_prefetch(at_[2] + g * kLanes<T> + x * ahead_, 0, 2);
+        if (ahead_ != 0) __builtin_prefetch(at_[2] + g * kLanes<T> + x * ahead_, 0, 2);
       }
 #pragma GCC unroll 3
       for (int r = 0; r < 3; ++r) {
