@@ -57,6 +57,11 @@ class DepthwisePhases {
     for (int64_t x = 0; x < count_; ++x) own.of_phase[x] = phases_[x].lines.carve(carver);
     return own;
   }
+  void write_past_caches(const T* grad_input) {
+    for (int64_t x = 0; x < count_; ++x) {
+      phases_[x].lines.write_past_caches(grad_input + phases_[x].offset);
+    }
+  }
   void prepare(const T* weight) {
     for (int64_t x = 0; x < count_; ++x) phases_[x].lines.prepare(weight, nullptr);
   }
@@ -91,6 +96,7 @@ void depthwise_grad_input_channel_lines(const Conv2dProblem& p, const T* grad_ou
       threads, [&](Carver& carver) { phases.carve_shared(carver); },
       [&](Carver& carver) { phases.carve(carver); });
   phases.prepare(weight);
+  phases.write_past_caches(grad_input);
   const int64_t height = ceil_div(p.H, p.stride_h);
   const int64_t together = lines_together(p.N * height, threads);
   const int64_t runs = ceil_div(height, together);

@@ -71,6 +71,7 @@ struct WalkedPixels {
   int64_t j, end;
   T* to;
   int64_t step;
+  bool stream = false;  // past the caches: all vectors are aligned
 };
 
 // Sums of kVectors vectors of channels from c on; weights lie [vector][row][column][lane].
@@ -80,6 +81,7 @@ void walk_sums(const SeenLines<T>& seen, int64_t c, const T* weights, const T* s
   const Ending<T> ending = ending_of_all;
   T* const line = pixels.to + c;
   const int64_t j = pixels.j, end = pixels.end, step = pixels.step;
+  const bool stream = pixels.stream;
   Vec<T> weight[kVectors][3][3], start[kVectors];
 #pragma GCC unroll 2
   for (int g = 0; g < kVectors; ++g) {
@@ -91,7 +93,10 @@ void walk_sums(const SeenLines<T>& seen, int64_t c, const T* weights, const T* s
     finish_sums<1, kVectors>(ending, &sums);
     T* const to = line + x * step;
 #pragma GCC unroll 2
-    for (int g = 0; g < kVectors; ++g) store<T>(to + g * kLanes<T>, sums[g]);
+    for (int g = 0; g < kVectors; ++g) {
+      T* const at = to + g * kLanes<T>;
+      stream ? store_streaming<T>(at, sums[g]) : store<T>(at, sums[g]);
+    }
   };
   // Sums of neighbouring pixels that see the column.
   Vec<T> sums[kVectors], next[kVectors], last[kVectors];
@@ -129,12 +134,10 @@ void walk_sums(const SeenLines<T>& seen, int64_t c, const T* weights, const T* s
     int64_t column = j * kStep + seen.first_dw;
     Walk<T, kStep, kVectors> walk(seen, c, max_of(0, column));
     if (column >= 0) {
-      walk.take(
-          [&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][0] * pixel; });
+      walk.take([&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][0] * pixel; });
     }
     for (int64_t x = j; x < end; ++x) {
-      walk.take(
-          [&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][1] * pixel; });
+      walk.take([&](int r, int g, Vec<T> pixel) { sums[g] += weight[g][r][1] * pixel; });
       begin(next);
       column += kStep;
       if (column < seen.width) {
@@ -197,13 +200,11 @@ void walk_tap_sums(const SeenLines<T>& seen, int64_t c, const WalkedPixels<const
           sums[g][r][2] += past[g] * pixel;
         });
       }
-      walk.take(
-          [&](int r, int g, Vec<T> pixel) { sums[g][r][1] += now[g] * pixel; });
+      walk.take([&](int r, int g, Vec<T> pixel) { sums[g][r][1] += now[g] * pixel; });
       move(now, past);
     }
     if (column < seen.width) {
-      walk.take(
-          [&](int r, int g, Vec<T> pixel) { sums[g][r][2] += past[g] * pixel; });
+      walk.take([&](int r, int g, Vec<T> pixel) { sums[g][r][2] += past[g] * pixel; });
     }
   }
 #pragma GCC unroll 2
