@@ -225,9 +225,11 @@ class DepthwiseLines {
     if (bias != nullptr) spread_channels(bias, 1, channels_, starts_, kLanes<T>);
   }
 
-  // Has lines be written past the caches where those would not hold all of dest until it is read.
+  // Has lines be written past the caches where a core's own would not hold all of dest: to be read
+  // right afterwards it comes from memory, which still takes less time than reading what is about
+  // to be overwritten.
   void write_past_caches(const T* dest) {
-    constexpr int64_t kBytes = 8 << 20;
+    constexpr int64_t kBytes = 2 << 20;
     constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
     stream_ = walk_ != nullptr && conv_.pixels() * channels_ * kSize > kBytes &&
               channels_ % kLanes<T> == 0 && conv_.dest.w == channels_ &&
