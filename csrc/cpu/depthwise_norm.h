@@ -107,7 +107,6 @@ class DepthwiseNormGradients {
         });
     sums.prepare();
     phases_.prepare(weight_);
-    if (grad_input != nullptr) phases_.write_past_caches(grad_input);
 
     parallel_for(sums.shares(), threads_, [&](int64_t share, int thread) {
       Carver carver = memory.of(thread);
