@@ -174,6 +174,15 @@ def recorded(choices: dict[str, Choice]) -> Iterator[list[Use]]:
         _set_session(before)
 
 
+def save() -> None:
+    """Writes what has been chosen to the file now, for processes that start before this one ends.
+
+    Otherwise that is done every few seconds, when something is chosen, and at the end.
+    """
+    with _lock:
+        _save()
+
+
 def situation() -> int:
     """A number for what a choice depends on beside its query.
 
@@ -437,11 +446,6 @@ def _after_fork() -> None:
     _unsaved.clear()
 
 
-def _at_exit() -> None:
-    with _lock:
-        _save()
-
-
-atexit.register(_at_exit)
+atexit.register(save)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

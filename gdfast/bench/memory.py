@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from gdfast.backends import tuning
 from gdfast.bench.cases import STEPS, StepCase
 
 _STEPS = 3  # the first allocates gradients and momentum; what a pool keeps shows in the later ones
@@ -17,9 +18,13 @@ _STEPS = 3  # the first allocates gradients and momentum; what a pool keeps show
 def compare(case: StepCase, dtype: torch.dtype, ours: str, native: str) -> tuple[int, int]:
     """Peak bytes of training by ours and by native, each in the layout named.
 
+    What this process has chosen, the others find in the file: they train as it does, and use no
+    memory for timing candidates.
+
     Raises:
         subprocess.CalledProcessError: a process did not get to its end.
     """
+    tuning.save()
     name = str(dtype).removeprefix("torch.")
     found = []
     for side, layout in (("ours", ours), ("native", native)):
