@@ -197,10 +197,11 @@ int look_up(const Memo& memo, Dicts& dicts, PyObject* const* arguments, Py_ssize
     PyTuple_SET_ITEM(tuple, place++, each);
   }
   PyObject* const* const tensors = &PyTuple_GET_ITEM(tuple, 0);
-  for (size_t i = 0; i < memo.needs.size(); ++i) {
-    if (const int same = needs_as(tensors[i], memo.needs[i]); same != 1) return same;
+  int same = have_facts(tensors, place, memo.facts);  // and are tensors
+  for (size_t i = 0; same == 1 && i < memo.needs.size(); ++i) {
+    same = needs_as(tensors[i], memo.needs[i]);
   }
-  return have_facts(tensors, place, memo.facts);
+  return same;
 }
 
 PyObject* recall(PyObject*, PyObject* const* arguments, Py_ssize_t count) {

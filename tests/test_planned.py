@@ -160,6 +160,58 @@ def test_notices_changes_of_a_convolution(name: str, change: Any) -> None:
         same(run(module, batch), by_hand(twin, batch))
 
 
+def test_notices_lists_that_change() -> None:
+    module, twin = nn.Conv2d(2, 5, 3), torch.nn.Conv2d(2, 5, 3)
+    twin.load_state_dict(module.state_dict())
+    images, sizes, windows = torch.randn(3, 2, 12, 11), [1, 1], [2, 2]
+    module.stride = twin.stride = sizes
+    for step in range(8):
+        if step == 4:
+            sizes[0], windows[0] = 2, 3
+        torch.testing.assert_close(module(images), twin(images))
+        pooled = torch.nn.functional.max_pool2d(twin(images).relu(), windows)
+        torch.testing.assert_close(nn.conv_relu_max_pool(module, images, windows), pooled)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_refuses_what_is_no_tensor(name: str) -> None:
+    module, _, _ = warmed(name)
+    for wrong in ("images", [1.0], None):
+        with pytest.raises(TypeError):
+            module(wrong)
+
+
+def test_a_pooling_with_a_parameter_of_its_own() -> None:
+    class Scaled(nn.MaxPool2d):
+        def __init__(self) -> None:
+            super().__init__(2)
+            self.scale = torch.nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, images: Tensor) -> Any:
+            return super().forward(images) * self.scale
+
+    module, images = Scaled(), torch.randn(3, 2, 12, 11)
+    for _ in range(4):
+        expected = torch.nn.functional.max_pool2d(images, 2) * 3
+        torch.testing.assert_close(module(images), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_backward_pass_in_another_situation_has_a_plan_too(name: str) -> None:
+    module, twin, batch = warmed(name, needs=name == "pooling")
+    for _ in range(3):
+        output, other = module(batch), twin(batch)
+        gradient = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        with gdfast.precision("strict"):
+            wanted = [each for each in (batch, *module.parameters()) if each.requires_grad]
+            ours = torch.autograd.grad(output, wanted, gradient)
+            wanted = [each for each in (batch, *twin.parameters()) if each.requires_grad]
+            with plans.disabled():
+                same(list(ours), list(torch.autograd.grad(other, wanted, gradient)))
+    passes = [each.plan for unit in units() for each in unit._backward.values()]
+    assert len([each for each in passes if each]) >= 2
+
+
 def test_notices_changes_of_a_pooling() -> None:
     module, twin, batch = warmed("pooling")
     for name, value in (("stride", 1), ("kernel_size", (2, 3)), ("ceil_mode", True)):

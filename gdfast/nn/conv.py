@@ -29,7 +29,8 @@ class Conv2d(torch.nn.Conv2d):
             return output
         own = vars(self)
         params, padding_mode = own["_parameters"], own["padding_mode"]
-        if params.keys() == _NAMES and padding_mode == "zeros" and "_conv_forward" not in own:
+        is_plain = padding_mode == "zeros" and "_conv_forward" not in own
+        if is_plain and params.keys() == _NAMES and isinstance(input, Tensor) and input.dim() == 4:
             tensors = input, params["weight"], params["bias"]
             geometry = self.stride, self.padding, self.dilation, self.groups
             _, layer = layer_of(tensors, *geometry)

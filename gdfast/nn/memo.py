@@ -82,13 +82,14 @@ def note(
 ) -> None:  # fmt: skip
     """Notes a call of a unit on these tensors, when it is made for the second time.
 
-    `casts` tells whether the unit took what autocast makes of them. The modules have
-    their parameters and buffers, and the hooks and settings of a call as one.
+    Without `settings` it is a call of the module's own forward, which hooks stand around. `casts`
+    tells whether the unit took what autocast makes of them. The modules have their parameters and
+    buffers, and the hooks and settings of a call as one.
     """
     key = id(module)
     before = _memos.get(key)
     if before is not None and before.unit is unit and before.module() is module:
-        capsule = _capsule(module, conv, tensors)
+        capsule = _capsule(module, conv, tensors, settings)
     else:
         capsule = None
     if casts and capsule is not None:
@@ -103,22 +104,30 @@ def _forget(key: int, _: Any) -> None:
     _memos.pop(key, None)
 
 
-def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
+def _capsule(module: Any, conv: Any, tensors: Tensors, settings: Any) -> Any:
     modules = [module] if conv is None else [conv, module]
     facts = unwatched_facts(*tensors)
-    if not isinstance(facts, bytes):
+    if not isinstance(facts, bytes) or not _is_constant(settings):
         return None
     kept: list[Any] = []
     sources: list[Any] = [_INPUT]
     for each in modules:
         own, weak = vars(each), weakref.ref(each)
         names = next(names for kind, names in _SETTINGS.items() if isinstance(each, kind))
+        if not all(_is_constant(own[name]) for name in names):
+            return None  # a list may be changed in its place
         kept += [(weak, name, own[name]) for name in names]
-        kept += [(weak, name, _FALSE) for name in _HOOKS]
+        # Around a forward of its own somebody else has called what is to be called.
+        hooks = _HOOKS if settings is not None else ()
+        of_all = _GLOBAL_HOOKS if hooks and isinstance(each, torch.nn.Conv2d) else ()
+        if any(own[name] for name in hooks) or any(vars(_module)[name] for name in of_all):
+            return None
+        kept += [(weak, name, _FALSE) for name in hooks]
+        kept += [(vars(_module), name, _FALSE) for name in of_all]
         if isinstance(each, torch.nn.Conv2d):
-            kept += [(weak, name, _ABSENT) for name in ("forward", "_conv_forward")]
-            kept += [(vars(_module), name, _FALSE) for name in _GLOBAL_HOOKS]
-        if each._parameters:
+            own_functions = ("forward", "_conv_forward") if hooks else ("_conv_forward",)
+            kept += [(weak, name, _ABSENT) for name in own_functions]
+        if not isinstance(each, torch.nn.MaxPool2d):
             sources += [(weak, "_parameters", name) for name in ("weight", "bias")]
     if conv is not None:
         sources += [(weak, "_buffers", "running_mean"), (weak, "_buffers", "running_var")]
@@ -134,6 +143,12 @@ def _capsule(module: Any, conv: Any, tensors: Tensors) -> Any:
     return native.cpu.make_memo(
         (*kept, *kept_of_situation), tuple(asked), tuple(sources), facts, needs
     )
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, (int, float, str))
 
 
 def _find(module: weakref.ref[Any], name: str, key: str) -> Any:

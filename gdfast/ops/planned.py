@@ -83,9 +83,8 @@ class Planned(ABC):
     ) -> None:  # fmt: skip
         self._forward, self._device, self.backend = forward, device, chosen(backend)
         self._place: Any = plans.place(device, on_gpu)
-        self._situation = situation(self.backend)
-        # By which gradients are asked for and the facts of the tensors: what was saved may come
-        # back in another layout, from hooks that pack it.
+        # By which gradients are asked for, the facts of the tensors (what was saved may come back
+        # in another layout, from hooks that pack it) and what kernels depend on beside them.
         self._backward: dict[tuple[Any, ...], _Pass] = {}
         self._last: _Pass | None = None
 
@@ -138,29 +137,35 @@ class Planned(ABC):
             if results is not None:
                 return results
         facts = self._facts(grad_output, saved)
-        found = self._backward.get((needs, facts))
+        key = needs, facts, situation(self.backend)
+        found = self._backward.get(key)
         if found is not None and found.plan is not None and plans.enabled:
             self._last = found
             results = found.plan((grad_output, *saved), 0.0, *self._place())
             if results is not None:
                 return results
         gradients = self.operations(ctx, grad_output, saved)
-        if facts is not None and found is None:
+        # While a graph is recorded kernels are not looked for: a later pass may find them.
+        if facts is not None and found is None and not _is_capturing(self._device):
             plan = self.backward_plan(needs, grad_output, saved)
             memo = plan and backward_memo(facts, 1 + len(saved), self._device)
             if len(self._backward) >= _MOST_BACKWARD:
                 self._backward.clear()
-            self._backward[needs, facts] = _Pass(plan, needs, memo)
+            self._backward[key] = _Pass(plan, needs, memo)
         return *gradients, None
 
     def _facts(self, grad_output: Tensor, saved: tuple[Any, ...]) -> bytes | None:
         """The facts of all tensors where a plan could run now."""
         if torch.is_grad_enabled() or in_backward.targets or torch.compiler.is_compiling():
             return None
-        if self._situation != situation(self.backend):
+        if self.backend != chosen(self.backend):
             return None
         facts = unwatched_facts(grad_output, *saved)
         return facts if isinstance(facts, bytes) else None
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class _Pass(NamedTuple):
@@ -196,14 +201,12 @@ def lookup(kind: str, tensors: tuple[Any, ...], *settings: Any) -> tuple[Any, An
     The key is None where there never is one.
     """
     facts = unwatched_facts(*tensors)
-    if not isinstance(facts, bytes) or not plans.enabled:
+    if tensors[0] is None or not isinstance(facts, bytes) or not plans.enabled:
         return None, None
     grads = torch.is_grad_enabled() and tuple(t is not None and t.requires_grad for t in tensors)
-    key = kind, facts, *settings, grads, situation(chosen())
-    try:
-        return key, conv2d_dispatch.units.get(key)
-    except TypeError:  # lists for stride and so on
-        return None, None
+    # As text: lists for stride and so on may be changed, and 2.0, which is refused, equals 2.
+    key = kind, facts, repr(settings), grads, situation(chosen())
+    return key, conv2d_dispatch.units.get(key)
 
 
 def keep(key: tuple[Any, ...], found: Planned | None) -> Planned | None:
