@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fresh_registry", "compiled_cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution with "same" padding, and the norm behind it."""
+    """A convolution with "same" padding, unless told otherwise, and the norm behind it."""
 
     N: int
     C: int
@@ -38,6 +38,7 @@ class Case:
     activation: str = "relu6"
     residual: bool = False
     bias: bool = False
+    padding: tuple[int, int] | None = None
 
     @property
     def groups(self) -> int:
@@ -45,8 +46,8 @@ class Case:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        pad = self.kernel // 2
-        return (self.stride, self.stride), (pad,) * 4, (1, 1), self.groups
+        rows, columns = self.padding or (self.kernel // 2,) * 2
+        return (self.stride, self.stride), (rows, columns) * 2, (1, 1), self.groups
 
 
 # Half a megabyte of output each: less is left apart.
@@ -59,6 +60,8 @@ CASES = [
     Case(2, 96, 53, 55, 96, kernel=3, stride=2),
     Case(3, 93, 55, 46, 93, kernel=3, stride=2, activation="relu", residual=True, bias=True),
     Case(3, 61, 27, 29, 61, kernel=5, activation="none"),
+    # Pieces begin at the last pixel of a line, which sees one column of the image.
+    Case(8, 64, 50, 9, 64, kernel=3, activation="none", padding=(1, 2)),
     Case(9, 40, 46, 40, 40, kernel=5, stride=2, activation="leaky_relu"),
     Case(5, 40, 25, 29, 40, kernel=7, activation="silu"),
 ]

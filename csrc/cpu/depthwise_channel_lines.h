@@ -238,6 +238,9 @@ class DepthwiseLines {
               ending_.activation != Activation::kSilu;
   }
 
+  // Has no lines of the source be fetched ahead: those that line_at gives are in a cache.
+  void read_from_cache() { taps_.is_cached = true; }
+
   // Pixels [j, end) of line i, which is written to `dest`; line_at(h) is where a line of its source
   // lies.
   template <typename LineAt>

@@ -81,7 +81,9 @@ class DepthwiseNormGradients {
         grad_bias_(grad_bias),
         threads_(threads),
         phases_(p_, weight, taps),
-        kept_(phases_.before + phases_.after + 1) {}
+        kept_(phases_.before + phases_.after + 1) {
+    phases_.read_from_cache();
+  }
 
   static void run(const void* self, const PixelGradient& gradient) {
     const auto& all = *static_cast<const DepthwiseNormGradients*>(self);

@@ -62,6 +62,9 @@ class DepthwisePhases {
       phases_[x].lines.write_past_caches(grad_input + phases_[x].offset);
     }
   }
+  void read_from_cache() {
+    for (int64_t x = 0; x < count_; ++x) phases_[x].lines.read_from_cache();
+  }
   void prepare(const T* weight) {
     for (int64_t x = 0; x < count_; ++x) phases_[x].lines.prepare(weight, nullptr);
   }

@@ -117,7 +117,7 @@ class TapRows {
                               : least_ >= -1 && last + 1 < conv_.source_width);
   }
 
-  // What line i sees, of vectors of channels from c on.
+  // What line i of dest sees.
   template <typename T, typename LineAt>
   SeenLines<T> seen_lines(const LineAt& line_at, int64_t i, const T* zeros) const {
     SeenLines<T> seen;
@@ -129,16 +129,20 @@ class TapRows {
     }
     seen.width = conv_.source_width;
     seen.first_dw = least_;
-    // Processors foresee a walk by themselves, if not as far ahead as memory is away.
+    // Processors foresee a walk by themselves, if not as far ahead as memory is away. The line
+    // below the lowest one comes next.
     constexpr int64_t kBytes = 8 << 20;
     const int64_t values = conv_.batch * conv_.source_height * conv_.source_width * conv_.groups;
-    seen.ahead = values * static_cast<int64_t>(sizeof(T)) > kBytes ? conv_.source.h : 0;
+    const bool fetches = !is_cached && values * static_cast<int64_t>(sizeof(T)) > kBytes;
+    const int64_t lines = 1 + max_of(0, tap(0, 0).dh - tap(2, 0).dh);
+    seen.ahead = fetches && seen.at[2] != zeros ? lines * conv_.source.h : 0;
     return seen;
   }
 
   int64_t rows = 0, columns = 0;
-  int64_t spacing = 1;  // columns of the image between two pixels that are seen
-  int64_t ahead;        // elements of the image between what two neighbouring blocks see
+  int64_t spacing = 1;     // columns of the image between two pixels that are seen
+  int64_t ahead;           // elements of the image between what two neighbouring blocks see
+  bool is_cached = false;  // lines of the source are copies that a cache holds
 
  private:
   // Whether all that a block from column j on sees lies between the borders of its lines.

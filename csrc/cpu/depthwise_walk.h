@@ -22,7 +22,7 @@ struct SeenLines {
   int64_t pitch[3];  // from one column to the next
   int64_t width;     // columns
   int64_t first_dw;  // of the first tap
-  int64_t ahead;     // to a line that is fetched meanwhile, 0: none
+  int64_t ahead;     // from the third line to one that is fetched meanwhile, 0: none
 };
 
 // A column after the other of those lines, of vectors of channels from c on.
@@ -127,7 +127,7 @@ void walk_sums(const SeenLines<T>& seen, int64_t c, const T* weights, const T* s
       move(last, next);
     }
     for (; x < end; ++x) {
-      write(x, sums);
+      if (x >= j) write(x, sums);
       move(next, sums);
     }
   } else {
