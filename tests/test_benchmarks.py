@@ -69,6 +69,24 @@ def test_scaling_tells_no_times_of_a_wrong_gradient(
         scaling.main()
 
 
+def test_apart_times_every_variant_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    apart = _script("apart")
+    monkeypatch.setattr(apart, "_VARIANTS", [("ours", "NCHW"), ("native", "channels_last")])
+    words = ["apart.py", "SimpleCNN", "--seconds", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert apart.main() == 0
+    (path,) = tmp_path.glob("*-apart-*.json")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["rounds"] == 1 and row["ms"].keys() == {"ours NCHW", "native channels_last"}
+    assert row["ratio"] == pytest.approx(row["ms"]["native channels_last"] / row["ms"]["ours NCHW"])
+    assert capsys.readouterr().out.startswith(f"SimpleCNN, batch 64: {row['ratio']:.2f}")
+    monkeypatch.setattr(sys, "argv", ["apart.py", "nothing"])
+    with pytest.raises(SystemExit):
+        apart.main()
+
+
 def test_convergence_compares_three_trainings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
