@@ -53,8 +53,8 @@ class Rows {
   Region whole() const { return {0, columns_, 0, rows_, 0, 0}; }
 
   // visit(piece) for parts of a region, one after the other, that give the sums of the whole: they
-  // begin where a sum does. With `many`, each fits a core's cache, and no short one is left at the
-  // end: a matrix product would read all weights for its few pixels.
+  // begin where a sum does. With `many`, each fits a core's cache but for the last, half as large
+  // again at most: a matrix product would read all weights for the few pixels of a short one.
   template <typename Visit>
   void for_pieces(const Region& g, bool many, const Visit& visit) const {
     const int64_t bytes = kSumLength * columns_ * static_cast<int64_t>(sizeof(T));

@@ -3,8 +3,8 @@
 //
 // A block of neighbouring pixels goes along the channels, so that memory is read in order. For each
 // row of taps there is a list of the pixels of the image that the block sees through it: each is
-// loaded once for all pixels of the block, and beyond the border there are zeros. 3x3 taps are
-// walked instead (depthwise_walk.h).
+// loaded once for all pixels of the block, and beyond the border there are zeros. 3x3 taps side by
+// side are walked instead, with padding of at most 2, or 1 with steps of 2 (depthwise_walk.h).
 #pragma once
 
 #include "band.h"
