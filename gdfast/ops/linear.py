@@ -58,7 +58,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _cuda_layer(input: Any, weight: Any, bias: Any) -> Any:
     """What runs a call on the CUDA kernels, if they do."""
     facts = unwatched_facts(input, weight, bias)
-    if not isinstance(facts, bytes):
+    if not isinstance(facts, bytes) or input is None or weight is None:
         return None
     cast = None
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(_CUDA):
