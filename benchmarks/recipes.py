@@ -107,6 +107,7 @@ def main() -> int:
     if args.out:
         content = {"machine": machine.describe(), "rows": rows}
         path = Path(args.out) / f"{machine.slug()}-recipes-{torch.get_num_threads()}t.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
         print(f"saved {path}")
     return 0
