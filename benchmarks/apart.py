@@ -11,12 +11,10 @@ has, and they take steps in turns, while the others wait.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from gdfast import optim
 from gdfast.bench import machine, sgd, step, suites
 from gdfast.bench.cases import STEPS, StepCase
 from gdfast.bench.workload import LAYOUTS
-from gdfast.files import write_atomic
 
 _WARMUP = 6  # steps before any is timed: in the first ones candidates are
 _VARIANTS = [(side, layout) for side in ("ours", "native") for layout in LAYOUTS]
@@ -131,10 +128,7 @@ def main() -> int:
         low, high = row["spread"]
         print(f"{case.name}: {row['ratio']:.2f} ({low:.2f}-{high:.2f}); {times}", flush=True)
     if args.out:
-        content = {"machine": machine.describe(), "rows": rows}
-        path = Path(args.out) / f"{machine.slug()}-apart-{torch.get_num_threads()}t.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        path = machine.write_rows(args.out, f"apart-{torch.get_num_threads()}t", rows)
         print(f"saved {path}")
     return 0
 

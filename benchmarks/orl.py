@@ -12,7 +12,6 @@ the last epoch: no epoch was chosen by the test. Five trainings a seed.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ import numpy as np
 from gdfast.bench import machine
 from gdfast.data import faces
 from gdfast.data.face_splits import split
-from gdfast.files import write_atomic
 from gdfast.metrics import verification
 from gdfast.train import Settings, train
 
@@ -64,14 +62,11 @@ def main() -> int:
     parser.add_argument("--out", default="runs")
     args = parser.parse_args()
     folds = range(1, FOLDS + 1)
-    path = Path(args.out) / f"{machine.slug()}-orl.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
 
     def add(name: str, row: dict[str, Any]) -> None:
         rows[name] = row
-        content = {"machine": machine.describe(), "rows": rows}
-        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        machine.write_rows(args.out, "orl", rows)
         print(f"{name:20}", *(f"{measure} {row[measure]:.4f}" for measure in MEASURES), sep="  ")
 
     add("pixels identify", of_pixels(args.folder, "identify"))
@@ -82,7 +77,7 @@ def main() -> int:
             trained(args.folder, seed, protocol="verify", fold=fold, folds=FOLDS) for fold in folds
         ]
         add(f"verify seed {seed}", {**mean(found), "folds": found})
-    print(f"everything is in {path}")
+    print(f"everything is in {machine.write_rows(args.out, 'orl', rows)}")
     return 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,7 +23,6 @@ from gdfast import backends
 from gdfast.backends import tuning
 from gdfast.bench import machine
 from gdfast.bench.timer import compare
-from gdfast.files import write_atomic
 from gdfast.train import TASKS, Settings, rng
 from gdfast.train.distributed import Group
 from gdfast.train.here import settle_here
@@ -105,10 +103,7 @@ def main() -> int:
             flush=True,
         )
     if args.out:
-        content = {"machine": machine.describe(), "rows": rows}
-        path = Path(args.out) / f"{machine.slug()}-recipes-{torch.get_num_threads()}t.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+        path = machine.write_rows(args.out, f"recipes-{torch.get_num_threads()}t", rows)
         print(f"saved {path}")
     return 0
 

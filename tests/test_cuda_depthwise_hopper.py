@@ -1,9 +1,11 @@
-"""The depthwise kernels for Hopper, by whole rows and in boxes, in the simulator or on such a GPU,
-against native."""
+"""The depthwise kernels for Hopper, by whole rows, in boxes and by bands, in the simulator or on
+such a GPU, against native."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ pytestmark = [
     pytest.mark.usefixtures("nan_filled_memory", "fresh_registry", "hopper"),
     pytest.mark.filterwarnings("error::gdfast.errors.FallbackWarning"),
 ]
-ROWS, BOXES = cuda_depthwise.ROWS, cuda_depthwise.BOXES
+ROWS, BOXES, BANDS = cuda_depthwise.ROWS, cuda_depthwise.BOXES, cuda_depthwise.TOEPLITZ
 
 OF_ROWS = [
     # The last strip of columns has some, all or one.
@@ -66,15 +68,44 @@ OF_BOXES = [
 ]
 
 
-def by_both(rows: list[Conv2dCase], boxes: list[Conv2dCase]) -> pytest.MarkDecorator:
-    """Runs a test with `by` and `case`."""
-    pairs = [(ROWS, case) for case in rows] + [(BOXES, case) for case in boxes]
+OF_BANDS = [
+    # Images of one, two and four tiles side by side, the last images beyond the batch; channels of
+    # more boxes than one.
+    depthwise("7x7-one-tile", 18, 40, 9, 7, 7, (3, 3)),
+    depthwise("5x5-two-tiles", 10, 72, 9, 14, 5, (2, 2)),
+    depthwise("7x7-four-tiles", 6, 16, 9, 28, 7, (3, 3)),
+    depthwise("5x5-three-images", 4, 8, 6, 40, 5, (2, 2)),
+    depthwise("7x7-half-a-tile", 9, 8, 9, 12, 7, (3, 3)),
+    # One image wide, and rows that are made in strips.
+    depthwise("7x7-long-rows", 1, 8, 8, 128, 7, (3, 3)),
+    depthwise("5x5-strips", 2, 16, 6, 150, 5, (2, 2)),
+    depthwise("7x7-strips-of-two-images", 2, 8, 8, 97, 7, (3, 3)),
+    # A block has several pieces, and more rows than places for them.
+    depthwise("5x5-many", 2500, 8, 3, 2, 5, (2, 2)),
+    depthwise("7x7-tall", 2, 16, 60, 5, 7, (3, 3)),
+    # Rows of filters that see nothing of the image.
+    depthwise("7x7-low", 2, 16, 2, 9, 7, (3, 3)),
+    # Padding that is not half of the filter, which grad_input has less of than none.
+    depthwise("7x7-unpadded", 2, 8, 9, 12, 7, (0, 0)),
+    depthwise("5x5-wide-padding", 2, 16, 5, 4, 5, (6, 5)),
+    depthwise("5x5-asymmetric-padding", 2, 16, 8, 7, 5, (0, 4)),
+    depthwise("5x5-one-column", 30, 8, 4, 1, 5, (2, 2)),
+]
+CASES = {ROWS: OF_ROWS, BOXES: OF_BOXES, BANDS: OF_BANDS}
+
+
+def by_each(**places: Sequence[int]) -> pytest.MarkDecorator:
+    """Runs a test with `by` and `case`, for the cases at these places of rows, boxes and bands."""
+    pairs = [
+        (by, CASES[by][place])
+        for by, of_kind in zip(CASES, places.values(), strict=True)
+        for place in of_kind
+    ]
     return pytest.mark.parametrize(("by", "case"), pairs, ids=str)
 
 
-EVERY = by_both(OF_ROWS, OF_BOXES)
-OFTEN = by_both(OF_ROWS[:2], OF_BOXES[:2])
-BY = pytest.mark.parametrize("by", [ROWS, BOXES])
+EVERY = by_each(rows=range(len(OF_ROWS)), boxes=range(len(OF_BOXES)), bands=range(len(OF_BANDS)))
+OFTEN = by_each(rows=(0, 1), boxes=(0, 1), bands=(0, 1, 2))
 
 
 def ours(by: str, case: Conv2dCase, values: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -121,7 +152,7 @@ def test_thread_orders(
         torch.testing.assert_close(our, exact.to(our.dtype), rtol=0.01, atol=0)
 
 
-@pytest.mark.parametrize(("by", "case"), [(ROWS, OF_ROWS[3]), (BOXES, OF_BOXES[5])], ids=str)
+@by_each(rows=[3], boxes=[5], bands=[1])
 def test_the_same_bits_in_every_order(
     by: str, case: Conv2dCase, cuda_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +165,7 @@ def test_the_same_bits_in_every_order(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@OFTEN
+@by_each(rows=(0, 1), boxes=(0, 1), bands=(1, 2))
 def test_bias_and_activation(
     by: str, case: Conv2dCase, activation: str, cuda_device: torch.device
 ) -> None:
@@ -142,10 +173,9 @@ def test_bias_and_activation(
     check_bias_and_activation(case, values, by, activation, exactly(case, values)[0])
 
 
-@BY
-def test_weights_and_addresses(by: str, cuda_device: torch.device) -> None:
+@by_each(rows=[0], boxes=[0], bands=(0, 1))
+def test_weights_and_addresses(by: str, case: Conv2dCase, cuda_device: torch.device) -> None:
     """Weights of any strides; images that 16 does not divide the addresses of."""
-    case = OF_BOXES[0] if by == BOXES else OF_ROWS[0]
     values = small_integers(case, torch.float16, cuda_device)
     expected = ours(by, case, values)
     values["weight"] = values["weight"].transpose(2, 3).contiguous().transpose(2, 3)
@@ -159,11 +189,12 @@ def test_weights_and_addresses(by: str, cuda_device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["input", "weight", "bias", "grad"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@by_both([OF_ROWS[0], OF_ROWS[2], OF_ROWS[8]], [OF_BOXES[i] for i in (0, 2, 4, 9)])
+@by_each(rows=(0, 2, 8), boxes=(0, 2, 4, 9), bands=(0, 2, 3, 7, 13))
 def test_what_is_not_finite_stays_in_its_channel(
     by: str, case: Conv2dCase, value: float, name: str, cuda_device: torch.device
 ) -> None:
-    """Nor do zeros around an image or beyond a row make NaN of it: they multiply nothing."""
+    """Nor do zeros of a band, around an image or beyond a row make NaN of it: they multiply
+    nothing."""
     values = with_one(case, name, value, cuda_device)
     exact = without_padding(case, values)
     assert not all(result.isfinite().all() for result in exact)
@@ -171,23 +202,25 @@ def test_what_is_not_finite_stays_in_its_channel(
         torch.testing.assert_close(our.double(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-CASE = OF_BOXES[0]
-
-
-@BY
+@pytest.mark.parametrize("by", CASES)
 @pytest.mark.parametrize(
-    ("case", "dtype", "channels_last", "reason"),
+    ("change", "dtype", "channels_last", "reason"),
     [
-        (CASE, torch.float32, True, "bfloat16"),
-        (CASE, torch.float16, False, "channels_last"),
-        (replace(CASE, R=5, S=5, padding=(2, 2)), torch.float16, True, "3x3"),
-        (replace(CASE, stride=(2, 2)), torch.float16, True, "stride"),
+        ({}, torch.float32, True, "bfloat16"),
+        ({}, torch.float16, False, "channels_last"),
+        ({"stride": (2, 2)}, torch.float16, True, "stride"),
+        ("size", torch.float16, True, "it takes filters of "),
     ],
 )
-def test_what_neither_takes(
-    by: str, case: Conv2dCase, dtype: torch.dtype, channels_last: bool, reason: str,
+def test_what_none_takes(
+    by: str, change: Any, dtype: torch.dtype, channels_last: bool, reason: str,
     cuda_device: torch.device,
 ) -> None:  # fmt: skip
+    if change == "size":
+        size, taken = (3, "5x5 and 7x7") if by == BANDS else (5, "3x3")
+        reason += taken
+        change = {"R": size, "S": size, "padding": (size // 2, size // 2)}
+    case = replace(CASES[by][1], **change)
     query = query_of(case, tensors_of(case, dtype, channels_last, cuda_device))
     assert reason in cuda_candidates.depthwise_hopper_why_not(query, by)
     assert by not in cuda_candidates.candidates("conv2d", query)
@@ -196,9 +229,9 @@ def test_what_neither_takes(
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        (replace(CASE, padding=(1, 3)), "padding"),
-        (replace(CASE, C=1160, K=1160, groups=1160), "fewer"),
-        (replace(CASE, N=1, H=1, W=2**20), "fewer"),
+        (replace(OF_BOXES[0], padding=(1, 3)), "padding"),
+        (replace(OF_BOXES[0], C=1160, K=1160, groups=1160), "fewer"),
+        (replace(OF_BOXES[0], N=1, H=1, W=2**20), "fewer"),
     ],
 )
 def test_what_does_not_go_by_rows(case: Conv2dCase, reason: str, cuda_device: torch.device) -> None:
@@ -216,8 +249,8 @@ def test_parts_of_rows_are_not_taken(cuda_device: torch.device) -> None:
     assert "whole rows" in cuda_candidates.depthwise_hopper_why_not(query_of(case, values), ROWS)
 
 
-def test_boxes_of_larger_images(cuda_device: torch.device) -> None:
-    by, case = BOXES, CASE
+@by_each(rows=[], boxes=[0], bands=[1])
+def test_boxes_of_larger_images(by: str, case: Conv2dCase, cuda_device: torch.device) -> None:
     values = small_integers(case, torch.float16, cuda_device)
     expected = ours(by, case, values)
     for name in ("input", "grad"):

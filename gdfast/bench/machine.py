@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import torch
 
 import gdfast
 from gdfast import native, processor
+from gdfast.files import write_atomic
 
 
 def describe() -> dict[str, Any]:
@@ -33,6 +35,15 @@ def describe() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def write_rows(folder: str, what: str, rows: Any) -> Path:
+    """Writes rows of figures, with `describe`, to a file of a folder that is made if need be."""
+    path = Path(folder) / f"{slug()}-{what}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": describe(), "rows": rows}
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    return path
 
 
 def slug() -> str:
