@@ -108,6 +108,25 @@ struct RingPlace {
   }
 };
 
+#if defined(GDFAST_HOPPER)
+
+// So many places for rows that come, at the beginning of shared memory, and their barriers behind
+// them.
+template <int kCount>
+struct Stages {
+  GDFAST_DEVICE unsigned char* at(const BoxesArguments& boxes, int index) {
+    return shared_memory() + index * boxes.stage;
+  }
+  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int index) {
+    return reinterpret_cast<uint64_t*>(at(boxes, kCount)) + index;
+  }
+  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int index) {
+    return full(boxes, kCount + index);
+  }
+};
+
+#endif
+
 // Divides images into pieces of so many strips, for as many blocks at once; all but an image's last
 // piece have a multiple of rows.
 inline void share_rows(BoxesArguments& boxes, const DepthwiseArguments& a, int64_t strips,

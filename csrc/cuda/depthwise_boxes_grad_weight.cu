@@ -18,15 +18,7 @@ static_assert(2 * kBoxStages * 8 <= kBarrierBytes, "barriers fit");
 
 #if defined(GDFAST_HOPPER)
 
-GDFAST_DEVICE unsigned char* stage_at(const BoxesArguments& boxes, int index) {
-  return shared_memory() + index * boxes.stage;
-}
-GDFAST_DEVICE uint64_t* full_barrier(const BoxesArguments& boxes, int index) {
-  return reinterpret_cast<uint64_t*>(stage_at(boxes, kBoxStages)) + index;
-}
-GDFAST_DEVICE uint64_t* empty_barrier(const BoxesArguments& boxes, int index) {
-  return full_barrier(boxes, kBoxStages + index);
-}
+using Rows = Stages<kBoxStages>;
 
 // One thread starts to load all rows, each as soon as its stage is nobody's any more.
 GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
@@ -38,10 +30,10 @@ GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArgumen
       const int p = piece.p + step, h = p - a.pad_h;
       const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
       const bool graded = step < piece.rows;
-      uint64_t* const full = full_barrier(boxes, stage.index);
-      unsigned char* const to = stage_at(boxes, stage.index);
+      uint64_t* const full = Rows::full(boxes, stage.index);
+      unsigned char* const to = Rows::at(boxes, stage.index);
       // In the first turn nobody has to leave a stage: the phase before the first is over.
-      barrier_wait(empty_barrier(boxes, stage.index), stage.parity ^ 1);
+      barrier_wait(Rows::empty(boxes, stage.index), stage.parity ^ 1);
       barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? kGradBytes : 0));
       if (inside) {
         load_box(to, boxes.input, {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
@@ -65,8 +57,8 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kBoxStages; ++i) {
-      barrier_init(full_barrier(boxes, i), 1);
-      barrier_init(empty_barrier(boxes, i), kBoxWarps);
+      barrier_init(Rows::full(boxes, i), 1);
+      barrier_init(Rows::empty(boxes, i), kBoxWarps);
     }
     barriers_ready();
   }
@@ -110,8 +102,8 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
       for (int u = 0; u < kBoxSize; ++u) {
         if (step + u >= steps) break;
         const bool inside = static_cast<unsigned>(h + step + u) < static_cast<unsigned>(a.H);
-        const unsigned char* const from = stage_at(boxes, stage.index);
-        barrier_wait(full_barrier(boxes, stage.index), stage.parity);
+        const unsigned char* const from = Rows::at(boxes, stage.index);
+        barrier_wait(Rows::full(boxes, stage.index), stage.parity);
 #pragma unroll
         for (int i = 0; i < kTiles * kGroups; ++i) {
           const int number = i / kGroups, group = i % kGroups;
@@ -121,7 +113,7 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
               from + (last_at ^ group * 16) + number * last_next);
         }
         sync_warp();
-        if (warp_lane() == 0) barrier_arrive(empty_barrier(boxes, stage.index));
+        if (warp_lane() == 0) barrier_arrive(Rows::empty(boxes, stage.index));
         RingPlace<kBoxStages>::advance(stage);
       }
     }

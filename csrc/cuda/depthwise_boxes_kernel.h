@@ -23,13 +23,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
-  if (warp < 0) {
-    give_registers<kLoaderRegisters>();
-    if (warp_lane() != 0) return;
-    if (warp == -1) Memory::load_rows(a, boxes);
-    if (warp == -2) Memory::store_rows(a, boxes);
-    return;
-  }
+  if (warp < 0) return Memory::move_rows(a, boxes, warp);
   take_registers<kWorkerRegisters>();
   const auto sync = [] { sync_threads_of(1, kBoxWorkers); };
   const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;

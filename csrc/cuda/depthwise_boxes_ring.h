@@ -105,6 +105,14 @@ struct BoxesMemory {
     barrier_arrive(finished(boxes));
   }
 
+  // What warps before the first that multiplies do, which need few registers.
+  GDFAST_DEVICE void move_rows(const DepthwiseArguments& a, const BoxesArguments& boxes, int warp) {
+    give_registers<kLoaderRegisters>();
+    if (warp_lane() != 0) return;
+    if (warp == -1) load_rows(a, boxes);
+    if (warp == -2) store_rows(a, boxes);
+  }
+
   // Makes outputs that are NaN once more, when all are written (mend).
   template <typename T>
   GDFAST_DEVICE void mend_pieces(const DepthwiseArguments& a, const BoxesArguments& boxes,

@@ -47,6 +47,16 @@ GDFAST_DEVICE uint32_t pair_of_pixels(const Pack& first, const Pack& second, int
   return channel % 2 == 0 ? low_halves(a, b) : high_halves(a, b);
 }
 
+// Of one channel, the left operand of a matrix instruction: a lane has packs of channels by row of
+// the operand, of two, and pixel, of four.
+template <typename Pack>
+GDFAST_DEVICE void left_operand(uint32_t (&left)[4], const Pack (&packs)[2][4], int channel) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    left[i] = pair_of_pixels(packs[i % 2][i / 2 * 2], packs[i % 2][i / 2 * 2 + 1], channel);
+  }
+}
+
 // Which image a tile is of, and its first column. Images come before columns: lanes that load at
 // a time have tiles of two.
 struct ToeplitzTile {

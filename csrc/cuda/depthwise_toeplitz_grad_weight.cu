@@ -78,15 +78,7 @@ constexpr int kSeen = (kSize + 2) / 4 + 1;
 
 #if defined(GDFAST_HOPPER)
 
-GDFAST_DEVICE unsigned char* stage_at(const BoxesArguments& boxes, int index) {
-  return shared_memory() + index * boxes.stage;
-}
-GDFAST_DEVICE uint64_t* full_barrier(const BoxesArguments& boxes, int index) {
-  return reinterpret_cast<uint64_t*>(stage_at(boxes, kSteps)) + index;
-}
-GDFAST_DEVICE uint64_t* empty_barrier(const BoxesArguments& boxes, int index) {
-  return full_barrier(boxes, kSteps + index);
-}
+using Rows = Stages<kSteps>;
 
 GDFAST_DEVICE int first_channel_of(const BoxesArguments& boxes) {
   return static_cast<int>(blockIdx.x) % boxes.chunks * kToeplitzChannels;
@@ -110,11 +102,11 @@ GDFAST_DEVICE void load_lines(const DepthwiseArguments& a, const WeightLines& li
 #pragma unroll 1
     for (int step = 0; step < steps_of(piece, kSize); ++step) {
       const bool graded = is_graded(piece, step);
-      uint64_t* const full = full_barrier(boxes, stage.index);
+      uint64_t* const full = Rows::full(boxes, stage.index);
       // In the first turn nobody has to leave a stage: the phase before the first is over.
-      barrier_wait(empty_barrier(boxes, stage.index), stage.parity ^ 1);
+      barrier_wait(Rows::empty(boxes, stage.index), stage.parity ^ 1);
       barrier_arrive_expecting(full, kLines * (boxes.pixels + (graded ? lines.graded : 0)));
-      unsigned char* to = stage_at(boxes, stage.index);
+      unsigned char* to = Rows::at(boxes, stage.index);
 #pragma unroll 1
       for (int i = 0; i < kLines; ++i, to += lines.line) {
         const int p = piece.p + step * kLines + i;
@@ -184,8 +176,8 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   using Fragment = uint32_t[2];
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSteps; ++i) {
-      barrier_init(full_barrier(boxes, i), 1);
-      barrier_init(empty_barrier(boxes, i), kToeplitzWarps);
+      barrier_init(Rows::full(boxes, i), 1);
+      barrier_init(Rows::empty(boxes, i), kToeplitzWarps);
     }
     barriers_ready();
   }
@@ -240,8 +232,8 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
       for (int u = 0; u < kGroups; ++u) {
         if (step + u >= steps) break;
         const bool graded = is_graded(piece, step + u);
-        const unsigned char* const from = stage_at(boxes, stage.index);
-        barrier_wait(full_barrier(boxes, stage.index), stage.parity);
+        const unsigned char* const from = Rows::at(boxes, stage.index);
+        barrier_wait(Rows::full(boxes, stage.index), stage.parity);
 #pragma unroll
         for (int window = 0; window < kWindows; ++window) {
           if (window >= lines.windows || !exists) break;
@@ -266,10 +258,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) {
             uint32_t left[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              left[i] = pair_of_pixels(packs[i % 2][i / 2 * 2], packs[i % 2][i / 2 * 2 + 1], c);
-            }
+            left_operand(left, packs, c);
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
               mma_m16n8k16<T>(sums.pairs[group][c], left,
@@ -278,7 +267,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
           }
         }
         sync_warp();
-        if (warp_lane() == 0) barrier_arrive(empty_barrier(boxes, stage.index));
+        if (warp_lane() == 0) barrier_arrive(Rows::empty(boxes, stage.index));
         RingPlace<kSteps>::advance(stage);
       }
     }

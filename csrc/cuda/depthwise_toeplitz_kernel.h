@@ -65,13 +65,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
-  if (warp < 0) {
-    give_registers<kLoaderRegisters>();
-    if (warp_lane() != 0) return;
-    if (warp == -1) Memory::load_rows(a, boxes);
-    if (warp == -2) Memory::store_rows(a, boxes);
-    return;
-  }
+  if (warp < 0) return Memory::move_rows(a, boxes, warp);
   take_registers<kToeplitzWorkerRegisters>();
   const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
   const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
@@ -130,10 +124,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
           uint32_t left[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            left[i] = pair_of_pixels(packs[i % 2][i / 2 * 2], packs[i % 2][i / 2 * 2 + 1], c);
-          }
+          left_operand(left, packs, c);
 #pragma unroll
           for (int r = 0; r < kSize; ++r) {
             mma_m16n8k16<T>(alive[(u - r + kSize) % kSize][c], left, bands.rows[c][r]);
