@@ -22,8 +22,8 @@ from test_conv2d_kernels import (
     native_passes,
     problem_of,
     run_passes,
-    with_gaps,
 )
+from test_conv2d_memory import with_gaps
 from test_tuning import Stopwatch, stopwatch  # noqa: F401  (a fixture)
 from torch import Tensor
 
