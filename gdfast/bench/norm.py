@@ -13,6 +13,10 @@ from gdfast.bench.workload import LAYOUTS, Check, Workload, allowed_error, relat
 
 PASSES = ("forward", "backward")
 
+# How far rounding may move what ReLU gets: some roundings, and sums of many values in float32.
+_ROUNDINGS = 4
+_SUMS_APART = 1e-5
+
 Normalise = Callable[..., Tensor]  # the signature of gdfast.ops.batch_norm_act
 
 
@@ -54,6 +58,7 @@ def workload(
     images = [value.to(dtype) for value in (input, random(*case.size), random(*case.size))]
     param_dtype = dtype if dtype == torch.float64 else torch.float32
     params = [value.to(param_dtype) for value in (random(C).abs() + 0.5, random(C))]
+    images[2][_near_bend(case.residual, images, params)] = 0
     laid_out = {
         layout: [value.to(memory_format=memory_format, copy=True) for value in images]
         for layout, memory_format in LAYOUTS.items()
@@ -86,6 +91,15 @@ def workload(
         "norm", case.name, task, ours, natives, check, flops=8 * input.numel(),
         bytes=tensors * input.numel() * dtype.itemsize, backend=backend,
     )  # fmt: skip
+
+
+def _near_bend(with_residual: bool, images: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Where rounding decides on which side of zero ReLU's argument is: both gradients are right."""
+    input, residual, _, weight, bias = (value.double() for value in (*images, *params))
+    argument = F.batch_norm(input, None, None, weight, bias, training=True)
+    if with_residual:
+        argument += residual
+    return argument.abs() < _ROUNDINGS * torch.finfo(images[0].dtype).eps + _SUMS_APART
 
 
 def _flat(values: Sequence[Tensor]) -> Tensor:
