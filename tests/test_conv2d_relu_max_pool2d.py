@@ -198,6 +198,23 @@ def test_a_change_in_place_before_backward_raises() -> None:
             output.sum().backward()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_tensors_may_come_back_in_another_layout(layout: str) -> None:
+    input, *parameters = tensors_of(FUSED_POOLS[0], torch.float32)
+    found = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=LAYOUTS[layout]) if tensor.dim() == 4 else tensor
+
+    for pack in (lambda tensor: tensor, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = ops.conv2d_relu_max_pool2d(
+                input.detach(), *parameters, **FUSED_POOLS[0].arguments
+            )
+        found.append(torch.autograd.grad(output.square().sum(), parameters))
+    torch.testing.assert_close(*found)
+
+
 def test_batched_gradients() -> None:
     case = SMALL[0]
     tensors = tensors_of(case, torch.float64)

@@ -193,9 +193,10 @@ def gradients(
     if need_input or not need_weight or torch.is_grad_enabled() or batched_gradients():
         return _composed_gradients(needs, noted, grad_output, saved)
     input, _, argmax = saved
+    # Hooks on saved tensors may give them back in another layout.
     grad_weight, grad_bias = _grad_weight(
-        grad_output, argmax, input, noted.weight_size, noted.weight_channels_last, need_bias,
-        *noted.arguments, noted.backend,
+        grad_output, argmax.contiguous(), input, noted.weight_size, noted.weight_channels_last,
+        need_bias, *noted.arguments, noted.backend,
     )  # fmt: skip
     return None, grad_weight, grad_bias
 
