@@ -40,8 +40,8 @@ GDFAST_DEVICE void multiply_quads(const WholeArguments& a, int first_channel, in
   int pixels[3];  // of this lane, for ldmatrix, by the column of the filter
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    pixels[s] = Quads::kRowsAt + swizzled(image * Quads::kColumns + (matrix & 1) * 8 + lane % 8 + s,
-                                          chunk + (matrix >> 1));
+    pixels[s] = chunk_at<Quads>(image * Quads::kColumns + (matrix & 1) * 8 + lane % 8 + s,
+                                chunk + (matrix >> 1));
   }
   unsigned char* const results =
       shared_memory() + Quads::kResultsAt + image * kQuadBuffers * kQuadBufferBytes;

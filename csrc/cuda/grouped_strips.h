@@ -75,9 +75,8 @@ GDFAST_DEVICE void multiply_strips(const WholeArguments& a, int first_channel, i
   int pixels[3];  // of this lane, for ldmatrix, by the column of the filter
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    pixels[s] = Strips::kRowsAt +
-                swizzled(image * Strips::kColumns + column + (matrix & 1) * 8 + lane % 8 + s,
-                         chunk + (matrix >> 1));
+    pixels[s] = chunk_at<Strips>(
+        image * Strips::kColumns + column + (matrix & 1) * 8 + lane % 8 + s, chunk + (matrix >> 1));
   }
   unsigned char* const results =
       shared_memory() + Strips::kResultsAt + strip * kStripBuffers * kStripBoxBytes;

@@ -68,6 +68,13 @@ GDFAST_DEVICE int byte_of(int tap) {
   return tap % Its::kTapsOfBox * Its::kTapBytes;
 }
 
+// Where a chunk of a pixel of the first row lies. Beyond a row no result needs any: the last one.
+template <typename Its>
+GDFAST_DEVICE int chunk_at(int pixel, int chunk) {
+  constexpr int kLast = Its::kImages * Its::kColumns - 1;
+  return Its::kRowsAt + swizzled(pixel < kLast ? pixel : kLast, chunk);
+}
+
 // When nobody needs a row any more whose place another one takes.
 template <typename Its>
 GDFAST_DEVICE uint64_t* gone_barrier(int row) {
