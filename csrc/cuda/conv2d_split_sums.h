@@ -82,18 +82,41 @@ GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (
   using Sums = Group<Sum, kCount>;
   const int columns = kSumThreads / a.parts, part = this_thread() / columns;
   const int64_t index = (int64_t{blockIdx.x} * columns + this_thread() % columns) * kCount;
-  wait_for_kernel_before();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sums[i] = 0, places[i] = -1;
+  // Where elements go is known before what they are.
+  if (index < a.count && part == 0) {
+    const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
+    const int64_t first = place_of(a.places, filter.quotient, filter.rest);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) places[i] = first + i * a.channel_step;
+  }
+  wait_for_kernel_before();
   if (index < a.count) {
     const Sum* from = static_cast<const Sum*>(a.sums) + (part * a.count + index);
     const int64_t step = a.parts * a.count;
-#pragma unroll(kCount == 1 ? 8 : 4)
-    for (int64_t split = part; split < a.splits; split += a.parts, from += step) {
-      const Sums more = *reinterpret_cast<const Sums*>(from);
+    const int splits = static_cast<int>(a.splits);
+    int split = part;
+    // So many are asked for before the first is waited for.
+    const auto add = [&](auto together) {
+      constexpr int kTogether = decltype(together)::value;
+#pragma unroll 1
+      for (; split + (kTogether - 1) * a.parts < splits; split += kTogether * a.parts) {
+        Sums more[kTogether];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sums[i] += more.values[i];
-    }
+        for (int j = 0; j < kTogether; ++j)
+          more[j] = *reinterpret_cast<const Sums*>(from + j * step);
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) sums[i] += more[j].values[i];
+        }
+        from += kTogether * step;
+      }
+    };
+    add(Constant<8>{});
+    add(Constant<4>{});
+    add(Constant<1>{});
   }
   if (a.parts > 1) {
     Sums* const shared = reinterpret_cast<Sums*>(shared_memory());
@@ -107,11 +130,6 @@ GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (
       for (int i = 0; i < kCount; ++i) sums[i] += more.values[i];
     }
   }
-  if (index >= a.count) return;
-  const Divided filter = divide(static_cast<int32_t>(index), a.places.taps);
-  const int64_t first = place_of(a.places, filter.quotient, filter.rest);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) places[i] = first + i * a.channel_step;
 }
 
 // whole: whether a group is written at once. Results are rounded to T, and stored as To.
