@@ -19,7 +19,6 @@ import gdfast
 from gdfast import nn, ops, optim
 from gdfast.backends import (
     cuda_conv2d,
-    cuda_grouped,
     cuda_hopper,
     cuda_hopper_float32,
     cuda_hopper_halo,
@@ -58,7 +57,7 @@ def passes(
             ]
             without_weight = (
                 cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO,
-                {cuda_hopper_planes.NAME, cuda_grouped.WHOLE},
+                {cuda_hopper_planes.NAME},
             )  # fmt: skip
             if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)

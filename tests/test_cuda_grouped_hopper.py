@@ -10,7 +10,7 @@ from test_cuda_conv2d import check, check_bias_and_activation, passes, query_of,
 from test_cuda_grouped import OPS, ours, small_integers
 
 from gdfast import native
-from gdfast.backends import cuda_candidates, cuda_conv2d
+from gdfast.backends import cuda_candidates, cuda_conv2d, cuda_grouped
 from gdfast.bench.cases import Conv2dCase
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_what_is_copied_first(name: str, hopper: torch.device) -> None:
 
 # As many images as a block has and some more; a slab of all its groups and some of one.
 WHOLE_CASES = [
-    Conv2dCase("32s-7x7", 11, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
+    Conv2dCase("32s-7x7", 19, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
     Conv2dCase("16s-14x14", 5, 80, 14, 14, 80, 3, 3, groups=5, **SAME),
     Conv2dCase("8s-28x28", 3, 72, 28, 28, 72, 3, 3, groups=9, **SAME),
 ]
@@ -102,17 +102,19 @@ def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str)
         (small_integers(case, torch.bfloat16, hopper), True),
         (tensors_of(case, torch.bfloat16, True, hopper), False),
     ):
-        input, weight, _, grad = values.values()
         query = query_of(case, values)
-        for op in ("conv2d", "conv2d_grad_input"):
+        for op in OPS:
             assert not cuda_candidates.grouped_why_not(op, query, WHOLE)
-        output = cuda_conv2d.conv2d(query, WHOLE)(input, weight, None)
-        grad_input = cuda_conv2d.conv2d_grad_input(query, WHOLE)(grad, weight)
-        others = (
-            cuda_conv2d.conv2d(query, HOPPER)(input, weight, None),
-            cuda_conv2d.conv2d_grad_input(query, HOPPER)(grad, weight),
-        )
-        for our, other in zip((output, grad_input), others, strict=True):
+        input, weight, _, grad = values.values()
+        results = [
+            (
+                cuda_conv2d.conv2d(query, by)(input, weight, None),
+                cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
+                *cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True),
+            )
+            for by in (WHOLE, HOPPER)
+        ]
+        for our, other in zip(*results, strict=True):
             if exact:
                 assert torch.equal(our, other)
             else:
@@ -150,6 +152,26 @@ def test_what_is_not_finite_stays_in_its_group(
         assert torch.equal(results[i].isfinite(), exact[i].isfinite())
 
 
+@pytest.mark.parametrize("place", ["input", "grad"])
+@pytest.mark.parametrize("case", WHOLE_CASES, ids=str)
+def test_what_is_beside_an_image_does_not_count(
+    case: Conv2dCase, place: str, hopper: torch.device
+) -> None:
+    """Corners in infinities: what a tile has beyond an image, and beside it, does not meet them."""
+    case = replace(case, N=2)
+    values = small_integers(case, torch.bfloat16, hopper)
+    for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        values[place][-1, :, row, column] = torch.inf
+    other = "grad" if place == "input" else "input"
+    values[other] = torch.where(values[other] == 0, 1, values[other])
+    exact = exact_of(case, values)
+    kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), WHOLE)
+    for our, expected in zip(
+        kernel(values["grad"], values["input"], True), exact[2:], strict=True
+    ):
+        assert torch.equal(our.isfinite(), expected.isfinite())
+
+
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -173,16 +195,19 @@ def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("by", "case"), [(HOPPER, CASES[0]), *((WHOLE, case) for case in WHOLE_CASES)], ids=str
+)
 def test_parts_become_gradients_and_updates(
-    splits: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+    by: str, case: Conv2dCase, splits: int, hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gdfast.backends.sgd import SgdHyper, SgdTensors
 
-    case = CASES[0]
     values = small_integers(case, torch.bfloat16, hopper)
     assert native.cuda is not None
-    monkeypatch.setattr(native.cuda, "conv2d_grouped_hopper_splits", lambda problem: splits)
-    kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), HOPPER)
+    splits_of = f"conv2d_{cuda_grouped.BINDINGS[by]}_splits"
+    monkeypatch.setattr(native.cuda, splits_of, lambda problem: splits)
+    kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), by)
     grad, input, weight = values["grad"], values["input"], values["weight"]
     gradient, _ = kernel(grad, input, False)
     begun, grad_bias = kernel.begin(grad, input, True)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ GroupedPass pass_named(const std::string& name) {
       name);
 }
 
-// The kernels for every GPU, or Hopper's; some have no gradient of the weight.
+// The kernels for every GPU, or Hopper's.
 struct GroupedKernels {
   std::string ending;
   decltype(&grouped_why_not) why_not;
@@ -66,7 +66,6 @@ void bind(py::module_& m, const GroupedKernels& k) {
         },
         py::arg("problem"), py::arg("grad_output"), py::arg("weight"), py::arg("grad_input"),
         py::arg("device"), py::arg("stream"), "As conv2d_grad_input, likewise.");
-  if (k.grad_weight == nullptr) return;
   const std::string grad_weight = "conv2d_grad_weight_" + grouped;
   m.def((conv2d_grouped + "_splits").c_str(), k.splits, py::arg("problem"),
         ("In how many splits " + grad_weight + " fills the current device.").c_str());
@@ -95,8 +94,9 @@ void bind_grouped(py::module_& m) {
   bind(m, {"_hopper", &grouped_hopper_why_not, &conv2d_grouped_hopper,
            &conv2d_grad_input_grouped_hopper, &grouped_hopper_splits,
            &conv2d_grad_weight_grouped_hopper});
-  bind(m, {"_whole", &grouped_whole_why_not, &conv2d_grouped_whole,
-           &conv2d_grad_input_grouped_whole, nullptr, nullptr});
+  bind(m,
+       {"_whole", &grouped_whole_why_not, &conv2d_grouped_whole, &conv2d_grad_input_grouped_whole,
+        &grouped_whole_splits, &conv2d_grad_weight_grouped_whole});
 }
 
 }  // namespace gdfast::cuda

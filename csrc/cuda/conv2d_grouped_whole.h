@@ -14,5 +14,9 @@ void conv2d_grouped_whole(const Conv2dProblem& problem, const void* input, const
                           const void* bias, void* output, const Where& where);
 void conv2d_grad_input_grouped_whole(const Conv2dProblem& problem, const void* grad_output,
                                      const void* weight, void* grad_input, const Where& where);
+int64_t grouped_whole_splits(const Conv2dProblem& problem);
+void conv2d_grad_weight_grouped_whole(const Conv2dProblem& problem, const void* grad_output,
+                                      const void* input, void* grad_weight, void* grad_bias,
+                                      void* workspace, int64_t splits, const Where& where);
 
 }  // namespace gdfast::cuda

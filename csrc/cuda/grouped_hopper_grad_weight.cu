@@ -1,18 +1,15 @@
 // The gradients in the weight and the bias in groups of few channels on Hopper (grouped_hopper.h).
-// A warp sums 16 filters by 16 channels by nine taps, over the pixels of every second or third
-// tile of its block; what its block's warps have summed is one split. Filters and channels of
-// different groups are left out when sums are written, and splits added up as they are for other
-// convolutions.
+// A warp sums (grouped_weight_sums.h) the pixels of every second or third tile of its block.
 #include "conv2d.h"
 #include "device.h"
 #include "early.h"
 #include "grouped_hopper.h"
+#include "grouped_weight_sums.h"
 
 namespace gdfast::cuda {
 namespace {
 
 constexpr char kOp[] = "conv2d_grad_weight";
-constexpr int kTaps = 9;
 
 // Sums take 74 registers, and gradients of twins 28. Where a quarter of a multiprocessor has one
 // warp more than these, the loader's, there are 168 or 128 for a thread.
@@ -22,6 +19,7 @@ struct WeightWarps {
   static constexpr bool kTwins = kIsOfTwins, kWide = kIsWide;
   static constexpr int kParts = kWide ? 2 * kUnits : kUnits;
   static constexpr int kStreams = kWide ? 1 : kTwins ? 2 : 3;
+  static constexpr int kChannels = kSlab, kGroup = 0;
   static constexpr int kConsumers = kStreams * kParts, kThreads = (kConsumers + 1) * kWarp;
 };
 
@@ -29,49 +27,20 @@ struct GroupedHopperWeightArguments {
   GroupedRing ring;
   TensorMap grad;
   int grad_at, grad_row_bytes, grad_pair_bytes, grad_bytes;  // in a slot
-  int K, group;
-  int row_sums;             // of a filter in shared memory
-  Divisor pairs_of_filter;  // of sums
-  float* weight_sums;       // [splits, K, R, S, C / groups]
-  float* bias_sums;         // [splits, K], or null
+  GroupedWeightSplit split;
 };
-
-// The sums of a warp.
-struct WeightSums {
-  float weight[kTaps][2][4];
-  float bias[2];  // of the filters of two rows, the positions of this lane
-};
-constexpr int kSums = kTaps * 8 + 2;
-using FlatSums = float[kSums];
 
 #if defined(GDFAST_HOPPER)
-
-// The part of the slab's sums that a warp makes.
-struct Unit {
-  int filter, channel;
-  bool sums_bias;
-};
 
 template <typename Its>
 GDFAST_DEVICE Unit unit_of(const GroupedHopperWeightArguments& a) {
   const int index = warp_index() % Its::kParts;
   if (!Its::kWide) {
-    return {index * kChannelsOfWarp, index * kChannelsOfWarp, a.bias_sums != nullptr};
+    return {index * kChannelsOfWarp, index * kChannelsOfWarp, a.split.bias_sums != nullptr};
   }
   const int group = index >> 2;
   return {(index >> 1) * kChannelsOfWarp, (group * 2 + (index & 1)) * kChannelsOfWarp,
-          a.bias_sums != nullptr && (index & 1) == 0};
-}
-
-// Of two filters, the positions that this lane has.
-template <typename T>
-GDFAST_DEVICE void add_to_bias(WeightSums& sums, const uint32_t (&grads)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float values[2];
-    unpack<T, 2>({{grads[i]}}, values);
-    sums.bias[i & 1] += values[0] + values[1];
-  }
+          a.split.bias_sums != nullptr && (index & 1) == 0};
 }
 
 // Positions of a tile that exist, and of this lane's pair of columns which, as a mask.
@@ -155,56 +124,6 @@ GDFAST_DEVICE void sum_tile(WeightSums& sums, const GroupedHopperWeightArguments
   }
 }
 
-// Adds up what streams have summed, and writes it in the order in which it lies in shared memory:
-// whole lines.
-template <typename Its>
-GDFAST_DEVICE void write_sums(const WeightSums& sums, const GroupedHopperWeightArguments& a,
-                              const Unit& unit, int32_t first_channel, int stream) {
-  constexpr int kStreams = Its::kStreams, kConsumers = Its::kConsumers;
-  constexpr int filters = kSlab;
-  const int of_filter = kTaps * a.group;
-  float* const all = reinterpret_cast<float*>(shared_memory() + kRingAt);
-  float* const bias = all + kStreams * filters * a.row_sums;
-  sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int filter = unit.filter + row * 8 + warp_lane() / 4, at = stream * filters + filter;
-    if (unit.sums_bias && warp_lane() % 4 == 0) bias[at] = sums.bias[row];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Two channels side by side are of one group.
-      const int channel = unit.channel + half * 8 + warp_lane() % 4 * 2;
-      if (channel / a.group != filter / a.group) continue;
-      float* const to = all + at * a.row_sums + channel % a.group;
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const float (&pair)[4] = sums.weight[tap][half];
-        store_values<2>(to + tap * a.group, {pair[row * 2], pair[row * 2 + 1]});
-      }
-    }
-  }
-  sync_threads_of(1, kConsumers * kWarp);
-  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel;
-  const int rest = a.K - first_channel, existing = rest < filters ? rest : filters;
-  const auto sum_at = [&](const float* from, int step, float& sum) {
-    sum = from[0];
-#pragma unroll
-    for (int i = 1; i < kStreams; ++i) sum += from[i * step];
-  };
-  for (int i = this_thread(); i < existing * of_filter / 2; i += kConsumers * kWarp) {
-    const Divided filter = divide(i, a.pairs_of_filter);
-    const float* const from = all + filter.quotient * a.row_sums + filter.rest * 2;
-    float two[2];
-    sum_at(from, filters * a.row_sums, two[0]);
-    sum_at(from + 1, filters * a.row_sums, two[1]);
-    store_values<2>(a.weight_sums + (index * of_filter + i * 2), two);
-  }
-  if (a.bias_sums == nullptr) return;
-  for (int i = this_thread(); i < existing; i += kConsumers * kWarp) {
-    sum_at(bias + i, filters, a.bias_sums[index + i]);
-  }
-}
-
 template <typename T, typename Its>
 GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t first_channel) {
   const int lane = warp_lane(), matrix = lane / 8, line = lane % 8,
@@ -231,14 +150,8 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
       sum_tile<T, Band, true>(sums, a, places, tile, existing, unit.sums_bias);
     }
   });
-  if (unit.sums_bias) {
-#pragma unroll
-    for (float& sum : sums.bias) {
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-    }
-  }
-  write_sums<Its>(sums, a, unit, first_channel, stream);
+  write_sums<Its>(sums, a.split, unit, first_channel, stream,
+                  reinterpret_cast<float*>(shared_memory() + kRingAt));
 }
 
 #endif
@@ -281,8 +194,6 @@ void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* gr
   split.blocks = splits;
   const int64_t row_bytes = plan.columns * kBoxRow, image_bytes = plan.grad_rows * row_bytes;
   const int64_t grad_bytes = plan.images * image_bytes;
-  // Filters that are written at a time lie in different banks.
-  const int64_t group = p.C / p.groups, row_sums = kTaps * group + (group >= 16 ? 8 : 0);
   const GroupedRing ring = grouped_ring<T>(kOp, p, plan, input, split, grad_bytes, 0);
   const GroupedHopperWeightArguments a{
       ring,
@@ -292,14 +203,9 @@ void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* gr
       small(row_bytes),
       small(plan.images > 1 ? image_bytes : row_bytes),
       small(grad_bytes),
-      small(p.K),
-      small(group),
-      small(row_sums),
-      Divisor::of(kTaps * group / 2),
-      weight_sums,
-      bias_sums};
+      grouped_weight_split(p, weight_sums, bias_sums)};
   const int64_t in_ring = int64_t{ring.slots} * ring.slot_bytes;
-  const int64_t joined = Its::kStreams * kSlab * (row_sums + 1) * 4;
+  const int64_t joined = joined_bytes(p, kSlab, Its::kStreams);
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)));
   launch(kOp, grouped_hopper_grad_weight_kernel<T, kTwins, kWide>, grid, Its::kThreads,
          static_cast<size_t>(kRingAt + (in_ring > joined ? in_ring : joined)), where.stream, a);

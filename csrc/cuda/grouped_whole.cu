@@ -49,7 +49,6 @@ bool is_where_tma_reads(const void* weight) {
 }  // namespace
 
 std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
-  if (pass == GroupedPass::kGradWeight) return "it makes no gradient of the weight";
   if (const std::string reason = grouped_hopper_why_not(p, pass); !reason.empty()) return reason;
   if (p.dtype != DType::kBFloat16) return "it takes bfloat16";
   const int64_t group = p.C / p.groups;
@@ -62,6 +61,7 @@ std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
            "28";
   }
   if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
+  if (pass == GroupedPass::kGradWeight) return "";
   const Strides4& at = p.weight;
   if (at.c != 1 || at.w != group || at.h != 3 * group || at.n % 8 != 0 || at.n < kTaps * group) {
     return "it takes weights in channels_last";

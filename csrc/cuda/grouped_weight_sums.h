@@ -1,0 +1,143 @@
+// The gradients in the weight and the bias in groups of few channels on Hopper: what a warp sums,
+// 16 filters by 16 channels by nine taps, and how what a block's warps have summed becomes one
+// split. Filters and channels of different groups are left out when sums are written, and splits
+// added up as they are for other convolutions.
+//
+// Its::kStreams warps have the same sums of different pixels, Its::kConsumers are all that sum, and
+// Its::kChannels and kGroup those of a block and a group, 0 where a kernel takes several.
+#pragma once
+
+#include "divisor.h"
+#include "grouped.h"
+#include "hopper.h"
+
+namespace gdfast::cuda {
+namespace {
+
+constexpr int kTaps = 9;
+
+// Where the sums of a block go.
+struct GroupedWeightSplit {
+  int K, group;
+  Divisor pairs_of_filter;  // of sums
+  float* weight_sums;       // [splits, K, R, S, C / groups]
+  float* bias_sums;         // [splits, K], or null
+};
+
+// Of a filter in shared memory: those that are written at a time lie in different banks.
+GDFAST_HOST_DEVICE constexpr int row_sums_of(int group) {
+  return kTaps * group + (group >= 16 ? 8 : 0);
+}
+
+inline GroupedWeightSplit grouped_weight_split(const Conv2dProblem& p, float* weight_sums,
+                                               float* bias_sums) {
+  const int64_t group = p.C / p.groups;
+  return {small(p.K), small(group), Divisor::of(kTaps * group / 2), weight_sums, bias_sums};
+}
+
+// What the sums of a block take in shared memory, of so many filters in so many streams.
+inline int64_t joined_bytes(const Conv2dProblem& p, int64_t filters, int64_t streams) {
+  return streams * filters * (row_sums_of(small(p.C / p.groups)) + 1) * 4;
+}
+
+// The sums of a warp.
+struct WeightSums {
+  float weight[kTaps][2][4];
+  float bias[2];  // of the filters of two rows, the positions of this lane
+};
+constexpr int kSums = kTaps * 8 + 2;
+using FlatSums = float[kSums];
+
+#if defined(GDFAST_HOPPER)
+
+// The part of a block's sums that a warp makes.
+struct Unit {
+  int filter, channel;
+  bool sums_bias;
+};
+
+// Of two filters, the positions that this lane has.
+template <typename T>
+GDFAST_DEVICE void add_to_bias(WeightSums& sums, const uint32_t (&grads)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float values[2];
+    unpack<T, 2>({{grads[i]}}, values);
+    sums.bias[i & 1] += values[0] + values[1];
+  }
+}
+
+// Of four lanes, which have different positions.
+GDFAST_DEVICE void sum_bias_of_lanes(WeightSums& sums, const Unit& unit) {
+  if (!unit.sums_bias) return;
+#pragma unroll
+  for (float& sum : sums.bias) {
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+  }
+}
+
+// Adds up what streams have summed, and writes it in the order in which it lies in shared memory,
+// from `all` on: whole lines.
+template <typename Its>
+GDFAST_DEVICE void write_sums(WeightSums& sums, const GroupedWeightSplit& a, const Unit& unit,
+                              int first_channel, int stream, float* all) {
+  constexpr int kStreams = Its::kStreams, kConsumers = Its::kConsumers;
+  constexpr int filters = Its::kChannels;
+  const int group = Its::kGroup > 0 ? Its::kGroup : a.group;
+  const int of_filter = kTaps * group, row_sums = row_sums_of(group);
+  float* const bias = all + kStreams * filters * row_sums;
+  sum_bias_of_lanes(sums, unit);
+  sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int filter = unit.filter + row * 8 + warp_lane() / 4, at = stream * filters + filter;
+    if (unit.sums_bias && warp_lane() % 4 == 0) bias[at] = sums.bias[row];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Two channels side by side are of one group.
+      const int channel = unit.channel + half * 8 + warp_lane() % 4 * 2;
+      if (channel / group != filter / group) continue;
+      float* const to = all + at * row_sums + channel % group;
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const float (&pair)[4] = sums.weight[tap][half];
+        store_values<2>(to + tap * group, {pair[row * 2], pair[row * 2 + 1]});
+      }
+    }
+  }
+  sync_threads_of(1, kConsumers * kWarp);
+  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel;
+  const int rest = a.K - first_channel, existing = rest < filters ? rest : filters;
+  const auto add_streams = [&](auto& sums, const float* from, int step) {
+    constexpr int kCount = sizeof sums / sizeof(float);
+    load_values<kCount>(from, sums);
+#pragma unroll
+    for (int stream = 1; stream < kStreams; ++stream) {
+      float more[kCount];
+      load_values<kCount>(from + stream * step, more);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[i] += more[i];
+    }
+  };
+  constexpr int kTogether = Its::kGroup > 0 ? 4 : 2;  // numbers of a thread
+  for (int i = this_thread(); i < existing * of_filter / kTogether; i += kConsumers * kWarp) {
+    const int filter =
+        Its::kGroup > 0 ? i / (of_filter / kTogether) : divide(i, a.pairs_of_filter).quotient;
+    const int at = i * kTogether - filter * of_filter;
+    float together[kTogether];
+    add_streams(together, all + filter * row_sums + at, filters * row_sums);
+    store_values<kTogether>(a.weight_sums + (index * of_filter + i * kTogether), together);
+  }
+  if (a.bias_sums == nullptr) return;
+  for (int i = this_thread(); i < existing; i += kConsumers * kWarp) {
+    float one[1];
+    add_streams(one, bias + i, filters);
+    a.bias_sums[index + i] = one[0];
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace gdfast::cuda
