@@ -45,7 +45,7 @@ struct SplitSums {
 // Few groups of many splits are shared, so that enough is under way to and from memory.
 int sum_parts(int64_t groups, int64_t splits) {
   constexpr int64_t kThreadsOfAll = 1 << 17, kMostParts = 16;
-  constexpr int64_t kSplitsOfThread = 4;  // that are read together
+  constexpr int64_t kSplitsOfThread = 8;  // that are read together
   int64_t parts = 1;
   while (parts < kMostParts && 2 * parts * kSplitsOfThread <= splits &&
          groups * parts < kThreadsOfAll) {
