@@ -93,6 +93,7 @@ WHOLE_CASES = [
     Conv2dCase("32s-7x7", 19, 96, 7, 7, 96, 3, 3, groups=3, **SAME),
     Conv2dCase("16s-14x14", 5, 80, 14, 14, 80, 3, 3, groups=5, **SAME),
     Conv2dCase("8s-28x28", 3, 72, 28, 28, 72, 3, 3, groups=9, **SAME),
+    Conv2dCase("4s-56x56", 2, 72, 56, 56, 72, 3, 3, groups=18, **SAME),
 ]
 
 
@@ -103,14 +104,20 @@ def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str)
         (tensors_of(case, torch.bfloat16, True, hopper), False),
     ):
         query = query_of(case, values)
-        for op in OPS:
-            assert not cuda_candidates.grouped_why_not(op, query, WHOLE)
+        reasons = [cuda_candidates.grouped_why_not(op, query, WHOLE) for op in OPS]
+        assert not any(reasons[:2])
+        of_weight = not reasons[2]
+        assert of_weight == (case.H != 56)
         input, weight, _, grad = values.values()
         results = [
             (
                 cuda_conv2d.conv2d(query, by)(input, weight, None),
                 cuda_conv2d.conv2d_grad_input(query, by)(grad, weight),
-                *cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True),
+                *(
+                    cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
+                    if of_weight
+                    else ()
+                ),
             )
             for by in (WHOLE, HOPPER)
         ]
@@ -119,6 +126,28 @@ def test_whole_images(case: Conv2dCase, hopper: torch.device, thread_order: str)
                 assert torch.equal(our, other)
             else:
                 torch.testing.assert_close(our, other, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_group_of_whole_images(
+    value: float, hopper: torch.device
+) -> None:
+    case = Conv2dCase("4s", 1, 16, 56, 56, 16, 3, 3, groups=4, **SAME)
+    values = small_integers(case, torch.bfloat16, hopper)
+    values["weight"] = torch.where(values["weight"] == 0, 1, values["weight"])
+    values["bias"] = torch.zeros_like(values["bias"])
+    # In corners, and in rows whose place in a ring another one takes.
+    for row, column in ((0, 0), (17, 20), (18, 31), (38, 48), (55, 55)):
+        values["input"][0, 5, row, column] = values["grad"][0, 6, row, column] = value
+    exact = exact_of(case, values)
+    query = query_of(case, values)
+    output = cuda_conv2d.conv2d(query, WHOLE)(values["input"], values["weight"], None)
+    grad_input = cuda_conv2d.conv2d_grad_input(query, WHOLE)(values["grad"], values["weight"])
+    for our, right in zip((output, grad_input), exact[:2], strict=True):
+        assert torch.equal(our.isfinite(), right.isfinite())
+        assert torch.equal(our.isnan(), right.isnan())
+        kept = right.isfinite()
+        assert torch.equal(our[kept].double(), right[kept])
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -166,9 +195,7 @@ def test_what_is_beside_an_image_does_not_count(
     values[other] = torch.where(values[other] == 0, 1, values[other])
     exact = exact_of(case, values)
     kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), WHOLE)
-    for our, expected in zip(
-        kernel(values["grad"], values["input"], True), exact[2:], strict=True
-    ):
+    for our, expected in zip(kernel(values["grad"], values["input"], True), exact[2:], strict=True):
         assert torch.equal(our.isfinite(), expected.isfinite())
 
 

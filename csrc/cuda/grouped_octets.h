@@ -137,7 +137,7 @@ grouped_octets_kernel(GDFAST_GRID_CONSTANT const WholeArguments a) {
 #if defined(GDFAST_HOPPER)
   const int first_channel = static_cast<int>(blockIdx.y) * kSlab;
   const int first_image = static_cast<int>(blockIdx.x) * Octets::kImages;
-  if (this_thread() == 0) load_whole<Octets, kOctetThreads / kWarp>(a, first_channel, first_image);
+  if (this_thread() == 0) load_whole<Octets>(a, first_channel, first_image);
   // Before the first image there is none.
   if (this_thread() >= kOctetThreads - kBoxRow / 4) {
     reinterpret_cast<uint32_t*>(shared_memory() + Octets::kRowsAt)[this_thread() - kOctetThreads] =

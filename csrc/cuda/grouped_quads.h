@@ -108,7 +108,7 @@ grouped_quads_kernel(GDFAST_GRID_CONSTANT const WholeArguments a) {
 #if defined(GDFAST_HOPPER)
   const int first_channel = static_cast<int>(blockIdx.y) * kSlab;
   const int first_image = static_cast<int>(blockIdx.x) * Quads::kImages;
-  if (this_thread() == 0) load_whole<Quads, kQuadThreads / kWarp>(a, first_channel, first_image);
+  if (this_thread() == 0) load_whole<Quads>(a, first_channel, first_image);
   sync_block();
   multiply_quads<kGradient>(a, first_channel, first_image);
 #else

@@ -1,10 +1,10 @@
 // The forward pass in groups on Hopper of small images, and the gradient in the input: its kernels
-// are in grouped_octets.h, grouped_quads.h and grouped_strips.h.
+// are in grouped_octets.h, grouped_quads.h and grouped_walks.h.
 #include "conv2d_grouped_whole.h"
 #include "device.h"
 #include "grouped_octets.h"
 #include "grouped_quads.h"
-#include "grouped_strips.h"
+#include "grouped_walks.h"
 
 namespace gdfast::cuda {
 namespace {
@@ -25,6 +25,22 @@ void start(const char* op, const Conv2dProblem& p, const void* input, const void
   launch(op, kernel, grid, static_cast<unsigned>(threads), Its::kBytes, where.stream, a);
 }
 
+template <typename Its>
+void start_walks(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
+                 const void* weight, void* output, const Where& where) {
+  const WalkArguments a{
+      channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                               {Its::kImages, 2, Its::kColumns}),
+      channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
+                               {kWalkBox.images, kWalkBox.rows, kWalkBox.columns}),
+      grouped_filters(p, weight, gradient)};
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.N, Its::kImages)),
+                  static_cast<unsigned>(ceil_div(p.C, kSlab)));
+  const int64_t bytes = Its::kFiltersAt + kSlab * filter_row_bytes(p);
+  launch(op, grouped_walks_kernel<Its>, grid, kWalkThreads, static_cast<size_t>(bytes),
+         where.stream, a);
+}
+
 template <bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
          void* output, const Where& where) {
@@ -37,8 +53,10 @@ void run(const char* op, const Conv2dProblem& p, const void* input, const void* 
       return with(Octets{}, grouped_octets_kernel<kGradient>, kOctetThreads, kOctetBox);
     case Quads::kGroup:
       return with(Quads{}, grouped_quads_kernel<kGradient>, kQuadThreads, kQuadBox);
+    case Walks28::kGroup:
+      return start_walks<Walks28>(op, p, kGradient, input, weight, output, where);
     default:
-      return with(Strips{}, grouped_strips_kernel<kGradient>, kStripThreads, kStripBox);
+      return start_walks<Walks56>(op, p, kGradient, input, weight, output, where);
   }
 }
 
@@ -55,13 +73,17 @@ std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
   const auto is = [&](int64_t channels, int64_t rows) {
     return group == channels && p.H == rows && p.W == rows;
   };
-  if (!is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows) &&
-      !is(Strips::kGroup, Strips::kRows)) {
-    return "it takes groups of 32 channels on images of 7 x 7, of 16 on 14 x 14, or of 8 on 28 x "
-           "28";
+  const bool wide = is(Walks56::kGroup, Walks56::kRows);
+  const bool walks = wide || is(Walks28::kGroup, Walks28::kRows);
+  if (!walks && !is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows)) {
+    return "it takes groups of 32 channels on images of 7 x 7, of 16 on 14 x 14, of 8 on 28 x 28, "
+           "or of 4 on 56 x 56";
   }
   if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
-  if (pass == GroupedPass::kGradWeight) return "";
+  if (wide && pass == GroupedPass::kGradWeight) {
+    return "it makes no gradient of the weight for images of 56 x 56";
+  }
+  if (walks || pass == GroupedPass::kGradWeight) return "";
   const Strides4& at = p.weight;
   if (at.c != 1 || at.w != group || at.h != 3 * group || at.n % 8 != 0 || at.n < kTaps * group) {
     return "it takes weights in channels_last";

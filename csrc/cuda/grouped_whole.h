@@ -25,25 +25,23 @@ struct StoredBox {
 };
 
 // Images of kRowCount rows and columns, which are kPitch pixels apart in shared memory, the first
-// of them that of column kFirst, beside kResultBytes of results. Where rows are more than kSlots,
-// the last come in the place of the first.
+// of them that of column kFirst, beside kResultBytes of results.
 template <int kGroupChannels, int kImageCount, int kRowCount, int kPitch, int kFirst,
-          int kResultBytes, int kSlotCount = kRowCount>
+          int kResultBytes>
 struct WholeImages {
   static constexpr int kGroup = kGroupChannels, kImages = kImageCount, kRows = kRowCount;
   static constexpr int kColumns = kPitch, kFirstColumn = kFirst;
-  static constexpr int kSlots = kSlotCount, kAgain = kRows - kSlots;
   static constexpr int kImageRow = kColumns * kBoxRow, kRowBytes = kImages * kImageRow;
   static constexpr int kTapBytes = kGroup * 2;  // of a filter, which lies in boxes of some taps
   static constexpr int kTapsOfBox = kBoxRow / kTapBytes;
   static constexpr int kBoxes = (kTaps + kTapsOfBox - 1) / kTapsOfBox;
   static constexpr int kBoxBytes = kSlab * kBoxRow;
   // Shared memory: barriers, rows, results, filters.
-  static constexpr int kRowsAt = 1024, kResultsAt = kRowsAt + kSlots * kRowBytes;
+  static constexpr int kRowsAt = 1024, kResultsAt = kRowsAt + kRows * kRowBytes;
   static constexpr int kFiltersAt = kResultsAt + kResultBytes;
   static constexpr int kBytes = kFiltersAt + kBoxes * kBoxBytes;
-  static_assert(kBytes <= kHopperMemory && kAgain >= 0);
-  static_assert((kRows + 1 + kAgain) * sizeof(uint64_t) <= kRowsAt - kBoxRow, "barriers");
+  static_assert(kBytes <= kHopperMemory);
+  static_assert((kRows + 1) * sizeof(uint64_t) <= kRowsAt - kBoxRow, "barriers");
 };
 
 #if defined(GDFAST_HOPPER)
@@ -75,31 +73,21 @@ GDFAST_DEVICE int chunk_at(int pixel, int chunk) {
   return Its::kRowsAt + swizzled(pixel < kLast ? pixel : kLast, chunk);
 }
 
-// When nobody needs a row any more whose place another one takes.
+// By one thread.
 template <typename Its>
-GDFAST_DEVICE uint64_t* gone_barrier(int row) {
-  return row_barrier(Its::kRows + 1 + row);
-}
-
-template <typename Its>
-GDFAST_DEVICE void load_row(const WholeArguments& a, int first_channel, int first_image, int row) {
-  barrier_arrive_expecting(row_barrier(row), Its::kRowBytes);
-  load_box(shared_memory() + Its::kRowsAt + row % Its::kSlots * Its::kRowBytes, a.input,
-           {first_channel, Its::kFirstColumn, row, first_image}, row_barrier(row));
-}
-
-// By one thread, in a block of so many warps.
-template <typename Its, int kWarps>
 GDFAST_DEVICE void load_whole(const WholeArguments& a, int first_channel, int first_image) {
   for (int i = 0; i <= Its::kRows; ++i) barrier_init(row_barrier(i), 1);
-  for (int i = 0; i < Its::kAgain; ++i) barrier_init(gone_barrier<Its>(i), kWarps);
   barriers_ready();
   barrier_arrive_expecting(filter_barrier<Its>(), Its::kBoxes * Its::kBoxBytes);
   for (int box = 0; box < Its::kBoxes; ++box) {
     load_box(shared_memory() + Its::kFiltersAt + box * Its::kBoxBytes, a.filters,
              {box * kBoxRow / 2, first_channel, 0, 0}, filter_barrier<Its>());
   }
-  for (int row = 0; row < Its::kSlots; ++row) load_row<Its>(a, first_channel, first_image, row);
+  for (int row = 0; row < Its::kRows; ++row) {
+    barrier_arrive_expecting(row_barrier(row), Its::kRowBytes);
+    load_box(shared_memory() + Its::kRowsAt + row * Its::kRowBytes, a.input,
+             {first_channel, Its::kFirstColumn, row, first_image}, row_barrier(row));
+  }
 }
 
 #endif
