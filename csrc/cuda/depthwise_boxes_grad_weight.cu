@@ -55,6 +55,7 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
+  let_next_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kBoxStages; ++i) {
       barrier_init(Rows::full(boxes, i), 1);
@@ -128,8 +129,12 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
   }
   sync_threads_of(1, kBoxWorkers);
   write_sums<kBoxChannels, kBoxSize, kBoxWorkers>(
-      a, shared, 1, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
-      first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
+      a, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
+      first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders,
+      [&](int channel, int tap) {
+        return shared_sum<kBoxChannels, kBoxSize>(shared, 1, channel, tap);
+      },
+      [&](int k, int r, int s) {
         return exact_sum_of_pieces(a, boxes, tensors.grad_output, tensors.input, k, r, s);
       });
 #endif

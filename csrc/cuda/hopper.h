@@ -10,7 +10,9 @@
 //                                          zero. A box is rows of 128 bytes, the first axis; within
 //                                          each 1024 bytes, where it must begin, the 16-byte chunk
 //                                          c of row r lies in the place of chunk c ^ r. Of a box of
-//                                          64 bytes a row that is chunk c ^ r / 2, within 512 bytes
+//                                          64 bytes a row that is chunk c ^ r / 2, where 512 bytes
+//                                          of shared memory begin with row 0; the box may begin
+//                                          with any even row of these
 //   load_line(shared, from, bytes, barrier)
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have
