@@ -68,6 +68,11 @@ GDFAST_DEVICE int first_piece(const BoxesArguments& boxes) {
   return static_cast<int>(blockIdx.x) / boxes.chunks;
 }
 
+GDFAST_DEVICE int pieces_of_block(const BoxesArguments& boxes) {
+  const int blocks = static_cast<int>(gridDim.x) / boxes.chunks;
+  return (boxes.pieces - first_piece(boxes) + blocks - 1) / blocks;
+}
+
 // Calls each(piece) for those of a block, one after the other.
 template <typename Each>
 GDFAST_DEVICE void for_each_box_piece(const DepthwiseArguments& a, const BoxesArguments& boxes,

@@ -40,6 +40,9 @@ GDFAST_DEVICE int channels_of_slot(int slot, int channel) {
   return slot * kHalfBoxRow + (channel / 8 ^ slot / 2 % 4) * 16 + channel / 4 % 2 * 8;
 }
 
+// The same channels' place four slots further on.
+GDFAST_DEVICE int four_slots_on(int at) { return (at ^ 32) + 4 * kHalfBoxRow; }
+
 // Two pixels of one of four channels, as a register of a matrix instruction.
 template <typename Pack>
 GDFAST_DEVICE uint32_t pair_of_pixels(const Pack& first, const Pack& second, int channel) {

@@ -133,7 +133,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
   if (warp < 0) {
     give_registers<kLoaderRegisters>();
-    if (warp == -1 && warp_lane() == 0) load_lines<kSize>(a, lines);
+    if (threadIdx.x == 0) load_lines<kSize>(a, lines);
     return;
   }
   take_registers<kToeplitzWorkerRegisters>();
@@ -151,8 +151,9 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   }
   const MovedGradients by_move = MovedGradients::of_lane();
   WindowPacks<T> packs;
-  const auto load = [&](int stage, int window) {
-    const unsigned char* const from = Rows::at(boxes, stage);
+  RingPlace<kSteps> stage;
+  const auto load = [&](int window) {
+    const unsigned char* const from = Rows::at(boxes, stage.index);
     const auto load_one = [&](int at, int bytes) {
       return load_pack<4>(reinterpret_cast<const T*>(from + at + window * kWindowBytes + bytes));
     };
@@ -166,13 +167,14 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   };
 
   Sums sums{};
-  RingPlace<kSteps> stage;
   if (exists) {
+    int pieces = pieces_of_block(boxes);
+    barrier_wait(Rows::full(boxes, stage.index), stage.parity);
+    load(0);
     for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
       const WeightSteps steps = WeightSteps::of<kSize>(a, piece);
+      const bool last = --pieces == 0;
       Fragments alive[kGroups][kWindows] = {};
-      barrier_wait(Rows::full(boxes, stage.index), stage.parity);
-      load(stage.index, 0);
       // What the next products need is loaded before those of a window are begun.
       const auto multiply = [&](int step, int u, auto is_graded, auto has_pixels) {
         constexpr bool kGraded = decltype(is_graded)::value, kPixels = decltype(has_pixels)::value;
@@ -193,15 +195,15 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
             for (int c = 0; c < kChannels; ++c) left_operand(left[c], packs.pixels, c);
           }
           if (window + 1 < kWindows) {
-            load(stage.index, window + 1);
+            load(window + 1);
           } else {
             sync_warp();
             if (warp_lane() == 0) barrier_arrive(Rows::empty(boxes, stage.index));
             RingPlace<kSteps>::advance(stage);
-            if (step + 1 < steps.count) {
+            if (!last || step + 1 < steps.count) {
               barrier_wait(Rows::full(boxes, stage.index), stage.parity);
-              load(stage.index, 0);
             }
+            load(0);
           }
           if constexpr (kBias && kGraded) {
             const uint32_t ones = pack_two<T>(1.f, 1.f);
