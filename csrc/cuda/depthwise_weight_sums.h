@@ -27,8 +27,8 @@ GDFAST_DEVICE A* partial_taps(A* partial, const DepthwiseArguments& a, int split
   return partial + (int64_t{split} * a.K + k) * a.R * a.S;
 }
 template <typename A>
-GDFAST_DEVICE A* partial_bias(A* partial, const DepthwiseArguments& a, int splits, int split,
-                              int k) {
+GDFAST_HOST_DEVICE A* partial_bias(A* partial, const DepthwiseArguments& a, int splits, int split,
+                                   int k) {
   return partial + int64_t{splits} * a.K * a.R * a.S + int64_t{split} * a.K + k;
 }
 
