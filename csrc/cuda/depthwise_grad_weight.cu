@@ -8,6 +8,8 @@
 // the outputs of its split; what the threads of a block have is joined in a fixed order. In the
 // second each sum joins the splits in theirs. Common filters in channels_last have a first pass of
 // their own (depthwise_columns_grad_weight.cu).
+#include <algorithm>
+
 #include "conv2d_split_sums.h"
 #include "depthwise_boxes.h"
 #include "depthwise_columns.h"
@@ -130,7 +132,7 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
   } else if (way == DepthwiseWay::kBoxes) {
     of_way = depthwise_boxes_splits(a);
   } else if (way == DepthwiseWay::kToeplitz) {
-    of_way = depthwise_toeplitz_splits(a);
+    of_way = std::max(depthwise_toeplitz_splits(a, true), depthwise_toeplitz_splits(a, false));
   } else if (way >= DepthwiseWay::kSlabs) {
     of_way = depthwise_tensor_splits(a, way == DepthwiseWay::kSlabs);
   }
@@ -154,7 +156,7 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
     splits = depthwise_boxes_splits(a);
     depthwise_boxes_grad_weight(problem.dtype, a, grad_output, input, workspace, where.stream);
   } else if (way == DepthwiseWay::kToeplitz) {
-    splits = depthwise_toeplitz_splits(a);
+    splits = depthwise_toeplitz_splits(a, grad_bias != nullptr);
     depthwise_toeplitz_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
                                    workspace, where.stream);
   } else if (way >= DepthwiseWay::kSlabs) {

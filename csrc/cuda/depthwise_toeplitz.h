@@ -109,7 +109,7 @@ void depthwise_toeplitz(DType dtype, const DepthwiseArguments& arguments, const 
                         const void* weight, const void* bias, void* output, uintptr_t stream);
 
 // In how many splits `partial` gets the sums (depthwise_weight_sums.h).
-int depthwise_toeplitz_splits(const DepthwiseArguments& arguments);
+int depthwise_toeplitz_splits(const DepthwiseArguments& arguments, bool with_bias);
 void depthwise_toeplitz_grad_weight(DType dtype, const DepthwiseArguments& arguments,
                                     const void* grad_output, const void* input, bool with_bias,
                                     void* partial, uintptr_t stream);

@@ -19,25 +19,26 @@ constexpr char kOp[] = "conv2d_grad_weight";
 #if defined(GDFAST_HOPPER)
 
 // What a warp adds up: of each group of rows of gradients, and of ones by gradients for the bias.
-template <int kSize, bool kBias>
+template <int kSize, int kChannels, bool kBias>
 struct MoveSums {
-  float pairs[kSeen<kSize>][kWarpChannels][4];
-  float bias[kBias ? kWarpChannels : 1][4];
+  float pairs[kSeen<kSize>][kChannels][4];
+  float bias[kBias ? kChannels : 1][4];
 
-  static constexpr int kCount = kSeen<kSize> * kWarpChannels * 128;  // of a warp, in shared memory
-  static constexpr int kShared = kCount + kWarpChannels * 8;
+  static constexpr int kCount = kSeen<kSize> * kChannels * 128;  // of a warp, in shared memory
+  static constexpr int kShared = kCount + kChannels * 8;
 
   // As [group][channel][row of the matrix][column], and behind these the bias's.
   GDFAST_DEVICE void share(const MoveSums& sums, float* to) {
     to += warp_lane() / 4 * 8 + warp_lane() % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kSeen<kSize> * kWarpChannels * 4; ++i) {
-      to[i / 4 * 128 + i % 4 / 2 * 64 + i % 2] = sums.pairs[i / 16][i / 4 % 4][i % 4];
+    for (int i = 0; i < kSeen<kSize> * kChannels * 4; ++i) {
+      const float (&of_group)[kChannels][4] = sums.pairs[i / (kChannels * 4)];
+      to[i / 4 * 128 + i % 4 / 2 * 64 + i % 2] = of_group[i / 4 % kChannels][i % 4];
     }
     if constexpr (kBias) {
       if (warp_lane() >= 4) return;
 #pragma unroll
-      for (int i = 0; i < kWarpChannels * 2; ++i) {
+      for (int i = 0; i < kChannels * 2; ++i) {
         to[kCount + i / 2 * 8 + i % 2] = sums.bias[i / 2][i % 2];
       }
     }
@@ -50,8 +51,8 @@ struct MoveSums {
 #pragma unroll
     for (int gradients = 0; gradients < kLines; ++gradients) {
       const int below = r + kAbove<kSize> + gradients;
-      sum += from[(below / kLines * kWarpChannels + channel) * 128 +
-                  (below % kLines * 4 + s % 4) * 8 + gradients * 2 + s / 4];
+      sum += from[(below / kLines * kChannels + channel) * 128 + (below % kLines * 4 + s % 4) * 8 +
+                  gradients * 2 + s / 4];
     }
     return sum;
   }
@@ -63,11 +64,10 @@ struct MoveSums {
   }
 };
 
-// Of a window, what a lane has of four channels: gradients of four slots, and pixels of as many in
-// each of two lines.
-template <typename T>
+// Of a window, what a lane has of a warp's channels: gradients of four slots, and pixels of as many
+// in each of two lines.
+template <typename Pack>
 struct WindowPacks {
-  using Pack = PackOf<T, 4>;
   Pack gradients[4], pixels[2][4];
 };
 
@@ -81,11 +81,11 @@ struct MovedGradients {
     const bool moved = warp_lane() / 4 % 2 == 1;
     return {moved, moved ? 0x1054u : 0x5410u, moved ? 0x3276u : 0x7632u};
   }
-  template <typename Pack>
+  template <typename Pack, int kChannels>
   GDFAST_DEVICE void take(const MovedGradients& by, const Pack (&packs)[4], const Pack& before,
-                          uint32_t (&right)[kWarpChannels][2]) {
+                          uint32_t (&right)[kChannels][2]) {
 #pragma unroll
-    for (int word = 0; word < kWarpChannels / 2; ++word) {
+    for (int word = 0; word < kChannels / 2; ++word) {
       const uint32_t first = by.moved ? before.words[word] : packs[1].words[word];
       const uint32_t second = by.moved ? packs[1].words[word] : packs[3].words[word];
 #pragma unroll
@@ -100,7 +100,7 @@ struct MovedGradients {
 
 #endif
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kWide, bool kBias>
 GDFAST_KERNEL(kToeplitzThreads, 1)
 depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                                       const GDFAST_GRID_CONSTANT WeightLines lines,
@@ -108,11 +108,15 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
                                       float* partial) {
 #if defined(GDFAST_HOPPER)
   const BoxesArguments& boxes = lines.boxes;
-  constexpr int kChannels = kWarpChannels, kGroups = kSeen<kSize>;
+  using Shape = WeightShape<kWide>;
+  constexpr int kChannels = Shape::kChannels, kGroups = kSeen<kSize>, kWindows = Shape::kWindows;
+  constexpr int kSteps = Shape::kSteps, kLine = Shape::kLine;
+  using Rows = Stages<kSteps>;
+  using Pack = PackOf<T, kChannels>;
   using Fragments = uint32_t[kChannels][2];
-  using Sums = MoveSums<kSize, kBias>;
+  using Sums = MoveSums<kSize, kChannels, kBias>;
   let_next_begin();
-  const int first_channel = first_channel_of(boxes);
+  const int first_channel = first_channel_of<Shape>(boxes);
   if (threadIdx.x == 0) {
     const int warps = (a.C - first_channel + kChannels - 1) / kChannels;
     for (int i = 0; i < kSteps; ++i) {
@@ -133,7 +137,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
   if (warp < 0) {
     give_registers<kLoaderRegisters>();
-    if (threadIdx.x == 0) load_lines<kSize>(a, lines);
+    if (threadIdx.x == 0) load_lines<Shape, kSize>(a, lines);
     return;
   }
   take_registers<kToeplitzWorkerRegisters>();
@@ -146,20 +150,22 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   int pixels_at[2], gradients_at[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    pixels_at[i] = channels_of_slot(line / 4 * kLineSlots + quarter + line % 4 + i * 4, channel);
-    gradients_at[i] = channels_of_slot((kLines + line / 2) * kLineSlots + quarter + i * 4, channel);
+    pixels_at[i] = Shape::place(line / 4 * Shape::kLineSlots + quarter + line % 4 + i * 4, channel);
+    gradients_at[i] =
+        Shape::place((kLines + line / 2) * Shape::kLineSlots + quarter + i * 4, channel);
   }
   const MovedGradients by_move = MovedGradients::of_lane();
-  WindowPacks<T> packs;
+  WindowPacks<Pack> packs;
   RingPlace<kSteps> stage;
   const auto load = [&](int window) {
     const unsigned char* const from = Rows::at(boxes, stage.index);
     const auto load_one = [&](int at, int bytes) {
-      return load_pack<4>(reinterpret_cast<const T*>(from + at + window * kWindowBytes + bytes));
+      return load_pack<kChannels>(
+          reinterpret_cast<const T*>(from + at + window * kWindow * Shape::kRow + bytes));
     };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int on = i / 2 * 8 * kHalfBoxRow;
+      const int on = i / 2 * 8 * Shape::kRow;
       packs.gradients[i] = load_one(gradients_at[i % 2], on);
       packs.pixels[0][i] = load_one(pixels_at[i % 2], on);
       packs.pixels[1][i] = load_one(pixels_at[i % 2], on + 2 * kLine);
@@ -178,7 +184,7 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
       // What the next products need is loaded before those of a window are begun.
       const auto multiply = [&](int step, int u, auto is_graded, auto has_pixels) {
         constexpr bool kGraded = decltype(is_graded)::value, kPixels = decltype(has_pixels)::value;
-        PackOf<T, 4> before{};
+        Pack before{};
 #pragma unroll
         for (int window = 0; window < kWindows; ++window) {
           Fragments& right = alive[u][window];
@@ -245,11 +251,11 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
   // All rows have come and been read: their place is free.
   const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
   sync();
-  static_assert(kToeplitzWarps * Sums::kShared * 4 <= kSteps * kStage, "sums fit");
+  static_assert(kToeplitzWarps * Sums::kShared * 4 <= kSteps * Shape::kStage, "sums fit");
   auto* const shared = reinterpret_cast<float*>(shared_memory());
   Sums::share(sums, shared + warp * Sums::kShared);
   sync();
-  write_sums<kToeplitzChannels, kSize, kToeplitzWorkers>(
+  write_sums<Shape::kBlockChannels, kSize, kToeplitzWorkers>(
       a, first_channel, partial, static_cast<int>(gridDim.x) / boxes.chunks, first_piece(boxes),
       static_cast<int>(threadIdx.x) - kBoxLoaders,
       [&](int k, int tap) {
@@ -263,24 +269,40 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
 #endif
 }
 
-template <typename T, int kSize, bool kBias>
+template <typename T, int kSize, bool kWide, bool kBias>
 void launch_toeplitz(const DepthwiseArguments& a, const Tensors<T>& tensors, float* partial,
                      uintptr_t stream) {
-  WeightLines lines = weight_lines(a);
+  constexpr int kRow = WeightShape<kWide>::kRow;
+  WeightLines lines = weight_lines<kWide>(a);
   BoxesArguments& boxes = lines.boxes;
-  boxes.input =
-      box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch, kHalfBoxRow);
+  boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch, kRow);
   boxes.output = box_map(kOp, tensors.grad_output, a, a.output, a.P, a.Q, boxes.images,
-                         lines.graded / boxes.images / kHalfBoxRow, kHalfBoxRow);
-  launch(kOp, depthwise_toeplitz_grad_weight_kernel<T, kSize, kBias>,
-         static_cast<unsigned>(boxes.blocks), kToeplitzThreads, static_cast<size_t>(kBytes), stream,
-         a, lines, tensors, partial);
+                         lines.graded / boxes.images / kRow, kRow);
+  launch(kOp, depthwise_toeplitz_grad_weight_kernel<T, kSize, kWide, kBias>,
+         static_cast<unsigned>(boxes.blocks), kToeplitzThreads,
+         static_cast<size_t>(WeightShape<kWide>::kBytes), stream, a, lines, tensors, partial);
+}
+
+template <typename T>
+void launch_toeplitz(const DepthwiseArguments& a, const Tensors<T>& tensors, bool with_bias,
+                     float* partial, uintptr_t stream) {
+  const auto launch_size = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    auto* chosen = with_bias ? launch_toeplitz<T, kSize, false, true>
+                             : launch_toeplitz<T, kSize, false, false>;
+    if constexpr (kSize == 5) {
+      if (is_wide(a, with_bias)) chosen = launch_toeplitz<T, kSize, true, false>;
+    }
+    chosen(a, tensors, partial, stream);
+  };
+  a.R == 5 ? launch_size(Constant<5>{}) : launch_size(Constant<7>{});
 }
 
 }  // namespace
 
-int depthwise_toeplitz_splits(const DepthwiseArguments& a) {
-  const BoxesArguments boxes = weight_lines(a).boxes;
+int depthwise_toeplitz_splits(const DepthwiseArguments& a, bool with_bias) {
+  const BoxesArguments boxes =
+      (is_wide(a, with_bias) ? weight_lines<true>(a) : weight_lines<false>(a)).boxes;
   return boxes.blocks / boxes.chunks;
 }
 
@@ -291,11 +313,7 @@ void depthwise_toeplitz_grad_weight(DType dtype, const DepthwiseArguments& a,
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const Tensors<T> tensors{static_cast<const T*>(grad_output), static_cast<const T*>(input)};
-      auto* const chosen =
-          a.R == 5    ? with_bias ? launch_toeplitz<T, 5, true> : launch_toeplitz<T, 5, false>
-          : with_bias ? launch_toeplitz<T, 7, true>
-                      : launch_toeplitz<T, 7, false>;
-      chosen(a, tensors, static_cast<float*>(partial), stream);
+      launch_toeplitz(a, tensors, with_bias, static_cast<float*>(partial), stream);
     }
   });
 }

@@ -16,27 +16,43 @@ namespace {
 // What the plan is made for. Not what this GPU has, so that sums have the same bits on every one.
 constexpr int kMultiprocessors = 132;
 
-constexpr int kWindows = 4, kWindow = 16, kMove = 4;
-constexpr int kWindowBytes = kWindow * kHalfBoxRow;
+constexpr int kWindow = 16, kMove = 4;
 constexpr int kLines = 4;  // of a step, of pixels and of gradients
-constexpr int kSteps = 6;  // on their way
-// The windows' pixels are moved by up to 3. Lines next to one another begin in different banks: of
-// four slots, those of two lines lie in all banks.
-constexpr int kLineSlots = 68;
-static_assert(kLineSlots >= kWindows * kWindow + 3 && kLineSlots % 8 == 4);
-constexpr int kLine = kLineSlots * kHalfBoxRow;
-constexpr int kStage = 2 * kLines * kLine;
-static_assert(kLine % 128 == 0 && kStage % 512 == 0, "where boxes may begin, and chunks lie alike");
-constexpr int kBytes = kSteps * (kStage + 16);  // with barriers
-static_assert(kBytes <= 227 * 1024);
+
+// A block's channels, of which a warp has 4 or 8, and what its stages hold. What bounds small
+// filters is how fast boxes come, by the row: these have 128 bytes where a warp's registers hold
+// that.
+template <bool kWide>
+struct WeightShape {
+  static constexpr int kRow = kWide ? kBoxRow : kHalfBoxRow;  // bytes of a slot
+  static constexpr int kBlockChannels = kRow / 2, kChannels = kBlockChannels / kToeplitzWarps;
+  static constexpr int kWindows = kWide ? 2 : 4;
+  static constexpr int kSteps = kWide ? 5 : 6;  // on their way
+  // The windows' pixels are moved by up to 3. Narrow lines next to one another begin in different
+  // banks: of four slots, those of two lines lie in all banks.
+  static constexpr int kLineSlots = kWide ? 40 : 68;
+  static constexpr int kLine = kLineSlots * kRow, kStage = 2 * kLines * kLine;
+  static constexpr int kBytes = kSteps * (kStage + 16);  // with barriers
+  static_assert(kLineSlots >= kWindows * kWindow + 3 && (kWide || kLineSlots % 8 == 4));
+  static_assert(kLine % (kWide ? 1024 : 128) == 0 && kStage % (8 * kRow) == 0,
+                "where boxes may begin, and chunks lie alike");
+  static_assert(kBytes <= 227 * 1024);
+
+  // Where a warp's channels lie of a slot.
+  GDFAST_DEVICE int place(int slot, int channel) {
+    return kWide ? slot * kRow + (channel / 8 ^ slot % 8) * 16 : channels_of_slot(slot, channel);
+  }
+};
 
 struct WeightLines {
   BoxesArguments boxes;
   int graded;  // bytes that a row of gradients fills
 };
 
+template <bool kWide>
 WeightLines weight_lines(const DepthwiseArguments& a) {
-  constexpr int64_t kMost = kWindows * kWindow - kMove;  // columns of gradients
+  using Shape = WeightShape<kWide>;
+  constexpr int64_t kMost = Shape::kWindows * kWindow - kMove;  // columns of gradients
   WeightLines lines{};
   BoxesArguments& boxes = lines.boxes;
   const int64_t strips = ceil_div(a.Q, kMost), strip = ceil_div(a.Q, strips);
@@ -51,12 +67,21 @@ WeightLines weight_lines(const DepthwiseArguments& a) {
   boxes.images = static_cast<int>(images);
   boxes.strip = static_cast<int>(strip);
   boxes.pitch = static_cast<int>(pitch);
-  boxes.pixels = static_cast<int>(images * pitch) * kHalfBoxRow;
-  lines.graded = strips > 1 ? boxes.strip * kHalfBoxRow : boxes.pixels;
-  boxes.stage = kStage;
-  boxes.chunks = static_cast<int>(ceil_div(a.C, kToeplitzChannels));
+  boxes.pixels = static_cast<int>(images * pitch) * Shape::kRow;
+  lines.graded = strips > 1 ? boxes.strip * Shape::kRow : boxes.pixels;
+  boxes.stage = Shape::kStage;
+  boxes.chunks = static_cast<int>(ceil_div(a.C, Shape::kBlockChannels));
   share_rows(boxes, a, strips, kMultiprocessors, kLines);
   return lines;
+}
+
+// Whether lines of 64 channels are as full as those of 32.
+inline bool is_wide(const DepthwiseArguments& a, bool with_bias) {
+  if (a.R != 5 || with_bias) return false;
+  const auto steps = [](const BoxesArguments& boxes) {
+    return ceil_div(boxes.pieces, boxes.blocks / boxes.chunks) * boxes.rows;
+  };
+  return steps(weight_lines<true>(a).boxes) <= steps(weight_lines<false>(a).boxes);
 }
 
 // Rows that a step's pixels begin above the first one that its gradients see. For padding of half
@@ -69,10 +94,9 @@ constexpr int kSeen = (kSize + 2 + kAbove<kSize>) / kLines + 1;
 
 #if defined(GDFAST_HOPPER)
 
-using Rows = Stages<kSteps>;
-
+template <typename Shape>
 GDFAST_DEVICE int first_channel_of(const BoxesArguments& boxes) {
-  return static_cast<int>(blockIdx.x) % boxes.chunks * kToeplitzChannels;
+  return static_cast<int>(blockIdx.x) % boxes.chunks * Shape::kBlockChannels;
 }
 
 // The steps of a piece: the first ones have gradients, and some have pixels. Rows that there are
@@ -97,12 +121,14 @@ struct WeightSteps {
 };
 
 // One thread starts to load all rows, each step as soon as its stage is nobody's any more.
-template <int kSize>
+template <typename Shape, int kSize>
 GDFAST_DEVICE void load_lines(const DepthwiseArguments& a, const WeightLines& lines) {
+  using Rows = Stages<Shape::kSteps>;
+  constexpr int kLine = Shape::kLine;
   const BoxesArguments& boxes = lines.boxes;
-  RingPlace<kSteps> stage;
+  RingPlace<Shape::kSteps> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-    const int channel = first_channel_of(boxes);
+    const int channel = first_channel_of<Shape>(boxes);
     const WeightSteps steps = WeightSteps::of<kSize>(a, piece);
 #pragma unroll 1
     for (int step = 0; step < steps.count; ++step) {
@@ -122,7 +148,7 @@ GDFAST_DEVICE void load_lines(const DepthwiseArguments& a, const WeightLines& li
           load_box(to + kLines * kLine, boxes.output, {channel, piece.q, p, piece.n}, full);
         }
       }
-      RingPlace<kSteps>::advance(stage);
+      RingPlace<Shape::kSteps>::advance(stage);
     }
   });
 }
