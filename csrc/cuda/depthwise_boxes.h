@@ -41,6 +41,7 @@ struct BoxesArguments {
   int made;                 // bytes of a row of outputs
   int images, strip;        // side by side, and the columns of outputs of each
   int pitch;                // slots of an image
+  int inset;                // columns that are seen to the left of a box's first one
   int chunks;               // of channels
   int parts, rows;          // of an image's rows of outputs
   int pieces;               // of each chunk

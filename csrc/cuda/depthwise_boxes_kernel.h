@@ -113,6 +113,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     // Around what is put into a row of outputs.
     const auto begin_row = [&] { barrier_wait(Memory::written(row.index), row.parity ^ 1); };
     const auto end_row = [&] {
+      stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
       RingPlace<kMadeRows>::advance(row);
@@ -156,7 +157,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   });
   sync();
   const float all =
-      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kBoxWarps, sync);
+      sum_of_warps(zero, reinterpret_cast<float*>(Memory::stage(boxes, 0)), warp, kBoxWarps, sync);
   if (all != 0) Memory::mend_pieces(a, boxes, tensors, thread);
 #endif
 }

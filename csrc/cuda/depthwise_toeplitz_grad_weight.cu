@@ -125,11 +125,13 @@ depthwise_toeplitz_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgume
     }
     barriers_ready();
   }
-  // Zeros behind what boxes fill of lines are never written to again.
+  // Zeros around what boxes fill of lines are never written to again.
   for (int i = warp_index(); i < kSteps * 2 * kLines; i += kToeplitzThreads / kWarp) {
-    const int filled = i / kLines % 2 == 0 ? boxes.pixels : lines.graded;
-    for (int at = filled + warp_lane() * 16; at < kLine; at += kWarp * 16) {
-      store_16(shared_memory() + i * kLine + at, {{0, 0, 0, 0}});
+    const bool pixels = i / kLines % 2 == 0;
+    const int first = pixels ? lines.inset * Shape::kRow : 0;
+    const int filled = pixels ? boxes.pixels : lines.graded;
+    for (int at = warp_lane() * 16; at < kLine - filled; at += kWarp * 16) {
+      store_16(shared_memory() + i * kLine + (at < first ? at : at + filled), {{0, 0, 0, 0}});
     }
   }
   sync_block();

@@ -47,6 +47,7 @@ struct WeightShape {
 struct WeightLines {
   BoxesArguments boxes;
   int graded;  // bytes that a row of gradients fills
+  int inset;   // columns before those that come, where a line has one image
 };
 
 template <bool kWide>
@@ -67,8 +68,12 @@ WeightLines weight_lines(const DepthwiseArguments& a) {
   boxes.images = static_cast<int>(images);
   boxes.strip = static_cast<int>(strip);
   boxes.pitch = static_cast<int>(pitch);
-  boxes.pixels = static_cast<int>(images * pitch) * Shape::kRow;
-  lines.graded = strips > 1 ? boxes.strip * Shape::kRow : boxes.pixels;
+  if (strips == 1 && images == 1 && a.pad_w < seen && a.pad_w * Shape::kRow % 128 == 0) {
+    lines.inset = a.pad_w;
+    boxes.pitch = static_cast<int>(std::min<int64_t>(seen - a.pad_w, a.W));
+  }
+  boxes.pixels = static_cast<int>(images) * boxes.pitch * Shape::kRow;
+  lines.graded = images > 1 ? boxes.pixels : boxes.strip * Shape::kRow;
   boxes.stage = Shape::kStage;
   boxes.chunks = static_cast<int>(ceil_div(a.C, Shape::kBlockChannels));
   share_rows(boxes, a, strips, kMultiprocessors, kLines);
@@ -143,7 +148,10 @@ GDFAST_DEVICE void load_lines(const DepthwiseArguments& a, const WeightLines& li
 #pragma unroll 1
       for (int i = 0; i < kLines; ++i, to += kLine) {
         const int h = steps.first + step * kLines + i, p = piece.p + step * kLines + i;
-        if (pixels) load_box(to, boxes.input, {channel, piece.q - a.pad_w, h, piece.n}, full);
+        if (pixels) {
+          load_box(to + lines.inset * Shape::kRow, boxes.input,
+                   {channel, piece.q - a.pad_w + lines.inset, h, piece.n}, full);
+        }
         if (graded) {
           load_box(to + kLines * kLine, boxes.output, {channel, piece.q, p, piece.n}, full);
         }

@@ -7,20 +7,18 @@
 //   TensorMap, tensor_map<T>(op, address, axes, box)     host: a tensor of four axes, of T: a half
 //                                          type or float
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
-//                                          zero. A box is rows of 128 bytes, the first axis; within
-//                                          each 1024 bytes, where it must begin, the 16-byte chunk
-//                                          c of row r lies in the place of chunk c ^ r. Of a box of
-//                                          64 bytes a row that is chunk c ^ r / 2, where 512 bytes
-//                                          of shared memory begin with row 0; the box may begin
-//                                          with any even row of these
+//                                          zero. A box is rows of 128 bytes, the first axis, and
+//                                          begins where 128 divides. Within each 1024 bytes of
+//                                          shared memory the 16-byte chunk c of row r lies in the
+//                                          place of chunk c ^ r. Of a box of 64 bytes a row that is
+//                                          chunk c ^ r / 2, within 512 bytes
 //   load_line(shared, from, bytes, barrier)
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
-//                                          whoever wrote there has called stores_ready() and met,
-//                                          or it has met them and called that; what lies outside of
-//                                          the tensor is not written. Products of what threads
-//                                          wrote themselves ask for the same
+//                                          whoever wrote there has called stores_ready() and met;
+//                                          what lies outside of the tensor is not written. Products
+//                                          of what threads wrote themselves ask for the same
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written

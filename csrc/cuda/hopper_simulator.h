@@ -330,9 +330,7 @@ GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
 GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[4],
                             uint64_t* barrier) {
   auto* const to = static_cast<unsigned char*>(shared);
-  if ((to - shared_memory()) % (simulator::row_bytes(map) == kBoxRow ? 1024 : 128) != 0) {
-    simulator::fail("load_box: expected a multiple of 1024, or of 128 for rows of 64 bytes");
-  }
+  if ((to - shared_memory()) % 128 != 0) simulator::fail("load_box: expected a multiple of 128");
   std::memset(to, 0xff, static_cast<size_t>(simulator::box_bytes(map)));
   simulator::under_way().boxes.push_back({to, map, {at[0], at[1], at[2], at[3]}, barrier});
 }
