@@ -62,10 +62,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     const int warps = (a.C - first_channel + kChannels - 1) / kChannels;
     Memory::init_barriers(warps < kToeplitzWarps ? warps : kToeplitzWarps);
   }
-  const int behind = (boxes.stage - boxes.pixels) / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < kToeplitzStages * behind; i += kToeplitzThreads) {
-    store_16(Memory::stage(boxes, i / behind) + boxes.pixels + i % behind * 16, {{0, 0, 0, 0}});
-  }
+  clear_behind(boxes, Memory::stage(boxes, 0), kToeplitzStages, 0, kToeplitzThreads);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
