@@ -90,6 +90,8 @@ OF_BANDS = [
     depthwise("5x5-wide-padding", 2, 16, 5, 4, 5, (6, 5)),
     depthwise("5x5-asymmetric-padding", 2, 16, 8, 7, 5, (0, 4)),
     depthwise("5x5-one-column", 30, 8, 4, 1, 5, (2, 2)),
+    # Lines of 64 channels, the last ones of fewer.
+    depthwise("5x5-wide-lines", 5, 104, 9, 28, 5, (2, 2)),
 ]
 CASES = {ROWS: OF_ROWS, BOXES: OF_BOXES, BANDS: OF_BANDS}
 

@@ -30,7 +30,7 @@ GDFAST_DEVICE int64_t place_of(const WeightPlaces& a, int64_t filter, int32_t ta
   return filter * a.filter_step + place_at(a.places, tap).offset;
 }
 
-constexpr int kSumThreads = 256;
+constexpr int kSplitThreads = 256;
 constexpr int kGroup = 4;  // elements of a thread, where they are channels of one tap
 
 struct SplitSums {
@@ -80,7 +80,7 @@ struct alignas(kCount == 1               ? sizeof(T)
 template <typename Sum, int kCount>
 GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (&places)[kCount]) {
   using Sums = Group<Sum, kCount>;
-  const int columns = kSumThreads / a.parts, part = this_thread() / columns;
+  const int columns = kSplitThreads / a.parts, part = this_thread() / columns;
   const int64_t index = (int64_t{blockIdx.x} * columns + this_thread() % columns) * kCount;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sums[i] = 0, places[i] = -1;
@@ -134,7 +134,7 @@ GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (
 
 // whole: whether a group is written at once. Results are rounded to T, and stored as To.
 template <typename T, typename To, typename Sum, int kCount>
-GDFAST_KERNEL(kSumThreads, 1)
+GDFAST_KERNEL(kSplitThreads, 1)
 sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to, bool whole) {
   Sum sums[kCount];
   int64_t places[kCount];
@@ -159,7 +159,7 @@ sum_splits_kernel(GDFAST_GRID_CONSTANT const SplitSums a, void* to, bool whole) 
 }
 
 template <typename T, typename Sum, int kCount>
-GDFAST_KERNEL(kSumThreads, 1)
+GDFAST_KERNEL(kSplitThreads, 1)
 sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
                       GDFAST_GRID_CONSTANT const WeightUpdate<Sum> update) {
   int64_t places[kCount];
@@ -171,10 +171,10 @@ sum_splits_sgd_kernel(GDFAST_GRID_CONSTANT const SplitSums a,
 // Launches one of them, early: what made the sums takes most of the GPU to its end.
 template <typename Sum, int kCount, typename Kernel, typename... More>
 void launch_sums(Kernel kernel, const SplitSums& a, const Where& where, const More&... more) {
-  const int64_t elements = kSumThreads / a.parts * kCount;
-  const size_t bytes = a.parts > 1 ? kSumThreads * sizeof(Group<Sum, kCount>) : 0;
+  const int64_t elements = kSplitThreads / a.parts * kCount;
+  const size_t bytes = a.parts > 1 ? kSplitThreads * sizeof(Group<Sum, kCount>) : 0;
   launch_early("conv2d_grad_weight", kernel,
-               dim3(static_cast<unsigned>(blocks_for(a.count, elements))), kSumThreads, bytes,
+               dim3(static_cast<unsigned>(blocks_for(a.count, elements))), kSplitThreads, bytes,
                where.stream, a, more...);
 }
 

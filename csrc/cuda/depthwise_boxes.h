@@ -41,6 +41,7 @@ struct BoxesArguments {
   int made;                 // bytes of a row of outputs
   int images, strip;        // side by side, and the columns of outputs of each
   int pitch;                // slots of an image
+  int inset;                // columns that are seen to the left of a box's first one
   int chunks;               // of channels
   int parts, rows;          // of an image's rows of outputs
   int pieces;               // of each chunk
@@ -66,6 +67,28 @@ GDFAST_DEVICE int box_channel(const BoxesArguments& boxes) {
 }
 GDFAST_DEVICE int first_piece(const BoxesArguments& boxes) {
   return static_cast<int>(blockIdx.x) / boxes.chunks;
+}
+
+GDFAST_DEVICE int pieces_of_block(const BoxesArguments& boxes) {
+  const int blocks = static_cast<int>(gridDim.x) / boxes.chunks;
+  return (boxes.pieces - first_piece(boxes) + blocks - 1) / blocks;
+}
+
+// The slot of a column that a tile of its own sees, or one of zeros: behind the images of a stage,
+// and as far from these as the second image is from the first.
+GDFAST_DEVICE int box_slot(const BoxesArguments& boxes, int column) {
+  const int slot = column - boxes.inset;
+  const bool exists = static_cast<unsigned>(slot) < static_cast<unsigned>(boxes.pitch);
+  return exists ? slot : boxes.images * boxes.pitch + (slot & 7);
+}
+
+// Zeros where no box is written to, of so many stages with `more` bytes behind them.
+GDFAST_DEVICE void clear_behind(const BoxesArguments& boxes, unsigned char* stages, int count,
+                                int more, int threads) {
+  const int behind = (boxes.stage - more - boxes.pixels) / 16;
+  for (int i = static_cast<int>(threadIdx.x); i < count * behind; i += threads) {
+    store_16(stages + i / behind * boxes.stage + boxes.pixels + i % behind * 16, {{0, 0, 0, 0}});
+  }
 }
 
 // Calls each(piece) for those of a block, one after the other.
@@ -159,9 +182,16 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   boxes.strip = static_cast<int>(strip);
   // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
   // rows of a box begin at multiples of 1024 bytes.
+  // Boxes of two images have no padding: they come as fast as they have columns.
+  const int64_t seen = strip + kBoxSize - 1;
+  const bool bare = boxes.images > 1 && a.pad_w >= 0 && a.pad_w < seen;
   const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
-  boxes.pitch = static_cast<int>(ceil_div(positions + kBoxSize, 8) * 8);
-  boxes.stage = boxes.pixels = boxes.images * boxes.pitch * kBoxRow;
+  const int64_t columns =
+      bare ? (a.W < seen - a.pad_w ? a.W : seen - a.pad_w) : positions + kBoxSize;
+  boxes.inset = bare ? a.pad_w : 0;
+  boxes.pitch = static_cast<int>(ceil_div(columns, 8) * 8);
+  boxes.pixels = boxes.images * boxes.pitch * kBoxRow;
+  boxes.stage = boxes.pixels + (bare ? (boxes.pitch + 8) * kBoxRow : 0);
   boxes.made = kMadeBytes;
   boxes.chunks = static_cast<int>(ceil_div(a.C, kBoxChannels));
   share_rows(boxes, a, strips, at_once);

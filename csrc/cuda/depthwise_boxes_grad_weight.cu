@@ -13,17 +13,17 @@ constexpr int kMultiprocessors = 132;
 // A stage has a box of the input and, behind it, one of the gradient, zeros beyond its columns.
 constexpr int kGradBytes = kBoxTiles * kTilePositions * kBoxRow;
 
+constexpr int kWeightStages = 6;  // so that memory is for three blocks
 constexpr int kBarrierBytes = 256;
-static_assert(2 * kBoxStages * 8 <= kBarrierBytes, "barriers fit");
+static_assert(2 * kWeightStages * 8 <= kBarrierBytes, "barriers fit");
 
 #if defined(GDFAST_HOPPER)
 
-using Rows = Stages<kBoxStages>;
+using Rows = Stages<kWeightStages>;
 
 // One thread starts to load all rows, each as soon as its stage is nobody's any more.
 GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-  const int pixels = boxes.stage - kGradBytes;
-  RingPlace<kBoxStages> stage;
+  RingPlace<kWeightStages> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
     for (int step = 0; step < piece.rows + kBoxSize - 1; ++step) {
@@ -34,14 +34,16 @@ GDFAST_DEVICE void load_box_rows(const DepthwiseArguments& a, const BoxesArgumen
       unsigned char* const to = Rows::at(boxes, stage.index);
       // In the first turn nobody has to leave a stage: the phase before the first is over.
       barrier_wait(Rows::empty(boxes, stage.index), stage.parity ^ 1);
-      barrier_arrive_expecting(full, (inside ? pixels : 0) + (graded ? kGradBytes : 0));
+      barrier_arrive_expecting(full, (inside ? boxes.pixels : 0) + (graded ? kGradBytes : 0));
       if (inside) {
-        load_box(to, boxes.input, {box_channel(boxes), piece.q - a.pad_w, h, piece.n}, full);
+        load_box(to, boxes.input, {box_channel(boxes), piece.q - a.pad_w + boxes.inset, h, piece.n},
+                 full);
       }
       if (graded) {
-        load_box(to + pixels, boxes.output, {box_channel(boxes), piece.q, p, piece.n}, full);
+        load_box(to + boxes.stage - kGradBytes, boxes.output,
+                 {box_channel(boxes), piece.q, p, piece.n}, full);
       }
-      RingPlace<kBoxStages>::advance(stage);
+      RingPlace<kWeightStages>::advance(stage);
     }
   });
 }
@@ -55,13 +57,15 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
                                    const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
+  let_next_begin();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kBoxStages; ++i) {
+    for (int i = 0; i < kWeightStages; ++i) {
       barrier_init(Rows::full(boxes, i), 1);
       barrier_init(Rows::empty(boxes, i), kBoxWarps);
     }
     barriers_ready();
   }
+  clear_behind(boxes, Rows::at(boxes, 0), kWeightStages, kGradBytes, kBoxThreads);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
@@ -83,16 +87,16 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
   int pairs_at[kBoxSize / 2];
 #pragma unroll
   for (int i = 0; i < kBoxSize / 2; ++i) {
-    pairs_at[i] = at(line + matrix / 2 * 8 + matrix % 2 + 2 * i);
+    pairs_at[i] = at(box_slot(boxes, line + matrix / 2 * 8 + matrix % 2 + 2 * i));
   }
   const bool of_pixels = matrix < 2;
   const int last_next = of_pixels ? next : kTilePositions * kBoxRow;
-  const int last_at = (of_pixels ? at(line + matrix * 8 + kBoxSize - 1)
+  const int last_at = (of_pixels ? at(box_slot(boxes, line + matrix * 8 + kBoxSize - 1))
                                  : boxes.stage - kGradBytes + at(line + matrix % 2 * 8));
   const bool exists = box_channel(boxes) + plane * 8 < a.C;
 
   TapSums<kBoxSize> sums[kGroups] = {};
-  RingPlace<kBoxStages> stage;
+  RingPlace<kWeightStages> stage;
   for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
     const int h = piece.p - a.pad_h, rows = piece.rows, steps = rows + kBoxSize - 1;
     TapRows<kBoxSize> taps[kGroups][kTiles] = {};
@@ -114,7 +118,7 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
         }
         sync_warp();
         if (warp_lane() == 0) barrier_arrive(Rows::empty(boxes, stage.index));
-        RingPlace<kBoxStages>::advance(stage);
+        RingPlace<kWeightStages>::advance(stage);
       }
     }
   });
@@ -128,8 +132,12 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
   }
   sync_threads_of(1, kBoxWorkers);
   write_sums<kBoxChannels, kBoxSize, kBoxWorkers>(
-      a, shared, 1, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
-      first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders, [&](int k, int r, int s) {
+      a, box_channel(boxes), partial, static_cast<int>(gridDim.x) / boxes.chunks,
+      first_piece(boxes), static_cast<int>(threadIdx.x) - kBoxLoaders,
+      [&](int channel, int tap) {
+        return shared_sum<kBoxChannels, kBoxSize>(shared, 1, channel, tap);
+      },
+      [&](int k, int r, int s) {
         return exact_sum_of_pieces(a, boxes, tensors.grad_output, tensors.input, k, r, s);
       });
 #endif
@@ -150,7 +158,7 @@ void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, float*
   boxes.output = box_map(kOp, tensors.grad_output, a, a.output, a.P, a.Q, boxes.images,
                          kBoxTiles * kTilePositions / boxes.images);
   launch(kOp, depthwise_boxes_grad_weight_kernel<T>, static_cast<unsigned>(boxes.blocks),
-         kBoxThreads, static_cast<size_t>(kBoxStages * boxes.stage + kBarrierBytes), stream, a,
+         kBoxThreads, static_cast<size_t>(kWeightStages * boxes.stage + kBarrierBytes), stream, a,
          boxes, tensors, partial);
 }
 

@@ -19,7 +19,8 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   using Memory = BoxesRing;
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
   using Filters = Diagonals<T, kBoxSize, kGroups>;
-  if (threadIdx.x == 0) Memory::init_barriers(boxes);
+  if (threadIdx.x == 0) Memory::init_barriers(kBoxWarps);
+  clear_behind(boxes, Memory::stage(boxes, 0), kBoxStages, 0, kBoxThreads);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
@@ -58,8 +59,8 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   int load_at[kBoxSize / 2 + 1];
 #pragma unroll
   for (int i = 0; i <= kBoxSize / 2; ++i) {
-    load_at[i] = i == kBoxSize / 2 ? chunk_at(plane + matrix / 2, slot + 2 * i)
-                                   : chunk_at(plane, slot + matrix / 2 + 2 * i);
+    load_at[i] = i == kBoxSize / 2 ? chunk_at(plane + matrix / 2, box_slot(boxes, slot + 2 * i))
+                                   : chunk_at(plane, box_slot(boxes, slot + matrix / 2 + 2 * i));
   }
   // And where it puts sums: of two positions of each tile, if there are outputs of these.
   int sums_at[kTiles][2];
@@ -81,7 +82,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     const auto multiply = [&](int step, int u) {
       const bool inside = exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
       const unsigned char* const pixels = Memory::stage(boxes, stage.index);
-      barrier_wait(Memory::full(boxes, stage.index), stage.parity);
+      barrier_wait(Memory::full(stage.index), stage.parity);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -91,7 +92,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         });
       }
       sync_warp();
-      if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
+      if (warp_lane() == 0) barrier_arrive(Memory::empty(stage.index));
       RingPlace<kBoxStages>::advance(stage);
     };
     const auto finish = [&](int tile, Sums<kGroups>& sums) {
@@ -111,11 +112,11 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       }
     };
     // Around what is put into a row of outputs.
-    const auto begin_row = [&] { barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1); };
+    const auto begin_row = [&] { barrier_wait(Memory::written(row.index), row.parity ^ 1); };
     const auto end_row = [&] {
       stores_ready();
       sync_warp();
-      if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
+      if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
       RingPlace<kMadeRows>::advance(row);
     };
 #pragma unroll 1
@@ -157,7 +158,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   });
   sync();
   const float all =
-      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kBoxWarps, sync);
+      sum_of_warps(zero, reinterpret_cast<float*>(Memory::stage(boxes, 0)), warp, kBoxWarps, sync);
   if (all != 0) Memory::mend_pieces(a, boxes, tensors, thread);
 #endif
 }

@@ -8,11 +8,12 @@
 namespace gdfast::cuda {
 namespace {
 
-constexpr int kMadeRows = 4;  // of outputs, that are written
-constexpr int kBarrierBytes = 256;
+constexpr int kMadeRows = 4;         // of outputs, that are written
+constexpr int kBarrierBytes = 1024;  // where boxes may begin
 
 // Of filters of kFilter rows, for so many warps, which have all of a block's channels.
-// Shared memory: stages, rows of outputs, barriers. Filters lie in the rows of outputs before.
+// Shared memory: barriers, whose addresses are then constants, stages, rows of outputs. Filters lie
+// in the rows of outputs before.
 template <int kFilter, int kChannels, int kStages, int kWarps>
 struct BoxesMemory {
   static_assert((2 * (kStages + kMadeRows) + 1) * 8 <= kBarrierBytes, "barriers fit");
@@ -29,38 +30,32 @@ struct BoxesMemory {
     return static_cast<int>(blockIdx.x) % boxes.chunks * kChannels;
   }
   GDFAST_DEVICE unsigned char* stage(const BoxesArguments& boxes, int index) {
-    return shared_memory() + index * boxes.stage;
+    return shared_memory() + kBarrierBytes + index * boxes.stage;
   }
   GDFAST_DEVICE unsigned char* made_row(const BoxesArguments& boxes, int row) {
     return stage(boxes, kStages) + row * boxes.made;
   }
-  GDFAST_DEVICE uint64_t* full(const BoxesArguments& boxes, int stage) {
-    return reinterpret_cast<uint64_t*>(made_row(boxes, kMadeRows)) + stage;
+  GDFAST_DEVICE uint64_t* full(int stage) {
+    return reinterpret_cast<uint64_t*>(shared_memory()) + stage;
   }
-  GDFAST_DEVICE uint64_t* empty(const BoxesArguments& boxes, int stage) {
-    return full(boxes, kStages + stage);
-  }
+  GDFAST_DEVICE uint64_t* empty(int stage) { return full(kStages + stage); }
   // A row of outputs is there, or may be made.
-  GDFAST_DEVICE uint64_t* made(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * kStages + row);
-  }
-  GDFAST_DEVICE uint64_t* written(const BoxesArguments& boxes, int row) {
-    return full(boxes, 2 * kStages + kMadeRows + row);
-  }
+  GDFAST_DEVICE uint64_t* made(int row) { return full(2 * kStages + row); }
+  GDFAST_DEVICE uint64_t* written(int row) { return full(2 * kStages + kMadeRows + row); }
   // All of the block's outputs are in global memory.
-  GDFAST_DEVICE uint64_t* finished(const BoxesArguments& boxes) {
-    return full(boxes, 2 * (kStages + kMadeRows));
-  }
-  GDFAST_DEVICE void init_barriers(const BoxesArguments& boxes) {
+  GDFAST_DEVICE uint64_t* finished() { return full(2 * (kStages + kMadeRows)); }
+
+  // For so many warps, those that have channels.
+  GDFAST_DEVICE void init_barriers(int warps) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(full(boxes, i), 1);
-      barrier_init(empty(boxes, i), kWarps);
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), warps);
     }
     for (int i = 0; i < kMadeRows; ++i) {
-      barrier_init(made(boxes, i), kWarps);
-      barrier_init(written(boxes, i), 1);
+      barrier_init(made(i), warps);
+      barrier_init(written(i), 1);
     }
-    barrier_init(finished(boxes), 1);
+    barrier_init(finished(), 1);
     barriers_ready();
   }
 
@@ -72,13 +67,13 @@ struct BoxesMemory {
       for (int step = 0; step < piece.rows + kFilter - 1; ++step) {
         const int h = piece.p + step - a.pad_h;
         const bool inside = static_cast<unsigned>(h) < static_cast<unsigned>(a.H);
-        uint64_t* const arrived = full(boxes, at.index);
+        uint64_t* const arrived = full(at.index);
         // In the first turn nobody has to leave a stage: the phase before the first is over.
-        barrier_wait(empty(boxes, at.index), at.parity ^ 1);
+        barrier_wait(empty(at.index), at.parity ^ 1);
         barrier_arrive_expecting(arrived, inside ? boxes.pixels : 0);
         if (inside) {
           load_box(stage(boxes, at.index), boxes.input,
-                   {channel(boxes), piece.q - a.pad_w, h, piece.n}, arrived);
+                   {channel(boxes), piece.q - a.pad_w + boxes.inset, h, piece.n}, arrived);
         }
         Stage::advance(at);
       }
@@ -92,17 +87,17 @@ struct BoxesMemory {
     for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
       for (int p = piece.p; p < piece.p + piece.rows; ++p) {
-        barrier_wait(made(boxes, row.index), row.parity);
+        barrier_wait(made(row.index), row.parity);
         store_box(boxes.output, {channel(boxes), piece.q, p, piece.n}, made_row(boxes, row.index));
         stores_commit();
         stores_wait_read<1>();
-        if (before >= 0) barrier_arrive(written(boxes, before));
+        if (before >= 0) barrier_arrive(written(before));
         before = row.index;
         Row::advance(row);
       }
     });
     stores_wait<0>();
-    barrier_arrive(finished(boxes));
+    barrier_arrive(finished());
   }
 
   // What warps before the first that multiplies do, which need few registers.
@@ -118,7 +113,7 @@ struct BoxesMemory {
   GDFAST_DEVICE void mend_pieces(const DepthwiseArguments& a, const BoxesArguments& boxes,
                                  const Tensors<T>& tensors, int thread) {
     constexpr int kChunks = kChannels / 8;
-    barrier_wait(finished(boxes), 0);
+    barrier_wait(finished(), 0);
     for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
       const int chunks = boxes.strip * kChunks, of_image = piece.rows * chunks;
 #pragma unroll 1

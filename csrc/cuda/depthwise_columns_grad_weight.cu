@@ -36,6 +36,7 @@ depthwise_columns_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgumen
   constexpr int kVector = Filter::kVector, kAhead = kRowsAhead<T, Filter>;
   using Pixels = ColumnRow<T, kVector, kWide>;
   using Gradients = ColumnRow<T, kVector, kColumns>;
+  let_next_begin();
   const ColumnWalk& walk = plan.walk;
   const Divided thread = divide(static_cast<int>(threadIdx.x), walk.lanes);
   const int split = static_cast<int>(blockIdx.x);

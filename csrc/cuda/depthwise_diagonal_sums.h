@@ -110,21 +110,19 @@ GDFAST_DEVICE void share_sums(const TapSums<kSize>& sums, float* to, int group) 
   }
 }
 
-// Writes what the warps of each channel have shared, one behind the other, as a block's split of
-// `partial`. Zeros around an image, or beyond a row, make NaN of infinities: exact(k, r, s) is the
-// sum without them.
-template <int kSlab, int kSize, int kThreads, typename Exact>
-GDFAST_DEVICE void write_sums(const DepthwiseArguments& a, const float* shared, int warps,
-                              int first_channel, float* partial, int splits, int split, int thread,
-                              Exact&& exact) {
-  constexpr int kTaps = kSize * kSize, kSums = kSlab * (kTaps + 1);
-  for (int i = thread; i < kSums; i += kThreads) {
-    float sum = 0;
-    for (int warp = 0; warp < warps; ++warp) sum += shared[warp * kSums + i];
+// Writes a block's split of `partial`: made(channel, tap) is a sum of its slab, of the bias where
+// tap is the number of taps. Zeros around an image, or beyond a row, make NaN of infinities:
+// exact(k, r, s) is the sum without them.
+template <int kSlab, int kSize, int kThreads, typename Made, typename Exact>
+GDFAST_DEVICE void write_sums(const DepthwiseArguments& a, int first_channel, float* partial,
+                              int splits, int split, int thread, Made&& made, Exact&& exact) {
+  constexpr int kTaps = kSize * kSize;
+  for (int i = thread; i < kSlab * (kTaps + 1); i += kThreads) {
     const bool is_bias = i >= kSlab * kTaps;
-    const int tap = i % kTaps, channel = is_bias ? i - kSlab * kTaps : i / kTaps;
+    const int tap = is_bias ? kTaps : i % kTaps, channel = is_bias ? i - kSlab * kTaps : i / kTaps;
     const int k = first_channel + channel;
     if (k >= a.K) continue;
+    float sum = made(channel, tap);
     if (is_bias) {
       *partial_bias(partial, a, splits, split, k) = sum;
       continue;
@@ -132,6 +130,17 @@ GDFAST_DEVICE void write_sums(const DepthwiseArguments& a, const float* shared, 
     if (sum != sum) sum = exact(k, tap / kSize, tap % kSize);
     partial_taps(partial, a, split, k)[tap] = sum;
   }
+}
+
+// What the warps of each channel, one behind the other, have shared (share_sums) of a tap, or of
+// the bias.
+template <int kSlab, int kSize>
+GDFAST_DEVICE float shared_sum(const float* shared, int warps, int channel, int tap) {
+  constexpr int kTaps = kSize * kSize;
+  const int at = tap == kTaps ? kSlab * kTaps + channel : channel * kTaps + tap;
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += shared[warp * kSlab * (kTaps + 1) + at];
+  return sum;
 }
 
 }  // namespace

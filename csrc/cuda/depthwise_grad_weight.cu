@@ -8,6 +8,9 @@
 // the outputs of its split; what the threads of a block have is joined in a fixed order. In the
 // second each sum joins the splits in theirs. Common filters in channels_last have a first pass of
 // their own (depthwise_columns_grad_weight.cu).
+#include <algorithm>
+
+#include "conv2d_split_sums.h"
 #include "depthwise_boxes.h"
 #include "depthwise_columns.h"
 #include "depthwise_rows.h"
@@ -58,6 +61,7 @@ depthwise_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
                              const GDFAST_GRID_CONSTANT WeightWalk walk, const T* grad_output,
                              const T* input, SumOf<T>* partial) {
   using A = SumOf<T>;
+  let_next_begin();
   const int thread = static_cast<int>(threadIdx.x), split = static_cast<int>(blockIdx.x);
   const int lane = thread % walk.tile_groups, row = thread / walk.tile_groups;
   const int part = static_cast<int>(blockIdx.z);
@@ -128,7 +132,7 @@ int64_t depthwise_conv2d_grad_weight_workspace(const Conv2dProblem& p, Depthwise
   } else if (way == DepthwiseWay::kBoxes) {
     of_way = depthwise_boxes_splits(a);
   } else if (way == DepthwiseWay::kToeplitz) {
-    of_way = depthwise_toeplitz_splits(a);
+    of_way = std::max(depthwise_toeplitz_splits(a, true), depthwise_toeplitz_splits(a, false));
   } else if (way >= DepthwiseWay::kSlabs) {
     of_way = depthwise_tensor_splits(a, way == DepthwiseWay::kSlabs);
   }
@@ -152,7 +156,7 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
     splits = depthwise_boxes_splits(a);
     depthwise_boxes_grad_weight(problem.dtype, a, grad_output, input, workspace, where.stream);
   } else if (way == DepthwiseWay::kToeplitz) {
-    splits = depthwise_toeplitz_splits(a);
+    splits = depthwise_toeplitz_splits(a, grad_bias != nullptr);
     depthwise_toeplitz_grad_weight(problem.dtype, a, grad_output, input, grad_bias != nullptr,
                                    workspace, where.stream);
   } else if (way >= DepthwiseWay::kSlabs) {
@@ -171,8 +175,10 @@ void depthwise_conv2d_grad_weight(const Conv2dProblem& problem, DepthwiseWay wan
       splits = launch_any<T>(problem, a, static_cast<const T*>(grad_output),
                              static_cast<const T*>(input), partial, where.stream);
     }
-    join_splits<T>(kOp, a, splits, partial, static_cast<T*>(grad_weight),
-                   static_cast<T*>(grad_bias), where.stream);
+    launch_sum_splits<T, SumOf<T>>(weight_split_sums(problem, partial, splits), grad_weight, where);
+    if (grad_bias == nullptr) return;
+    const SumOf<T>* const bias = partial_bias(partial, a, splits, 0, 0);
+    launch_sum_splits<T, SumOf<T>>(bias_split_sums(problem, bias, splits), grad_bias, where);
   });
 }
 

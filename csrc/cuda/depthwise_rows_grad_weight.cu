@@ -53,6 +53,7 @@ depthwise_rows_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments 
                                   const GDFAST_GRID_CONSTANT Tensors<T> tensors, float* partial) {
 #if defined(GDFAST_HOPPER)
   constexpr int kWide = kRowColumns + kRowSize - 1;
+  let_next_begin();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) init_row_barriers(walk);
   sync_block();

@@ -66,6 +66,7 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   constexpr int kSlab = Tile::kSlab, kThreads = Its::kThreads;
   using Pixels = TensorRows<Tile::kPlanes, Its::kSlots, kThreads>;
   using Gradients = TensorRows<Tile::kPlanes, Its::kGradSlots, kThreads>;
+  let_next_begin();
   unsigned char* const ring = shared_memory();
   const int first_channel = static_cast<int>(blockIdx.x) * kSlab;
   const int split = static_cast<int>(blockIdx.y), first = split * walk.rows_of_block;
@@ -153,8 +154,11 @@ depthwise_tensor_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArgument
   share_sums<kSlab, kSize>(sums, shared + warp_index() % Tile::kWarps * Its::kSums, group);
   sync_block();
   write_sums<kSlab, kSize, kThreads>(
-      a, shared, Tile::kWarps, first_channel, partial, static_cast<int>(gridDim.y), split,
-      static_cast<int>(threadIdx.x), [&](int k, int r, int s) {
+      a, first_channel, partial, static_cast<int>(gridDim.y), split, static_cast<int>(threadIdx.x),
+      [&](int channel, int tap) {
+        return shared_sum<kSlab, kSize>(shared, Tile::kWarps, channel, tap);
+      },
+      [&](int k, int r, int s) {
         return exact_sum_of_block(a, walk, tensors, first, end, k, r, s);
       });
 }

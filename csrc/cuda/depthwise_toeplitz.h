@@ -57,6 +57,13 @@ GDFAST_DEVICE void left_operand(uint32_t (&left)[4], const Pack (&packs)[2][4], 
   }
 }
 
+// Behind a stage's pixels are zeros for eight slots, which lanes load in the place of columns that
+// a box does not have.
+GDFAST_HOST_DEVICE int zeros_at(const BoxesArguments& boxes) {
+  constexpr int kEight = 8 * kHalfBoxRow;
+  return (boxes.pixels + kEight - 1) / kEight * kEight;
+}
+
 // Which image a tile is of, and its first column. Images come before columns: lanes that load at
 // a time have tiles of two.
 struct ToeplitzTile {
@@ -86,15 +93,14 @@ inline BoxesArguments toeplitz_arguments(const DepthwiseArguments& a, int64_t at
     boxes.strip = static_cast<int>(strip);
     boxes.images = static_cast<int>(images);
   }
-  // Images begin in different banks. A tile's pixels may go on beyond those of the last one, where
-  // there are zeros.
-  const int columns = boxes.strip + a.S - 1;
-  boxes.pitch = static_cast<int>(ceil_div(columns + 4, 8) * 8 - 4);
-  const int beyond = static_cast<int>(ceil_div(boxes.strip, kTileOutputs)) * kTileOutputs +
-                     kTilePixels - kTileOutputs - boxes.pitch;
+  // Boxes have no padding where one has whole rows: they come as fast as they have columns. Images
+  // begin in different banks.
+  boxes.inset = best == 1 ? a.pad_w : 0;
+  int columns = boxes.strip + a.S - 1 - boxes.inset;
+  if (best == 1 && a.W < columns) columns = a.W;
+  boxes.pitch = columns > 0 ? static_cast<int>(ceil_div(columns + 4, 8) * 8 - 4) : 4;
   boxes.pixels = boxes.images * boxes.pitch * kHalfBoxRow;
-  const int bytes = boxes.pixels + (beyond > 0 ? beyond * kHalfBoxRow : 0);
-  boxes.stage = static_cast<int>(ceil_div(bytes, 1024) * 1024);
+  boxes.stage = static_cast<int>(ceil_div(zeros_at(boxes) + 8 * kHalfBoxRow, 1024) * 1024);
   boxes.made = static_cast<int>(ceil_div(boxes.images * boxes.strip * kHalfBoxRow, 1024) * 1024);
   boxes.chunks = static_cast<int>(ceil_div(a.C, kToeplitzChannels));
   share_rows(boxes, a, best, at_once);
@@ -106,7 +112,7 @@ void depthwise_toeplitz(DType dtype, const DepthwiseArguments& arguments, const 
                         const void* weight, const void* bias, void* output, uintptr_t stream);
 
 // In how many splits `partial` gets the sums (depthwise_weight_sums.h).
-int depthwise_toeplitz_splits(const DepthwiseArguments& arguments);
+int depthwise_toeplitz_splits(const DepthwiseArguments& arguments, bool with_bias);
 void depthwise_toeplitz_grad_weight(DType dtype, const DepthwiseArguments& arguments,
                                     const void* grad_output, const void* input, bool with_bias,
                                     void* partial, uintptr_t stream);

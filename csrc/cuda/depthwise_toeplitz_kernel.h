@@ -57,11 +57,12 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   using Memory = ToeplitzRing<kSize>;
   using Sum = float[4];
   constexpr int kChannels = kWarpChannels;
-  if (threadIdx.x == 0) Memory::init_barriers(boxes);
-  const int behind = (boxes.stage - boxes.pixels) / 16;
-  for (int i = static_cast<int>(threadIdx.x); i < kToeplitzStages * behind; i += kToeplitzThreads) {
-    store_16(Memory::stage(boxes, i / behind) + boxes.pixels + i % behind * 16, {{0, 0, 0, 0}});
+  const int first_channel = Memory::channel(boxes);
+  if (threadIdx.x == 0) {
+    const int warps = (a.C - first_channel + kChannels - 1) / kChannels;
+    Memory::init_barriers(warps < kToeplitzWarps ? warps : kToeplitzWarps);
   }
+  clear_behind(boxes, Memory::stage(boxes, 0), kToeplitzStages, 0, kToeplitzThreads);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
@@ -69,7 +70,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   take_registers<kToeplitzWorkerRegisters>();
   const auto sync = [] { sync_threads_of(1, kToeplitzWorkers); };
   const int thread = static_cast<int>(threadIdx.x) - kBoxLoaders;
-  const int first_channel = Memory::channel(boxes), channel = warp * kChannels;
+  const int channel = warp * kChannels;
   auto* const filters = reinterpret_cast<T*>(Memory::made_row(boxes, 0));
   Diagonals<T, kSize, 1>::template share<kToeplitzChannels, kToeplitzWorkers>(
       a, tensors.weight, first_channel, filters, thread);
@@ -86,59 +87,89 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   }
   sync();
 
-  // Where this lane loads a pixel of each of its two tiles, and the one that is 4 further on: eight
-  // slots on, chunks have changed places alike. And where it puts sums.
-  int load_at[2][2], sums_at[2][2];
+  // Where this lane loads pixels of each of its two tiles, and where it puts sums.
+  int load_at[2][4];
+  uint32_t sums_at[2] = {};  // of two columns each, negative ones for none
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const ToeplitzTile tile = ToeplitzTile::at(boxes, warp_lane() / 4 + i * 8);
+    const int first = tile.column + warp_lane() % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = first + j * 4 - boxes.inset, slot = tile.image * boxes.pitch + column;
+      load_at[i][j] = static_cast<unsigned>(column) < static_cast<unsigned>(boxes.pitch)
+                          ? channels_of_slot(slot, channel)
+                          : zeros_at(boxes) + channels_of_slot(slot & 7, channel);
+    }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int column = tile.column + warp_lane() % 4 + j * 4;
-      load_at[i][j] = channels_of_slot(tile.image * boxes.pitch + column, channel);
-      sums_at[i][j] = tile.exists && column < boxes.strip
-                          ? channels_of_slot(tile.image * boxes.strip + column, channel)
-                          : -1;
+      const int column = first + j * 4;
+      const int at = tile.exists && column < boxes.strip
+                         ? channels_of_slot(tile.image * boxes.strip + column, channel)
+                         : -1;
+      sums_at[i] |= (static_cast<uint32_t>(at) & 0xffffu) << 16 * j;
     }
   }
 
   float zero = 0;  // unless a sum was not finite
   typename Memory::Stage stage;
   typename Memory::Row row;
-  for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
+  PackOf<T, 4> packs[2][4];
+  const auto load = [&](bool there) {
+    if (there) barrier_wait(Memory::full(stage.index), stage.parity);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      packs[i / 4][i % 4] = load_pack<4>(
+          reinterpret_cast<const T*>(Memory::stage(boxes, stage.index) + load_at[i / 4][i % 4]));
+    }
+  };
+  int pieces = pieces_of_block(boxes);
+  const auto make = [&](const BoxesPiece& piece) {
     const int h = piece.p - a.pad_h, steps = piece.rows + kSize - 1;
+    const bool last = --pieces == 0;
     Sum alive[kSize][kChannels] = {};
-    // A row of pixels, for the output that sees it first and those that have begun.
+    // A row of pixels, for the output that sees it first and those that have begun. The next row is
+    // loaded before the products are begun, unless an ending needs the registers; the first of
+    // these are of the output that sees no more.
     const auto multiply = [&](int step, int u) {
+      if (kEnding) load(true);
+      uint32_t left[kChannels][4];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) left_operand(left[c], packs, c);
+      const bool made = step >= kSize;  // a row, in the step before
+      if (made) stores_ready();
+      sync_warp();
+      if (warp_lane() == 0) {
+        barrier_arrive(Memory::empty(stage.index));
+        if (made) barrier_arrive(Memory::made(row.index));
+      }
+      if (made) Memory::Row::advance(row);
+      Memory::Stage::advance(stage);
+      if (!kEnding) load(!last || step + 1 < steps);
+      const bool inside = static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
+      if (!inside) {
+        // Zeros that the compiler knows are written to registers before it asks, for both ways.
+        float none = 0;
+        opaque(none);
+#pragma unroll
+        for (int i = 0; i < kChannels * 4; ++i) alive[u][i / 4][i % 4] = none;
+        return;
+      }
 #pragma unroll
       for (int i = 0; i < kChannels * 4; ++i) alive[u][i / 4][i % 4] = 0;
-      const unsigned char* const pixels = Memory::stage(boxes, stage.index);
-      barrier_wait(Memory::full(boxes, stage.index), stage.parity);
-      if (exists && static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H)) {
-        PackOf<T, 4> packs[2][4];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          packs[i / 4][i % 4] = load_pack<4>(reinterpret_cast<const T*>(
-              pixels + load_at[i / 4][i % 2] + i % 4 / 2 * 8 * kHalfBoxRow));
-        }
+      for (int r = kSize - 1; r >= 0; --r) {
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          uint32_t left[4];
-          left_operand(left, packs, c);
-#pragma unroll
-          for (int r = 0; r < kSize; ++r) {
-            mma_m16n8k16<T>(alive[(u - r + kSize) % kSize][c], left, bands.rows[c][r]);
-          }
+          mma_m16n8k16<T>(alive[(u - r + kSize) % kSize][c], left[c], bands.rows[c][r]);
         }
       }
-      sync_warp();
-      if (warp_lane() == 0) barrier_arrive(Memory::empty(boxes, stage.index));
-      Memory::Stage::advance(stage);
     };
-    // The output that sees a row last.
+    // The output that sees a row last. What is written there is ready when the next step's pixels
+    // are: then nobody waits for it.
     const auto finish = [&](const Sum(&sums)[kChannels]) {
       zero += sum_of(sums) * 0;
-      barrier_wait(Memory::written(boxes, row.index), row.parity ^ 1);
+      barrier_wait(Memory::written(row.index), row.parity ^ 1);
       unsigned char* const to = Memory::made_row(boxes, row.index);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -150,13 +181,9 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
           activate(values, a.activation, static_cast<float>(a.negative_slope));
         }
-        const int at = sums_at[i / 2][i % 2];
+        const int at = static_cast<int16_t>(sums_at[i / 2] >> i % 2 * 16);
         if (at >= 0) store_values<kChannels>(reinterpret_cast<T*>(to + at), values);
       }
-      stores_ready();
-      sync_warp();
-      if (warp_lane() == 0) barrier_arrive(Memory::made(boxes, row.index));
-      Memory::Row::advance(row);
     };
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
@@ -185,10 +212,18 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         }
       }
     }
-  });
+    stores_ready();
+    sync_warp();
+    if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
+    Memory::Row::advance(row);
+  };
+  if (exists) {
+    if (!kEnding) load(true);
+    for_each_box_piece(a, boxes, make);
+  }
   sync();
-  const float all =
-      sum_of_warps(zero, reinterpret_cast<float*>(shared_memory()), warp, kToeplitzWarps, sync);
+  const float all = sum_of_warps(zero, reinterpret_cast<float*>(Memory::stage(boxes, 0)), warp,
+                                 kToeplitzWarps, sync);
   if (all != 0) Memory::mend_pieces(a, boxes, tensors, thread);
 #endif
 }

@@ -95,6 +95,9 @@ GDFAST_HOST_DEVICE T from_float(Number value) {
 
 GDFAST_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 GDFAST_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+GDFAST_DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t which) {
+  return __byte_perm(a, b, which);
+}
 
 template <typename T>
 GDFAST_DEVICE uint32_t pack_two(float low, float high);

@@ -7,10 +7,11 @@
 //   TensorMap, tensor_map<T>(op, address, axes, box)     host: a tensor of four axes, of T: a half
 //                                          type or float
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
-//                                          zero. A box is rows of 128 bytes, the first axis; within
-//                                          each 1024 bytes, where it must begin, the 16-byte chunk
-//                                          c of row r lies in the place of chunk c ^ r. Of a box of
-//                                          64 bytes a row that is chunk c ^ r / 2, within 512 bytes
+//                                          zero. A box is rows of 128 bytes, the first axis, and
+//                                          begins where 128 divides. Within each 1024 bytes of
+//                                          shared memory the 16-byte chunk c of row r lies in the
+//                                          place of chunk c ^ r. Of a box of 64 bytes a row that is
+//                                          chunk c ^ r / 2, within 512 bytes
 //   load_line(shared, from, bytes, barrier)
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have

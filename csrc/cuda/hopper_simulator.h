@@ -137,10 +137,12 @@ inline int box_rows(const TensorMap& map) { return map.box[1] * map.box[2] * map
 inline int row_bytes(const TensorMap& map) { return map.box[0] * map.element; }
 inline int box_bytes(const TensorMap& map) { return box_rows(map) * row_bytes(map); }
 
-// Calls each(address, or null outside of the tensor, offset in shared memory from where 1024 bytes
-// begin) for the elements of a box.
+// Calls each(address, or null outside of the tensor, offset from the box's first byte) for the
+// elements of a box, `shared` in shared memory: chunks change places by the address.
 template <typename Each>
-void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) {
+void for_each_element(const TensorMap& map, const int (&first)[4], const unsigned char* shared,
+                      Each&& each) {
+  const auto begin = static_cast<size_t>(shared - shared_memory());
   for (int row = 0; row < box_rows(map); ++row) {
     const int in_box[4] = {0, row % map.box[1], row / map.box[1] % map.box[2],
                            row / map.box[1] / map.box[2]};
@@ -154,9 +156,9 @@ void for_each_element(const TensorMap& map, const int (&first)[4], Each&& each) 
     for (int i = 0; i < map.box[0]; ++i) {
       const int64_t at = int64_t{first[0]} + i;
       const bool exists = inside && at >= 0 && at < map.axes[0].size;
-      const auto offset = static_cast<size_t>(row * row_bytes(map) + map.element * i);
+      const size_t place = begin + static_cast<size_t>(row * row_bytes(map) + map.element * i);
       each(exists ? map.address + from + map.element * at : nullptr,
-           row_bytes(map) == kBoxRow ? swizzled(offset) : swizzled_half(offset));
+           (row_bytes(map) == kBoxRow ? swizzled(place) : swizzled_half(place)) - begin);
     }
   }
 }
@@ -174,7 +176,7 @@ inline void deliver(const Box& box) {
   }
   const TensorMap& map = box.map;
   const auto bytes = static_cast<size_t>(map.element);
-  for_each_element(map, box.at, [&](const unsigned char* from, size_t offset) {
+  for_each_element(map, box.at, box.to, [&](const unsigned char* from, size_t offset) {
     if (from != nullptr) {
       std::memcpy(box.to + offset, from, bytes);
     } else {
@@ -328,7 +330,7 @@ GDFAST_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
 GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[4],
                             uint64_t* barrier) {
   auto* const to = static_cast<unsigned char*>(shared);
-  if ((to - shared_memory()) % 1024 != 0) simulator::fail("load_box: expected a multiple of 1024");
+  if ((to - shared_memory()) % 128 != 0) simulator::fail("load_box: expected a multiple of 128");
   std::memset(to, 0xff, static_cast<size_t>(simulator::box_bytes(map)));
   simulator::under_way().boxes.push_back({to, map, {at[0], at[1], at[2], at[3]}, barrier});
 }
@@ -371,10 +373,11 @@ GDFAST_DEVICE void stores_wait() {
     if (std::memcmp(store.bytes.data(), store.from, store.bytes.size()) != 0) {
       simulator::fail("store_box: what is stored was changed before it was waited for");
     }
-    simulator::for_each_element(*store.map, store.at, [&](unsigned char* to, size_t offset) {
+    const auto store_one = [&](unsigned char* to, size_t offset) {
       const auto bytes = static_cast<size_t>(store.map->element);
       if (to != nullptr) std::memcpy(to, store.bytes.data() + offset, bytes);
-    });
+    };
+    simulator::for_each_element(*store.map, store.at, store.from, store_one);
   }
   stores.erase(stores.begin(), stores.begin() + static_cast<std::ptrdiff_t>(done));
 }

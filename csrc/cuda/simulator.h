@@ -215,6 +215,15 @@ GDFAST_DEVICE T from_float(Number value) {
 
 GDFAST_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
 GDFAST_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
+GDFAST_DEVICE uint32_t bytes_of(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = a | static_cast<uint64_t>(b) << 32;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = which >> 4 * i & 7;
+    bytes |= (static_cast<uint32_t>(both >> 8 * digit) & 0xffu) << 8 * i;
+  }
+  return bytes;
+}
 
 template <typename T>
 GDFAST_DEVICE uint32_t pack_two(float low, float high) {

@@ -21,8 +21,7 @@ ROWS = "depthwise-rows"  # 3x3 by whole rows, on GPUs of compute capability 9.0
 BOXES = "depthwise-boxes"  # there too, in boxes for the tensor cores
 TOEPLITZ = "depthwise-toeplitz"  # there, 5x5 and 7x7 by bands for the tensor cores
 HOPPER = ROWS, BOXES, TOEPLITZ
-# The one expected to be fastest first, but for bands: no GPU has timed them.
-WAYS = ROWS, BOXES, TENSOR, TOEPLITZ, NARROW, NAME
+WAYS = ROWS, BOXES, TOEPLITZ, TENSOR, NARROW, NAME  # the one expected to be fastest first
 # Elements of an image tensor, from where on two copies cost less than reading NCHW in place.
 _LARGE = 2**20
 _MOST = 2**31 - 2**16  # what kernels count in 32 bits, with room for a step beyond the end
