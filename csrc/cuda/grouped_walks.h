@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kWalkColumns = 16, kWalkStrips = 4;
 constexpr int kWalkWarps = kWalkStrips * kUnits, kWalkThreads = kWalkWarps * kWarp;
-constexpr int kWalkBuffers = 3;  // of a strip's results
+constexpr int kWalkBuffers = 4;  // of a strip's results: two are written to, two are read
 constexpr StoredBox kWalkBox{1, 2, kWalkColumns};
 constexpr int kWalkBoxBytes = kWalkBox.rows * kWalkColumns * kBoxRow;
 constexpr int kPairsBetween = 2;  // that a warp may be behind before another one waits for it
@@ -125,7 +125,7 @@ GDFAST_DEVICE void multiply_walk(const WalkArguments& a, int first_channel, int 
   const int results = Its::kResultsAt + strip * kWalkBuffers * kWalkBoxBytes;
   const int written = swizzled(lane / 4, channel / 8) + lane % 4 * 4;
   const bool leads = channel == 0 && lane == 0;
-  int slot = 0, buffer = 0;
+  int slot = 0;
   // The second row of results at the pair before, and the first one at this.
   const auto finish = [&](int pair, const RowPair& before, const RowPair& here) {
     PairSums sums[2] = {};
@@ -146,25 +146,26 @@ GDFAST_DEVICE void multiply_walk(const WalkArguments& a, int first_channel, int 
                                 channel + within);
       });
     }
-    unsigned char* const to = shared_memory() + results + buffer * kWalkBoxBytes;
+    unsigned char* const whole =
+        shared_memory() + results + (pair + kWalkBuffers - 1) % kWalkBuffers * kWalkBoxBytes;
+    unsigned char* const begun = shared_memory() + results + pair % kWalkBuffers * kWalkBoxBytes;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+      unsigned char* const to = row == 0 ? whole + 2 * kTileBytes : begun;
       uint32_t words[4];
       pack_sums<BFloat16>(words, sums[row]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int at = (row * 2 + (i >> 1)) * kTileBytes + (written ^ (i & 1) * 16);
-        *reinterpret_cast<uint32_t*>(to + at) = words[i];
+        *reinterpret_cast<uint32_t*>(to + (i >> 1) * kTileBytes + (written ^ (i & 1) * 16)) =
+            words[i];
       }
     }
     stores_ready();
     // Whoever meets here may write to the next buffer: it has been read.
-    if (leads) stores_wait_read<kWalkBuffers - 2>();
+    if (leads) stores_wait_read<kWalkBuffers - 3>();
     sync_threads_of(1 + strip, kUnits * kWarp);
-    buffer = buffer + 1 == kWalkBuffers ? 0 : buffer + 1;
-    if (!leads) return;
-    // Rows before the first and behind the last are none of the image's.
-    store_box(a.output, {first_channel, column, pair * 2 - 1, first_image + image}, to);
+    if (!leads || pair == 0) return;
+    store_box(a.output, {first_channel, column, pair * 2 - 2, first_image + image}, whole);
     stores_commit();
   };
   RowPair rows[2] = {};

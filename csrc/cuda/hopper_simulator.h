@@ -351,6 +351,9 @@ GDFAST_DEVICE void store_box(const TensorMap& map, const int (&at)[4], const voi
   if ((from - shared_memory()) % 1024 != 0) {
     simulator::fail("store_box: expected a multiple of 1024");
   }
+  for (const int first : at) {
+    if (first < 0) simulator::fail("store_box: expected places from 0 on");
+  }
   simulator::UnderWay& now = simulator::under_way();
   now.stores[threadIdx.x].push_back({&map,
                                      {at[0], at[1], at[2], at[3]},
