@@ -166,9 +166,7 @@ def test_what_is_beside_an_image_does_not_count(
     values[other] = torch.where(values[other] == 0, 1, values[other])
     exact = exact_of(case, values)
     kernel = cuda_conv2d.conv2d_grad_weight(query_of(case, values), WHOLE)
-    for our, expected in zip(
-        kernel(values["grad"], values["input"], True), exact[2:], strict=True
-    ):
+    for our, expected in zip(kernel(values["grad"], values["input"], True), exact[2:], strict=True):
         assert torch.equal(our.isfinite(), expected.isfinite())
 
 
