@@ -222,6 +222,7 @@ GDFAST_KERNEL(Its::kThreads, 2)
 grouped_whole_grad_weight_kernel(GDFAST_GRID_CONSTANT const WholeWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   let_next_begin();
+  if (this_thread() == 0) expect_boxes(a.input), expect_boxes(a.grad);
   if (this_thread() < Its::kSlots) {
     const Slot slot{this_thread(), 0};
     barrier_init(full(slot), 1);

@@ -15,6 +15,7 @@
 //   load_line(shared, from, bytes, barrier)
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have
+//   expect_boxes(map)                      one thread says that it will load boxes
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
 //                                          whoever wrote there has called stores_ready() and met;
 //                                          what lies behind its end is not written, and nothing may

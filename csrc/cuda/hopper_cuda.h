@@ -128,6 +128,10 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
       : "memory");
 }
 
+GDFAST_DEVICE void expect_boxes(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 GDFAST_DEVICE void load_line(void* shared, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
