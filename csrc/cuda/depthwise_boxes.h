@@ -35,6 +35,10 @@ static_assert(kBoxLoaders * kLoaderRegisters + kBoxWorkers * kWorkerRegisters <=
 constexpr int kBoxStages = 7;  // rows on their way
 constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
 
+// Who makes TMA see what threads have written: they themselves, the thread that starts the store,
+// or another one between them.
+enum class Fence { kWriters, kStorer, kRelay };
+
 struct BoxesArguments {
   TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
   int stage, pixels;        // bytes, and those that a box of the input fills
@@ -47,6 +51,7 @@ struct BoxesArguments {
   int pieces;               // of each chunk
   int blocks;
   Divisor strips, parts_by;
+  Fence fence;
 };
 
 // Rows of outputs down from (p, q) of images from n on.
@@ -173,7 +178,8 @@ inline void share_rows(BoxesArguments& boxes, const DepthwiseArguments& a, int64
 }
 
 // All but the maps, for as many blocks at once, in strips of one width or as wide as tiles are.
-inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal) {
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal,
+                                      bool padded) {
   constexpr int64_t kMost = kBoxTiles * kTilePositions;
   BoxesArguments boxes{};
   const int64_t strips = ceil_div(a.Q, kMost);
@@ -182,9 +188,9 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   boxes.strip = static_cast<int>(strip);
   // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
   // rows of a box begin at multiples of 1024 bytes.
-  // Boxes of two images have no padding: they come as fast as they have columns.
+  // Boxes of two images may come without padding.
   const int64_t seen = strip + kBoxSize - 1;
-  const bool bare = boxes.images > 1 && a.pad_w >= 0 && a.pad_w < seen;
+  const bool bare = !padded && boxes.images > 1 && a.pad_w >= 0 && a.pad_w < seen;
   const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
   const int64_t columns =
       bare ? (a.W < seen - a.pad_w ? a.W : seen - a.pad_w) : positions + kBoxSize;
