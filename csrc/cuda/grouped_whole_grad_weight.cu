@@ -47,8 +47,8 @@ struct WeightWalk {
 };
 
 using OctetWalk = WeightWalk<32, 7, 8, 0, 2, 7, 32, 8>;
-using QuadWalk = WeightWalk<16, 14, 16, -1, 1, 2, kSlab, 24>;
-using StripWalk = WeightWalk<8, 28, 32, -1, 1, 2, kSlab, 13>;
+using QuadWalk = WeightWalk<16, 14, 16, -1, 1, 7, kSlab, 6>;
+using StripWalk = WeightWalk<8, 28, 32, -1, 1, 4, kSlab, 6>;
 
 struct WholeWeightArguments {
   TensorMap input, grad;
@@ -216,9 +216,10 @@ GDFAST_DEVICE void sum_images(const WholeWeightArguments& a, int first_channel) 
 
 #endif
 
-// Registers for two blocks, where memory is for one: the kernel that adds up splits begins beside.
+// Registers for two blocks, where memory is for one and they are enough: the kernel that adds up
+// splits begins beside.
 template <typename Its>
-GDFAST_KERNEL(Its::kThreads, 2)
+GDFAST_KERNEL(Its::kThreads, (Its::kTogether ? 1 : 2))
 grouped_whole_grad_weight_kernel(GDFAST_GRID_CONSTANT const WholeWeightArguments a) {
 #if defined(GDFAST_HOPPER)
   let_next_begin();
