@@ -47,6 +47,9 @@ struct BoxesArguments {
   int pieces;               // of each chunk
   int blocks;
   Divisor strips, parts_by;
+  // Who makes TMA see what threads have written: the one that starts the store, or all of them. The
+  // former takes twice as long where three blocks of a multiprocessor store many rows.
+  bool storer_fences;
 };
 
 // Rows of outputs down from (p, q) of images from n on.
@@ -173,7 +176,8 @@ inline void share_rows(BoxesArguments& boxes, const DepthwiseArguments& a, int64
 }
 
 // All but the maps, for as many blocks at once, in strips of one width or as wide as tiles are.
-inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal) {
+inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_once, bool equal,
+                                      bool padded) {
   constexpr int64_t kMost = kBoxTiles * kTilePositions;
   BoxesArguments boxes{};
   const int64_t strips = ceil_div(a.Q, kMost);
@@ -182,9 +186,9 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   boxes.strip = static_cast<int>(strip);
   // Matrices are loaded for all positions of a tile, and of a column more than the filter has;
   // rows of a box begin at multiples of 1024 bytes.
-  // Boxes of two images have no padding: they come as fast as they have columns.
+  // Boxes of two images may come without padding.
   const int64_t seen = strip + kBoxSize - 1;
-  const bool bare = boxes.images > 1 && a.pad_w >= 0 && a.pad_w < seen;
+  const bool bare = !padded && boxes.images > 1 && a.pad_w >= 0 && a.pad_w < seen;
   const int64_t positions = boxes.images > 1 ? kTilePositions : kMost;
   const int64_t columns =
       bare ? (a.W < seen - a.pad_w ? a.W : seen - a.pad_w) : positions + kBoxSize;

@@ -145,7 +145,7 @@ depthwise_boxes_grad_weight_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments
 
 BoxesArguments weight_boxes(const DepthwiseArguments& a) {
   // Strips are as wide as boxes, whose columns beyond the gradient's last one are zeros.
-  BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * kMultiprocessors, false);
+  BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * kMultiprocessors, false, false);
   boxes.stage += kGradBytes;
   return boxes;
 }

@@ -20,7 +20,6 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   constexpr int kGroups = kBoxGroups, kTiles = kBoxTiles;
   using Filters = Diagonals<T, kBoxSize, kGroups>;
   if (threadIdx.x == 0) Memory::init_barriers(kBoxWarps);
-  clear_behind(boxes, Memory::stage(boxes, 0), kBoxStages, 0, kBoxThreads);
   sync_block();
   // From lane 0, so that the compiler knows it to be the same for all of the warp.
   const int warp = shuffle(warp_index(), 0) - kBoxLoaders / kWarp;
@@ -59,8 +58,8 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   int load_at[kBoxSize / 2 + 1];
 #pragma unroll
   for (int i = 0; i <= kBoxSize / 2; ++i) {
-    load_at[i] = i == kBoxSize / 2 ? chunk_at(plane + matrix / 2, box_slot(boxes, slot + 2 * i))
-                                   : chunk_at(plane, box_slot(boxes, slot + matrix / 2 + 2 * i));
+    load_at[i] = i == kBoxSize / 2 ? chunk_at(plane + matrix / 2, slot + 2 * i)
+                                   : chunk_at(plane, slot + matrix / 2 + 2 * i);
   }
   // And where it puts sums: of two positions of each tile, if there are outputs of these.
   int sums_at[kTiles][2];
@@ -114,7 +113,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     // Around what is put into a row of outputs.
     const auto begin_row = [&] { barrier_wait(Memory::written(row.index), row.parity ^ 1); };
     const auto end_row = [&] {
-      stores_ready();
+      if (!boxes.storer_fences) stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
       RingPlace<kMadeRows>::advance(row);

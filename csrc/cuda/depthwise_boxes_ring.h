@@ -73,7 +73,7 @@ struct BoxesMemory {
         barrier_arrive_expecting(arrived, inside ? boxes.pixels : 0);
         if (inside) {
           load_box(stage(boxes, at.index), boxes.input,
-                   {channel(boxes), piece.q - a.pad_w + boxes.inset, h, piece.n}, arrived);
+                   {channel(boxes), piece.q - a.pad_w, h, piece.n}, arrived);
         }
         Stage::advance(at);
       }
@@ -88,6 +88,7 @@ struct BoxesMemory {
 #pragma unroll 1
       for (int p = piece.p; p < piece.p + piece.rows; ++p) {
         barrier_wait(made(row.index), row.parity);
+        if (boxes.storer_fences) stores_ready();
         store_box(boxes.output, {channel(boxes), piece.q, p, piece.n}, made_row(boxes, row.index));
         stores_commit();
         stores_wait_read<1>();

@@ -40,6 +40,9 @@ GDFAST_DEVICE int channels_of_slot(int slot, int channel) {
   return slot * kHalfBoxRow + (channel / 8 ^ slot / 2 % 4) * 16 + channel / 4 % 2 * 8;
 }
 
+// The same channels' place four slots further on.
+GDFAST_DEVICE int four_slots_on(int at) { return (at ^ 32) + 4 * kHalfBoxRow; }
+
 // Two pixels of one of four channels, as a register of a matrix instruction.
 template <typename Pack>
 GDFAST_DEVICE uint32_t pair_of_pixels(const Pack& first, const Pack& second, int channel) {
@@ -55,13 +58,6 @@ GDFAST_DEVICE void left_operand(uint32_t (&left)[4], const Pack (&packs)[2][4], 
   for (int i = 0; i < 4; ++i) {
     left[i] = pair_of_pixels(packs[i % 2][i / 2 * 2], packs[i % 2][i / 2 * 2 + 1], channel);
   }
-}
-
-// Behind a stage's pixels are zeros for eight slots, which lanes load in the place of columns that
-// a box does not have.
-GDFAST_HOST_DEVICE int zeros_at(const BoxesArguments& boxes) {
-  constexpr int kEight = 8 * kHalfBoxRow;
-  return (boxes.pixels + kEight - 1) / kEight * kEight;
 }
 
 // Which image a tile is of, and its first column. Images come before columns: lanes that load at
@@ -93,14 +89,15 @@ inline BoxesArguments toeplitz_arguments(const DepthwiseArguments& a, int64_t at
     boxes.strip = static_cast<int>(strip);
     boxes.images = static_cast<int>(images);
   }
-  // Boxes have no padding where one has whole rows: they come as fast as they have columns. Images
-  // begin in different banks.
-  boxes.inset = best == 1 ? a.pad_w : 0;
-  int columns = boxes.strip + a.S - 1 - boxes.inset;
-  if (best == 1 && a.W < columns) columns = a.W;
-  boxes.pitch = columns > 0 ? static_cast<int>(ceil_div(columns + 4, 8) * 8 - 4) : 4;
+  // Images begin in different banks. A tile's pixels may go on beyond those of the last one, where
+  // there are zeros.
+  const int columns = boxes.strip + a.S - 1;
+  boxes.pitch = static_cast<int>(ceil_div(columns + 4, 8) * 8 - 4);
+  const int beyond = static_cast<int>(ceil_div(boxes.strip, kTileOutputs)) * kTileOutputs +
+                     kTilePixels - kTileOutputs - boxes.pitch;
   boxes.pixels = boxes.images * boxes.pitch * kHalfBoxRow;
-  boxes.stage = static_cast<int>(ceil_div(zeros_at(boxes) + 8 * kHalfBoxRow, 1024) * 1024);
+  const int bytes = boxes.pixels + (beyond > 0 ? beyond * kHalfBoxRow : 0);
+  boxes.stage = static_cast<int>(ceil_div(bytes, 1024) * 1024);
   boxes.made = static_cast<int>(ceil_div(boxes.images * boxes.strip * kHalfBoxRow, 1024) * 1024);
   boxes.chunks = static_cast<int>(ceil_div(a.C, kToeplitzChannels));
   share_rows(boxes, a, best, at_once);

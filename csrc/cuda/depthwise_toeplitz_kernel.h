@@ -87,27 +87,20 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
   }
   sync();
 
-  // Where this lane loads pixels of each of its two tiles, and where it puts sums.
-  int load_at[2][4];
-  uint32_t sums_at[2] = {};  // of two columns each, negative ones for none
+  // Where this lane loads a pixel of each of its two tiles: eight slots on, chunks have changed
+  // places alike. And where it puts sums.
+  int load_at[2], sums_at[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const ToeplitzTile tile = ToeplitzTile::at(boxes, warp_lane() / 4 + i * 8);
     const int first = tile.column + warp_lane() % 4;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = first + j * 4 - boxes.inset, slot = tile.image * boxes.pitch + column;
-      load_at[i][j] = static_cast<unsigned>(column) < static_cast<unsigned>(boxes.pitch)
-                          ? channels_of_slot(slot, channel)
-                          : zeros_at(boxes) + channels_of_slot(slot & 7, channel);
-    }
+    load_at[i] = channels_of_slot(tile.image * boxes.pitch + first, channel);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int column = first + j * 4;
-      const int at = tile.exists && column < boxes.strip
-                         ? channels_of_slot(tile.image * boxes.strip + column, channel)
-                         : -1;
-      sums_at[i] |= (static_cast<uint32_t>(at) & 0xffffu) << 16 * j;
+      sums_at[i][j] = tile.exists && column < boxes.strip
+                          ? channels_of_slot(tile.image * boxes.strip + column, channel)
+                          : -1;
     }
   }
 
@@ -119,8 +112,10 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     if (there) barrier_wait(Memory::full(stage.index), stage.parity);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      const int first = stage.index * boxes.stage + load_at[i / 4];
+      const int at = i % 2 == 0 ? first : four_slots_on(first);
       packs[i / 4][i % 4] = load_pack<4>(
-          reinterpret_cast<const T*>(Memory::stage(boxes, stage.index) + load_at[i / 4][i % 4]));
+          reinterpret_cast<const T*>(Memory::stage(boxes, 0) + at + i % 4 / 2 * 8 * kHalfBoxRow));
     }
   };
   int pieces = pieces_of_block(boxes);
@@ -136,14 +131,8 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
       uint32_t left[kChannels][4];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) left_operand(left[c], packs, c);
-      const bool made = step >= kSize;  // a row, in the step before
-      if (made) stores_ready();
       sync_warp();
-      if (warp_lane() == 0) {
-        barrier_arrive(Memory::empty(stage.index));
-        if (made) barrier_arrive(Memory::made(row.index));
-      }
-      if (made) Memory::Row::advance(row);
+      if (warp_lane() == 0) barrier_arrive(Memory::empty(stage.index));
       Memory::Stage::advance(stage);
       if (!kEnding) load(!last || step + 1 < steps);
       const bool inside = static_cast<unsigned>(h + step) < static_cast<unsigned>(a.H);
@@ -165,8 +154,7 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         }
       }
     };
-    // The output that sees a row last. What is written there is ready when the next step's pixels
-    // are: then nobody waits for it.
+    // The output that sees a row last.
     const auto finish = [&](const Sum(&sums)[kChannels]) {
       zero += sum_of(sums) * 0;
       barrier_wait(Memory::written(row.index), row.parity ^ 1);
@@ -181,9 +169,12 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
           for (int c = 0; c < kChannels; ++c) values[c] += bias[c];
           activate(values, a.activation, static_cast<float>(a.negative_slope));
         }
-        const int at = static_cast<int16_t>(sums_at[i / 2] >> i % 2 * 16);
+        const int at = sums_at[i / 2][i % 2];
         if (at >= 0) store_values<kChannels>(reinterpret_cast<T*>(to + at), values);
       }
+      sync_warp();
+      if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
+      Memory::Row::advance(row);
     };
 #pragma unroll 1
     for (int step = 0; step < steps; step += kSize) {
@@ -212,10 +203,6 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         }
       }
     }
-    stores_ready();
-    sync_warp();
-    if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
-    Memory::Row::advance(row);
   };
   if (exists) {
     if (!kEnding) load(true);

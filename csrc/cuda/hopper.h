@@ -16,9 +16,10 @@
 //                                          likewise, bytes that lie side by side: a multiple of 16,
 //                                          from and to such addresses, in the order they have
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
-//                                          whoever wrote there has called stores_ready() and met;
-//                                          what lies outside of the tensor is not written. Products
-//                                          of what threads wrote themselves ask for the same
+//                                          whoever wrote there has called stores_ready() and met,
+//                                          or it has met them and called that; what lies outside of
+//                                          the tensor is not written. Products of what threads
+//                                          wrote themselves ask for the same
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written
