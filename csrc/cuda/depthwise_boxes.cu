@@ -10,7 +10,7 @@ constexpr char kOp[] = "conv2d";
 template <typename T, bool kEnding>
 void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
   BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * multiprocessors(kOp), true, true);
-  boxes.fence = fence_of(boxes.images > 1 ? Fence::kStorer : Fence::kWriters);
+  boxes.storer_fences = boxes.images > 1;  // where rows are few
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
   boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip);
   launch(kOp, depthwise_boxes_kernel<T, kEnding>, static_cast<unsigned>(boxes.blocks), kBoxThreads,

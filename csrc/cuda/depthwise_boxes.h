@@ -35,10 +35,6 @@ static_assert(kBoxLoaders * kLoaderRegisters + kBoxWorkers * kWorkerRegisters <=
 constexpr int kBoxStages = 7;  // rows on their way
 constexpr int kMadeBytes = kBoxTiles * kTilePositions * kBoxRow;
 
-// Who makes TMA see what threads have written: they themselves, the thread that starts the store,
-// or another one between them.
-enum class Fence { kWriters, kStorer, kRelay };
-
 struct BoxesArguments {
   TensorMap input, output;  // for the gradient in the weight what is read, and its gradient
   int stage, pixels;        // bytes, and those that a box of the input fills
@@ -51,7 +47,9 @@ struct BoxesArguments {
   int pieces;               // of each chunk
   int blocks;
   Divisor strips, parts_by;
-  Fence fence;
+  // Who makes TMA see what threads have written: the one that starts the store, or all of them. The
+  // former takes twice as long where three blocks of a multiprocessor store many rows.
+  bool storer_fences;
 };
 
 // Rows of outputs down from (p, q) of images from n on.

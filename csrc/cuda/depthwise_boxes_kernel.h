@@ -113,7 +113,7 @@ depthwise_boxes_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
     // Around what is put into a row of outputs.
     const auto begin_row = [&] { barrier_wait(Memory::written(row.index), row.parity ^ 1); };
     const auto end_row = [&] {
-      if (boxes.fence == Fence::kWriters) stores_ready();
+      if (!boxes.storer_fences) stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
       RingPlace<kMadeRows>::advance(row);

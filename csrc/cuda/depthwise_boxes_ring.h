@@ -2,21 +2,11 @@
 // one of those that leave, and the threads that start the copies.
 #pragma once
 
-#include <cstdlib>
-#include <string>
-
 #include "depthwise_boxes.h"
 #include "depthwise_diagonals.h"
 
 namespace gdfast::cuda {
 namespace {
-
-inline Fence fence_of(Fence usual) {
-  const char* const wanted = std::getenv("GDFAST_DW_FWD");
-  if (wanted == nullptr) return usual;
-  const std::string name = wanted;
-  return name == "relay" ? Fence::kRelay : name == "writers" ? Fence::kWriters : Fence::kStorer;
-}
 
 constexpr int kMadeRows = 4;         // of outputs, that are written
 constexpr int kBarrierBytes = 1024;  // where boxes may begin
@@ -26,7 +16,7 @@ constexpr int kBarrierBytes = 1024;  // where boxes may begin
 // in the rows of outputs before.
 template <int kFilter, int kChannels, int kStages, int kWarps>
 struct BoxesMemory {
-  static_assert((2 * kStages + 3 * kMadeRows + 1) * 8 <= kBarrierBytes, "barriers fit");
+  static_assert((2 * (kStages + kMadeRows) + 1) * 8 <= kBarrierBytes, "barriers fit");
 
   static int bytes(const BoxesArguments& boxes) {
     return kStages * boxes.stage + kMadeRows * boxes.made + kBarrierBytes;
@@ -52,8 +42,6 @@ struct BoxesMemory {
   // A row of outputs is there, or may be made.
   GDFAST_DEVICE uint64_t* made(int row) { return full(2 * kStages + row); }
   GDFAST_DEVICE uint64_t* written(int row) { return full(2 * kStages + kMadeRows + row); }
-  // What is written of a row TMA sees.
-  GDFAST_DEVICE uint64_t* fenced(int row) { return full(2 * (kStages + kMadeRows) + 1 + row); }
   // All of the block's outputs are in global memory.
   GDFAST_DEVICE uint64_t* finished() { return full(2 * (kStages + kMadeRows)); }
 
@@ -66,7 +54,6 @@ struct BoxesMemory {
     for (int i = 0; i < kMadeRows; ++i) {
       barrier_init(made(i), warps);
       barrier_init(written(i), 1);
-      barrier_init(fenced(i), 1);
     }
     barrier_init(finished(), 1);
     barriers_ready();
@@ -100,9 +87,8 @@ struct BoxesMemory {
     for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
 #pragma unroll 1
       for (int p = piece.p; p < piece.p + piece.rows; ++p) {
-        barrier_wait(boxes.fence == Fence::kRelay ? fenced(row.index) : made(row.index),
-                     row.parity);
-        if (boxes.fence == Fence::kStorer) stores_ready();
+        barrier_wait(made(row.index), row.parity);
+        if (boxes.storer_fences) stores_ready();
         store_box(boxes.output, {channel(boxes), piece.q, p, piece.n}, made_row(boxes, row.index));
         stores_commit();
         stores_wait_read<1>();
@@ -115,26 +101,12 @@ struct BoxesMemory {
     barrier_arrive(finished());
   }
 
-  GDFAST_DEVICE void relay_rows(const DepthwiseArguments& a, const BoxesArguments& boxes) {
-    Row row;
-    for_each_box_piece(a, boxes, [&](const BoxesPiece& piece) {
-#pragma unroll 1
-      for (int p = 0; p < piece.rows; ++p) {
-        barrier_wait(made(row.index), row.parity);
-        stores_ready();
-        barrier_arrive(fenced(row.index));
-        Row::advance(row);
-      }
-    });
-  }
-
   // What warps before the first that multiplies do, which need few registers.
   GDFAST_DEVICE void move_rows(const DepthwiseArguments& a, const BoxesArguments& boxes, int warp) {
     give_registers<kLoaderRegisters>();
     if (warp_lane() != 0) return;
     if (warp == -1) load_rows(a, boxes);
     if (warp == -2) store_rows(a, boxes);
-    if (warp == -3 && boxes.fence == Fence::kRelay) relay_rows(a, boxes);
   }
 
   // Makes outputs that are NaN once more, when all are written (mend).

@@ -10,7 +10,7 @@ constexpr char kOp[] = "conv2d";
 template <typename T, int kSize, bool kEnding>
 void launch_toeplitz(const DepthwiseArguments& a, const Tensors<T>& tensors, uintptr_t stream) {
   BoxesArguments boxes = toeplitz_arguments(a, multiprocessors(kOp));
-  boxes.fence = fence_of(Fence::kStorer);
+  boxes.storer_fences = true;
   boxes.input =
       box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch, kHalfBoxRow);
   boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip,

@@ -172,7 +172,6 @@ depthwise_toeplitz_kernel(const GDFAST_GRID_CONSTANT DepthwiseArguments a,
         const int at = sums_at[i / 2][i % 2];
         if (at >= 0) store_values<kChannels>(reinterpret_cast<T*>(to + at), values);
       }
-      if (boxes.fence == Fence::kWriters) stores_ready();
       sync_warp();
       if (warp_lane() == 0) barrier_arrive(Memory::made(row.index));
       Memory::Row::advance(row);

@@ -17,10 +17,11 @@
 //                                          from and to such addresses, in the order they have
 //   expect_boxes(map)                      one thread says that it will load boxes
 //   store_box(map, at, shared)             one thread starts it, to a box that lies likewise, after
-//                                          whoever wrote there has called stores_ready() and met;
-//                                          what lies behind its end is not written, and nothing may
-//                                          lie before its beginning. Products of what threads
-//                                          wrote themselves ask for stores_ready() too
+//                                          whoever wrote there has called stores_ready() and met,
+//                                          or it has met them and called that; what lies behind the
+//                                          tensor's end is not written, and nothing may lie before
+//                                          its beginning. Products of what threads wrote themselves
+//                                          ask for the same
 //   stores_commit(), stores_wait_read<kPending>(), stores_wait<kPending>()
 //                                          that thread's boxes as a group; until all groups but the
 //                                          last few are read from shared memory, or written
