@@ -29,8 +29,7 @@ struct WeightWalk {
   static constexpr int kImages = kImageCount, kSlotRows = kSlotRowCount, kSlots = kSlotCount;
   static constexpr int kParts = kRows / kSlotRows;  // slots of an image
   static constexpr bool kTogether = kPitch > 16, kWide = kGroup > kChannelsOfWarp;
-  static constexpr int kStreams = 2;
-  static constexpr int kConsumers = kStreams * kUnits;
+  static constexpr int kStreams = 2, kConsumers = kStreams * kUnits;
   static constexpr int kThreads = kConsumers * kWarp;
   static constexpr int kSlotsTogether = kTogether ? 1 : kStreams;
   static constexpr int kSlotsOfStream = kSlots / kSlotsTogether;
@@ -43,6 +42,7 @@ struct WeightWalk {
   static_assert(kRows % kSlotRows == 0 && kGradAt % 1024 == 0);
   static_assert(kSlots <= kMostSlots && kSlots % kSlotsTogether == 0);
   static_assert(kRingAt + kRingBytes <= kHopperMemory);
+  static_assert(kStreams * kChannels * (row_sums_of(kGroup) + 1) * 4 <= kRingBytes, "sums");
   static_assert(kPitch - 1 + kFirst >= kColumns, "a row's last pixel is zero");
 };
 
