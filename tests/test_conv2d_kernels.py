@@ -196,6 +196,8 @@ def test_three_passes(case: Conv2dCase, dtype: torch.dtype, layout: str, isa: st
 BLOCKS = (
     Conv2dCase("blocks-3x3", 3, 70, 14, 17, 132, 3, 3, padding=(1, 1)),
     Conv2dCase("blocks-1x1", 5, 300, 7, 9, 260, 1, 1),
+    Conv2dCase("own-panels", 2, 300, 7, 5, 1000, 1, 1),
+    Conv2dCase("own-panels-stride-2", 3, 513, 9, 8, 1024, 1, 1, stride=(2, 2)),
     Conv2dCase("blocks-1x1-pixels", 4, 24, 19, 17, 40, 1, 1),
     Conv2dCase("blocks-1x1-stride-2", 3, 530, 21, 17, 47, 1, 1, stride=(2, 1)),
     Conv2dCase("blocks-stem", 2, 3, 37, 71, 64, 7, 7, stride=(2, 2), padding=(3, 3)),

@@ -40,6 +40,8 @@ class Pointwise {
   // Pixels whose lines lie further apart, in bytes, are copied where more panels than these read
   // them.
   static constexpr int64_t kMostStep = 1024;
+  // Bytes of weights and of a part's pixels from which, and up to which, has_few_pixels() is true.
+  static constexpr int64_t kManyWeights = 1024 * 1024, kFewPixels = 512 * 1024;
   static constexpr int64_t kMostInPlace = kVectorRegisters == 32 ? 2 : 0;
 
  public:
@@ -73,8 +75,18 @@ class Pointwise {
   }
 
   void run() {
+    packs_own_ = has_few_pixels();
+    if (packs_own_) {
+      blocks_ = 1;
+      panel_groups_ = threads_;
+      block_tiles_ = tiles_;
+    }
     const ThreadScratch scratch = make_scratch();
-    pack_weights();
+    if (packs_own_) {
+      set_starts(0, vectors_ * kLanes<T>);
+    } else {
+      pack_weights();
+    }
     parallel_for(blocks_ * panel_groups_, threads_, [&](int64_t index, int thread) {
       const int64_t at = index / panel_groups_;
       const int64_t first = tiles_ * at / blocks_ * kTileRows;
@@ -89,7 +101,7 @@ class Pointwise {
     return ThreadScratch(
         threads_,
         [&](Carver& carver) {
-          packed_ = carver.template take<T>(vectors_ * kLanes<T> * conv_.reduced);
+          packed_ = carver.template take<T>(packs_own_ ? 0 : vectors_ * kLanes<T> * conv_.reduced);
           starts_ = carver.template take<T>(vectors_ * kLanes<T>);
         },
         [&](Carver& carver) { carve(carver); });
@@ -124,6 +136,7 @@ class Pointwise {
     const T** rows;    // [pixels], the same or its copy
     T** out;           // [pixels]
     T* copy;           // [pixels][depth]
+    T* panel;          // [depth][kPanelWidth], of a thread that packs its own panels
     T* narrow;         // [pixels][kPanelWidth], sums of a panel that dest has no whole vectors for
     T** narrow_out;    // [pixels], its lines
     T* unused;         // a line of dest, for pixels past the end
@@ -140,6 +153,7 @@ class Pointwise {
     own.rows = carver.template take<const T*>(pixels);
     own.out = carver.template take<T*>(pixels + kTileRows);
     own.copy = carver.template take<T>(copied_ ? pixels * depth_ : 0);
+    own.panel = carver.template take<T>(packs_own_ ? depth_ * kPanelWidth<T> : 0);
     own.narrow = carver.template take<T>(ends_whole() ? 0 : (pixels + kTileRows) * kPanelWidth<T>);
     own.narrow_out = carver.template take<T*>(ends_whole() ? 0 : pixels + kTileRows);
     own.unused = carver.template take<T>(vectors_ * kLanes<T>);
@@ -157,17 +171,47 @@ class Pointwise {
   bool ends_whole() const { return conv_.produced % kLanes<T> == 0; }
 
   void pack(int64_t panel, int64_t end) {
-    const int64_t first = first_channel(panel), channels = first_channel(end) - first;
-    for (int64_t o = first; o < first + channels; ++o) {
-      starts_[o] = bias_ != nullptr && o < conv_.produced ? bias_[o] : T(0);
-    }
-    if (conv_.weight_produced == 1 && first + channels <= conv_.produced) {
+    const int64_t first = first_channel(panel);
+    set_starts(first, first_channel(end));
+    if (conv_.weight_produced == 1 && first_channel(end) <= conv_.produced) {
       copy_panels(panel, end);
       return;
     }
     for (; panel < end; ++panel) {
       pack_weight_panel(conv_, weight_, first_channel(panel), vectors(panel) * kLanes<T>,
                         packed(panel));
+    }
+  }
+
+  void set_starts(int64_t first, int64_t end) {
+    for (int64_t o = first; o < end; ++o) {
+      starts_[o] = bias_ != nullptr && o < conv_.produced ? bias_[o] : T(0);
+    }
+  }
+
+  // Where weights are many and pixels few, each thread multiplies panels of its own with all of
+  // the pixels, and packs them as it comes to them: what it packs it finds in its own cache. Packed
+  // by all they would go by way of the last cache, half of them from the other core.
+  bool has_few_pixels() const {
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    return threads_ > 1 && panels_ % threads_ == 0 &&
+           conv_.reduced * conv_.produced * size >= kManyWeights &&
+           tiles_ * kTileRows * depth_ * size <= kFewPixels;
+  }
+
+  // Channels [channel, channel + length) of a panel.
+  void pack_part(int64_t panel, int64_t channel, int64_t length, T* to) const {
+    const int64_t first = first_channel(panel), width = vectors(panel) * kLanes<T>;
+    const T* from = weight_ + channel * conv_.weight_reduced;
+    if (conv_.weight_produced != 1 || first + width > conv_.produced) {
+      TapConv part = conv_;
+      part.reduced = length;
+      pack_weight_panel(part, from, first, width, to);
+      return;
+    }
+    from += conv_.taps[0].weight + first;
+    for (int64_t c = 0; c < length; ++c, from += conv_.weight_reduced, to += width) {
+      for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to + j, load(from + j));
     }
   }
 
@@ -201,7 +245,12 @@ class Pointwise {
         const bool narrow = !ends_whole() && panel == panels_ - 1;
         args.column = narrow ? 0 : first_channel(panel);
         args.panel_step = vectors(panel) * kLanes<T>;
-        args.panel = packed(panel) + channel * args.panel_step;
+        if (packs_own_) {
+          pack_part(panel, channel, args.length, own.panel);
+          args.panel = own.panel;
+        } else {
+          args.panel = packed(panel) + channel * args.panel_step;
+        }
         args.start = part == 0 ? starts_ + first_channel(panel) : nullptr;
         args.rows = own.rows;
         args.out = narrow ? own.narrow_out : own.out;
@@ -298,6 +347,7 @@ class Pointwise {
   int64_t tiles_, blocks_, panel_groups_, block_tiles_;
   int64_t source_step_, dest_step_;  // see even_step()
   bool copied_;
+  bool packs_own_ = false;  // see has_few_pixels()
   T* packed_;
   T* starts_;
 };
