@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gdfast import backends, data, models, nn, ops, optim
+    from gdfast import backends, data, losses, metrics, models, nn, ops, optim
     from gdfast.backends import autotune, backend
     from gdfast.backends.precision import precision
     from gdfast.graphs import GraphedStep
     from gdfast.swap import restore_, swap, swap_, swapped
 
 # Imported when first asked for, so that the command line answers before torch is loaded.
-_MODULES = ("backends", "data", "models", "nn", "ops", "optim")
+_MODULES = ("backends", "data", "losses", "metrics", "models", "nn", "ops", "optim")
 _FUNCTIONS = {
     "GraphedStep": "graphs",
     "autotune": "backends",
@@ -36,6 +36,8 @@ __all__ = [
     "backend",
     "backends",
     "data",
+    "losses",
+    "metrics",
     "models",
     "nn",
     "ops",
