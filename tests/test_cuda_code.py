@@ -125,8 +125,9 @@ def test_groups_of_small_images_load_a_row_once_for_three_rows_of_results() -> N
     expected = {
         "grouped_octets_kernel": ((7 * 3 - 2) * 3 * 2, 7 * 3 * 2),
         "grouped_quads_kernel": ((14 * 3 - 2) * 3 * 2, 14 * 3 + 9),
-        # Two rows of a filter at a time.
-        "grouped_strips_kernel": ((28 * 2 - 2) * 3 * 2, 28 * 3 + 9),
+        # Of two pairs of rows: for each column and half of 16 channels two taps of each row of
+        # results, and one; filters as they are or turned round.
+        "grouped_walks_kernel": (2 * 3 * 2 * 2 * 2, 2 * 3 * 2 + 2 * 9),
     }
     kernels = [code for code in codes() if code.kernel in expected]
     assert {code.kernel for code in kernels} == expected.keys()
