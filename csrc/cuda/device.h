@@ -30,9 +30,8 @@
 //   Half, BFloat16; to_float(T), from_float<T>(float); double passes through as double
 //   pack_two<T>(low, high)                 two floats as the half types of one 32-bit register
 //   low_halves(a, b), high_halves(a, b)    of two such registers, in one
-//   bytes_of(a, b, which)                  as each digit of `which` says, the least one first: 0 to
-//   3
-//                                          for a byte of a, 4 to 7 for one of b
+//   bytes_of(a, b, which)                  as each digit of `which` says, the least one first: 0
+//                                          to 3 for a byte of a, 4 to 7 for one of b
 //   opaque(value), opaque_global(address)  the same value, which the compiler knows nothing of: it
 //                                          stays in a register instead of being computed again
 //   to_tf32(float)                         rounded to nearest, ties away from zero
