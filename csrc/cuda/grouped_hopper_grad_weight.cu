@@ -19,7 +19,7 @@ struct WeightWarps {
   static constexpr bool kTwins = kIsOfTwins, kWide = kIsWide;
   static constexpr int kParts = kWide ? 2 * kUnits : kUnits;
   static constexpr int kStreams = kWide ? 1 : kTwins ? 2 : 3;
-  static constexpr int kChannels = kSlab, kGroup = 0;
+  [[maybe_unused]] static constexpr int kChannels = kSlab, kGroup = 0;
   static constexpr int kConsumers = kStreams * kParts, kThreads = (kConsumers + 1) * kWarp;
 };
 
