@@ -19,8 +19,9 @@ struct WeightWarps {
   static constexpr bool kTwins = kIsOfTwins, kWide = kIsWide;
   static constexpr int kParts = kWide ? 2 * kUnits : kUnits;
   static constexpr int kStreams = kWide ? 1 : kTwins ? 2 : 3;
-  [[maybe_unused]] static constexpr int kChannels = kSlab, kGroup = 0;
+  static constexpr int kChannels = kSlab, kGroup = 0;
   static constexpr int kConsumers = kStreams * kParts, kThreads = (kConsumers + 1) * kWarp;
+  static_assert(kChannels % kChannelsOfWarp == 0 && kGroup == 0, "several groups");
 };
 
 struct GroupedHopperWeightArguments {

@@ -39,11 +39,13 @@ struct WeightWalk {
   static constexpr int kRowBytes = kPitch * kPixel, kImageBytes = kSlotRows * kRowBytes;
   static constexpr int kGradAt = kImages * kImageBytes, kSlotBytes = 2 * kGradAt;
   static constexpr int kRingBytes = kSlots * kSlotBytes;
-  static_assert(kRows % kSlotRows == 0 && kGradAt % 1024 == 0);
+  static_assert(kGradAt % 1024 == 0);
   static_assert(kSlots <= kMostSlots && kSlots % kSlotsTogether == 0);
   static_assert(kRingAt + kRingBytes <= kHopperMemory);
   static_assert(kStreams * kChannels * (row_sums_of(kGroup) + 1) * 4 <= kRingBytes, "sums");
-  static_assert(kPitch - 1 + kFirst >= kColumns, "a row's last pixel is zero");
+  static_assert(kRowPixels - 1 + kFirstColumn >= kColumns, "a row's last pixel is zero");
+  static_assert(kParts * kSlotRows == kRows && kSlotsOfStream >= 2, "a slot is read, one comes");
+  static_assert(kGroup <= kChannels && (!kWide || kGroup == kChannels), "whole groups");
 };
 
 using OctetWalk = WeightWalk<32, 7, 8, 0, 2, 7, 32, 8>;
