@@ -37,7 +37,7 @@ store_kernel(GDFAST_GRID_CONSTANT const TensorMap map, int rows, int w, int chan
   stores_ready();
   sync_warp();
   if (warp_lane() != 0) return;
-  store_box(map, {channel, w, -1, 0}, shared_memory());
+  store_box(map, {channel, w, 2, 0}, shared_memory());
   stores_commit();
   if (changes) there[1] = 0;
   if (waits) {

@@ -265,9 +265,11 @@ def test_a_box_is_written_inside_of_the_tensor_alone(call: Call) -> None:
     assert not image.any(), "not waited for"
     assert call("store", image, *arguments, w, channel, 1, 0, lying) == ""
     expected = np.zeros(size, np.uint16)
-    inside = values.reshape(2, 4, 5, 64)[:, 1:, :3, :56]
-    expected[:2, :3, 3:, 16:] = inside
+    inside = values.reshape(2, 4, 5, 64)[:, :3, :3, :56]
+    expected[:2, 2:, 3:, 16:] = inside
     np.testing.assert_array_equal(image, expected)
+    message = call("store", image, *arguments, -1, channel, 1, 0, lying)
+    assert "store_box: expected places from 0 on" in message
     assert "changed before" in call("store", image, *arguments, w, channel, 1, 1, lying)
 
 
