@@ -188,8 +188,7 @@ GroupedHopperSplit split_of(const Conv2dProblem& p) {
 
 template <typename T, bool kTwins, bool kWide>
 void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* grad_output,
-           const void* input, float* weight_sums, float* bias_sums, int64_t splits,
-           const Where& where) {
+           const void* input, void* workspace, bool with_bias, int64_t splits, const Where& where) {
   using Its = WeightWarps<kTwins, kWide>;
   GroupedHopperSplit split = split_of(p);
   split.blocks = splits;
@@ -204,7 +203,7 @@ void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* gr
       small(row_bytes),
       small(plan.images > 1 ? image_bytes : row_bytes),
       small(grad_bytes),
-      grouped_weight_split(p, weight_sums, bias_sums)};
+      grouped_weight_split(p, workspace, splits, with_bias)};
   const int64_t in_ring = int64_t{ring.slots} * ring.slot_bytes;
   const int64_t joined = joined_bytes(p, kSlab, Its::kStreams);
   const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)));
@@ -220,16 +219,13 @@ void conv2d_grad_weight_grouped_hopper(const Conv2dProblem& p, const void* grad_
                                        const void* input, void* grad_weight, void* grad_bias,
                                        void* workspace, int64_t splits, const Where& where) {
   const DeviceGuard guard(kOp, where.device);
-  auto* const weight_sums = static_cast<float*>(workspace);
-  auto* const bias_sums =
-      grad_bias == nullptr ? nullptr : weight_sums + splits * p.K * kTaps * (p.C / p.groups);
   const GroupedHopperPlan plan = grouped_hopper_plan(p, true);
   const auto with_type = [&](auto zero) {
     using T = decltype(zero);
     const auto narrow = plan.twins ? start<T, true, false> : start<T, false, false>;
     const auto wide = plan.twins ? start<T, true, true> : start<T, false, true>;
     const auto chosen = p.C / p.groups > kChannelsOfWarp ? wide : narrow;
-    chosen(p, plan, grad_output, input, weight_sums, bias_sums, splits, where);
+    chosen(p, plan, grad_output, input, workspace, grad_bias != nullptr, splits, where);
   };
   p.dtype == DType::kBFloat16 ? with_type(BFloat16{}) : with_type(Half{});
   if (grad_weight == nullptr && grad_bias == nullptr) return;

@@ -29,10 +29,13 @@ GDFAST_HOST_DEVICE constexpr int row_sums_of(int group) {
   return kTaps * group + (group >= 16 ? 8 : 0);
 }
 
-inline GroupedWeightSplit grouped_weight_split(const Conv2dProblem& p, float* weight_sums,
-                                               float* bias_sums) {
+// In a workspace that begins with all splits of the weight's sums.
+inline GroupedWeightSplit grouped_weight_split(const Conv2dProblem& p, void* workspace,
+                                               int64_t splits, bool with_bias) {
   const int64_t group = p.C / p.groups;
-  return {small(p.K), small(group), Divisor::of(kTaps * group / 2), weight_sums, bias_sums};
+  auto* const weight_sums = static_cast<float*>(workspace);
+  return {small(p.K), small(group), Divisor::of(kTaps * group / 2), weight_sums,
+          with_bias ? weight_sums + splits * p.K * kTaps * group : nullptr};
 }
 
 // What the sums of a block take in shared memory, of so many filters in so many streams.

@@ -252,8 +252,8 @@ auto with_walk(const Conv2dProblem& p, With&& with) {
 }
 
 template <typename Its>
-void start(const Conv2dProblem& p, const void* grad_output, const void* input, float* weight_sums,
-           float* bias_sums, int64_t splits, const Where& where) {
+void start(const Conv2dProblem& p, const void* grad_output, const void* input, void* workspace,
+           bool with_bias, int64_t splits, const Where& where) {
   const auto map = [&](const void* images, const Strides4& strides) {
     return channels_first<BFloat16>(kOp, images, {p.N, p.C, p.H, p.W, strides},
                                     {Its::kImages, Its::kSlotRows, Its::kRowPixels}, Its::kPixel);
@@ -261,7 +261,7 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, f
   const int64_t rounds = ceil_div(p.N, Its::kRoundImages);
   const WholeWeightArguments a{map(input, p.input), map(grad_output, p.output), small(rounds),
                                small(ceil_div(rounds, splits)),
-                               grouped_weight_split(p, weight_sums, bias_sums)};
+                               grouped_weight_split(p, workspace, splits, with_bias)};
   const dim3 grid(static_cast<unsigned>(splits),
                   static_cast<unsigned>(ceil_div(p.C, Its::kChannels)));
   launch(kOp, grouped_whole_grad_weight_kernel<Its>, grid, Its::kThreads,
@@ -284,11 +284,8 @@ void conv2d_grad_weight_grouped_whole(const Conv2dProblem& p, const void* grad_o
                                       const void* input, void* grad_weight, void* grad_bias,
                                       void* workspace, int64_t splits, const Where& where) {
   const DeviceGuard guard(kOp, where.device);
-  auto* const weight_sums = static_cast<float*>(workspace);
-  auto* const bias_sums =
-      grad_bias == nullptr ? nullptr : weight_sums + splits * p.K * kTaps * (p.C / p.groups);
   with_walk(p, [&](auto its) {
-    start<decltype(its)>(p, grad_output, input, weight_sums, bias_sums, splits, where);
+    start<decltype(its)>(p, grad_output, input, workspace, grad_bias != nullptr, splits, where);
   });
   if (grad_weight == nullptr && grad_bias == nullptr) return;
   const Conv2dWay way{Precision::kIeee, BlockTile::k64x64};
