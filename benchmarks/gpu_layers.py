@@ -7,7 +7,8 @@
 What is timed is in gpu_rows.py, what is aimed at in gpu_goals.py. Each result is compared with more
 exact arithmetic first; what is wrong, fails, crashes or hangs is told of and stops nothing else.
 All that is compared is timed in one process, in turns (A B B A), as CUDA graphs where that is
-possible.
+possible. Short calls are in a graph several times, one after the other as in a recorded step: by
+itself a call waits for its graph to begin, which is no time of the kernels.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import argparse
 import contextlib
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,8 @@ from gdfast.files import write_atomic
 SCHEMA = "gdfast gpu 1"
 ROUNDS = 7
 SECONDS_OF_VISIT = 4e-3
+SECONDS_OF_GRAPH = 4e-4
+MOST_CALLS_OF_GRAPH = 20
 _VISITS_OF_GPU = 3
 _FASTEST_CLOCK = 2e9  # cycles of a GPU in a second
 
@@ -81,8 +85,8 @@ def clock(at: Where) -> Callable[[], float]:
     return wait
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
+def captured(call: Callable[[], Any], times: int = 1) -> Callable[[], None]:
+    """The call as a CUDA graph, so many times."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -91,8 +95,23 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(times):
+            call()
     return graph.replay
+
+
+def calls_of_graph(graphs: Iterable[Callable[[], None]], at: Where) -> int:
+    """How many calls a graph should have, the same for all that is compared."""
+    slowest = 0.0
+    for replay in graphs:
+        replay()
+        _wait(at)
+        began = time.perf_counter()
+        for _ in range(MOST_CALLS_OF_GRAPH):
+            replay()
+        _wait(at)
+        slowest = max(slowest, (time.perf_counter() - began) / MOST_CALLS_OF_GRAPH)
+    return min(MOST_CALLS_OF_GRAPH, math.ceil(SECONDS_OF_GRAPH / slowest))
 
 
 def words(error: BaseException) -> str:
@@ -164,14 +183,18 @@ def _wait(at: Where) -> None:
 
 def timed(calls: dict[str, Callable[[], Any]], work: Work, at: Where) -> dict[str, Any]:
     result: dict[str, Any] = {"graph": False}
+    each = 1
     if work.graph and at.device.type == "cuda":
         try:
             graphs = {}
             for name, call in calls.items():
                 answer(stage=name.removeprefix("ours "))
                 graphs[name] = captured(call)
-            calls = graphs
-            result["graph"] = True
+            many = calls_of_graph(graphs.values(), at)
+            if many > 1:
+                graphs = {name: captured(call, many) for name, call in calls.items()}
+            calls, each = graphs, many
+            result |= {"graph": True, "calls_of_graph": many}
         except Exception as error:  # then none is, so that all are timed alike
             result["not_a_graph"] = words(error)
             answer(note=words(error))
@@ -188,8 +211,8 @@ def timed(calls: dict[str, Callable[[], Any]], work: Work, at: Where) -> dict[st
         }  # fmt: skip
     return {
         **result,
-        "seconds": {name: times.median(name) for name in calls},
-        "rounds": times.seconds,
+        "seconds": {name: times.median(name) / each for name in calls},
+        "rounds": {name: [one / each for one in found] for name, found in times.seconds.items()},
         "null_of": times.null_of,
         "null_spread": times.null_spread,
     }
