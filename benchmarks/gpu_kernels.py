@@ -105,6 +105,7 @@ _GROUPED_WHOLE = (
     Conv2dCase("octets", 9, 96, 7, 7, 96, 3, 3, padding=(1, 1), groups=3),
     Conv2dCase("quads", 5, 80, 14, 14, 80, 3, 3, padding=(1, 1), groups=5),
     Conv2dCase("strips", 3, 72, 28, 28, 72, 3, 3, padding=(1, 1), groups=9),
+    Conv2dCase("wide-strips", 2, 72, 56, 56, 72, 3, 3, padding=(1, 1), groups=18),
 )
 # Slabs that are half full; images side by side, and rows in strips.
 _DEPTHWISE_TENSOR = (

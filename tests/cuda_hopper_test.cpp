@@ -101,6 +101,17 @@ stmatrix_kernel(const uint32_t* in, uint32_t* out) {
   for (int i = lane; i < 64; i += kWarp) out[i] = stored[i];
 }
 
+// Leaves four of them as 32 rows, which lie in the opposite order.
+GDFAST_KERNEL(32, 1)
+stmatrix_rows_kernel(const uint32_t* in, uint32_t* out) {
+  const int lane = warp_lane();
+  const uint32_t* const words = in + 4 * lane;
+  stmatrix_x4(shared_memory() + (31 - lane) * 16, {words[0], words[1], words[2], words[3]});
+  sync_warp();
+  const auto* const stored = reinterpret_cast<const uint32_t*>(shared_memory());
+  for (int i = lane; i < 128; i += kWarp) out[i] = stored[i];
+}
+
 char error[4096];
 
 template <typename... Parameters, typename... Arguments>
@@ -157,6 +168,10 @@ const char* store(uint16_t* image, const int* size, const int* of_box, int w, in
 
 const char* stmatrix(const uint32_t* in, uint32_t* out) {
   return run(stmatrix_kernel, 32, in, out);
+}
+
+const char* stmatrix_rows(const uint32_t* in, uint32_t* out) {
+  return run(stmatrix_rows_kernel, 32, in, out);
 }
 
 // b is [first + n, 64], or where `columns` [64, n].

@@ -304,3 +304,11 @@ def test_stmatrix_makes_columns_rows(call: Call) -> None:
     out = np.zeros((2, 8, 8), np.uint16)
     assert call("stmatrix", pairs, out) == ""
     np.testing.assert_array_equal(out, matrices.reshape(2, 8, 8).transpose(0, 2, 1))
+
+
+def test_stmatrix_keeps_rows(call: Call) -> None:
+    matrices = np.arange(4 * 8 * 8, dtype=np.uint16).reshape(4, 8, 4, 2)
+    pairs = aligned(matrices.transpose(1, 2, 0, 3))
+    out = np.zeros((4 * 8, 8), np.uint16)
+    assert call("stmatrix_rows", pairs, out) == ""
+    np.testing.assert_array_equal(out, matrices.reshape(4 * 8, 8)[::-1])

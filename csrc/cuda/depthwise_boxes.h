@@ -202,6 +202,10 @@ inline BoxesArguments boxes_arguments(const DepthwiseArguments& a, int64_t at_on
   return boxes;
 }
 
+inline int64_t output_bytes(const DepthwiseArguments& a) {
+  return int64_t{a.N} * a.C * a.P * a.Q * 2;
+}
+
 // A tensor of half types as boxes of some images, a row and columns by 64 channels or 32.
 template <typename T>
 TensorMap box_map(const char* op, const T* address, const DepthwiseArguments& a,

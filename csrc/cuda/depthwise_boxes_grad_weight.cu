@@ -155,6 +155,7 @@ void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, float*
                   uintptr_t stream) {
   BoxesArguments boxes = weight_boxes(a);
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
+  boxes.input = read_once(kOp, boxes.input, output_bytes(a));
   boxes.output = box_map(kOp, tensors.grad_output, a, a.output, a.P, a.Q, boxes.images,
                          kBoxTiles * kTilePositions / boxes.images);
   launch(kOp, depthwise_boxes_grad_weight_kernel<T>, static_cast<unsigned>(boxes.blocks),

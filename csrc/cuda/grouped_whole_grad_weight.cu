@@ -259,7 +259,8 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, v
                                     {Its::kImages, Its::kSlotRows, Its::kRowPixels}, Its::kPixel);
   };
   const int64_t rounds = ceil_div(p.N, Its::kRoundImages);
-  const WholeWeightArguments a{map(input, p.input), map(grad_output, p.output), small(rounds),
+  const WholeWeightArguments a{read_once(kOp, map(input, p.input), p.N * p.K * p.P * p.Q * 2),
+                               map(grad_output, p.output), small(rounds),
                                small(ceil_div(rounds, splits)),
                                grouped_weight_split(p, workspace, splits, with_bias)};
   const dim3 grid(static_cast<unsigned>(splits),

@@ -12,7 +12,20 @@
 
 namespace gdfast::cuda {
 
-using TensorMap = CUtensorMap;
+// How the L2 is to treat what is loaded, as instructions take it: CUTLASS, CacheHintSm90.
+enum class CachePolicy : uint64_t { kNormal = 0x1000000000000000, kFirst = 0x12f0000000000000 };
+
+struct TensorMap : CUtensorMap {
+  CachePolicy policy = CachePolicy::kNormal;
+};
+
+inline TensorMap read_once(const char* op, TensorMap map, int64_t kept_bytes) {
+  int device = 0, l2_bytes = 0;
+  check(op, cudaGetDevice(&device));
+  check(op, cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device));
+  if (kept_bytes <= l2_bytes / 2) map.policy = CachePolicy::kFirst;
+  return map;
+}
 
 // The driver's function is looked up at run time, so that the module loads without a driver.
 template <typename T>
@@ -50,7 +63,7 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   TensorMap map;
   const CUresult result =
       encode(&map, kType, 4, const_cast<void*>(address), sizes, bytes, boxes, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error(std::string(op) + ": CUDA: cuTensorMapEncodeTiled: error " +
@@ -123,8 +136,9 @@ GDFAST_DEVICE void load_box(void* shared, const TensorMap& map, const int (&at)[
                             uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(barrier))
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(barrier)),
+      "l"(map.policy)
       : "memory");
 }
 
@@ -167,6 +181,13 @@ GDFAST_DEVICE void stmatrix_x2_transposed(void* shared_row, uint32_t first, uint
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(
                    shared_address(shared_row)),
                "r"(first), "r"(second)
+               : "memory");
+}
+
+GDFAST_DEVICE void stmatrix_x4(void* shared_row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   shared_address(shared_row)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 

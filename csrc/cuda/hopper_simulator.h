@@ -44,6 +44,8 @@ TensorMap tensor_map(const char* op, const void* address, const Axis (&axes)[4],
   return map;
 }
 
+inline TensorMap read_once(const char*, const TensorMap& map, int64_t) { return map; }
+
 namespace simulator {
 
 // In the 8 bytes that a barrier has.
@@ -286,7 +288,7 @@ inline void share_fragments(void* const* lanes) {
 
 struct StoredMatrices {
   unsigned char* row;
-  uint32_t registers[2];
+  uint32_t registers[4];
 };
 
 // stmatrix with .trans: a lane's registers are pairs of a column, of the matrix in memory, whose
@@ -300,6 +302,17 @@ inline void store_matrices(void* const* lanes) {
         auto* const to = static_cast<StoredMatrices*>(lanes[8 * matrix + lane % 4 * 2 + i]);
         std::memcpy(to->row + 2 * (lane / 4), &pair[i], sizeof pair[i]);
       }
+    }
+  }
+}
+
+// stmatrix without it, of four: a lane's registers are pairs of a row.
+inline void store_rows(void* const* lanes) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const StoredMatrices& its = *static_cast<StoredMatrices*>(lanes[lane]);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      auto* const to = static_cast<StoredMatrices*>(lanes[8 * matrix + lane / 4]);
+      std::memcpy(to->row + lane % 4 * 4, &its.registers[matrix], sizeof its.registers[matrix]);
     }
   }
 }
@@ -396,6 +409,13 @@ GDFAST_DEVICE void stmatrix_x2_transposed(void* shared_row, uint32_t first, uint
   simulator::require_aligned("stmatrix_x2_transposed", shared_row);
   simulator::StoredMatrices matrices{static_cast<unsigned char*>(shared_row), {first, second}};
   simulator::meet_warp("stmatrix_x2_transposed", &matrices, simulator::store_matrices);
+}
+
+GDFAST_DEVICE void stmatrix_x4(void* shared_row, const uint32_t (&words)[4]) {
+  simulator::require_aligned("stmatrix_x4", shared_row);
+  simulator::StoredMatrices matrices{static_cast<unsigned char*>(shared_row),
+                                     {words[0], words[1], words[2], words[3]}};
+  simulator::meet_warp("stmatrix_x4", &matrices, simulator::store_rows);
 }
 
 // --- Products ---------------------------------------------------------------------------------
