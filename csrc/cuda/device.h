@@ -18,6 +18,7 @@
 //   sync_threads_of(id, threads)           a barrier of whole warps among themselves, id 1 to 15
 //   shuffle_xor(value, mask), shuffle_down(value, delta), shuffle(value, lane)
 //                                          float, double, int; all lanes of a warp take part
+//   any_of_warp(condition)                 whether it holds in one of them
 //   load_16, load_16_streaming, store_16, store_16_streaming
 //                                          one access of 16 bytes, at such an address; streaming
 //                                          keeps what is used once from pushing out the rest

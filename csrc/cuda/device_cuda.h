@@ -62,6 +62,8 @@ GDFAST_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
 
+GDFAST_DEVICE bool any_of_warp(bool condition) { return __any_sync(0xffffffffu, condition) != 0; }
+
 // --- Numbers ----------------------------------------------------------------------------------
 
 GDFAST_HOST_DEVICE float to_float(float value) { return value; }
@@ -261,6 +263,8 @@ inline int multiprocessors(const char* op) {
 // Lets a kernel have so much dynamic shared memory on the current device. The driver is told once,
 // not at every launch.
 inline void allow_shared_memory(const char* op, const void* kernel, size_t bytes) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (bytes <= kWithoutAsking) return;
   static std::mutex mutex;
   static std::map<std::pair<const void*, int>, size_t> allowed;
   int device = 0;
@@ -276,10 +280,7 @@ inline void allow_shared_memory(const char* op, const void* kernel, size_t bytes
 template <typename... Parameters, typename... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shared_bytes);
-  }
+  allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
   check(op, cudaGetLastError());
 }

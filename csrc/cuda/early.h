@@ -51,6 +51,7 @@ inline bool may_begin_early(const char* op, const void* kernel) {
 template <typename... Parameters, typename... Arguments>
 void launch_early(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                   size_t shared_bytes, uintptr_t stream, const Arguments&... arguments) {
+  allow_shared_memory(op, reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -24,15 +24,20 @@ template <int kPairs>
 GDFAST_DEVICE float (&flat(PairSums (&sums)[kPairs]))
     [kPairs * 8] { return reinterpret_cast<float (&)[kPairs * 8]>(sums); }
 
+template <int kSums>
+GDFAST_DEVICE bool are_finite(const float (&sums)[kSums]) {
+  float zeros = 0;
+#pragma unroll
+  for (float sum : sums) zeros += sum * 0;
+  return zeros == 0;
+}
+
 // The zeros between small groups make NaN of a neighbour's infinities: sums that are NaN are made
 // again without them, by sum_of_group(pair, second, column, channel).
 template <int kSums, typename SumOfGroup>
 GDFAST_DEVICE void mend(float (&sums)[kSums], SumOfGroup&& sum_of_group) {
   static_assert(kSums <= 32, "a bit for each");
-  float zeros = 0;
-#pragma unroll
-  for (float sum : sums) zeros += sum * 0;
-  if (zeros == 0) return;  // all are finite
+  if (are_finite(sums)) return;
   uint32_t wrong = 0;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) wrong |= sums[i] == sums[i] ? 0u : 1u << i;

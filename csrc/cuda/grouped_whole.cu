@@ -29,16 +29,19 @@ template <typename Its>
 void start_walks(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
                  const void* weight, void* output, const Where& where) {
   const WalkArguments a{
-      channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
-                               {Its::kImages, 2, Its::kColumns}),
+      read_once(op,
+                channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                                         {Its::kImages, 2, Its::kColumns}),
+                p.N * p.K * p.P * p.Q * 2),
       channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
                                {kWalkBox.images, kWalkBox.rows, kWalkBox.columns}),
       grouped_filters(p, weight, gradient)};
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.N, Its::kImages)),
-                  static_cast<unsigned>(ceil_div(p.C, kSlab)));
+  // Neighbours have slabs of the same images: pixels that lie side by side.
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.C, kSlab)),
+                  static_cast<unsigned>(ceil_div(p.N, Its::kImages)));
   const int64_t bytes = Its::kFiltersAt + kSlab * filter_row_bytes(p);
-  launch(op, grouped_walks_kernel<Its>, grid, kWalkThreads, static_cast<size_t>(bytes),
-         where.stream, a);
+  launch_early(op, grouped_walks_kernel<Its>, grid, kWalkThreads, static_cast<size_t>(bytes),
+               where.stream, a);
 }
 
 template <bool kGradient>

@@ -195,6 +195,12 @@ GDFAST_DEVICE T shuffle(T value, int lane) {
   return simulator::shuffle_from("shuffle", value, lane % kWarp);
 }
 
+GDFAST_DEVICE bool any_of_warp(bool condition) {
+  int any = condition ? 1 : 0;
+  for (int distance = 1; distance < kWarp; distance *= 2) any |= shuffle_xor(any, distance);
+  return any != 0;
+}
+
 // --- Numbers ----------------------------------------------------------------------------------
 
 GDFAST_DEVICE float to_float(float value) { return value; }
