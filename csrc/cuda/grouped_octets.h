@@ -1,45 +1,56 @@
 // Groups of 32 channels on images of 7 x 7 (grouped_whole.h).
 //
-// A block takes two groups of eight images, and a warpgroup each of the groups: 8 columns of 8
-// images are the 64 rows of a product by warpgroups, whose right operand are a tap's filters as
-// they lie in shared memory. A row of the input is loaded to registers once, for the three rows of
-// the output that see it.
+// A block takes one group of 16 images, and a warpgroup eight of these: 8 columns of 8 images are
+// the 64 rows of a product by warpgroups, whose right operand are a tap's filters as they lie in
+// shared memory. A row of the input is loaded to registers once, for the three rows of the output
+// that see it; results leave from registers, 64 bytes of a pixel side by side.
 //
 // An eighth column lies outside of each image: its zeros are the neighbours of the first column
 // too, of the next image's.
 #pragma once
 
+#include "grouped_sums.h"
 #include "grouped_whole.h"
 #include "hopper_narrow.h"
 
 namespace gdfast::cuda {
 namespace {
 
-using Octets = WholeImages<32, 8, 7, kSide, 0, 7 * 8 * kTileBytes>;
-constexpr StoredBox kOctetBox{8, 1, kSide};
+using Octets = WholeImages<32, 32, 16, 7, kSide, 0, 8, 0>;
 constexpr int kOctetSteps = Octets::kGroup / 16;
-constexpr int kOctetThreads = kSlab / Octets::kGroup * kWarpgroup;
+
+struct OctetArguments {
+  TensorMap input, filters;
+  unsigned char* output;
+  int64_t image_bytes, row_bytes, pixel_bytes;
+  int images;
+};
 
 #if defined(GDFAST_HOPPER)
 
 using OctetFragments = uint32_t[3][kOctetSteps][4];  // by the column of the filter
 using OctetSums = float[Octets::kGroup / 2];
 
-// What a tap multiplies 16 channels of the group by.
+// What a tap multiplies 16 channels of the group by, so many bytes from the first filter on.
 template <bool kGradient>
-GDFAST_DEVICE uint64_t octet_filters(int group, int tap, int step) {
+GDFAST_DEVICE int octet_filters(int tap, int step) {
   const int turned = kGradient ? kTaps - 1 - tap : tap;
-  const int at =
-      box_of<Octets>(turned) + group * Octets::kGroup * kBoxRow + byte_of<Octets>(turned);
   // Of the gradient the sum goes over filters.
-  return kGradient ? columns_matrix(shared_memory(), at + step * 16 * kBoxRow, 0)
-                   : rows_matrix(shared_memory(), at + step * 32);
+  return box_of<Octets>(turned) - Octets::kFiltersAt + byte_of<Octets>(turned) +
+         step * (kGradient ? 16 * kBoxRow : 32);
+}
+
+// The same matrix elsewhere. Its address, in units of 16 bytes, comes first, and does not overflow
+// where shared memory does not.
+GDFAST_DEVICE uint64_t bytes_further(uint64_t matrix, int bytes) {
+  const uint32_t address = static_cast<uint32_t>(matrix) + static_cast<uint32_t>(bytes / 16);
+  return (matrix >> 32 << 32) | address;
 }
 
 // A row of the input by all taps, for the rows of the output that it touches.
 template <bool kGradient>
 GDFAST_DEVICE void multiply_octet_row(OctetSums (&sums)[Octets::kRows], const OctetFragments& left,
-                                      int group, int row) {
+                                      uint64_t filters, int row) {
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
 #pragma unroll
@@ -51,27 +62,47 @@ GDFAST_DEVICE void multiply_octet_row(OctetSums (&sums)[Octets::kRows], const Oc
         // The first of all is with the row above, or the first row.
         const bool is_first = s == 0 && step == 0 && (r == 0 || row == 0);
         warpgroup_multiply_32<kGradient>(
-            sums[p], left[s][step], octet_filters<kGradient>(group, r * 3 + s, step), !is_first);
+            sums[p], left[s][step],
+            bytes_further(filters, octet_filters<kGradient>(r * 3 + s, step)), !is_first);
       }
     }
   }
 }
 
-template <bool kGradient>
-GDFAST_DEVICE void multiply_octets(const WholeArguments& a, int first_channel, int first_image) {
-  const int group = warp_index() / 4, lane = warp_lane();
-  // Of this lane, for ldmatrix: its pixel, of one of the warp's two images, by the column of the
-  // filter; and where it writes results, of the first image.
-  const int image = warp_index() % 4 * 2, matrix = lane / 8,
-            first_chunk = group * Octets::kGroup / 8;
-  int pixels[3];
+// The place of a chunk of a pixel in a box whose rows have 64 bytes.
+GDFAST_DEVICE int half_swizzled(int pixel, int chunk) {
+  return pixel * Octets::kPixel + ((chunk ^ (pixel >> 1 & 3)) << 4);
+}
+
+// Of a lane: where in the first row its pixels lie, for ldmatrix, by the column of the filter;
+// where it writes results, eight channels of a pixel, and of how many of its warp's images.
+struct OctetLane {
+  uint32_t pixels[3];
+  unsigned char* results;
+  int images;
+};
+
+GDFAST_DEVICE OctetLane octet_lane(const OctetArguments& a, int first_channel, int first_image) {
+  const int lane = warp_lane(), matrix = lane / 8, image = warp_index() * 2;
+  OctetLane places;
 #pragma unroll
   for (int s = 0; s < 3; ++s) {
-    pixels[s] = Octets::kRowsAt + swizzled((image + (matrix & 1)) * kSide + lane % 8 + s - 1,
-                                           first_chunk + (matrix >> 1));
+    places.pixels[s] =
+        Octets::kRowsAt +
+        half_swizzled((image + (matrix & 1)) * kSide + lane % 8 + s - 1, matrix >> 1);
+    opaque(places.pixels[s]);
   }
-  const int written =
-      Octets::kResultsAt + swizzled(image * kSide + lane / 4, first_chunk) + lane % 4 * 4;
+  const int column = lane / 4, channel = first_channel + lane % 4 * 8;
+  places.images = column < Octets::kRows ? a.images - first_image - image : 0;
+  places.results = a.output + ((first_image + image) * a.image_bytes + column * a.pixel_bytes +
+                               channel * int64_t{2});
+  return places;
+}
+
+// Filters as a matrix, from the first one on.
+template <bool kGradient>
+GDFAST_DEVICE void multiply_octets(const OctetArguments& a, const OctetLane& places,
+                                   uint64_t filters) {
   OctetSums sums[Octets::kRows];
   OctetFragments left[2];
   const auto load = [&](int row) {
@@ -81,7 +112,7 @@ GDFAST_DEVICE void multiply_octets(const WholeArguments& a, int first_channel, i
 #pragma unroll
       for (int step = 0; step < kOctetSteps; ++step) {
         ldmatrix_x4(left[row % 2][s][step],
-                    shared_memory() + row * Octets::kRowBytes + (pixels[s] ^ step * 32));
+                    shared_memory() + row * Octets::kRowBytes + (places.pixels[s] ^ step * 32));
       }
     }
   };
@@ -94,57 +125,62 @@ GDFAST_DEVICE void multiply_octets(const WholeArguments& a, int first_channel, i
   };
   const auto finish = [&](int p) {
     warpgroup_take(sums[p]);
-    unsigned char* const to = shared_memory() + p * Octets::kRowBytes;
 #pragma unroll
-    for (int i = 0; i < Octets::kGroup / 4; ++i) {
-      const uint32_t word = pack_two<BFloat16>(sums[p][i * 2], sums[p][i * 2 + 1]);
-      // Pairs of sums go by image, then by eight channels.
-      const int at = (written ^ (i >> 1) * 16) + (i & 1) * kTileBytes;
-      *reinterpret_cast<uint32_t*>(to + at) = word;
+    for (int i = 0; i < 2; ++i) {
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        words[j] = pack_two<BFloat16>(sums[p][j * 4 + i * 2], sums[p][j * 4 + i * 2 + 1]);
+      }
+      exchange_words(words);
+      if (i >= places.images) continue;
+      store_16_global(places.results + (i * a.image_bytes + p * a.row_bytes),
+                      {{words[0], words[1], words[2], words[3]}});
     }
-    stores_ready();
-    sync_block();
-    if (this_thread() != 0) return;
-    store_box(a.output, {first_channel, 0, p, first_image}, to + Octets::kResultsAt);
-    stores_commit();
   };
+  barrier_wait(filter_barrier<Octets>(true), 0);
   load(0);
-  barrier_wait(filter_barrier<Octets>(), 0);
 #pragma unroll
   for (int row = 0; row < Octets::kRows; ++row) {
+    if (row == 1) barrier_wait(filter_barrier<Octets>(false), 0);
     warpgroup_begin();
-    multiply_octet_row<kGradient>(sums, left[row % 2], group, row);
+    multiply_octet_row<kGradient>(sums, left[row % 2], filters, row);
     warpgroup_commit();
     if (row > 0) {
       warpgroup_wait<1>();
       take(row - 1);
     }
-    if (row > 1) finish(row - 2);
     if (row + 1 < Octets::kRows) load(row + 1);
+    if (row > 1) finish(row - 2);
   }
   warpgroup_wait<0>();
   take(Octets::kRows - 1);
   finish(Octets::kRows - 2);
   finish(Octets::kRows - 1);
-  if (this_thread() == 0) stores_wait<0>();
 }
 
 #endif
 
 template <bool kGradient>
-GDFAST_KERNEL(kOctetThreads, 1)
-grouped_octets_kernel(GDFAST_GRID_CONSTANT const WholeArguments a) {
+GDFAST_KERNEL(Octets::kThreads, 1)
+grouped_octets_kernel(GDFAST_GRID_CONSTANT const OctetArguments a) {
 #if defined(GDFAST_HOPPER)
-  const int first_channel = static_cast<int>(blockIdx.y) * kSlab;
+  let_next_begin();
+  const int first_channel = static_cast<int>(blockIdx.y) * Octets::kChannels;
   const int first_image = static_cast<int>(blockIdx.x) * Octets::kImages;
-  if (this_thread() == 0) load_whole<Octets>(a, first_channel, first_image);
+  const bool loads = this_thread() == Octets::kWarps * kWarp;
+  if (loads) load_first<Octets, kGradient>(a, first_channel, first_image);
+  if (this_thread() == 0) init_barriers<Octets>();
   // Before the first image there is none.
-  if (this_thread() >= kOctetThreads - kBoxRow / 4) {
-    reinterpret_cast<uint32_t*>(shared_memory() + Octets::kRowsAt)[this_thread() - kOctetThreads] =
-        0;
+  const int zero = this_thread() - kWarpgroup;
+  if (zero >= 0 && zero < Octets::kPixel / 4) {
+    reinterpret_cast<uint32_t*>(shared_memory() + Octets::kRowsAt - Octets::kPixel)[zero] = 0;
   }
+  const OctetLane places = octet_lane(a, first_channel, first_image);
+  const uint64_t filters = rows_matrix(shared_memory(), Octets::kFiltersAt);
   sync_block();
-  multiply_octets<kGradient>(a, first_channel, first_image);
+  if (loads) load_others<Octets, kGradient>(a, first_channel, first_image);
+  if (warp_index() < Octets::kWarps) multiply_octets<kGradient>(a, places, filters);
 #else
   static_cast<void>(a);
 #endif

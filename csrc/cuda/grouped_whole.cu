@@ -9,20 +9,49 @@
 namespace gdfast::cuda {
 namespace {
 
-template <typename Its, typename Kernel>
-void start(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
-           void* output, Kernel kernel, int threads, const StoredBox& stored, const Where& where) {
+template <typename Its>
+TensorMap whole_images(const char* op, const Conv2dProblem& p, const void* input) {
+  return channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                                  {Its::kImages, 1, Its::kColumns}, Its::kPixel);
+}
+
+template <typename Its>
+TensorMap whole_filters(const char* op, const Conv2dProblem& p, const void* weight) {
   const Axis row{kTaps * Its::kGroup, 2}, filters = next_axis(row, p.K, p.weight.n * 2);
   const Axis one = next_axis(filters, 1, 0);
-  const WholeArguments a{channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
-                                                  {Its::kImages, 1, Its::kColumns}),
-                         tensor_map<BFloat16>(op, weight, {row, filters, one, next_axis(one, 1, 0)},
-                                              {kBoxRow / 2, kSlab, 1, 1}),
-                         channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
-                                                  {stored.images, stored.rows, stored.columns})};
+  return tensor_map<BFloat16>(op, weight, {row, filters, one, next_axis(one, 1, 0)},
+                              {kBoxRow / 2, Its::kChannels, 1, 1});
+}
+
+template <typename Its, typename Kernel, typename Arguments>
+void start(const char* op, const Conv2dProblem& p, Kernel kernel, const Arguments& arguments,
+           const Where& where) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.N, Its::kImages)),
-                  static_cast<unsigned>(ceil_div(p.C, kSlab)));
-  launch(op, kernel, grid, static_cast<unsigned>(threads), Its::kBytes, where.stream, a);
+                  static_cast<unsigned>(ceil_div(p.C, Its::kChannels)));
+  launch_early(op, kernel, grid, Its::kThreads, size_t{Its::kBytes}, where.stream, arguments);
+}
+
+template <bool kGradient>
+void start_octets(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
+                  void* output, const Where& where) {
+  const OctetArguments a{whole_images<Octets>(op, p, input),
+                         whole_filters<Octets>(op, p, weight),
+                         static_cast<unsigned char*>(output),
+                         p.output.n * 2,
+                         p.output.h * 2,
+                         p.output.w * 2,
+                         small(p.N)};
+  start<Octets>(op, p, grouped_octets_kernel<kGradient>, a, where);
+}
+
+template <bool kGradient>
+void start_quads(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
+                 void* output, const Where& where) {
+  const QuadArguments a{
+      whole_images<Quads>(op, p, input), whole_filters<Quads>(op, p, weight),
+      channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
+                               {kQuadBox.images, kQuadBox.rows, kQuadBox.columns})};
+  start<Quads>(op, p, grouped_quads_kernel<kGradient>, a, where);
 }
 
 template <typename Its>
@@ -48,14 +77,11 @@ template <bool kGradient>
 void run(const char* op, const Conv2dProblem& p, const void* input, const void* weight,
          void* output, const Where& where) {
   const DeviceGuard guard(op, where.device);
-  const auto with = [&](auto its, auto kernel, int threads, const StoredBox& stored) {
-    start<decltype(its)>(op, p, input, weight, output, kernel, threads, stored, where);
-  };
   switch (p.C / p.groups) {
     case Octets::kGroup:
-      return with(Octets{}, grouped_octets_kernel<kGradient>, kOctetThreads, kOctetBox);
+      return start_octets<kGradient>(op, p, input, weight, output, where);
     case Quads::kGroup:
-      return with(Quads{}, grouped_quads_kernel<kGradient>, kQuadThreads, kQuadBox);
+      return start_quads<kGradient>(op, p, input, weight, output, where);
     case Walks28::kGroup:
       return start_walks<Walks28>(op, p, kGradient, input, weight, output, where);
     default:
