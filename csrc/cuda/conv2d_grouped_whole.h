@@ -1,7 +1,7 @@
 // Convolution in groups on Hopper whose images are small enough for a block to have them whole
 // or to walk down them (grouped_whole.h), as conv2d.h has it for others: groups of 32 channels on
-// images of 7 x 7, of 16 on 14 x 14, of 8 on 28 x 28 and, but for the gradient of the weight, of 4
-// on 56 x 56, in bfloat16. That gradient (grouped_whole_grad_weight.cu) is of any layout.
+// images of 7 x 7, of 16 on 14 x 14, of 8 on 28 x 28 and of 4 on 56 x 56, in bfloat16. The gradient
+// of the weight (grouped_whole_grad_weight.cu) is of any layout.
 #pragma once
 
 #include <string>

@@ -80,6 +80,7 @@ struct alignas(kCount == 1               ? sizeof(T)
 template <typename Sum, int kCount>
 GDFAST_DEVICE void sum_splits(const SplitSums& a, Sum (&sums)[kCount], int64_t (&places)[kCount]) {
   using Sums = Group<Sum, kCount>;
+  let_next_begin();
   const int columns = kSplitThreads / a.parts, part = this_thread() / columns;
   const int64_t index = (int64_t{blockIdx.x} * columns + this_thread() % columns) * kCount;
 #pragma unroll

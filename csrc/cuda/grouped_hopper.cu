@@ -241,7 +241,7 @@ GDFAST_KERNEL((GroupedWarps<kGroup, kTwins>::kThreads), 1)
 grouped_hopper_kernel(GDFAST_GRID_CONSTANT const GroupedHopperArguments a) {
 #if defined(GDFAST_HOPPER)
   using Its = GroupedWarps<kGroup, kTwins>;
-  const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
+  const auto first_channel = static_cast<int32_t>(blockIdx.x) * kSlab;
   if (warp_index() == 0) init_ring(a.ring, Its::kConsumers);
   if (this_thread() == 0) barrier_init(filters_there(), Its::kConsumers), barriers_ready();
   sync_block();
@@ -278,7 +278,7 @@ void start(const char* op, const Conv2dProblem& p, const GroupedHopperPlan& plan
                                  grouped_filters(p, weight, gradient),
                                  grouped_output(p, bias, output)};
   launch(op, grouped_hopper_kernel<T, kGroup, kTwins>,
-         dim3(static_cast<unsigned>(split.blocks), static_cast<unsigned>(slabs)),
+         dim3(static_cast<unsigned>(slabs), static_cast<unsigned>(split.blocks)),
          static_cast<unsigned>(Its::kThreads), static_cast<size_t>(filters_at + filter_bytes),
          where.stream, a);
 }

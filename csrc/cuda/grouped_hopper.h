@@ -99,13 +99,14 @@ GDFAST_DEVICE void init_ring(const GroupedRing& a, int consumers) {
   barriers_ready();
 }
 
-// By one thread: calls load(strip, row, has_band, slot) for all slots of the block, when their
-// memory is free. A strip's last slot has rows for the band before it alone.
+// By one thread: calls load(strip, row, has_band, slot) for all slots of the block, which is the
+// y-th of its slab's, when their memory is free. A strip's last slot has rows for the band before
+// it alone.
 template <typename Load>
 GDFAST_DEVICE void fill_ring(const GroupedRing& a, Load&& load) {
   Slot slot{0, 0};
-  for (int index = static_cast<int>(blockIdx.x); index < a.strips;
-       index += static_cast<int>(gridDim.x)) {
+  for (int index = static_cast<int>(blockIdx.y); index < a.strips;
+       index += static_cast<int>(gridDim.y)) {
     const Strip strip = strip_at(a, index);
     const int count = strip.slots + (a.whole ? 0 : 1);
     for (int i = 0; i < count; ++i, slot = next_slot(a, slot)) {
@@ -139,8 +140,8 @@ template <typename Multiply>
 GDFAST_DEVICE void empty_ring(const GroupedRing& a, int stream, int streams, Multiply&& multiply) {
   Slot slot{0, 0};
   int next = stream;  // of the tiles of this slot and those after it
-  for (int index = static_cast<int>(blockIdx.x); index < a.strips;
-       index += static_cast<int>(gridDim.x)) {
+  for (int index = static_cast<int>(blockIdx.y); index < a.strips;
+       index += static_cast<int>(gridDim.y)) {
     const Strip strip = strip_at(a, index);
     for (int i = 0; i < strip.slots; ++i) {
       const Slot after = next_slot(a, slot);

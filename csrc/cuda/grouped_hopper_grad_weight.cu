@@ -139,8 +139,7 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
   }
   places.grad = (matrix >> 1) * a.grad_pair_bytes + swizzled(line, unit.filter / 8 + (matrix & 1));
   WeightSums sums;
-#pragma unroll
-  for (float& sum : reinterpret_cast<FlatSums&>(sums)) sum = 0;
+  clear(sums);
   empty_ring(a.ring, stream, Its::kStreams, [&](const BandTile& tile) {
     const int rows = a.ring.P - tile.row, left = a.ring.Q - tile.column;
     if ((Band::kTwins || rows >= Band::kRows) && left >= kSide) {
@@ -151,6 +150,7 @@ GDFAST_DEVICE void sum_tiles(const GroupedHopperWeightArguments& a, int32_t firs
       sum_tile<T, Band, true>(sums, a, places, tile, existing, unit.sums_bias);
     }
   });
+  sync_threads_of(1, Its::kConsumers * kWarp);
   write_sums<Its>(sums, a.split, unit, first_channel, stream,
                   reinterpret_cast<float*>(shared_memory() + kRingAt));
 }
@@ -161,12 +161,13 @@ template <typename T, bool kTwins, bool kWide>
 GDFAST_KERNEL((WeightWarps<kTwins, kWide>::kThreads), 1)
 grouped_hopper_grad_weight_kernel(GDFAST_GRID_CONSTANT const GroupedHopperWeightArguments a) {
 #if defined(GDFAST_HOPPER)
-  const auto first_channel = static_cast<int32_t>(blockIdx.y) * kSlab;
+  const auto first_channel = static_cast<int32_t>(blockIdx.x) * kSlab;
   using Its = WeightWarps<kTwins, kWide>;
   constexpr int kConsumers = Its::kConsumers;
   let_next_begin();
   if (warp_index() == 0) init_ring(a.ring, kConsumers);
   sync_block();
+  wait_for_kernel_before();
   if (warp_index() < kConsumers) return sum_tiles<T, Its>(a, first_channel);
   if (warp_lane() != 0) return;
   fill_ring(a.ring, [&](const Strip& strip, int row, bool has_band, const Slot& slot) {
@@ -206,9 +207,11 @@ void start(const Conv2dProblem& p, const GroupedHopperPlan& plan, const void* gr
       grouped_weight_split(p, workspace, splits, with_bias)};
   const int64_t in_ring = int64_t{ring.slots} * ring.slot_bytes;
   const int64_t joined = joined_bytes(p, kSlab, Its::kStreams);
-  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(p.C, kSlab)));
-  launch(kOp, grouped_hopper_grad_weight_kernel<T, kTwins, kWide>, grid, Its::kThreads,
-         static_cast<size_t>(kRingAt + (in_ring > joined ? in_ring : joined)), where.stream, a);
+  // Neighbours have slabs of the same images: pixels that lie side by side.
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.C, kSlab)), static_cast<unsigned>(splits));
+  launch_early(kOp, grouped_hopper_grad_weight_kernel<T, kTwins, kWide>, grid, Its::kThreads,
+               static_cast<size_t>(kRingAt + (in_ring > joined ? in_ring : joined)), where.stream,
+               a);
 }
 
 }  // namespace

@@ -43,13 +43,14 @@ inline int64_t joined_bytes(const Conv2dProblem& p, int64_t filters, int64_t str
   return streams * filters * (row_sums_of(small(p.C / p.groups)) + 1) * 4;
 }
 
-// The sums of a warp.
-struct WeightSums {
-  float weight[kTaps][2][4];
-  float bias[2];  // of the filters of two rows, the positions of this lane
+// The sums of a warp, of so many eights of filters and of channels.
+template <int kFilterEights, int kChannelEights>
+struct SumsOf {
+  static constexpr int kFilters = kFilterEights, kChannels = kChannelEights;
+  float weight[kTaps][kChannels][2 * kFilters];
+  float bias[kFilters];  // the positions of this lane
 };
-constexpr int kSums = kTaps * 8 + 2;
-using FlatSums = float[kSums];
+using WeightSums = SumsOf<2, 2>;
 
 #if defined(GDFAST_HOPPER)
 
@@ -60,8 +61,8 @@ struct Unit {
 };
 
 // Of two filters, the positions that this lane has.
-template <typename T>
-GDFAST_DEVICE void add_to_bias(WeightSums& sums, const uint32_t (&grads)[4]) {
+template <typename T, typename Sums>
+GDFAST_DEVICE void add_to_bias(Sums& sums, const uint32_t (&grads)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float values[2];
@@ -70,8 +71,16 @@ GDFAST_DEVICE void add_to_bias(WeightSums& sums, const uint32_t (&grads)[4]) {
   }
 }
 
+template <typename Sums>
+GDFAST_DEVICE void clear(Sums& sums) {
+  using Flat = float[sizeof(Sums) / sizeof(float)];
+#pragma unroll
+  for (float& sum : reinterpret_cast<Flat&>(sums)) sum = 0;
+}
+
 // Of four lanes, which have different positions.
-GDFAST_DEVICE void sum_bias_of_lanes(WeightSums& sums, const Unit& unit) {
+template <typename Sums>
+GDFAST_DEVICE void sum_bias_of_lanes(Sums& sums, const Unit& unit) {
   if (!unit.sums_bias) return;
 #pragma unroll
   for (float& sum : sums.bias) {
@@ -81,9 +90,9 @@ GDFAST_DEVICE void sum_bias_of_lanes(WeightSums& sums, const Unit& unit) {
 }
 
 // Adds up what streams have summed, and writes it in the order in which it lies in shared memory,
-// from `all` on: whole lines.
-template <typename Its>
-GDFAST_DEVICE void write_sums(WeightSums& sums, const GroupedWeightSplit& a, const Unit& unit,
+// from `all` on, where nobody reads any more: whole lines.
+template <typename Its, typename Sums>
+GDFAST_DEVICE void write_sums(Sums& sums, const GroupedWeightSplit& a, const Unit& unit,
                               int first_channel, int stream, float* all) {
   constexpr int kStreams = Its::kStreams, kConsumers = Its::kConsumers;
   constexpr int filters = Its::kChannels;
@@ -91,26 +100,25 @@ GDFAST_DEVICE void write_sums(WeightSums& sums, const GroupedWeightSplit& a, con
   const int of_filter = kTaps * group, row_sums = row_sums_of(group);
   float* const bias = all + kStreams * filters * row_sums;
   sum_bias_of_lanes(sums, unit);
-  sync_threads_of(1, kConsumers * kWarp);  // nobody reads what lay here any more
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
+  for (int row = 0; row < Sums::kFilters; ++row) {
     const int filter = unit.filter + row * 8 + warp_lane() / 4, at = stream * filters + filter;
     if (unit.sums_bias && warp_lane() % 4 == 0) bias[at] = sums.bias[row];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < Sums::kChannels; ++half) {
       // Two channels side by side are of one group.
       const int channel = unit.channel + half * 8 + warp_lane() % 4 * 2;
       if (channel / group != filter / group) continue;
       float* const to = all + at * row_sums + channel % group;
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const float (&pair)[4] = sums.weight[tap][half];
-        store_values<2>(to + tap * group, {pair[row * 2], pair[row * 2 + 1]});
+        const float* const pair = sums.weight[tap][half] + row * 2;
+        store_values<2>(to + tap * group, {pair[0], pair[1]});
       }
     }
   }
   sync_threads_of(1, kConsumers * kWarp);
-  const int64_t index = int64_t{blockIdx.x} * a.K + first_channel;
+  const int64_t index = int64_t{blockIdx.y} * a.K + first_channel;
   const int rest = a.K - first_channel, existing = rest < filters ? rest : filters;
   const auto add_streams = [&](auto& sums, const float* from, int step) {
     constexpr int kCount = sizeof sums / sizeof(float);
@@ -123,14 +131,33 @@ GDFAST_DEVICE void write_sums(WeightSums& sums, const GroupedWeightSplit& a, con
       for (int i = 0; i < kCount; ++i) sums[i] += more[i];
     }
   };
-  constexpr int kTogether = Its::kGroup > 0 ? 4 : 2;  // numbers of a thread
-  for (int i = this_thread(); i < existing * of_filter / kTogether; i += kConsumers * kWarp) {
-    const int filter =
-        Its::kGroup > 0 ? i / (of_filter / kTogether) : divide(i, a.pairs_of_filter).quotient;
-    const int at = i * kTogether - filter * of_filter;
-    float together[kTogether];
-    add_streams(together, all + filter * row_sums + at, filters * row_sums);
-    store_values<kTogether>(a.weight_sums + (index * of_filter + i * kTogether), together);
+  constexpr int kTogether = Its::kGroup > 0 ? 4 : 2, kThreads = kConsumers * kWarp;
+  // So often a thread loads before it writes the first, where that is known.
+  constexpr int kAll = filters * kTaps * Its::kGroup / kTogether;
+  constexpr int kTurns = kStreams == 1 && kAll > 0 && kAll % kThreads == 0 ? kAll / kThreads : 1;
+  const int count = existing * of_filter / kTogether;
+  const auto write = [&](auto turns, int first) {
+    constexpr int kCount = decltype(turns)::value;
+    float together[kCount][kTogether];
+#pragma unroll
+    for (int turn = 0; turn < kCount; ++turn) {
+      const int i = first + turn * kThreads;
+      const int filter =
+          Its::kGroup > 0 ? i / (of_filter / kTogether) : divide(i, a.pairs_of_filter).quotient;
+      const int at = i * kTogether - filter * of_filter;
+      add_streams(together[turn], all + filter * row_sums + at, filters * row_sums);
+    }
+    float* const to = a.weight_sums + (index * of_filter + first * kTogether);
+#pragma unroll
+    for (int turn = 0; turn < kCount; ++turn) {
+      store_values<kTogether>(to + turn * kThreads * kTogether, together[turn]);
+    }
+  };
+  if (kTurns > 1 && count == kAll) {
+    write(Constant<kTurns>{}, this_thread());
+  } else {
+#pragma unroll 1
+    for (int i = this_thread(); i < count; i += kThreads) write(Constant<1>{}, i);
   }
   if (a.bias_sums == nullptr) return;
   for (int i = this_thread(); i < existing; i += kConsumers * kWarp) {

@@ -102,16 +102,12 @@ std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
   const auto is = [&](int64_t channels, int64_t rows) {
     return group == channels && p.H == rows && p.W == rows;
   };
-  const bool wide = is(Walks56::kGroup, Walks56::kRows);
-  const bool walks = wide || is(Walks28::kGroup, Walks28::kRows);
+  const bool walks = is(Walks56::kGroup, Walks56::kRows) || is(Walks28::kGroup, Walks28::kRows);
   if (!walks && !is(Octets::kGroup, Octets::kRows) && !is(Quads::kGroup, Quads::kRows)) {
     return "it takes groups of 32 channels on images of 7 x 7, of 16 on 14 x 14, of 8 on 28 x 28, "
            "or of 4 on 56 x 56";
   }
   if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
-  if (wide && pass == GroupedPass::kGradWeight) {
-    return "it makes no gradient of the weight for images of 56 x 56";
-  }
   if (walks || pass == GroupedPass::kGradWeight) return "";
   const Strides4& at = p.weight;
   if (at.c != 1 || at.w != group || at.h != 3 * group || at.n % 8 != 0 || at.n < kTaps * group) {
