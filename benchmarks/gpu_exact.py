@@ -19,12 +19,10 @@ import gdfast
 from gdfast import nn, ops, optim
 from gdfast.backends import (
     cuda_conv2d,
-    cuda_grouped,
     cuda_hopper,
     cuda_hopper_float32,
     cuda_hopper_halo,
     cuda_hopper_planes,
-    cuda_problem,
     precision,
 )
 from gdfast.backends.activation import activate
@@ -61,7 +59,7 @@ def passes(
                 cuda_hopper.HOPPER, cuda_hopper_float32.TILES, cuda_hopper_halo.HALO,
                 {cuda_hopper_planes.NAME},
             )  # fmt: skip
-            if not any(by in names for names in without_weight) and not _leaves_weight(query, by):
+            if not any(by in names for names in without_weight):
                 ours += cuda_conv2d.conv2d_grad_weight(query, by)(grad, input, True)
         else:
             ours = _by_operations(case, [input, weight, bias, grad], backend)
@@ -103,14 +101,6 @@ def weight_gradient(
         case.dilation,
     )  # fmt: skip
     return [(ours.cpu(), exact)]
-
-
-def _leaves_weight(query: gdfast.backends.Conv2dQuery, by: str) -> bool:
-    """Whether kernels for groups leave the gradient in the weight to others."""
-    if by not in cuda_grouped.BINDINGS:
-        return False
-    problem, *_ = cuda_problem.problem_of(query)
-    return cuda_grouped.why_not("conv2d_grad_weight", query, problem, by) != ""
 
 
 def _query(case: Conv2dCase, *tensors: Tensor) -> gdfast.backends.Conv2dQuery:
