@@ -125,15 +125,18 @@ def test_groups_of_small_images_load_a_row_once_for_three_rows_of_results() -> N
     expected = {
         "grouped_octets_kernel": ((7 * 3 - 2) * 3 * 2, 7 * 3 * 2),
         "grouped_quads_kernel": ((14 * 3 - 2) * 3 * 2, 14 * 3 + 9),
-        # Of two pairs of rows: for each column and half of 16 channels two taps of each row of
-        # results, and one; filters as they are or turned round.
-        "grouped_walks_kernel": (2 * 3 * 2 * 2 * 2, 2 * 3 * 2 + 2 * 9),
+        # Of two pairs of rows: for each column two taps of each row of results, and one; filters
+        # as they are or turned round.
+        "grouped_walks_kernel": (2 * 3 * 2 * 2, 2 * 3 + 2 * 9),
     }
     kernels = [code for code in codes() if code.kernel in expected]
     assert {code.kernel for code in kernels} == expected.keys()
     for code in kernels:
         if code.architecture == "sm_90a":
-            assert (code.count("HMMA|HGMMA"), code.count("LDSM")) == expected[code.kernel], code
+            products, loads = expected[code.kernel]
+            # Groups of 4 are loaded again where sums are made again.
+            again = 2 * 3 if "4" in code.arguments else 0
+            assert (code.count("HMMA|HGMMA"), code.count("LDSM")) == (products, loads + again), code
             assert code.count("UTMALDG"), code
         else:
             assert len(code.instructions) < 20, code
