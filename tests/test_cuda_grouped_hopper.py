@@ -206,6 +206,21 @@ def test_what_it_does_not_take(case: Conv2dCase, reason: str, hopper: torch.devi
     assert reason in cuda_candidates.grouped_why_not("conv2d", query, HOPPER)
 
 
+@pytest.mark.parametrize(
+    ("case", "most"), [(WHOLE_CASES[0], 2**30), *((case, 65535) for case in WHOLE_CASES[2:])],
+    ids=str,
+)  # fmt: skip
+def test_images_that_a_grid_has_no_blocks_for(
+    case: Conv2dCase, most: int, hopper: torch.device
+) -> None:
+    query = query_of(case, tensors_of(case, torch.bfloat16, True, hopper))
+    for more in (0, 1):
+        many = replace(query, geometry=replace(query.geometry, N=most + more))
+        for op in OPS[:2]:
+            reason = cuda_candidates.grouped_why_not(op, many, WHOLE)
+            assert ("fewer images" in reason) == bool(more)
+
+
 def test_it_is_the_first_choice_on_a_gpu(hopper: torch.device) -> None:
     case = CASES[7]
     query = query_of(case, tensors_of(case, torch.float16, True, hopper))

@@ -108,6 +108,12 @@ std::string grouped_whole_why_not(const Conv2dProblem& p, GroupedPass pass) {
            "or of 4 on 56 x 56";
   }
   if (p.pad_h != 1 || p.pad_w != 1) return "it takes padding of 1";
+  // Of blocks along a grid's second axis, which has channels or, of walks, images.
+  constexpr int64_t kMost = 65535;
+  const bool walks_many = walks && pass != GroupedPass::kGradWeight && p.N > kMost;
+  if (walks_many || ceil_div(p.C, Octets::kChannels) > kMost) {
+    return "it takes fewer images or channels at a time";
+  }
   if (walks || pass == GroupedPass::kGradWeight) return "";
   const Strides4& at = p.weight;
   if (at.c != 1 || at.w != group || at.h != 3 * group || at.n % 8 != 0 || at.n < kTaps * group) {
