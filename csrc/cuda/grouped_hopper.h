@@ -172,6 +172,11 @@ GDFAST_DEVICE int swizzled(int pixel, int chunk) {
   return pixel * kBoxRow + ((chunk ^ (pixel & 7)) << 4);
 }
 
+// The same in a box whose rows have 64 bytes: within each 512 bytes, with the pair of pixels.
+GDFAST_DEVICE int half_swizzled(int pixel, int chunk) {
+  return pixel * kHalfBoxRow + ((chunk ^ (pixel >> 1 & 3)) << 4);
+}
+
 #endif
 
 // --- From a problem ---------------------------------------------------------------------------

@@ -69,11 +69,6 @@ GDFAST_DEVICE void multiply_octet_row(OctetSums (&sums)[Octets::kRows], const Oc
   }
 }
 
-// The place of a chunk of a pixel in a box whose rows have 64 bytes.
-GDFAST_DEVICE int half_swizzled(int pixel, int chunk) {
-  return pixel * Octets::kPixel + ((chunk ^ (pixel >> 1 & 3)) << 4);
-}
-
 // Of a lane: where in the first row its pixels lie, for ldmatrix, by the column of the filter;
 // where it writes results, eight channels of a pixel, and of how many of its warp's images.
 struct OctetLane {

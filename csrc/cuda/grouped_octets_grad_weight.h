@@ -26,11 +26,6 @@ struct OctetWeights {
 
 #if defined(GDFAST_HOPPER)
 
-// The place of a chunk of a pixel in a box whose rows have 64 bytes.
-GDFAST_DEVICE int half_swizzled(int pixel, int chunk) {
-  return pixel * kHalfBoxRow + ((chunk ^ (pixel >> 1 & 3)) << 4);
-}
-
 // Where a lane finds its pixels of a row, for ldmatrix: of 8 channels those of two columns.
 struct OctetPlaces {
   int input[(OctetWeights::kColumns + 1) / 2], grad[OctetWeights::kColumns];
