@@ -3,8 +3,10 @@
 //
 //   let_next_begin()           in the kernel before: the next one's blocks may come where its own
 //                              have left room
-//   wait_for_kernel_before()   in all threads, before any tensor is looked at: until all that the
-//                              kernel before has written is there
+//   wait_for_kernel_before()   until the kernel before is over, and all that it has written is
+//                              there: in all threads before they look at any tensor, or in one of
+//                              each block that all others' accesses wait for. No block may end
+//                              without: what comes next waits for this kernel alone
 //   launch_early(...)          as launch, where the kernel waits for the one before
 #pragma once
 

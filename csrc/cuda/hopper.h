@@ -6,10 +6,9 @@
 //
 //   TensorMap, tensor_map<T>(op, address, axes, box)     host: a tensor of four axes, of T: a half
 //                                          type or float
-//   read_once(op, map, kept_bytes)         host: the map, by which what is loaded leaves the L2
-//   before
-//                                          all else, if the so many bytes that others will read fit
-//                                          half of it: they would leave first otherwise
+//   read_once(op, map, kept_bytes)         host: the map; what is loaded by it leaves the L2 first
+//                                          if the so many bytes that others will read fit half of
+//                                          that: otherwise they would be gone before they are read
 //   load_box(shared, map, at, barrier)     one thread starts it; what lies outside of the tensor is
 //                                          zero. A box is rows of 128 bytes, the first axis, and
 //                                          begins where 128 divides. Within each 1024 bytes of
@@ -34,9 +33,9 @@
 //                                          mma_m16n8k16 has rows 0 to 7 and 8 to 15 of d: their
 //                                          columns become rows of 16 bytes, from where lanes 0 to 7
 //                                          and 8 to 15 say
-//   stmatrix_x4(shared_row, words)         a warp's four 8x8 matrices, each lane's words as
-//   ldmatrix
-//                                          gives them: rows of 16 bytes, where each eight lanes say
+//   stmatrix_x4(shared_row, words)         a warp's four 8x8 matrices, each lane's words as they
+//                                          are ldmatrix_x4's: rows of 16 bytes, where each eight
+//                                          lanes say
 //   barrier_init(barrier, arrivals), then barriers_ready() and sync_block()
 //   barrier_arrive(barrier), barrier_arrive_expecting(barrier, bytes)
 //   barrier_wait(barrier, parity)          until the phase of that parity is over; the first is 0
