@@ -12,7 +12,9 @@ void launch_boxes(const DepthwiseArguments& a, const Tensors<T>& tensors, uintpt
   BoxesArguments boxes = boxes_arguments(a, int64_t{kBoxBlocks} * multiprocessors(kOp), true, true);
   boxes.storer_fences = boxes.images > 1;  // where rows are few
   boxes.input = box_map(kOp, tensors.input, a, a.input, a.H, a.W, boxes.images, boxes.pitch);
-  boxes.input = read_once(kOp, boxes.input, output_bytes(a));
+  // What the gradient in the input reads, by filters turned round, the other gradient reads after
+  // it.
+  if (a.weight_r > 0) boxes.input = read_once(kOp, boxes.input, output_bytes(a));
   boxes.output = box_map<T>(kOp, tensors.output, a, a.output, a.P, a.Q, boxes.images, boxes.strip);
   launch(kOp, depthwise_boxes_kernel<T, kEnding>, static_cast<unsigned>(boxes.blocks), kBoxThreads,
          static_cast<size_t>(BoxesRing::bytes(boxes)), stream, a, boxes, tensors);

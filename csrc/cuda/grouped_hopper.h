@@ -189,6 +189,9 @@ struct GroupedHopperPlan {
   int64_t images;                         // of a slot
 };
 
+// Of half types.
+inline int64_t output_bytes(const Conv2dProblem& p) { return p.N * p.K * p.P * p.Q * 2; }
+
 inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
 inline GroupedHopperPlan grouped_hopper_plan(const Conv2dProblem& p, bool may_be_twins) {

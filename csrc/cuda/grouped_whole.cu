@@ -57,11 +57,12 @@ void start_quads(const char* op, const Conv2dProblem& p, const void* input, cons
 template <typename Its>
 void start_walks(const char* op, const Conv2dProblem& p, bool gradient, const void* input,
                  const void* weight, void* output, const Where& where) {
+  TensorMap images = channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
+                                              {Its::kImages, 2, Its::kColumns});
+  // What the gradient in the input reads, the other gradient reads after it.
+  if (!gradient) images = read_once(op, images, output_bytes(p));
   const WalkArguments a{
-      read_once(op,
-                channels_first<BFloat16>(op, input, {p.N, p.C, p.H, p.W, p.input},
-                                         {Its::kImages, 2, Its::kColumns}),
-                p.N * p.K * p.P * p.Q * 2),
+      images,
       channels_first<BFloat16>(op, output, {p.N, p.C, p.P, p.Q, p.output},
                                {kWalkBox.images, kWalkBox.rows, kWalkBox.columns}),
       grouped_filters(p, weight, gradient)};

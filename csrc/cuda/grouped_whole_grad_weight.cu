@@ -62,7 +62,7 @@ void start(const Conv2dProblem& p, const void* grad_output, const void* input, v
                                     {Its::kImages, Its::kSlotRows, Its::kRowPixels}, Its::kPixel);
   };
   const int64_t rounds = rounds_of<Its>(p);
-  const WholeWeightArguments a{read_once(kOp, map(input, p.input), p.N * p.K * p.P * p.Q * 2),
+  const WholeWeightArguments a{read_once(kOp, map(input, p.input), output_bytes(p)),
                                map(grad_output, p.output), small(rounds),
                                small(ceil_div(rounds, splits)),
                                grouped_weight_split(p, workspace, splits, with_bias)};
