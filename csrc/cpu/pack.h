@@ -32,10 +32,11 @@ GDFAST_INLINE void copy_narrowed(const A* from, int64_t count, T* to, int64_t st
 }
 
 // line_at(x)[y] = from[y * from_step + x] for x below count and y below lines, widened; y from
-// lines to width are zeros. Memory is read along x and written along y.
+// lines to width are zeros. Memory is read along x and written along y; with `stream` past the
+// caches, for which whole vectors of a line must be aligned.
 template <typename A, typename T, typename LineAt>
 void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t lines, int64_t width,
-                     const LineAt& line_at) {
+                     const LineAt& line_at, bool stream = false) {
   constexpr int kWidth = kLanes<A>;
   for (int64_t y = 0; y < width; y += kWidth) {
     const int64_t y_count = min_of(kWidth, width - y), y_valid = min_of(kWidth, lines - y);
@@ -49,7 +50,10 @@ void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t li
           for (int i = 0; i < kWidth; ++i) square[i] = load(corner + i * from_step);
           transpose<A>(square);
 #pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) store<A>(line_at(x + i) + y, square[i]);
+          for (int i = 0; i < kWidth; ++i) {
+            A* const to = line_at(x + i) + y;
+            stream ? store_streaming<A>(to, square[i]) : store<A>(to, square[i]);
+          }
           continue;
         }
       }
@@ -75,9 +79,10 @@ void transpose_lines(const T* from, int64_t from_step, int64_t count, int64_t li
 // The same with lines that lie to_step apart.
 template <typename T, typename A>
 void transpose_widened(const T* from, int64_t from_step, int64_t count, int64_t lines,
-                       int64_t width, A* to, int64_t to_step) {
-  transpose_lines<A>(from, from_step, count, lines, width,
-                     [to, to_step](int64_t x) { return to + x * to_step; });
+                       int64_t width, A* to, int64_t to_step, bool stream = false) {
+  transpose_lines<A>(
+      from, from_step, count, lines, width, [to, to_step](int64_t x) { return to + x * to_step; },
+      stream);
 }
 
 }  // namespace

@@ -35,6 +35,11 @@ void transpose_narrowed(const float* from, int64_t from_step, int64_t count, int
 }
 
 class WeightRows {
+  // A weight of so many elements, 1 MB of float, is written past the caches: its lines need not be
+  // read first, and who reads them next, the optimizer, comes when others have driven them out.
+  static constexpr int64_t kStreamSize = 256 * 1024;
+  static constexpr int64_t kLine = 64;  // bytes
+
  public:
   struct Row {
     int64_t c, r, s;
@@ -46,6 +51,8 @@ class WeightRows {
     const int64_t c_step = channels_last_ ? 1 : R_ * S_, s_step = channels_last_ ? channels_ : 1;
     side_by_side_ = (channels_ == 1 || strides_.c == c_step) && (S_ == 1 || strides_.w == s_step) &&
                     (R_ == 1 || strides_.h == S_ * s_step);
+    streams_ =
+        kVectorBytes == kLine && strides_.n % kLanes<float> == 0 && p.K * count() >= kStreamSize;
   }
 
   bool channels_last() const { return channels_last_; }
@@ -70,7 +77,10 @@ class WeightRows {
              T* weight) const {
     if (side_by_side_) {
       if constexpr (kSame<T, A>) {
-        transpose_widened(sums, width, valid, end - row, end - row, weight + row, strides_.n);
+        const bool stream = streams_ && reinterpret_cast<uintptr_t>(weight + row) % kLine == 0;
+        transpose_widened(sums, width, valid, end - row, end - row, weight + row, strides_.n,
+                          stream);
+        if (stream) stream_fence();
       } else {
         transpose_narrowed(sums, width, end - row, valid, weight + row, strides_.n);
       }
@@ -86,7 +96,7 @@ class WeightRows {
  private:
   Strides4 strides_;
   int64_t channels_, R_, S_;
-  bool channels_last_, side_by_side_;
+  bool channels_last_, side_by_side_, streams_;
 };
 
 }  // namespace
