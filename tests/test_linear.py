@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("nan_filled_memory", "compiled_cpu")
 
 # N, C, K: whole tiles and what is left of rows, outputs and columns; several tasks of each pass.
 SIZES = [(64, 5408, 10), (1, 4096, 8), (5, 667, 16), (33, 1001, 7), (64, 785, 1), (130, 64, 9)]
+# Few rows, many outputs: results written past the caches, and where lines do not let them be so.
+SIZES += [(8, 2048, 130), (3, 1033, 257)]
 
 
 def arguments(N: int, C: int, K: int, dtype: torch.dtype, bias: bool = True) -> tuple[Any, ...]:
@@ -148,11 +150,12 @@ def test_empty_batch_and_small_products_run_natively() -> None:
     [
         lambda x, w, b: (x.unsqueeze(0), w, b),
         lambda x, w, b: (x, w.repeat(2, 1), None),  # 20 outputs
+        lambda x, w, b: (x[:17], w.repeat(40, 1), None),  # 17 rows
         lambda x, w, b: (x.half(), w.half(), b.half()),
         lambda x, w, b: (x.t().contiguous().t(), w, b),
         lambda x, w, b: (x, w.t().contiguous().t(), b),
     ],
-    ids=["3-D", "many-outputs", "half", "columns-apart", "weight-transposed"],
+    ids=["3-D", "many-outputs", "many-rows", "half", "columns-apart", "weight-transposed"],
 )
 def test_runs_natively_what_it_has_no_kernel_for(change: Callable[..., Any]) -> None:
     tensors = change(torch.randn(64, 800), torch.randn(10, 800), torch.randn(10))

@@ -1,5 +1,5 @@
-// output = input weight^T + bias, and all gradients of it in one pass, for few outputs: matrices so
-// narrow that a general product spends its time on packing them.
+// output = input weight^T + bias, and all gradients of it in one pass, for few outputs or few rows:
+// matrices so narrow that a general product spends its time on packing them.
 //
 // Forward: vectors run along the rows that are multiplied, a stretch of columns at a time, so that
 // the weight's part stays in the first-level cache while the input streams by.
@@ -24,6 +24,7 @@ constexpr int64_t kForwardColumns = 256;
 constexpr int64_t kForwardRows = 16;  // of a task
 constexpr int64_t kForwardParts = 4;  // of the columns, each with sums of its own
 constexpr int64_t kBackwardColumns = 64;
+constexpr int64_t kStreamSize = 256 * 1024;  // elements
 
 // A tile of sums: rows times vectors of columns in backward, rows times outputs in forward. Outputs
 // are often 10: two tiles of 5.
@@ -92,56 +93,71 @@ GDFAST_INLINE void add_products(const T* input, int64_t input_step, const T* wei
 }
 
 template <typename T>
+struct Lines {
+  const T* at;
+  int64_t step, count;
+};
+
+template <typename T>
 void run_forward(const LinearProblem& p, const T* input, const T* weight, const T* bias, T* output,
                  int threads) {
-  const int64_t parts = p.C >= kForwardParts * kForwardColumns ? kForwardParts : 1;
-  const int64_t blocks = ceil_div(p.N, kForwardRows);
-  T* totals;  // [parts][N][K]
+  const Lines<T> inputs{input, p.input_step, p.N}, weights{weight, p.C, p.K};
+  // The many are read once, the few stay in a cache; rows of many weights as they lie in memory.
+  const bool few_inputs = p.N < p.K && p.K > kForwardRows;
+  const Lines<T> many = few_inputs ? weights : inputs, few = few_inputs ? inputs : weights;
+  const int64_t parts = !few_inputs && p.C >= kForwardParts * kForwardColumns ? kForwardParts : 1;
+  const int64_t stretch = few_inputs ? p.C : kForwardColumns;
+  const int64_t blocks = ceil_div(many.count, kForwardRows), size = p.N * p.K;
+  T* totals;  // [parts][many][few]
   const ThreadScratch memory(
       threads,
       [&](Carver& carver) {
-        totals = carver.template take<T>(parts * p.N * p.K);
+        totals = carver.template take<T>(parts * size);
         end_shared(carver);
       },
       [&](Carver& carver) {
-        carver.template take<Vec<T>>(kForwardRows * p.K);
+        carver.template take<Vec<T>>(kForwardRows * few.count);
         end_own(carver);
       });
   parallel_shares(parts * blocks, threads, [&](int64_t task, int thread) {
     const int64_t part = task / blocks, begin = task % blocks * kForwardRows;
-    const int64_t end = min_of(p.N, begin + kForwardRows);
+    const int64_t end = min_of(many.count, begin + kForwardRows);
     const int64_t last = column_begin(part + 1, parts, p.C);
     Carver own = memory.of(thread);
-    auto* sums = own.template take<Vec<T>>(kForwardRows * p.K);
-    std::memset(sums, 0, (end - begin) * p.K * sizeof(Vec<T>));
-    for (int64_t c = column_begin(part, parts, p.C); c < last; c += kForwardColumns) {
-      const int64_t columns = min_of(kForwardColumns, last - c);
+    auto* sums = own.template take<Vec<T>>(kForwardRows * few.count);
+    std::memset(sums, 0, (end - begin) * few.count * sizeof(Vec<T>));
+    for (int64_t c = column_begin(part, parts, p.C); c < last; c += stretch) {
+      const int64_t columns = min_of(stretch, last - c);
       for_tiles(begin, end, [&](int64_t n, auto rows) {
-        for (int64_t k = 0; k < p.K; k += kTileColumns) {
-          with_count<kTileColumns>(p.K - k, [&](auto outputs) {
-            add_products<rows, outputs>(input + n * p.input_step + c, p.input_step,
-                                        weight + k * p.C + c, p.C, columns,
-                                        sums + (n - begin) * p.K + k, p.K);
+        for (int64_t k = 0; k < few.count; k += kTileColumns) {
+          with_count<kTileColumns>(few.count - k, [&](auto outputs) {
+            add_products<rows, outputs>(many.at + n * many.step + c, many.step,
+                                        few.at + k * few.step + c, few.step, columns,
+                                        sums + (n - begin) * few.count + k, few.count);
           });
         }
       });
     }
-    T* to = totals + (part * p.N + begin) * p.K;
-    for (int64_t i = 0; i < (end - begin) * p.K; ++i) to[i] = sum_lanes<T>(sums[i]);
+    T* to = totals + (part * many.count + begin) * few.count;
+    for (int64_t i = 0; i < (end - begin) * few.count; ++i) to[i] = sum_lanes<T>(sums[i]);
   });
-  for (int64_t i = 0; i < p.N * p.K; ++i) {
-    T total = bias == nullptr ? T(0) : bias[i % p.K];
-    for (int64_t part = 0; part < parts; ++part) total += totals[part * p.N * p.K + i];
-    output[i] = total;
+  for (int64_t n = 0; n < p.N; ++n) {
+    for (int64_t k = 0; k < p.K; ++k) {
+      T total = bias == nullptr ? T(0) : bias[k];
+      const T* from = totals + (few_inputs ? k * p.N + n : n * p.K + k);
+      for (int64_t part = 0; part < parts; ++part) total += from[part * size];
+      output[n * p.K + k] = total;
+    }
   }
 }
 
 // Columns [0, width) of kRows sums: to[i] = sum over j of factors[i * factor_i + j * factor_j] *
-// rows[j], each row `step` after the one before. width is at least kLanes.
+// rows[j], each row `step` after the one before. width is at least kLanes; with `stream`, which
+// writes past the caches, whole vectors of them lie at whole vectors.
 template <int kRows, typename T>
 GDFAST_INLINE void combine_rows(const T* factors, int64_t factor_i, int64_t factor_j, int64_t count,
-                                const T* rows, int64_t step, T* to, int64_t to_step,
-                                int64_t width) {
+                                const T* rows, int64_t step, T* to, int64_t to_step, int64_t width,
+                                bool stream = false) {
   const auto block = [&](int64_t x, auto vectors) __attribute__((always_inline)) {
     constexpr int kVectors = vectors;
     Vec<T> sum[kRows][kVectors] = {};
@@ -160,7 +176,8 @@ GDFAST_INLINE void combine_rows(const T* factors, int64_t factor_i, int64_t fact
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        store<T>(to + i * to_step + x + v * kLanes<T>, sum[i][v]);
+        T* const at = to + i * to_step + x + v * kLanes<T>;
+        stream ? store_streaming<T>(at, sum[i][v]) : store<T>(at, sum[i][v]);
       }
     }
   };
@@ -191,14 +208,18 @@ template <typename T>
 void run_backward(const LinearProblem& p, const T* grad_output, const T* input, const T* weight,
                   T* grad_input, T* grad_weight, T* grad_bias, int threads) {
   const int64_t tasks = max_of(1, p.C / kBackwardColumns);
+  // Many weights are driven out of the caches before the optimizer comes to read their gradient.
+  const bool stream = kVectorBytes == 64 && p.K * p.C >= kStreamSize && p.C % kLanes<T> == 0 &&
+                      reinterpret_cast<uintptr_t>(grad_weight) % kVectorBytes == 0;
   parallel_shares(tasks, threads, [&](int64_t task, int) {
     const int64_t c = column_begin(task, tasks, p.C);
     const int64_t width = column_begin(task + 1, tasks, p.C) - c;
     if (grad_weight != nullptr) {
       for_tiles(0, p.K, [&](int64_t k, auto rows) {
         combine_rows<rows>(grad_output + k, 1, p.K, p.N, input + c, p.input_step,
-                           grad_weight + k * p.C + c, p.C, width);
+                           grad_weight + k * p.C + c, p.C, width, stream);
       });
+      if (stream) stream_fence();
     }
     if (grad_input != nullptr) {
       for_tiles(0, p.N, [&](int64_t n, auto rows) {

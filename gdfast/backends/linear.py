@@ -1,4 +1,4 @@
-"""Linear layers with few outputs, on our CPU kernels: which they take, and the calls.
+"""Linear layers with few outputs or few rows, on our CPU kernels: which they take, and the calls.
 
 A general matrix product makes poor use of a matrix of ten rows. For the gradients native PyTorch
 calls it twice, each time reading grad_output anew and writing to fresh memory.
@@ -19,17 +19,28 @@ from gdfast.backends import memory, plans
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 # Above it native's product is as fast: measured at 16 outputs and at 32.
 _MOST_OUTPUTS = 16
+# The same for the rows of a layer with more outputs, whose weights no cache of a core's own holds.
+_MOST_ROWS, _MANY_WEIGHTS = 16, 2**18
 # Below it the call costs more than the work.
 _LEAST_PRODUCTS = 32 * 1024
 _LEAST_COLUMNS = 64
 
 
-def fits_layer(in_features: int, out_features: int) -> bool:
+def has_few_outputs(in_features: int, out_features: int) -> bool:
     """Whether the kernels may be the faster way for a layer, given enough rows on the CPU."""
     return (
         native.cpu is not None
         and 1 <= out_features <= _MOST_OUTPUTS
         and in_features >= _LEAST_COLUMNS
+    )
+
+
+def fits_layer(in_features: int, out_features: int) -> bool:
+    """Whether they may be so for some number of rows."""
+    return has_few_outputs(in_features, out_features) or (
+        native.cpu is not None
+        and in_features >= _LEAST_COLUMNS
+        and in_features * out_features >= _MANY_WEIGHTS
     )
 
 
@@ -42,7 +53,7 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     (N, C), (K, columns) = input.shape, weight.shape
     return (
         columns == C
-        and fits_layer(C, K)
+        and (has_few_outputs(C, K) or (N <= _MOST_ROWS and fits_layer(C, K)))
         and N * C * K >= _LEAST_PRODUCTS
         and input.dtype in _DTYPES
         and weight.dtype == input.dtype

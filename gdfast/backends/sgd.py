@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd as native_sgd
 
 from gdfast import native
 from gdfast.backends import cuda_stream, plans
-from gdfast.backends.linear import fits_layer
+from gdfast.backends.linear import has_few_outputs
 
 DTYPES = {
     torch.float32: "float32",
@@ -87,7 +87,7 @@ class Memory(NamedTuple):
 def _rows(param: Tensor) -> int:
     """The rows of a linear layer's weight whose kernels divide its columns between threads."""
     of_layer = param.dim() == 2 and param.is_contiguous()
-    return param.shape[0] if of_layer and fits_layer(param.shape[1], param.shape[0]) else 1
+    return param.shape[0] if of_layer and has_few_outputs(param.shape[1], param.shape[0]) else 1
 
 
 def addresses(tensors: Tensors) -> list[int]:

@@ -33,10 +33,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiplies features by a matrix, as `torch.nn.functional.linear` does, and differentiably.
 
     input [..., C], weight [K, C], bias [K]; returns [..., K]. Ours is a batch [N, C] of 64 columns
-    or more. On the CPU it is of float32 or float64, with at most 16 outputs and no autocast; on a
-    GPU of at most 32 outputs, or of bfloat16 or float16 (by autocast too) with C and K that 8
-    divides, where the GPU's time is short. All else, and what a transform or torch.compile calls,
-    runs on native PyTorch, without a warning: it is the same product. Raises what native raises.
+    or more. On the CPU it is of float32 or float64, with at most 16 outputs, or with at most 16
+    rows and a weight of 2^18 elements or more, and no autocast; on a GPU of at most 32 outputs, or
+    of bfloat16 or float16 (by autocast too) with C and K that 8 divides, where the GPU's time is
+    short. All else, and what a transform or torch.compile calls, runs on native PyTorch, without a
+    warning: it is the same product. Raises what native raises.
     """
     if native.cuda is not None and not torch.compiler.is_compiling():
         layer = _cuda_layer(input, weight, bias)
