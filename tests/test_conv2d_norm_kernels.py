@@ -16,7 +16,7 @@ from gdfast.backends import (
     cpu_batch_norm,
     cpu_conv2d_norm,
     plans,
-    tuning,
+    tuning_fastest,
 )
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
 from gdfast.ops.conv2d_norm_act_plans import backward_plan, forward_plan
@@ -276,11 +276,11 @@ def test_a_layer_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_native_is_charged_for_what_a_norm_would_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.memory, "seconds_of_fresh_pages", lambda number: 0.0)
+    monkeypatch.setattr(tuning_fastest.memory, "seconds_of_fresh_pages", lambda number: 0.0)
     both = Both(CASES[0])
-    assert tuning._seconds_elsewhere("conv2d", both.query) == 0
+    assert tuning_fastest.seconds_elsewhere("conv2d", both.query) == 0
     for op in ("conv2d_grad_input", "conv2d_grad_weight"):
-        seconds = tuning._seconds_elsewhere(op, both.query)
+        seconds = tuning_fastest.seconds_elsewhere(op, both.query)
         assert seconds == pytest.approx(both.grad.numel() * 4 / 40e9)
 
 

@@ -19,7 +19,15 @@ import torch.nn.functional as F
 
 import gdfast
 from gdfast import backends, bench, doctor, ops
-from gdfast.backends import choices_file, cpu, cpu_algorithms, memory, tuning, tuning_timer
+from gdfast.backends import (
+    choices_file,
+    cpu,
+    cpu_algorithms,
+    memory,
+    tuning,
+    tuning_fastest,
+    tuning_timer,
+)
 from gdfast.bench import cases, suites
 from gdfast.errors import FallbackWarning
 
@@ -403,8 +411,8 @@ def test_the_environment_sets_the_mode(
 def test_on_a_gpu_a_short_call_of_natives_is_taken_for_a_longer_one() -> None:
     """There steps of short kernels wait for the host."""
     for seconds, most in ((10e-6, 13e-6), (50e-6, 60e-6), (90e-6, 90e-6)):
-        weighed = tuning._weighed(tuning.NATIVE, seconds, True)
-        assert weighed == pytest.approx(tuning._NATIVE_HANDICAP * most)
-        assert tuning._weighed("hopper-64", seconds, True) == seconds
-        weighed = tuning._weighed(tuning.NATIVE, seconds, False)
-        assert weighed == pytest.approx(tuning._NATIVE_HANDICAP * seconds)
+        weighed = tuning_fastest.weighed(tuning.NATIVE, seconds, True)
+        assert weighed == pytest.approx(tuning_fastest.NATIVE_HANDICAP * most)
+        assert tuning_fastest.weighed("hopper-64", seconds, True) == seconds
+        weighed = tuning_fastest.weighed(tuning.NATIVE, seconds, False)
+        assert weighed == pytest.approx(tuning_fastest.NATIVE_HANDICAP * seconds)

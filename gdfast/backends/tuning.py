@@ -29,7 +29,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -44,11 +44,9 @@ from gdfast.backends import (
     cpu,
     cpu_algorithms,
     cuda,
-    memory,
     triton_backend,
     tuning_check,
     tuning_norm,
-    tuning_timer,
 )
 from gdfast.backends.choices import MOST, Choice
 from gdfast.backends.precision import is_strict
@@ -60,25 +58,19 @@ from gdfast.backends.registry import (
     Query,
     resolve,
 )
+from gdfast.backends.tuning_fastest import BANDWIDTH, NATIVE, fastest
 from gdfast.errors import BackendError, mismatch
 from gdfast.tensor_cores import input_precision
 
 OFF, FORCE = "off", "force"
-NATIVE = "native"
 MOMENTS = "conv2d_moments"  # a forward pass, of which a batch normalisation takes the moments
 
 # The backends with several ways of running a convolution.
 _CHOOSERS: dict[str, Any] = {"cpu": cpu, "cuda": cuda, "triton": triton_backend}
 # A modest core: what it needs less time for than this is not worth choosing. On a GPU all is:
 # what is not compared with native does not run there under "auto".
-_FLOPS, _BANDWIDTH, _LEAST_SECONDS = 100e9, 20e9, 50e-6
+_FLOPS, _LEAST_SECONDS = 100e9, 50e-6
 _MOST_SIZES = 16  # of the images of one layer that are timed in one process
-# How much faster native must be before it is preferred, for the noise of medians, and how much an
-# algorithm that is less exact.
-_NATIVE_HANDICAP, _ERROR_HANDICAP = 1.01, 1.05
-# What the host needs for native's call of a convolution on a GPU, measured in training steps; and
-# by how much it may slow down what is recorded as a CUDA graph, where it costs nothing.
-_NATIVE_CALL, _MOST_FOR_CALL = 60e-6, 1.3
 _SECONDS_BETWEEN_SAVES = 2.0
 # Parts of a situation's number: each is more than all before it, the first of which is threads.
 _DETERMINISTIC, _EPOCH = 1 << 19, 1 << 20
@@ -284,7 +276,7 @@ def _choose(
     if op == MOMENTS:
         calls = tuning_norm.followed(calls, query)
     calls = {name: partial(call, *arguments) for name, call in calls.items()}
-    choice = _timed(predicted.name, calls, op, query)
+    choice = fastest(predicted.name, calls, op, query)
     if not choice.seconds:
         return choice  # nothing was found out that would be worth remembering
     if _mode == FORCE:
@@ -301,7 +293,7 @@ def _is_worthwhile(op: str, query: Conv2dQuery) -> bool:
     elements = prod(g.input_size) + prod(g.weight_size) + prod(g.output_size)
     number = elements * query.dtype.itemsize
     on_cpu = query.device.type != "cuda"
-    if on_cpu and g.flops / _FLOPS + number / _BANDWIDTH < _LEAST_SECONDS:
+    if on_cpu and g.flops / _FLOPS + number / BANDWIDTH < _LEAST_SECONDS:
         return False
     layer = (op, query.dtype, g.weight_size, g.stride, g.padding, g.dilation, g.groups)
     _sizes[layer] += 1
@@ -331,50 +323,6 @@ def _agreeing(
         )
     tf32 = on_gpu and input_precision(query.dtype, strict=False) == "tf32"
     return tuning_check.agreeing(op, calls, exact, products, arguments, tf32)
-
-
-def _result_bytes(op: str, query: Conv2dQuery) -> int:
-    g = query.geometry
-    sizes = {"conv2d_grad_input": g.input_size, "conv2d_grad_weight": g.weight_size}
-    return prod(sizes.get(op, g.output_size)) * query.dtype.itemsize
-
-
-def _seconds_elsewhere(op: str, query: Conv2dQuery) -> float:
-    """What native costs beside its own time: fresh memory for the result and, in a gradient, what
-    ours would save where a batch normalisation stands behind the convolution, as most often one
-    does. Its gradient is then neither written nor read by itself: a pass over memory for each.
-    """
-    seconds = memory.seconds_of_fresh_pages(_result_bytes(op, query))
-    if op in ("conv2d_grad_input", "conv2d_grad_weight") and cpu.joins_norm(op, query):
-        seconds += prod(query.geometry.output_size) * query.dtype.itemsize / (2 * _BANDWIDTH)
-    return seconds
-
-
-def _timed(
-    predicted: str, calls: Mapping[str, Callable[[], Any]], op: str, query: Conv2dQuery
-) -> Choice:  # fmt: skip
-    """The fastest; on a CPU, native's time has what it costs elsewhere beside it."""
-    on_gpu = query.device.type == "cuda"
-    if on_gpu:
-        measured = tuning_timer.measure(calls, tuning_timer.OnGpu(query.device))
-    else:
-        measured = tuning_timer.measure(calls)
-        if NATIVE in measured:
-            measured[NATIVE] += _seconds_elsewhere(op, query)
-    if not measured:
-        return Choice(predicted)
-    seconds = {name: float(f"{value:.3e}") for name, value in measured.items()}
-    return Choice(min(seconds, key=lambda name: _weighed(name, seconds[name], on_gpu)), seconds)
-
-
-def _weighed(name: str, seconds: float, on_gpu: bool) -> float:
-    """Seconds by which ways are compared."""
-    if name != NATIVE:
-        return seconds * (_ERROR_HANDICAP if cpu_algorithms.STATED_ERROR.get(name) else 1.0)
-    if on_gpu:
-        # In steps of short kernels the GPU waits for the host, which native's call keeps longer.
-        seconds = max(seconds, min(_NATIVE_CALL, _MOST_FOR_CALL * seconds))
-    return seconds * _NATIVE_HANDICAP
 
 
 def _read_file() -> None:

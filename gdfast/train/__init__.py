@@ -11,16 +11,17 @@ from gdfast.train.tasks import TASKS
 
 if TYPE_CHECKING:
     from gdfast.train.onnx_file import export
-    from gdfast.train.run import Result, find_learning_rate, resume, train
+    from gdfast.train.run import Result
+    from gdfast.train.start import find_learning_rate, resume, train
     from gdfast.train.validation import validate
 
 # Imported when first asked for, so that the command line can show tasks before torch is loaded.
 _LATER = {
     "Result": "run",
     "export": "onnx_file",
-    "find_learning_rate": "run",
-    "resume": "run",
-    "train": "run",
+    "find_learning_rate": "start",
+    "resume": "start",
+    "train": "start",
     "validate": "validation",
 }
 
