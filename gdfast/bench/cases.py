@@ -1,6 +1,6 @@
 """The one table of shapes: tests, benchmarks and `gdfast bench` all read it.
 
-Pure data. It imports nothing but the standard library, so anything may import it.
+Pure data. It imports the standard library and `case_kinds` alone, so anything may import it.
 """
 
 from __future__ import annotations
