@@ -104,8 +104,9 @@ void bind_batch_norm(py::module_& m) {
       "A launch of both, on the tensors of conv2d_launch and then those of batch_norm_launch.");
   m.def(
       "conv2d_norm_backward_launch",
-      [](const BatchNormProblem& norm, const std::string& pre_activation,
-         const Conv2dProblem& of_input, const Conv2dProblem& of_weight) {
+      [](const BatchNormProblem& norm, const std::string& pre_activation, Conv2dProblem of_input,
+         const Conv2dProblem& of_weight, bool adds) {
+        of_input.adds = adds;
         const PreActivation from = pre_activation_named(pre_activation, norm.activation);
         return as_object([=](void* const* at, const Call& call) {
           const Conv2dGradients conv{at[15], at[12], at[13], at[16], at[17]};
@@ -114,6 +115,7 @@ void bind_batch_norm(py::module_& m) {
         });
       },
       py::arg("norm"), py::arg("pre_activation"), py::arg("of_input"), py::arg("of_weight"),
+      py::arg("adds") = false,
       "A launch of all gradients, on the tensors of batch_norm_backward_launch, "
       "conv2d_grad_input_launch and conv2d_grad_weight_launch; what one hands to the next is "
       "none.");

@@ -53,12 +53,19 @@ void bind_conv2d(py::module_& m) {
       py::arg("problem"), "A launch of conv2d, on input, weight, bias and output.");
   m.def(
       "conv2d_grad_input_launch",
-      [](const Conv2dProblem& problem) {
+      [](Conv2dProblem problem, bool adds) {
+        problem.adds = adds;
         return as_object([problem](void* const* at, const Call& call) {
           cpu::kernels().conv2d_grad_input(problem, at[0], at[1], at[2], call.where);
         });
       },
-      py::arg("problem"), "A launch of conv2d_grad_input, on grad_output, weight and grad_input.");
+      py::arg("problem"), py::arg("adds") = false,
+      "A launch of conv2d_grad_input, on grad_output, weight and grad_input, which it adds to or "
+      "writes.");
+  m.def(
+      "conv2d_adds",
+      [](const Conv2dProblem& problem) { return cpu::kernels().conv2d_adds(problem); },
+      py::arg("problem"), "Whether launches of conv2d_grad_input can add.");
   m.def(
       "conv2d_grad_weight_launch",
       [](const Conv2dProblem& problem) {

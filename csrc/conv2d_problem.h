@@ -47,6 +47,8 @@ struct Conv2dProblem {
   // Of the forward pass; the gradients are those of a convolution without one.
   Activation activation = Activation::kNone;
   double negative_slope = 0;
+  // That grad_input is added to what is there, in kernels that conv2d_adds() names.
+  bool adds = false;
 
   bool is_depthwise() const { return groups > 1 && C == groups && K == groups; }
 };

@@ -12,7 +12,7 @@ namespace gdfast {
 namespace {
 
 constexpr const char* kPlanCapsule = "gdfast.plan";
-constexpr Py_ssize_t kMostOfPlan = 32;
+constexpr Py_ssize_t kMostOfPlan = 96;
 constexpr Py_ssize_t kMostOfLaunch = 24;
 constexpr uintptr_t kAlignment = 16;
 
@@ -94,12 +94,12 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
     return nullptr;
   }
   if (given < 0 || given > kMostOfPlan) {
-    PyErr_SetString(PyExc_ValueError, "make_plan: given: expected 0 to 32 tensors");
+    PyErr_SetString(PyExc_ValueError, "make_plan: given: expected 0 to 96 tensors");
     return nullptr;
   }
   const Py_ssize_t count = given + PyTuple_GET_SIZE(fresh), all = count + PyTuple_GET_SIZE(parts);
   if (all > kMostOfPlan || (all > count && count == given)) {
-    PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 32 tensors");
+    PyErr_SetString(PyExc_ValueError, "make_plan: given, fresh: expected at most 96 tensors");
     return nullptr;
   }
   Plan* plan = new Plan{given, {}, {}, {}, {}, {}, {}, {}};

@@ -134,7 +134,7 @@ PyObject* make_memo(PyObject*, PyObject* arguments) {
   }
   if (memo->tensors.size() > static_cast<size_t>(kMostTensors) ||
       memo->needs.size() > memo->tensors.size()) {
-    PyErr_SetString(PyExc_ValueError, "make_memo: tensors, needs: expected at most 16 tensors");
+    PyErr_SetString(PyExc_ValueError, "make_memo: tensors, needs: expected at most 48 tensors");
     Py_DECREF(capsule);
     return nullptr;
   }

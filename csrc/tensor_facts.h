@@ -22,7 +22,7 @@ namespace gdfast {
 bool add_tensor_facts(PyObject* module);
 
 // The most tensors that have facts together.
-constexpr Py_ssize_t kMostTensors = 16;
+constexpr Py_ssize_t kMostTensors = 48;
 
 // Whether tensors have these facts, as bytes: 1 or 0, and -1 with a Python exception set.
 int have_facts(PyObject* const* tensors, Py_ssize_t count, PyObject* facts);

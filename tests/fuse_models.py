@@ -236,7 +236,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[Row]]] = {
     "inverted residual": (
         lambda: nn.Sequential(InvertedResidual(3), InvertedResidual(3, False)),
         [
-            ("0.conv.0", ["1", "2"], f"{NORM}(relu6)"),
+            ("0", ["conv.0.1", "conv.0.2"], f"{NORM}(relu6)"),
             ("0", ["conv.2", "+"], f"{NORM}(residual)"),
             ("1.conv.0", ["1", "2"], f"{NORM}(relu6)"),
             ("1.conv", ["2"], NORM),

@@ -22,7 +22,8 @@ namespace {
    others::batch_norm_backward,                \
    others::conv2d_norm_fits,                   \
    others::conv2d_norm,                        \
-   others::conv2d_norm_backward}
+   others::conv2d_norm_backward,               \
+   others::conv2d_adds}
 
 constexpr KernelTable kTables[] = {
     GDFAST_TABLE(baseline, baseline),

@@ -36,6 +36,7 @@ inline TapConv phase_tap_conv(const Conv2dProblem& p, int64_t phase_h, int64_t p
   conv.weight_group = conv.reduced * p.weight.n;
   conv.taps = taps;
   conv.tap_count = 0;
+  conv.adds = p.adds;
   for (int64_t r = 0; r < p.R; ++r) {
     const int64_t h = phase_h + p.pad_h - r * p.dilation_h;
     if (h % p.stride_h != 0) continue;

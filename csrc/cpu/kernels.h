@@ -83,6 +83,9 @@ namespace gdfast::cpu {
                             PreActivation from, const Conv2dGradients& conv, int threads);         \
   /* Whether they take a convolution, or `backward` the problem of one of its gradients. */        \
   bool conv2d_norm_fits(const Conv2dProblem& conv, bool backward, int threads);                    \
+  /* Whether conv2d_grad_input, and conv2d_norm_backward where that takes the problem, can add to  \
+     grad_input, bit by bit as if both were added up afterwards. */                                \
+  bool conv2d_adds(const Conv2dProblem& conv);                                                     \
   /* The same for a problem that is_depthwise(). */                                                \
   void depthwise_norm(const Conv2dProblem& conv, const BatchNormProblem& norm, const void* input,  \
                       const void* weight, const void* bias, const BatchNormForward& to,            \
@@ -117,6 +120,7 @@ struct KernelTable {
   decltype(&baseline::conv2d_norm_fits) conv2d_norm_fits;
   decltype(&baseline::conv2d_norm) conv2d_norm;
   decltype(&baseline::conv2d_norm_backward) conv2d_norm_backward;
+  decltype(&baseline::conv2d_adds) conv2d_adds;
 };
 
 // The table in force: the best that this processor runs, or the one that select_isa() asked for.

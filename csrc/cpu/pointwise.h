@@ -74,6 +74,10 @@ class Pointwise {
     block_tiles_ = ceil_div(tiles_, blocks_);
   }
 
+  // Whether it can add to what dest holds, with the roundings of a sum of both: all of a pixel's
+  // channels are in one part, and none is written by way of a buffer.
+  bool adds_at_once() const { return parts_ == 1 && ends_whole(); }
+
   void run() {
     packs_own_ = has_few_pixels();
     if (packs_own_) {
@@ -251,7 +255,7 @@ class Pointwise {
         } else {
           args.panel = packed(panel) + channel * args.panel_step;
         }
-        args.start = part == 0 ? starts_ + first_channel(panel) : nullptr;
+        args.start = part == 0 && !conv_.adds ? starts_ + first_channel(panel) : nullptr;
         args.rows = own.rows;
         args.out = narrow ? own.narrow_out : own.out;
         args.out_ahead = args.out + kTileRows;

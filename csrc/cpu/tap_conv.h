@@ -34,6 +34,7 @@ struct TapConv {
   int64_t tap_count;
   Activation activation = Activation::kNone;
   double negative_slope = 0;
+  bool adds = false;  // to what dest holds
 
   int64_t pixels() const { return batch * height * width; }
 };

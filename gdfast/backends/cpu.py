@@ -123,12 +123,15 @@ def conv2d_grad_input(query: Conv2dQuery, by: str = "") -> Callable[[Tensor, Ten
         )  # fmt: skip
         return grad_input
 
-    def draft(plan: plans.Draft, grad_output: int, weight: int) -> int:
-        grad_input = plan.fresh(new_grad_input)
-        plan.launch(launch, grad_output, weight, grad_input)
+    def draft(plan: plans.Draft, grad_output: int, weight: int, onto: int = plans.NONE) -> int:
+        """`onto` is what the gradient is added to, in its place, where `adds` says so."""
+        grad_input = plan.fresh(new_grad_input) if onto == plans.NONE else onto
+        plan.launch(launch if onto == plans.NONE else adding, grad_output, weight, grad_input)
         return grad_input
 
     launch = native.cpu.conv2d_grad_input_launch(problem)
+    adding = native.cpu.conv2d_grad_input_launch(problem, True)
+    kernel.adds = native.cpu.conv2d_adds(problem)  # type: ignore[attr-defined]
     return plans.drafted(kernel, draft, problem)
 
 

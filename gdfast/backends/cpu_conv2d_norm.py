@@ -22,12 +22,15 @@ def forward_launch(conv: Any, norm: Any) -> Any:
     return None
 
 
-def backward_launch(norm: Any, conv_input: Any, conv_weight: Any) -> Any:
-    """The launch that stands for those of a norm's gradient and a convolution's two, or None."""
+def backward_launch(norm: Any, conv_input: Any, conv_weight: Any, adds: bool = False) -> Any:
+    """The launch that stands for those of a norm's gradient and a convolution's two, or None.
+
+    With `adds` the input's gradient is added to what is there.
+    """
     match told(norm), told(conv_input), told(conv_weight):
         case (of_norm, source), (of_input,), (of_weight,) if _fits(True, of_input, of_weight):
             launch = native.cpu.conv2d_norm_backward_launch  # type: ignore[union-attr]
-            return launch(of_norm, source, of_input, of_weight)
+            return launch(of_norm, source, of_input, of_weight, adds)
     return None
 
 

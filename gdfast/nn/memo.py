@@ -21,7 +21,7 @@ from gdfast.ops.ordinary import unwatched_facts
 from gdfast.ops.planned import Planned, known_situation
 
 _ABSENT, _FALSE = NotImplemented, ...  # for make_memo: a dict has no such key, or one that is false
-_INPUT, _RESIDUAL, _NONE = range(3)  # the arguments of recall
+INPUT, _RESIDUAL, _NONE = range(3)  # the arguments of recall
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks", "_global_backward_hooks", "_global_forward_pre_hooks",
@@ -100,17 +100,59 @@ def note(
     _memos[key] = _Memo(weak, of_conv, settings, unit, casts, momentum, capsule)
 
 
+def known(module: Any, conv: Any, settings: Any) -> _Memo | None:
+    """What is noted of a norm behind a convolution, for calls that are found again."""
+    found = _memos.get(id(module))
+    if found is None or found.module() is not module or found.settings != settings:
+        return None
+    is_of = found.capsule is not None and found.conv is not None and found.conv() is conv
+    return found if is_of else None
+
+
+def of_block(norm: Any, conv: Any, settings: Any) -> tuple[list[Any], list[Any], list[Any]] | None:
+    """Of a norm behind a convolution in a block, what a call rests on, where its tensors are found,
+    but for input, residual and the convolution's bias, and the tensors themselves."""
+    of_conv, parameters, buffers = vars(conv)["_parameters"], norm._parameters, norm._buffers
+    names = "running_mean", "running_var", "num_batches_tracked"
+    if of_conv.get("bias") is not None or any(buffers.get(name) is None for name in names):
+        return None
+    of_norm = parameters["weight"], parameters["bias"]
+    mean, variance, batches = (buffers[name] for name in names)
+    tensors = None, of_conv["weight"], None, *of_norm, mean, variance, None, batches
+    found = _rests_on(norm, conv, tensors, settings)
+    if found is None:
+        return None
+    places = 1, 3, 4, 5, 6, 8
+    return found[0], [found[1][i] for i in places], [tensors[i] for i in places]
+
+
 def _forget(key: int, _: Any) -> None:
     _memos.pop(key, None)
 
 
 def _capsule(module: Any, conv: Any, tensors: Tensors, settings: Any) -> Any:
-    modules = [module] if conv is None else [conv, module]
     facts = unwatched_facts(*tensors)
     if not isinstance(facts, bytes) or not _is_constant(settings):
         return None
+    found = _rests_on(module, conv, tensors, settings)
+    if found is None:
+        return None
+    kept, sources = found
+    kept_of_situation, asked = known_situation(tensors[0].device)
+    needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
+    assert native.cpu is not None
+    return native.cpu.make_memo(
+        (*kept, *kept_of_situation), tuple(asked), tuple(sources), facts, needs
+    )
+
+
+def _rests_on(
+    module: Any, conv: Any, tensors: Tensors, settings: Any
+) -> tuple[list[Any], list[Any]] | None:
+    """What a call's modules must have as they have it now, and where its tensors are found."""
+    modules = [module] if conv is None else [conv, module]
     kept: list[Any] = []
-    sources: list[Any] = [_INPUT]
+    sources: list[Any] = [INPUT]
     for each in modules:
         own, weak = vars(each), weakref.ref(each)
         names = next(names for kind, names in _SETTINGS.items() if isinstance(each, kind))
@@ -137,12 +179,7 @@ def _capsule(module: Any, conv: Any, tensors: Tensors, settings: Any) -> Any:
             if tensor is not None:
                 return None
             sources[place] = _NONE  # statistics that are not in use
-    kept_of_situation, asked = known_situation(tensors[0].device)
-    needs = tuple(tensor is not None and tensor.requires_grad for tensor in tensors[:3])
-    assert native.cpu is not None
-    return native.cpu.make_memo(
-        (*kept, *kept_of_situation), tuple(asked), tuple(sources), facts, needs
-    )
+    return kept, sources
 
 
 def _is_constant(value: Any) -> bool:

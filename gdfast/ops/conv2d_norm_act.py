@@ -50,10 +50,10 @@ class Unit:
         source: str, situation: Any,
     ) -> None:  # fmt: skip
         self.arguments, self.norm, self.situation = arguments, norm, situation
-        self._conv, self._has_moments = conv, has_moments
+        self.conv, self._has_moments = conv, has_moments
         # Where backward finds the activation's argument, but for a mask in its place.
         self.source = source
-        self._norm: Any = None
+        self.norm_kernel: Any = None
         self._is_cuda = False
         self._plan: plans.Plan | None = None
         # The same for a weight in float32, which autocast would make what images are.
@@ -102,17 +102,17 @@ class Unit:
         if batches is not None:
             count_batch(batches)
         if self._has_moments:
-            between, moments = self._conv.with_moments(input, weight, bias)
+            between, moments = self.conv.with_moments(input, weight, bias)
         else:
-            between = self._conv(input, weight, bias)
-        if self._norm is None:
+            between = self.conv(input, weight, bias)
+        if self.norm_kernel is None:
             find: Any = batch_norm_dispatch.forward_kernel
             settings = *self.norm, self.arguments[-1], moments is not None
-            self._norm = find(between, *of_norm, *settings)
-            self._is_cuda = isinstance(self._norm, CudaForward)
+            self.norm_kernel = find(between, *of_norm, *settings)
+            self._is_cuda = isinstance(self.norm_kernel, CudaForward)
             self._place = plans.place(between.device, self._is_cuda)
             make = partial(
-                forward_plan, self._conv, self._norm, tensors, between, training=self.norm[0],
+                forward_plan, self.conv, self.norm_kernel, tensors, between, training=self.norm[0],
                 has_moments=moments is not None, wants_mask=wants_mask,
             )  # fmt: skip
             self._plan = make()
@@ -123,10 +123,10 @@ class Unit:
                 self._wide_plan = make(casts=True)
         if self._is_cuda:
             if wants_mask:
-                mask = self._norm.new_mask(between, of_norm[-1])
-            results = self._norm(between, *of_norm, momentum, moments, mask)
+                mask = self.norm_kernel.new_mask(between, of_norm[-1])
+            results = self.norm_kernel(between, *of_norm, momentum, moments, mask)
         else:
-            results = self._norm(between, *of_norm, momentum)
+            results = self.norm_kernel(between, *of_norm, momentum)
         output, mean, invstd = results
         return output, between, mean, invstd, mask, weight if wide else None
 

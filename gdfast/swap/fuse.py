@@ -8,18 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from gdfast.backends import cuda_linear, linear
 from gdfast.swap import layers
+from gdfast.swap.joins import join_blocks, join_convolutions
 from gdfast.swap.match import (
     NORMS,
     POOLS,
     Group,
     Matcher,
     drop_identities,
-    join_convolutions,
     rewrite,
 )
 from gdfast.swap.plan import carries_fused, install, install_layer, is_hooked, uncarry
@@ -149,7 +150,10 @@ def _fuse_parent(
     containers = {path for path, module in modules.items() if path and _is_container(module)}
     traced = trace(root, lambda path, _: path in containers)
     drop_identities(traced.graph, modules)
-    inlined = _crossed(_match(traced, modules, usable))
+    groups = _match(traced, modules, usable)
+    rewrite(traced.graph, groups)
+    join_convolutions(traced.graph, modules)
+    inlined = _crossed([*(group.nodes for group in groups), *join_blocks(traced.graph)])
     traced = trace(root, lambda path, _: path in inlined)
     identities = drop_identities(traced.graph, modules)
     groups = _match(traced, modules, usable)
@@ -164,6 +168,7 @@ def _fuse_parent(
             raise Untraceable(f"the forward of {path} was replaced on the instance")
     rewrite(traced.graph, groups)
     join_convolutions(traced.graph, modules)
+    join_blocks(traced.graph)
     install(root, traced, {path: type(modules[path]) in _LAYERS for path in (*bypassed, *inlined)})
     return groups, inlined
 
@@ -176,11 +181,11 @@ def _match(traced: Trace, modules: Modules, usable: set[torch.nn.Module]) -> lis
     return Matcher(traced.graph, modules, allowed).groups()
 
 
-def _crossed(groups: list[Group]) -> set[str]:
-    """The containers that a group reaches into or out of."""
+def _crossed(groups: Iterable[list[Node]]) -> set[str]:
+    """The containers that a group of nodes reaches into or out of."""
     crossed: set[str] = set()
     for group in groups:
-        stacks = [set(node.meta[STACK]) for node in group.nodes]
+        stacks = [set(node.meta[STACK]) for node in group]
         crossed |= set.union(*stacks) - set.intersection(*stacks)
     return crossed
 

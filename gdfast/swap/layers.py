@@ -16,6 +16,7 @@ from gdfast.nn.conv_act import convolve, padded
 from gdfast.nn.linear import run_linear
 from gdfast.nn.norm import convolve_for, normalise, run_as_one
 from gdfast.nn.pool import conv_relu_max_pool, run_max_pool
+from gdfast.nn.residual import run_block
 
 
 def norm_act(
@@ -60,6 +61,29 @@ def conv_norm_act(
         return output
     between, moments = convolve_for(norm, conv, input)
     return norm_act(norm, between, residual, activation, slope, in_place, moments)
+
+
+def residual_block(
+    input: Tensor, in_place: bool, shortcut: tuple[Any, ...] | None, *chain: tuple[Any, ...]
+) -> Tensor:
+    """A chain of `conv_norm_act`, each layer as conv, norm, activation and slope: the residual of
+    the last one is the input, or what the shortcut, a layer too, makes of it."""
+    if shortcut is not None:
+        shortcut = *shortcut[:3], _number(shortcut[3])
+    layers = tuple((*layer[:3], _number(layer[3])) for layer in chain)
+
+    def by_layers() -> list[Tensor]:
+        outputs, source, residual = [], input, input
+        if shortcut is not None:
+            conv, norm, name, slope = shortcut
+            outputs.append(residual := conv_norm_act(conv, norm, input, None, name, slope))
+        for conv, norm, name, slope in layers[:-1]:
+            outputs.append(source := conv_norm_act(conv, norm, source, None, name, slope))
+        conv, norm, name, slope = layers[-1]
+        return [*outputs, conv_norm_act(conv, norm, source, residual, name, slope, in_place)]
+
+    output: Tensor = run_block(input, shortcut, layers, by_layers)
+    return output
 
 
 def conv_act(

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from gdfast import nn
-from gdfast.nn.norm import convolve_for
 from gdfast.swap import layers
+from gdfast.swap.trace import STACK
 
 NORMS = (torch.nn.BatchNorm2d, nn.BatchNorm2d)
 POOLS = (torch.nn.MaxPool2d, nn.MaxPool2d)
@@ -97,7 +97,7 @@ class Matcher:
     def _from_norm(self, norm: Node) -> Group | None:
         if not self._is_module(norm, NORMS) or self._calls(norm) > 1:
             return None
-        input = _only_input(norm)
+        input = only_input(norm)
         user = self._only_user(norm)
         if input is None:
             return None
@@ -114,7 +114,7 @@ class Matcher:
             nodes.append(user)
             bypassed += paths
         if len(nodes) == 1 and not (
-            self._is_fresh_of_ours(input) and len(input.users) == 1 and _follows(norm, input)
+            self._is_fresh_of_ours(input) and len(input.users) == 1 and follows(norm, input)
         ):
             return None
         op = "batch_norm_act" + _braces(residual is not None and "residual", name)
@@ -125,7 +125,7 @@ class Matcher:
     def _from_convolution(self, convolution: Node) -> Group | None:
         if not self._is_module(convolution, (CONVOLUTION,)):
             return None
-        input = _only_input(convolution)
+        input = only_input(convolution)
         first = self._only_user(convolution)
         if input is None or first is None:
             return None
@@ -189,7 +189,7 @@ class Matcher:
             return None
         if node.op == "call_module":
             name = _ACTIVATION_MODULES.get(type(self._modules[str(node.target)]))
-            if name is None or _only_input(node) is None:
+            if name is None or only_input(node) is None:
                 return None
             path = Path(node.target)
             return name, (path if name == "leaky_relu" else None), [path]
@@ -246,7 +246,7 @@ class Matcher:
         """Arguments (or the module that has them) and modules of a max pooling."""
         if node is None:
             return None
-        if self._is_module(node, POOLS) and _only_input(node) is not None:
+        if self._is_module(node, POOLS) and only_input(node) is not None:
             return (Path(node.target),), [str(node.target)]
         if node.op != "call_function" or node.target not in _POOL_FUNCTIONS or not node.args:
             return None
@@ -299,37 +299,7 @@ class Matcher:
         return _is_in_place(node)
 
 
-def join_convolutions(graph: Graph, modules: Modules) -> None:
-    """Joins fused norms with the convolution in front of them.
-
-    Where anything else runs between the two, it only gives the norm the moments of its output.
-    """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not layers.norm_act:
-            continue
-        norm, convolution, *rest = node.args
-        if (
-            not isinstance(norm, Node) or not isinstance(convolution, Node)
-            or len(convolution.users) > 1 or convolution.op != "call_module"
-            or type(modules[str(convolution.target)]) is not CONVOLUTION
-            or (input := _only_input(convolution)) is None
-        ):  # fmt: skip
-            continue
-        with graph.inserting_before(convolution):
-            paths = convolution.target, norm.target
-            conv, own_norm = (graph.create_node("get_attr", str(path)) for path in paths)
-            if _follows(node, convolution):
-                node.target, node.args = layers.conv_norm_act, (conv, own_norm, input, *rest)
-            else:
-                both = graph.call_function(convolve_for, (own_norm, conv, input))
-                output, moments = (
-                    graph.call_function(operator.getitem, (both, i)) for i in range(2)
-                )
-                node.args = norm, output, *rest, moments
-        graph.erase_node(convolution)
-
-
-def _follows(node: Node, other: Node) -> bool:
+def follows(node: Node, other: Node) -> bool:
     """Whether nothing is computed between a node and another one before it."""
     between = node.prev
     while between.op == "get_attr":
@@ -342,7 +312,7 @@ def drop_identities(graph: Graph, modules: Modules) -> list[str]:
     paths = []
     for node in list(graph.nodes):
         if node.op == "call_module" and type(modules[str(node.target)]) is torch.nn.Identity:
-            input = _only_input(node)
+            input = only_input(node)
             if input is not None:
                 paths.append(str(node.target))
                 node.replace_all_uses_with(input)
@@ -361,6 +331,7 @@ def rewrite(graph: Graph, groups: list[Group]) -> None:
                 for arg in group.args
             ]  # fmt: skip
             fused = graph.call_function(group.function, tuple(args))
+            fused.meta[STACK] = group.at.meta[STACK]
         new[group.nodes[-1]] = fused
         group.nodes[-1].replace_all_uses_with(fused)
         for node in reversed(group.nodes):
@@ -381,7 +352,7 @@ def _is_in_place(node: Node) -> bool:
     )  # fmt: skip
 
 
-def _only_input(node: Node) -> Node | None:
+def only_input(node: Node) -> Node | None:
     values = [*node.args, *node.kwargs.values()]
     return values[0] if len(values) == 1 and isinstance(values[0], Node) else None
 
