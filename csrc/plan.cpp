@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <exception>
 #include <new>
 #include <stdexcept>
@@ -21,6 +22,8 @@ using Numbers = std::vector<Py_ssize_t>;
 struct Step {
   const Launch* launch;
   Numbers tensors;
+  // Fresh tensors that no step before needs, and those of them that none after does, nor a result.
+  Numbers makes, drops;
 };
 
 struct Plan {
@@ -28,6 +31,9 @@ struct Plan {
   std::vector<PyObject*> fresh, kept;
   std::vector<Step> steps;
   Numbers parts, results, aligned, written;
+  // Whether fresh tensors are made when they are needed, and given back when they are not: the next
+  // ones find memory that is warm.
+  bool is_lazy = false;
 
   ~Plan() {
     for (PyObject* each : fresh) Py_DECREF(each);
@@ -46,7 +52,7 @@ struct Tensors {
   Py_ssize_t given, count;
 
   ~Tensors() {
-    for (Py_ssize_t i = given; i < count; ++i) Py_DECREF(objects[i]);
+    for (Py_ssize_t i = given; i < count; ++i) Py_XDECREF(objects[i]);
   }
 };
 
@@ -86,6 +92,26 @@ bool read_steps(PyObject* launches, Py_ssize_t count, Plan* plan) {
   return true;
 }
 
+bool has(const Numbers& numbers, Py_ssize_t number) {
+  return std::find(numbers.begin(), numbers.end(), number) != numbers.end();
+}
+
+// Finds out which step makes which fresh tensors, and which drops them.
+void plan_lives(Py_ssize_t count, Plan* plan) {
+  plan->is_lazy = plan->steps.size() > 1 && plan->parts.empty();
+  for (Py_ssize_t number = plan->given; plan->is_lazy && number < count; ++number) {
+    Step *first = nullptr, *last = nullptr;
+    for (Step& step : plan->steps) {
+      if (!has(step.tensors, number)) continue;
+      if (first == nullptr) first = &step;
+      last = &step;
+    }
+    if (first == nullptr) first = last = &plan->steps.back();
+    first->makes.push_back(number);
+    if (!has(plan->results, number)) last->drops.push_back(number);
+  }
+}
+
 PyObject* make_plan(PyObject*, PyObject* arguments) {
   Py_ssize_t given;
   PyObject *fresh, *parts, *launches, *results, *aligned, *written;
@@ -120,15 +146,22 @@ PyObject* make_plan(PyObject*, PyObject* arguments) {
     Py_DECREF(capsule);
     return nullptr;
   }
+  plan_lives(count, plan);
   return capsule;
 }
 
+bool make(const Plan& plan, Py_ssize_t number, Tensors* tensors) {
+  PyObject* const made = PyObject_CallNoArgs(plan.fresh[number - plan.given]);
+  tensors->objects[number] = made;
+  return made != nullptr && tensor_address(made, &tensors->addresses[number]);
+}
+
 bool make_fresh(const Plan& plan, Tensors* tensors) {
-  for (PyObject* make : plan.fresh) {
-    PyObject* const made = PyObject_CallNoArgs(make);
-    if (made == nullptr) return false;
-    tensors->objects[tensors->count] = made;
-    if (!tensor_address(made, &tensors->addresses[tensors->count++])) return false;
+  const Py_ssize_t count = plan.given + static_cast<Py_ssize_t>(plan.fresh.size());
+  for (; tensors->count < count; ++tensors->count) tensors->objects[tensors->count] = nullptr;
+  if (plan.is_lazy) return true;
+  for (Py_ssize_t number = plan.given; number < count; ++number) {
+    if (!make(plan, number, tensors)) return false;
   }
   Py_ssize_t number = tensors->count;
   for (Py_ssize_t offset : plan.parts) {
@@ -154,24 +187,40 @@ void raise(const std::exception_ptr& error) {
   }
 }
 
-bool launch_all(const Plan& plan, const Tensors& tensors, const Call& call) {
+void launch(const Step& step, const Tensors& tensors, const Call& call) {
+  void* addresses[kMostOfLaunch] = {};
+  void** next = addresses;
+  for (Py_ssize_t tensor : step.tensors) {
+    *next++ = tensor < 0 ? nullptr : tensors.addresses[tensor];
+  }
+  (*step.launch)(addresses, call);
+}
+
+// Steps [first, end), without Python.
+bool launch_steps(const Plan& plan, size_t first, size_t end, const Tensors& tensors,
+                  const Call& call) {
   std::exception_ptr error;
   Py_BEGIN_ALLOW_THREADS;
   try {
-    for (const Step& step : plan.steps) {
-      void* addresses[kMostOfLaunch] = {};
-      void** next = addresses;
-      for (Py_ssize_t tensor : step.tensors) {
-        *next++ = tensor < 0 ? nullptr : tensors.addresses[tensor];
-      }
-      (*step.launch)(addresses, call);
-    }
+    for (size_t i = first; i < end; ++i) launch(plan.steps[i], tensors, call);
   } catch (...) {
     error = std::current_exception();
   }
   Py_END_ALLOW_THREADS;
   if (error) raise(error);
   return !error;
+}
+
+bool launch_all(const Plan& plan, Tensors* tensors, const Call& call) {
+  if (!plan.is_lazy) return launch_steps(plan, 0, plan.steps.size(), *tensors, call);
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
+    for (Py_ssize_t number : plan.steps[i].makes) {
+      if (!make(plan, number, tensors)) return false;
+    }
+    if (!launch_steps(plan, i, i + 1, *tensors, call)) return false;
+    for (Py_ssize_t number : plan.steps[i].drops) Py_CLEAR(tensors->objects[number]);
+  }
+  return true;
 }
 
 PyObject* chosen(const Numbers& numbers, const Tensors& tensors) {
@@ -218,7 +267,7 @@ PyObject* run_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   PyObject* results = nullptr;
   // Versions rise before the launches: one that fails may have written.
   if (make_fresh(*plan, &tensors) && (plan->written.empty() || tell_versions(changed)) &&
-      launch_all(*plan, tensors, call)) {
+      launch_all(*plan, &tensors, call)) {
     results = chosen(plan->results, tensors);
   }
   Py_DECREF(changed);

@@ -57,14 +57,7 @@ def empty_strided(size: Sequence[int], strides: Sequence[int], dtype: torch.dtyp
 def allocator(
     size: Sequence[int], strides: Sequence[int], dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    """`empty_strided` for one size: what a kernel that runs often calls; the same one each time."""
-    return _allocator(tuple(size), tuple(strides), dtype)
-
-
-@lru_cache(maxsize=4096)
-def _allocator(
-    size: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
-) -> Callable[[], Tensor]:
+    """`empty_strided` for one size: what a kernel that runs often calls."""
     plain = partial(torch.empty_strided, size, strides, dtype=dtype, device=_CPU)
     name = _DTYPES.get(dtype)
     is_small = prod(size) * dtype.itemsize < _LEAST_BYTES

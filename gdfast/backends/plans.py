@@ -77,23 +77,13 @@ class Draft:
         self._given = given
         self._fresh: list[Callable[[], Tensor]] = []
         self._launches: list[tuple[Any, tuple[int, ...]]] = []
-        self._idle: list[int] = []
         self._aligned: list[int] = []
         self._scratch: list[int] = []  # bytes before each, and in all
 
     def fresh(self, make: Callable[[], Tensor]) -> int:
-        """The number of a tensor that `make` makes at each call, or of such a one given back."""
-        for number in self._idle:
-            if self._fresh[number - self._given] is make:
-                self._idle.remove(number)
-                return number
+        """The number of a tensor that `make` makes at each call."""
         self._fresh.append(make)
         return self._given + len(self._fresh) - 1
-
-    def release(self, number: int) -> None:
-        """Gives back a fresh tensor that no later launch reads: its memory is warm."""
-        if number >= self._given:
-            self._idle.append(number)
 
     def scratch(self, bytes: int) -> int:
         """The number of memory on the GPU that is needed for as long as the kernels run."""

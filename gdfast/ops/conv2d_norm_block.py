@@ -128,16 +128,12 @@ class Block:
             of_kernel, _ = of_weight(draft, of_image, image, False)
             if joined is not None:
                 draft.join(3, joined)
-            else:
-                draft.release(of_image)
             grads[place] = of_kernel, *of_params
             if is_last:
                 of_shortcut, grad = of_residual, of_source
             elif self._has_shortcut and place == 0:
-                draft.release(of_shortcut)
                 of_shortcut = of_source
             else:
-                draft.release(grad)
                 grad = of_source
         rest = NONE if onto != NONE else of_shortcut
         return draft.plan([grad, rest, *(n for place in range(count) for n in grads[place])])
