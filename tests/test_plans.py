@@ -47,6 +47,30 @@ def test_launches_run_one_after_another() -> None:
     torch.testing.assert_close(result, F.conv2d(once, weight))
 
 
+def test_a_fresh_tensor_lives_as_long_as_launches_need_it() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []  # when another one is made
+
+    def noted() -> Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        tensor = fresh()
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    draft = plans.Draft(2)
+    one, two, three, four, unused = (draft.fresh(noted) for _ in range(5))
+    for source, target in ((0, one), (one, two), (two, three), (three, four)):
+        draft.launch(pointwise(), source, 1, plans.NONE, target)
+    plan = draft.plan((four, two, unused))
+    image, weight = torch.randn(SIZE), torch.randn(3, 3, 1, 1)
+    last, second, _ = plan((image, weight), 0.0, 1, 0)
+    # The first is gone when the third is made; the second is a result.
+    assert alive == [0, 1, 1, 2, 3]
+    twice = F.conv2d(F.conv2d(image, weight), weight)
+    torch.testing.assert_close(second, twice)
+    torch.testing.assert_close(last, F.conv2d(F.conv2d(twice, weight), weight))
+
+
 def test_scratch_is_memory_of_its_own() -> None:
     draft = plans.Draft(2)
     one, output = draft.scratch(2 * 3 * 5 * 4 * 4), draft.fresh(fresh)
