@@ -25,6 +25,7 @@ from recorded_steps import (
 from torch import Tensor, nn
 
 import gdfast
+import gdfast.losses
 from gdfast import GraphedStep, models, native, optim
 
 
