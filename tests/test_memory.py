@@ -62,6 +62,34 @@ def test_what_is_held_stays_near_the_most_that_was_in_use() -> None:
     del held
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's page faults")
+def test_an_order_of_sizes_that_leaves_gaps_finds_its_pages_too() -> None:
+    # Best fit leaves gaps of more than an eighth of what is in use between these blocks.
+    script = """
+import resource
+from gdfast.backends import memory
+import torch
+def floats(mb):
+    return memory.empty_strided((mb << 18,), (1,), torch.float32).fill_(1)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    first, second = floats(3), floats(5)
+    third, fourth = floats(4), floats(7)
+    del first
+    fifth = floats(4)
+    most.append(memory.use())
+    del third, fifth, second, fourth
+most = []
+for _ in range(20): step()
+before = faults()
+for _ in range(5): step()
+assert faults() - before < 100, faults() - before
+assert all(use.taken + use.kept <= 1.25 * 20 * 2**20 for use in most), most
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_a_large_block_serves_small_tensors_and_is_whole_again_afterwards() -> None:
     large = floats(8)
     address = large.data_ptr()
@@ -90,7 +118,7 @@ def test_blocks_do_not_overlap_and_nothing_is_lost() -> None:
         taken, kept = memory.use()
         assert taken == sum(-(-4 * tensor.numel() // PAGE) * PAGE for tensor in held)
         most = max(most, taken)
-        assert taken + kept <= 1.125 * most
+        assert taken + kept <= 1.25 * most
     held.clear()
     assert memory.use().taken == 0
     memory.release()
