@@ -13,6 +13,7 @@
 //   sums    [36][tiles][width]                       of a task's outputs
 #pragma once
 
+#include "memory_ahead.h"
 #include "shares.h"
 #include "winograd_blocks.h"
 
@@ -81,6 +82,7 @@ class WinogradRounds {
     T* weights;  // [12][part_channels][width], of two lines of products
     T* sums;     // [36][tiles][width]
     T* stage;    // pixels whose channels are brought side by side, or apart
+    MemoryAhead::Stretch* ahead;
   };
 
   // From one product to the next: a cache line more than there is, so that the same place of all
@@ -99,14 +101,18 @@ class WinogradRounds {
     scratch_.weights = carver.take<T>(2 * kTileIn * weights_step());
     scratch_.sums = carver.take<T>(kProducts * sums_step());
     scratch_.stage = carver.take<T>(RunReader<kTileIn>::kStageSize);
+    scratch_.ahead = carver.take<MemoryAhead::Stretch>(9 * max_of(part_channels_, width_));
     scratch_bytes_ = carver.used() - before;
     return before + scratch_bytes_ * threads_;
   }
 
   Scratch scratch_of(int thread) const {
-    const auto move = [&](T* part) { return part + scratch_bytes_ / sizeof(T) * thread; };
+    const auto move = [&](auto* part) {
+      return reinterpret_cast<decltype(part)>(reinterpret_cast<uintptr_t>(part) +
+                                              scratch_bytes_ * thread);
+    };
     return {move(scratch_.packed), move(scratch_.weights), move(scratch_.sums),
-            move(scratch_.stage)};
+            move(scratch_.stage), move(scratch_.ahead)};
   }
 
   void run_group(int64_t group) {
@@ -134,11 +140,16 @@ class WinogradRounds {
                   [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
                     T* to = image_ + c / part_channels_ * kProducts * image_step() +
                             (tile - first) * part_channels_ + c % part_channels_;
-                    transform_image_run(run, to, part_channels_, image_step());
+                    transform_image_run(run, to, part_channels_, image_step(), true);
                   });
+      stream_fence();
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
-    parallel_shares(outputs_ / width_ * blocks, threads_, [&](int64_t index, int thread) {
+    const int64_t tasks = outputs_ / width_ * blocks;
+    // SiLU reads outputs once more.
+    const bool stream = ending_.activation != Activation::kSilu &&
+                        streams_outputs(dest, conv_.dest, conv_.pixels() * conv_.produced);
+    parallel_shares(tasks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t output = index / blocks * width_;
       const int64_t tile = first + index % blocks * tiles_;
@@ -148,31 +159,60 @@ class WinogradRounds {
         const int64_t channels = min_of(part_channels_, channels_ - c);
         pack_filters(conv_, taps_, weight, output, width_, c, channels, scratch.packed);
         const T* image = image_ + part * kProducts * image_step() + (tile - first) * part_channels_;
+        // The next part's weights, which lie apart: memory would take longer than the products.
+        MemoryAhead ahead(scratch.ahead);
+        if (part + 1 < parts_) {
+          weights_ahead(weight, output, part + 1, ahead);
+        } else if (index + 1 < tasks) {
+          weights_ahead(weight, (index + 1) / blocks * width_, 0, ahead);
+        }
+        ahead.spread(kProducts * 2 / 3 * panels_at_once_ * ceil_div(tile_end - tile, kTileRows));
         for (int pair = 0; pair < kFilterPairs; ++pair) {
           transform_filter_pair(pair, scratch.packed, channels, width_, scratch.weights,
                                 kTileIn * weights_step(), weights_step());
           for (int x = 0; x < 2 * kTileIn; ++x) {
             multiply(kFilterLines[pair][x / kTileIn] * kTileIn + x % kTileIn, image, tile, tile_end,
-                     channels, scratch.weights + x * weights_step(), part > 0, scratch.sums);
+                     channels, scratch.weights + x * weights_step(), part > 0, scratch.sums, ahead);
           }
         }
       }
       write_tiles(grid_, tile, tile_end, scratch.sums, width_, sums_step(),
                   min_of(width_, conv_.produced - output), biases_ + output, ending_, scratch.stage,
-                  conv_.dest, dest + output * conv_.dest.c);
+                  conv_.dest, dest + output * conv_.dest.c, stream);
+      stream_fence();
     });
+  }
+
+  // Adds the weights of a part of the channels and a task's outputs.
+  void weights_ahead(const T* weight, int64_t output, int64_t part, MemoryAhead& ahead) const {
+    const int64_t first = part * part_channels_;
+    const int64_t channels = min_of(part_channels_, conv_.reduced - first);
+    const int64_t outputs = min_of(width_, conv_.produced - output);
+    const int64_t reduced = conv_.weight_reduced, produced = conv_.weight_produced;
+    weight += first * reduced + output * produced;
+    // Of each output, or channel, what lies side by side: tap by tap or all taps of a filter.
+    const bool by_output = reduced < produced;
+    const int64_t lines = by_output ? outputs : channels, side = by_output ? channels : outputs;
+    for (int64_t line = 0; line < lines; ++line, weight += max_of(reduced, produced)) {
+      if (min_of(reduced, produced) == 9) ahead.add(weight, 9 * side, false);
+      if (min_of(reduced, produced) > 1) continue;
+      for (int t = 0; t < 9; ++t) ahead.add(weight + taps_.taps[t].weight, side, false);
+    }
   }
 
   // One product of those tiles of [first, end) that need it: sums (+)= image x weights.
   void multiply(int product, const T* image, int64_t first, int64_t end, int64_t channels,
-                const T* weights, bool accumulate, T* sums) const {
+                const T* weights, bool accumulate, T* sums, MemoryAhead& ahead) const {
     image += product * image_step();
     sums += product * sums_step();
+    // The next product of a line of them lies behind this one.
+    const int64_t next = product % kTileIn + 1 < kTileIn ? image_step() : 0;
     const auto run = [&](TileRange own) {
       if (own.empty()) return;
       multiply_lines(panels_.vectors, panels_at_once_, own.end - own.begin,
                      image + (own.begin - first) * part_channels_, part_channels_, channels,
-                     weights, accumulate, sums + (own.begin - first) * width_);
+                     weights, accumulate, sums + (own.begin - first) * width_, next,
+                     [&] { ahead.fetch(); });
     };
     const TileGrid::Ranges ranges = grid_.needing(product);
     TileRange low = ranges.part[0].within(first, end), high = ranges.part[1].within(first, end);

@@ -107,6 +107,7 @@ class GradWeightRounds {
     parallel_shares(blocks_, threads_, [&](int64_t index, int thread) {
       const TileRange own = block_of(index);
       transform_input(group, begin, own.begin, own.end, scratch_of(thread).stage);
+      stream_fence();
     });
     // Panel by panel, as they are multiplied: most of them stay with one thread.
     parallel_shares(panels_.count * blocks_, threads_, [&](int64_t index, int thread) {
@@ -115,6 +116,7 @@ class GradWeightRounds {
       T* bias_sums = bias_sums_ + (round * blocks_ + block) * outputs() + panel * panels_.width;
       std::memset(bias_sums, 0, panels_.width * sizeof(T));
       transform_grads(group, panel, begin, own.begin, own.end, scratch_of(thread).stage, bias_sums);
+      stream_fence();
     });
     parallel_shares(panels_.count * tasks_, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
@@ -130,7 +132,8 @@ class GradWeightRounds {
   // Tiles [first, end) of a round that begins with tile `begin`.
   void transform_input(int64_t group, int64_t begin, int64_t first, int64_t end, T* stage) const {
     Pass::transform_input(p_, grid_, input_ + group * (p_.C / p_.groups) * p_.input.c, first, end,
-                          zeros_, stage, kTaskChannels, image_step(), [&](int64_t c, int64_t tile) {
+                          zeros_, stage, kTaskChannels, image_step(), true,
+                          [&](int64_t c, int64_t tile) {
                             return image_ + c / kTaskChannels * image_size() +
                                    (tile - begin) * kTaskChannels + c % kTaskChannels;
                           });
@@ -143,7 +146,7 @@ class GradWeightRounds {
     T* grads = grads_ + panel * grads_size();
     Pass::transform_grads(
         p_, grid_, grad_output_ + (group * produced_ + output) * p_.output.c, own, first, end,
-        zeros_, stage, width, grads_step(),
+        zeros_, stage, width, grads_step(), true,
         [&](int64_t k, int64_t tile) { return grads + (tile - begin) * width + k; }, bias_sums);
     // Lanes past the last output: their products must not be left to chance.
     for (int64_t k = round_up(own, kWidth); k < width; k += kWidth) {
@@ -155,11 +158,12 @@ class GradWeightRounds {
     }
   }
 
-  // Has the cache fetch a part of the next product's tiles.
-  void fetch(const T* image, int64_t tiles, int64_t call, int64_t calls) const {
-    const T* end = image + tiles * (call + 1) / calls * kTaskChannels;
-    for (image += tiles * call / calls * kTaskChannels; image < end; image += 16) {
-      __builtin_prefetch(image);
+  // Has L2, or L1, fetch what one of several calls owes of `size` values.
+  template <int kLocality>
+  static void fetch(const T* from, int64_t size, int64_t call, int64_t calls) {
+    const T* end = from + size * (call + 1) / calls;
+    for (from += size * call / calls; from < end; from += 16) {
+      __builtin_prefetch(from, 0, kLocality);
     }
   }
 
@@ -175,7 +179,13 @@ class GradWeightRounds {
         // 16 channels are 6 + 5 + 5, not 6 + 6 and a rest.
         for (int64_t call = 0; call < calls; ++call) {
           const int64_t c = channels * call / calls;
-          if (count <= kFewTiles) fetch(rows + image_step(), count, call, calls);
+          // What the next product reads.
+          if (count <= kFewTiles) {
+            fetch<3>(rows + image_step(), count * kTaskChannels, call, calls);
+          } else {
+            fetch<2>(rows + image_step(), count * kTaskChannels, call, calls);
+            fetch<2>(lines + grads_step(), count * width, call, calls);
+          }
           multiply_tiles(channels * (call + 1) / calls - c, panels_.vectors, rows + c,
                          kTaskChannels, lines, width, count, started, Ahead(), sums + c * width);
         }

@@ -59,15 +59,20 @@ GDFAST_INLINE void store_sums(const Vec<float> (&sum)[kRows][kVectors], bool acc
   }
 }
 
-// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles.
-template <int kRows, int kVectors>
+// sums[i][o] (+)= sum over c of rows[i][c] * panel[c][o] for kRows tiles. Where kFetches is set,
+// what lies `next` beyond the rows is fetched into L2 meanwhile.
+template <int kRows, int kVectors, bool kFetches = false>
 GDFAST_INLINE void multiply_lines(const float* rows, int64_t row_step, int64_t channels,
                                   const float* panel, int64_t panel_step, bool accumulate,
-                                  float* sums, int64_t sums_step) {
+                                  float* sums, int64_t sums_step, int64_t next = 0) {
   using T = float;
   constexpr int kWidth = kLanes<T>;
   Vec<T> sum[kRows][kVectors] = {};
   for (int64_t c = 0; c < channels; c += kWidth) {
+    if (kFetches && c % 16 == 0) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) __builtin_prefetch(rows + i * row_step + c + next, 0, 2);
+    }
 #pragma GCC unroll 4
     for (int lane = 0; lane < kWidth; ++lane) {
       Vec<T> weights[kVectors];
@@ -129,22 +134,25 @@ __attribute__((noinline)) inline void multiply_block_held(const float* rows, int
 }
 
 // For any number of tiles and of panels side by side. Tiles go by 4 to 6, as evenly as that can be:
-// up to kRowsBeyond rows more are read and written than there are.
+// up to kRowsBeyond rows more are read and written than there are. Calls each() before each call of
+// the micro-kernel, which fetches what lies `next` beyond its rows.
 constexpr int kRowsBeyond = 3;
-inline void multiply_lines(int vectors, int64_t panels, int64_t tiles, const float* rows,
-                           int64_t row_step, int64_t channels, const float* weights,
-                           bool accumulate, float* sums) {
+template <typename Each>
+void multiply_lines(int vectors, int64_t panels, int64_t tiles, const float* rows, int64_t row_step,
+                    int64_t channels, const float* weights, bool accumulate, float* sums,
+                    int64_t next, const Each& each) {
   with_vectors(vectors, [&](auto count) {
     constexpr int kVectors = decltype(count)::value;
     constexpr int64_t kWidth = kVectors * kLanes<float>;
     const int64_t line = panels * kWidth;
     for (int64_t calls = ceil_div(tiles, kTileRows); calls > 0; --calls) {
       const int64_t own = max_of(4, ceil_div(tiles, calls));
-      const auto multiply = own == 4   ? multiply_lines<4, kVectors>
-                            : own == 5 ? multiply_lines<5, kVectors>
-                                       : multiply_lines<6, kVectors>;
+      const auto multiply = own == 4   ? multiply_lines<4, kVectors, true>
+                            : own == 5 ? multiply_lines<5, kVectors, true>
+                                       : multiply_lines<6, kVectors, true>;
       for (int64_t o = 0; o < line; o += kWidth) {
-        multiply(rows, row_step, channels, weights + o, line, accumulate, sums + o, line);
+        each();
+        multiply(rows, row_step, channels, weights + o, line, accumulate, sums + o, line, next);
       }
       rows += own * row_step;
       sums += own * line;

@@ -117,9 +117,10 @@ class RunReader {
   int64_t channels_, height_, width_, low_h_, low_w_;
 };
 
-// B^T x B of a run of tiles: to[tile * tile_step + product * product_step].
+// B^T x B of a run of tiles: to[tile * tile_step + product * product_step]; with `stream` past the
+// caches, where each vector is aligned.
 inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile_step,
-                                int64_t product_step) {
+                                int64_t product_step, bool stream = false) {
   constexpr int kWidth = kLanes<float>, kColumn = kTileIn * kWidth;
   alignas(64) float half[kRunColumns * kColumn];
   std::memset(half, 0, run.begin * kColumn * sizeof(float));
@@ -150,7 +151,7 @@ inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile
 #pragma GCC unroll 6
       for (int j = 0; j < kTileIn; ++j, line += product_step) {
         forget_origin(line);
-        store<float>(line, products[j]);
+        put_vector(line, products[j], stream);
       }
     }
   }
@@ -160,7 +161,7 @@ inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile
 // too. Products go column by column, and those of a pair of points together: four values of each
 // fit the registers from the loads to the stores.
 inline Vec<float> transform_grad_run(const Run<kTileOut>& run, float* to, int64_t tile_step,
-                                     int64_t product_step) {
+                                     int64_t product_step, bool stream = false) {
   using T = float;
   using P = Points<T>;
   constexpr int kWidth = kLanes<T>;
@@ -192,7 +193,7 @@ inline Vec<float> transform_grad_run(const Run<kTileOut>& run, float* to, int64_
 #pragma GCC unroll 6
       for (int i = 0; i < kTileIn; ++i, line += kTileIn * product_step) {
         forget_origin(line);
-        store<T>(line, products[i]);
+        put_vector(line, products[i], stream);
       }
     };
     Vec<T> column[kTileOut], minus[kTileOut];
@@ -226,6 +227,7 @@ struct TileOutputs {
   float* to;
   int64_t row_step, column_step;
   int64_t rows, columns;
+  bool stream;  // past the caches
 };
 
 // activation(A^T m A + bias) of one tile; m[product * product_step]. Even columns of outputs come
@@ -263,7 +265,7 @@ inline void transform_sums(const float* m, int64_t product_step, Vec<float> bias
       float* to = outputs.to + column * outputs.column_step;
 #pragma GCC unroll 4
       for (int i = 0; i < kTileOut; ++i, to += outputs.row_step) {
-        if (i < outputs.rows) store<T>(to, out[0][i]);
+        if (i < outputs.rows) put_vector(to, out[0][i], outputs.stream);
       }
     }
   }
@@ -290,11 +292,12 @@ inline void bring_apart(const float* stage, int64_t channels, const TileGrid::At
 
 // Transforms the sums of tiles [first, end) back and writes their outputs: `channels` of them, the
 // first of which is that of dest and biases. sums[(tile - first) * tile_step + product *
-// product_step] and biases are whole vectors; stage has room for those of a run.
+// product_step] and biases are whole vectors; stage has room for those of a run. With `stream` past
+// the caches, where vectors of channels are aligned.
 inline void write_tiles(const TileGrid& grid, int64_t first, int64_t end, const float* sums,
                         int64_t tile_step, int64_t product_step, int64_t channels,
                         const float* biases, const Ending<float>& ending, float* stage,
-                        const Strides4& strides, float* dest) {
+                        const Strides4& strides, float* dest, bool stream = false) {
   constexpr int kWidth = kLanes<float>;
   const int64_t whole = strides.c == 1 ? channels / kWidth * kWidth : 0;
   int64_t count;
@@ -312,7 +315,7 @@ inline void write_tiles(const TileGrid& grid, int64_t first, int64_t end, const 
       for (int64_t x = 0; x < count; ++x) {
         transform_sums(sums + (tile - first + x) * tile_step + c, product_step, bias, ending,
                        {to + x * step * column_step, row_step, column_step, at.rows,
-                        x + 1 < count ? at.columns : last.columns});
+                        x + 1 < count ? at.columns : last.columns, in_place && stream});
       }
       if (!in_place) {
         bring_apart(stage, min_of(kWidth, channels - c), at, last.w + last.columns - at.w, strides,

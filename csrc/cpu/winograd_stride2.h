@@ -179,7 +179,7 @@ class Stride2Tiles {
         multiply(scratch.image, first, end - first, part, 0, Stride2::kFilters,
                  scratch.weights + (panel * parts_ + part) * weights_size(), scratch.sums, ahead);
       }
-      write_tiles(panel, first, end, scratch, dest);
+      write_tiles(panel, first, end, scratch, dest, false);
     }
   }
 
@@ -189,8 +189,11 @@ class Stride2Tiles {
       const int64_t tile = first + index * kTileRows;
       transform_tiles(source, tile, min_of(tile + kTileRows, end), scratch_of(thread),
                       image_ + (tile - first) * tile_step_);
+      stream_fence();
     });
     const int64_t blocks = ceil_div(end - first, tiles_);
+    const bool stream =
+        streams_outputs(dest, p_.dest, grid_.count * p_.produced * kTilePixels * kTilePixels);
     parallel_for(panels_.count * blocks, threads_, [&](int64_t index, int thread) {
       const Scratch scratch = scratch_of(thread);
       const int64_t panel = index / blocks, tile = first + index % blocks * tiles_;
@@ -205,7 +208,8 @@ class Stride2Tiles {
                    kFirst + kStepFilters, scratch.weights, scratch.sums, ahead);
         });
       }
-      write_tiles(panel, tile, tile_end, scratch, dest);
+      write_tiles(panel, tile, tile_end, scratch, dest, stream);
+      stream_fence();
     });
   }
 
@@ -263,15 +267,20 @@ class Stride2Tiles {
   // multiple of kTileRows are left as they are: their sums are never looked at.
   void transform_tiles(const T* source, int64_t first, int64_t end, const Scratch& scratch,
                        T* to) const {
+    kept_weights_ ? transform_tiles<false>(source, first, end, scratch.stage, to)
+                  : transform_tiles<true>(source, first, end, scratch.stage, to);
+  }
+  template <bool kStream>
+  void transform_tiles(const T* source, int64_t first, int64_t end, T* stage, T* to) const {
     // As constants where they are the same for all problems.
     const int odd_h = Pass::kStep == 2 ? 1 : p_.odd_h, odd_w = Pass::kStep == 2 ? 1 : p_.odd_w;
     const int64_t place_step = place_step_;
-    reader(source).read(first, end, zeros_, scratch.stage,
+    reader(source).read(first, end, zeros_, stage,
                         [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
                           T* line = to + (tile - first) * tile_step_ +
                                     c / stretch_ * stretch_step_ + c % stretch_;
                           const auto put = [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                            store<T>(line + kOrder.place[product] * place_step, value);
+                            put_vector(line + kOrder.place[product] * place_step, value, kStream);
                           };
                           transform_stride2_tile<Pass::kStep>(from, offset, odd_h, odd_w, put);
                         });
@@ -315,9 +324,10 @@ class Stride2Tiles {
     }
   }
 
-  // Transforms the sums of tiles [first, end) back and writes their pixels.
-  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch,
-                   T* dest) const {
+  // Transforms the sums of tiles [first, end) back and writes their pixels, with `stream` past the
+  // caches.
+  void write_tiles(int64_t panel, int64_t first, int64_t end, const Scratch& scratch, T* dest,
+                   bool stream) const {
     const int64_t width = panels_.width;
     const int64_t outputs = min_of(width, p_.produced - panel * width);
     const T* biases = biases_ + panel * width;
@@ -328,7 +338,7 @@ class Stride2Tiles {
       T* to = dest + at.n * p_.dest.n + at.h * p_.dest.h + at.w * p_.dest.w;
       for (int64_t o = 0; o < in_place; o += kWidth) {
         write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at, to + o,
-                     p_.dest.h, p_.dest.w);
+                     p_.dest.h, p_.dest.w, stream);
       }
     }
     for (int64_t o = in_place; o < outputs; o += kWidth) {
@@ -339,7 +349,7 @@ class Stride2Tiles {
         for (int64_t x = 0; x < run; ++x, ++tile) {
           const Pixels at = pixels_of(tile);
           write_pixels(scratch.sums + (tile - first) * width + o, load(biases + o), at,
-                       scratch.stage + (at.w - begin.w) * kWidth, kRunOut * kWidth, kWidth);
+                       scratch.stage + (at.w - begin.w) * kWidth, kRunOut * kWidth, kWidth, false);
           columns = at.w - begin.w + at.columns;
         }
         unstage(scratch.stage, min_of(kWidth, outputs - o), begin, columns, dest + o * p_.dest.c);
@@ -359,12 +369,12 @@ class Stride2Tiles {
   }
 
   void write_pixels(const T* from, Vec<T> bias, const Pixels& at, T* to, int64_t row_step,
-                    int64_t step) const {
+                    int64_t step, bool stream) const {
     const int64_t sum_step = block_tiles_ * panels_.width;
     const auto sum = [&](int number)
                          GDFAST_INLINE_LAMBDA { return load(from + number * sum_step); };
     const auto put = [&](int i, int j, Vec<T> value) GDFAST_INLINE_LAMBDA {
-      if (i < at.rows && j < at.columns) store<T>(to + i * row_step + j * step, value);
+      if (i < at.rows && j < at.columns) put_vector(to + i * row_step + j * step, value, stream);
     };
     if constexpr (Pass::kPixels > 1) {
       Pass::transform_sums(sum, p_.even_h, p_.even_w, put);

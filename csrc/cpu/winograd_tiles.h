@@ -112,6 +112,21 @@ using TileGrid = TileGridOf<kTileOut>;
 // so that the 36 products of one tile spread over all sets of the cache.
 inline int64_t padded_tiles(int64_t tiles) { return tiles | 1; }
 
+// Writes a vector of a transformed image, with `stream` past the caches, where it is a whole line
+// of them: of an image that they do not hold, lines need not be read first, nor taken from the
+// cores that have read them.
+GDFAST_INLINE void put_vector(float* to, Vec<float> value, bool stream) {
+  stream&& kVectorBytes == 64 ? store_streaming<float>(to, value) : store<float>(to, value);
+}
+
+// Whether so many outputs are written past the caches: waiting for the lines that they overwrite
+// takes longer than the next kernel waits for them.
+inline bool streams_outputs(const float* dest, const Strides4& strides, int64_t size) {
+  constexpr int64_t kLeast = 128 * 1024, kLine = 64 / sizeof(float);
+  return strides.c == 1 && (strides.n | strides.h | strides.w) % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(dest) % 64 == 0 && size >= kLeast;
+}
+
 // Tiles whose transformed image is kept at once: about 32 MB of it, for it is more than twice as
 // large as the image itself; at least as many as make the transformed weights worth their while.
 inline int64_t image_round_tiles(int64_t tiles, int64_t channels) {
