@@ -225,17 +225,8 @@ class DepthwiseLines {
     if (bias != nullptr) spread_channels(bias, 1, channels_, starts_, kLanes<T>);
   }
 
-  // Has lines be written past the caches where a core's own would not hold all of dest: to be read
-  // right afterwards it comes from memory, which still takes less time than reading what is about
-  // to be overwritten. Vectors are whole cache lines, or each line would be written in parts.
   void write_past_caches(const T* dest) {
-    constexpr int64_t kBytes = 2 << 20;
-    constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
-    stream_ = kVectorBytes == 64 && walk_ != nullptr &&
-              conv_.pixels() * channels_ * kSize > kBytes && channels_ % kLanes<T> == 0 &&
-              conv_.dest.w == channels_ && reinterpret_cast<uintptr_t>(dest) % kVectorBytes == 0 &&
-              conv_.dest.h % kLanes<T> == 0 && conv_.dest.n % kLanes<T> == 0 &&
-              ending_.activation != Activation::kSilu;
+    stream_ = walk_ != nullptr && writes_past_caches(conv_, dest, channels_);
   }
 
   // Has no lines of the source be fetched ahead: those that line_at gives are in a cache.

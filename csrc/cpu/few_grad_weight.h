@@ -14,6 +14,7 @@ namespace gdfast::cpu {
 namespace {
 
 constexpr int kRun = 3;
+constexpr int64_t kCacheLine = 64;
 
 // Runs of a tile by the vectors of its panel: 9 x 3 x 1, 4 x 3 x 2, 3 x 3 x 3 and 2 x 3 x 4 take 24
 // to 27 accumulators of 32 registers; 4 x 3 x 1 and 2 x 3 x 2 take 12 of 16.
@@ -33,8 +34,9 @@ struct RunTileArgs {
   const A* panel;  // [lines][pixels] of kVectors whole vectors
   int64_t panel_line, panel_step;
   int64_t lines, pixels;
-  A* sums;     // [kRuns * kRun][kVectors whole vectors]
-  bool first;  // whether to write sums rather than add to them
+  const char* ahead;  // a cache line for each pixel, to be fetched meanwhile
+  A* sums;            // [kRuns * kRun][kVectors whole vectors]
+  bool first;         // whether to write sums rather than add to them
 };
 
 template <typename A, int kRuns, int kVectors>
@@ -42,13 +44,16 @@ void multiply_runs(const RunTileArgs<A>& args) {
   constexpr int kWidth = kLanes<A>;
   Vec<A> sum[kRuns * kRun][kVectors] = {};
   const int64_t pixel_step = args.pixel_step, panel_step = args.panel_step;
+  const char* ahead = args.ahead;
   for (int64_t l = 0; l < args.lines; ++l) {
     const A* run[kRuns];
 #pragma GCC unroll 9
     for (int b = 0; b < kRuns; ++b) run[b] = args.image + l * args.line_step + args.runs[b];
     const A* panel = args.panel + l * args.panel_line;
     int64_t at = 0;
-    for (int64_t x = 0; x < args.pixels; ++x, at += pixel_step, panel += panel_step) {
+    for (int64_t x = 0; x < args.pixels;
+         ++x, at += pixel_step, panel += panel_step, ahead += kCacheLine) {
+      __builtin_prefetch(ahead, 0, 2);
       Vec<A> line[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) line[v] = load(panel + v * kWidth);
@@ -248,7 +253,7 @@ class FewGradWeight {
     args.line_step = image_lines_.line_step();
     args.pixel_step = image_lines_.pixel_step();
     args.pixels = p_.Q;
-    int64_t copied = 0;
+    int64_t copied = 0, copied_lines = 0;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t n = chunk / chunks_of_image_, line = chunk % chunks_of_image_ * lines_;
       args.lines = min_of(lines_, p_.P - line);
@@ -256,8 +261,8 @@ class FewGradWeight {
       if (chunk == begin || chunk % chunks_of_image_ % chunks_of_copy_ == 0) {
         copied = line;
         const int64_t to_come = chunks_of_copy_ - chunk % chunks_of_image_ % chunks_of_copy_;
-        const int64_t lines = min_of(min_of(end - chunk, to_come) * lines_, p_.P - line);
-        image_lines_.copy(input_, n, group, line, lines, image);
+        copied_lines = min_of(min_of(end - chunk, to_come) * lines_, p_.P - line);
+        image_lines_.copy(input_, n, group, line, copied_lines, image);
       }
       args.image = image + (line - copied) * args.line_step;
       point_panel(n, line, group * conv_.produced + k, min_of(width_, conv_.produced - k),
@@ -268,6 +273,11 @@ class FewGradWeight {
         tile = runs_ - run <= few ? few : tile_runs_;
         args.runs = run_offsets_ + run;
         args.sums = sums + run * kRun * width_;
+        args.ahead = reinterpret_cast<const char*>(args.panel);
+        if (run == 0) {  // what the next copy is made of
+          args.ahead =
+              reinterpret_cast<const char*>(image_lines_.at(input_, n, group, line + copied_lines));
+        }
         multiply_runs<A>(vectors_, tile, args);
       }
       if (grad_bias_ != nullptr) add_pixels(args, width_, bias_sums);

@@ -2,6 +2,7 @@
 // sees through a tap then lies at a constant offset from it.
 #pragma once
 
+#include "memory_ahead.h"
 #include "pack.h"
 #include "tap_conv.h"
 
@@ -50,6 +51,28 @@ class SourceLines {
 
   int64_t offset_of(const Tap& tap, int64_t c) const {
     return (tap.dh - low_h_) * line_size() + (tap.dw - low_w_) * column_step() + c * channel_step();
+  }
+
+  // Where the first line of source lies that a line of dest sees but for its topmost taps.
+  const T* at(const T* source, int64_t n, int64_t group, int64_t line) const {
+    return source + n * conv_.source.n + group * conv_.source_group +
+           line * conv_.step_h * conv_.source.h;
+  }
+
+  // Has the lines of source fetched that come after those copied for lines [line0, line0 + lines):
+  // what the next lines of dest see. Adds a stretch, or one for each channel.
+  void fetch_ahead(const T* source, int64_t n, int64_t group, int64_t line0, int64_t lines,
+                   MemoryAhead& ahead) const {
+    if constexpr (kSame<T, float>) {
+      const int64_t begin = max_of(0, (line0 + lines - 1) * conv_.step_h + low_h_ + span_);
+      const int64_t end = min_of(begin + lines * conv_.step_h, conv_.source_height);
+      const T* from = source + n * conv_.source.n + group * conv_.source_group;
+      const bool together = conv_.source.c == 1;
+      for (int64_t c = 0; c < (together ? 1 : conv_.reduced); ++c) {
+        ahead.add(from + c * conv_.source.c + begin * conv_.source.h,
+                  (end - begin) * conv_.source.h, false);
+      }
+    }
   }
 
   // Copies what lines [line0, line0 + lines) of dest see.

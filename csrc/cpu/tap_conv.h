@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "../conv2d_problem.h"
+#include "simd.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -70,6 +71,20 @@ inline TapConv forward_tap_conv(const Conv2dProblem& p, Tap* taps) {
   conv.activation = p.activation;
   conv.negative_slope = p.negative_slope;
   return conv;
+}
+
+// Whether dest, of so many channels that lie side by side in whole vectors, is written past the
+// caches: where a core's own would not hold all of it. To be read right afterwards it comes from
+// memory, which still takes less time than reading what is about to be overwritten. Vectors are
+// whole cache lines, or each line would be written in parts; SiLU goes over what was stored.
+template <typename T>
+bool writes_past_caches(const TapConv& conv, const T* dest, int64_t channels) {
+  constexpr int64_t kBytes = 2 << 20;
+  constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
+  return kVectorBytes == 64 && kSize >= 4 && conv.pixels() * channels * kSize > kBytes &&
+         channels % kLanes<T> == 0 && conv.dest.w == channels &&
+         reinterpret_cast<uintptr_t>(dest) % kVectorBytes == 0 && conv.dest.h % kLanes<T> == 0 &&
+         conv.dest.n % kLanes<T> == 0 && conv.activation != Activation::kSilu;
 }
 
 // Where a grid point lies, and how to go on to the next.

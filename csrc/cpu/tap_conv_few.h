@@ -7,6 +7,8 @@
 // neighbouring pixels, broadcast from the copy, x a panel of output channels.
 #pragma once
 
+#include "memory_ahead.h"
+#include "shares.h"
 #include "source_lines.h"
 #include "tap_conv_pixels.h"
 
@@ -35,6 +37,7 @@ struct FewTileArgs {
   A* out;
   int64_t out_step;  // from one pixel to the next
   int pixels;        // of kPixels that are stored
+  bool stream;       // past the caches
   Ending<A> ending;
 };
 
@@ -46,6 +49,7 @@ GDFAST_INLINE void store_few(const FewTileArgs<A>& args, Vec<A> (*sum)[kVectors]
   A* out = args.out;
   const int64_t out_step = args.out_step;
   const int pixels = args.pixels;
+  const bool stream = args.stream;
   const Ending<A> ending = args.ending;
   Vec<A> first[kVectors] = {};
   if (start != nullptr) {
@@ -61,7 +65,10 @@ GDFAST_INLINE void store_few(const FewTileArgs<A>& args, Vec<A> (*sum)[kVectors]
     }
     if constexpr (kEnds) finish_sums<1, kVectors>(ending, sum + i);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store<A>(out + v * kWidth, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      A* const to = out + v * kWidth;
+      stream ? store_streaming<A>(to, sum[i][v]) : store<A>(to, sum[i][v]);
+    }
   }
   if constexpr (kEnds) {
     finish_rows<kPixels>(ending, args.out, out_step, pixels, kVectors * kWidth);
@@ -74,12 +81,13 @@ void multiply_few(const FewTileArgs<A>& args) {
   Vec<A> sum[kPixels][kVectors] = {};
   const A* panel = args.panel;
   const int64_t step = args.pixel_step, panel_step = args.panel_step;
-  // Where the next tile will be stored.
+  if (!args.stream) {  // where the next tile will be stored
 #pragma GCC unroll 16
-  for (int i = 0; i < kPixels; ++i) {
+    for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      __builtin_prefetch(args.out + (kPixels + i) * args.out_step + v * kWidth, 1);
+      for (int v = 0; v < kVectors; ++v) {
+        __builtin_prefetch(args.out + (kPixels + i) * args.out_step + v * kWidth, 1);
+      }
     }
   }
   for (int64_t x = 0; x < args.depth; ++x, panel += panel_step) {
@@ -154,6 +162,8 @@ class FewChannels {
     lines_ = source_lines_.lines_of(kLinesBytes, conv.batch * conv.groups, threads);
     parts_ = ceil_div(depth_, kFewDepth);
     part_depth_ = ceil_div(depth_, parts_);
+    stream_ = parts_ == 1 && conv.produced % width_ == 0 &&
+              writes_past_caches(conv, dest, conv.groups * conv.produced);
   }
 
   // Bytes of a thread's copy, for who has to decide whether this is the right way.
@@ -171,7 +181,7 @@ class FewChannels {
     parallel_for(conv_.groups * panels_, depth_ * width_ > 4096 ? threads_ : 1,
                  [&](int64_t index, int) { pack(index); });
     const int64_t parts = ceil_div(conv_.height, lines_);
-    parallel_for(conv_.batch * conv_.groups * parts, threads_, [&](int64_t index, int thread) {
+    parallel_shares(conv_.batch * conv_.groups * parts, threads_, [&](int64_t index, int thread) {
       task(index / parts / conv_.groups, index / parts % conv_.groups, index % parts * lines_,
            thread);
     });
@@ -181,6 +191,7 @@ class FewChannels {
   // Terms that are summed in one go: two levels of summation keep the error of long sums small.
   static constexpr int64_t kFewDepth = 192;
   static constexpr int64_t kLinesBytes = 1 << 16;
+  static constexpr int kMostAhead = 8;  // channels that lie apart
 
   // Panels of equal width, none wider than L1 has room for.
   static int64_t panels_of(const TapConv& conv) {
@@ -225,7 +236,12 @@ class FewChannels {
     FewTileArgs<A> args;
     args.pixel_step = source_lines_.pixel_step();
     args.panel_step = width_;
+    args.stream = stream_;
     args.ending = ending_;
+    MemoryAhead::Stretch room[kMostAhead];
+    MemoryAhead ahead(room);
+    source_lines_.fetch_ahead(source_, n, group, line0, lines, ahead);
+    ahead.spread(lines * panels_ * ceil_div(conv_.width, tile_pixels_));
     for (int64_t line = 0; line < lines; ++line) {
       T* to = dest_ + n * conv_.dest.n + group * conv_.dest_group + (line0 + line) * conv_.dest.h;
       for (int64_t panel = 0; panel < panels_; ++panel) {
@@ -234,6 +250,7 @@ class FewChannels {
         for (int64_t j = 0; j < conv_.width; j += tile_pixels_) {
           args.image = image + line * source_lines_.line_step() + j * args.pixel_step;
           args.pixels = static_cast<int>(min_of(tile_pixels_, conv_.width - j));
+          ahead.fetch();
           T* out = to + j * conv_.dest.w + k;
           args.out = of_thread(sums_, thread);
           args.out_step = width_;
@@ -260,6 +277,7 @@ class FewChannels {
         }
       }
     }
+    if (stream_) stream_fence();
   }
 
   const TapConv& conv_;
@@ -276,6 +294,7 @@ class FewChannels {
   SourceLines<T> source_lines_;
   int64_t lines_;  // of a task
   int64_t parts_, part_depth_;
+  bool stream_;
   int64_t* offsets_;
   A* weights_;
   A* biases_;
