@@ -210,6 +210,7 @@ BLOCKS = (
     Conv2dCase("blocks-depthwise-padding", 2, 40, 13, 9, 40, 3, 3, padding=(1, 2), groups=40),
     # More than a core's caches hold.
     Conv2dCase("blocks-depthwise-large", 2, 64, 70, 67, 64, 3, 3, padding=(1, 1), groups=64),
+    Conv2dCase("blocks-few-large", 2, 3, 93, 91, 32, 3, 3, padding=(1, 1)),
     Conv2dCase("blocks-depthwise-5x5", 2, 40, 23, 26, 40, 5, 5, padding=(2, 2), groups=40),
 )
 
