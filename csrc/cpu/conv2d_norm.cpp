@@ -108,13 +108,15 @@ bool conv2d_norm_fits(const Conv2dProblem& p, bool backward, int threads) {
 }
 
 bool conv2d_adds(const Conv2dProblem& p) {
-  if (p.dtype != DType::kFloat32 || p.algorithm != Algorithm::kDirect) return false;
+  if (p.dtype != DType::kFloat32 || p.algorithm == Algorithm::kWinograd) return false;
   if (!is_pointwise_grad_weight(p) || p.stride_h != 1 || p.stride_w != 1) return false;
   if (p.C <= 8 || p.K <= 8) return false;  // see run_tap_conv()
   Tap tap;
   const TapConv conv = phase_tap_conv(p, 0, 0, &tap);
-  return is_pointwise(conv) &&
-         Pointwise(conv, nullptr, nullptr, nullptr, nullptr, 1).adds_at_once();
+  if (!is_pointwise(conv)) return false;
+  return runs_strassen(p, conv)
+             ? Strassen(conv, nullptr, nullptr, nullptr, nullptr, 1).adds_at_once()
+             : Pointwise(conv, nullptr, nullptr, nullptr, nullptr, 1).adds_at_once();
 }
 
 void conv2d_norm(const Conv2dProblem& p, const BatchNormProblem& norm, const void* input,

@@ -39,6 +39,9 @@ class Strassen {
         parts_(conv.reduced / (2 * half_)),
         squares_(conv.produced / kSquareWidth) {}
 
+  // As Pointwise has it.
+  bool adds_at_once() const { return parts_ == 1; }
+
   void run() {
     const ThreadScratch scratch = make_scratch();
     pack_weights();
@@ -152,7 +155,7 @@ class Strassen {
       for (int64_t square = 0; square < squares_; ++square) {
         args.panels = panels(square, part);
         args.column = square * kSquareWidth;
-        args.start = part == 0 ? starts_ + args.column : nullptr;
+        args.start = part == 0 && !conv_.adds ? starts_ + args.column : nullptr;
         for (int64_t pair = 0; pair < pairs; ++pair) {
           T* const rows = own.rows + pair * rows_size();
           const T* const* source = own.source + pair * kSquareRows;

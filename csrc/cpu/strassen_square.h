@@ -149,8 +149,9 @@ __attribute__((noinline)) void multiply_square(const SquareArgs& args) {
       V value[1][kVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
-        value[0][j] = sum[i][j] + load(from + j * kLane);
+        value[0][j] = sum[i][j];
         if (square_step.and_second) value[0][j] += load(kept[1][i] + j * kLane);
+        value[0][j] += load(from + j * kLane);
       }
       finish_sums<1, kVectors>(args.ending, value);
 #pragma GCC unroll 4
