@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gdfast
-from gdfast.backends import cpu, cpu_algorithms, cpu_batch_norm, cpu_conv2d_norm
+from gdfast.backends import cpu, cpu_algorithms, cpu_batch_norm, cpu_conv2d_norm, plans
 from gdfast.backends.registry import Conv2dActQuery, Conv2dQuery
 from gdfast.bench.cases import Conv2dCase
 from gdfast.ops import batch_norm_dispatch, conv2d_dispatch
@@ -55,9 +55,7 @@ class Layer:
     def query(self) -> Conv2dQuery:
         case = self.case
         geometry = case.stride, case.padding * 2, case.dilation, case.groups
-        return conv2d_dispatch.conv2d_query(
-            "conv2d", self.input, self.weight, self.bias, *geometry
-        )
+        return conv2d_dispatch.conv2d_query("conv2d", self.input, self.weight, self.bias, *geometry)
 
     def passes(self, algorithm: str) -> tuple[Tensor, Tensor]:
         query = self.query()
@@ -94,6 +92,21 @@ def test_the_stated_error_holds(case: Conv2dCase, kind: str, isa: str) -> None:
             # It is this algorithm that ran: the direct one rounds otherwise.
             assert not torch.equal(result, other)
             assert result.stride() == other.stride()
+
+
+@pytest.mark.parametrize(("case", "adds"), [(CASES[5], True), (CASES[0], True), (CASES[6], False)])
+def test_gradients_added_to_what_is_there(case: Conv2dCase, adds: bool, isa: str) -> None:
+    layer = Layer(case)
+    kernel: Any = cpu.conv2d_grad_input(layer.query(), "strassen")
+    assert kernel.adds == adds
+    if not adds:
+        return
+    onto = torch.randn_like(layer.input)
+    expected = kernel(layer.grad_output, layer.weight) + onto
+    draft = plans.Draft(3)
+    kernel.draft(draft, 0, 1, 2)
+    draft.plan([])((layer.grad_output, layer.weight, onto), 0.0, torch.get_num_threads(), 0)
+    assert torch.equal(onto, expected)
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu"])
