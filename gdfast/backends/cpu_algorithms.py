@@ -63,7 +63,7 @@ def _strassen_applies(op: str, query: Conv2dQuery) -> bool:
     product = (g.R, g.S, g.groups) == (1, 1, 1) and not any(g.padding)
     channels_last = query.strides[0][1] == query.strides[2][1] == 1
     # With fewer pixels the sums of weights take longer than what they save.
-    large = g.C % 128 == 0 and g.K % 128 == 0 and g.N * g.P * g.Q >= 256
+    large = g.C % 128 == 0 and g.K % 128 == 0 and g.N * g.P * g.Q >= 1024
     implemented = op != "conv2d_grad_weight" and query.dtype == torch.float32
     return implemented and product and channels_last and large
 
