@@ -22,7 +22,9 @@ Algorithm algorithm_named(const std::string& name) {
   if (name == "direct") return Algorithm::kDirect;
   if (name == "winograd") return Algorithm::kWinograd;
   if (name == "bf16") return Algorithm::kBf16;
-  throw py::value_error("Conv2dProblem: algorithm: expected direct, winograd or bf16, got " + name);
+  if (name == "strassen") return Algorithm::kStrassen;
+  throw py::value_error(
+      "Conv2dProblem: algorithm: expected direct, winograd, bf16 or strassen, got " + name);
 }
 
 void require(bool holds, const char* what) {

@@ -9,8 +9,9 @@ enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // How a problem is solved. Any problem may ask for any algorithm: what winograd_fits or its like
 // refuses falls to kDirect. The choice is a matter of speed and error. kBf16 multiplies bfloat16 as
-// it is, where the instruction set has products of it; kDirect widens it to float32.
-enum class Algorithm : int32_t { kDirect, kWinograd, kBf16 };
+// it is, where the instruction set has products of it; kDirect widens it to float32. kStrassen is
+// for kernels of 1x1.
+enum class Algorithm : int32_t { kDirect, kWinograd, kBf16, kStrassen };
 
 enum class Activation : int32_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu };
 

@@ -72,8 +72,9 @@ namespace gdfast::cpu {
   void batch_norm_backward(const BatchNormProblem& problem, const BatchNormBackward& to,           \
                            bool training, PreActivation from, int threads);                        \
   /* A convolution and the batch normalisation behind it, in training, as one kernel: what one     \
-     writes and the other reads stays in a cache. It gives what both give, bit by bit. `to` and    \
-     the problems are those of both; between is the convolution's output, to.input. */             \
+     writes and the other reads stays in a cache. It gives what both give, bit by bit, but by      \
+     kStrassen. `to` and the problems are those of both; between is the convolution's output,      \
+     to.input. */                                                                                  \
   void conv2d_norm(const Conv2dProblem& conv, const BatchNormProblem& norm, const void* input,     \
                    const void* weight, const void* bias, const BatchNormForward& to,               \
                    void* between, double momentum, int threads);                                   \

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "pack.h"
+#include "pixel_lines.h"
 #include "tap_conv.h"
 #include "tap_conv_pixels.h"
 #include "tile_column.h"
@@ -48,19 +49,17 @@ class Pointwise {
   Pointwise(const TapConv& conv, const T* source, const T* weight, const T* bias, T* dest,
             int threads)
       : conv_(conv),
-        source_(source),
+        source_(PixelLines<const T>::source(conv, source)),
         weight_(weight),
         bias_(bias),
-        dest_(dest),
+        dest_(PixelLines<T>::dest(conv, dest)),
         threads_(threads),
         vectors_(ceil_div(conv.produced, kLanes<T>)),
         panel_vectors_(ceil_div(vectors_, ceil_div(vectors_, kMaxVectors))),
         panels_(ceil_div(vectors_, panel_vectors_)),
         parts_(ceil_div(conv.reduced, kDepth)),
         depth_(ceil_div(conv.reduced, parts_)),
-        tiles_(ceil_div(conv.pixels(), kTileRows)),
-        source_step_(even_step(conv.source, conv, conv.step_h, conv.step_w)),
-        dest_step_(even_step(conv.dest, conv, 1, 1)) {
+        tiles_(ceil_div(conv.pixels(), kTileRows)) {
     const int64_t step = conv.step_w * conv.source.w * static_cast<int64_t>(sizeof(T));
     copied_ = (parts_ > 1 || step > kMostStep) && panels_ > kMostInPlace;
     const int64_t fitting = kBlockBytes / (kTileRows * depth_ * static_cast<int64_t>(sizeof(T)));
@@ -290,25 +289,12 @@ class Pointwise {
     }
   }
 
-  // What lies from one pixel to the next, where that is so for all of them; else 0.
-  static int64_t even_step(const Strides4& strides, const TapConv& conv, int64_t step_h,
-                           int64_t step_w) {
-    const int64_t step = step_w * strides.w, line = step_h * strides.h;
-    return line == conv.width * step && strides.n == conv.height * line ? step : 0;
-  }
-
   void point_rows(int64_t first, int64_t pixels, int64_t channel, const T* lines,
                   const Own& own) const {
-    const int64_t step = lines != nullptr ? conv_.reduced : source_step_;
-    if (step > 0) {
-      const T* from = (lines != nullptr ? lines : source_ + first * step) + channel;
-      for (int64_t x = 0; x < pixels; ++x) own.source[x] = from + x * step;
+    if (lines == nullptr) {
+      source_.point(first, pixels, channel, own.source);
     } else {
-      GridPoint at = GridPoint::at(conv_, first);
-      for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
-        own.source[x] = source_ + at.n * conv_.source.n + at.i * conv_.step_h * conv_.source.h +
-                        at.j * conv_.step_w * conv_.source.w + channel;
-      }
+      for (int64_t x = 0; x < pixels; ++x) own.source[x] = lines + x * conv_.reduced + channel;
     }
     // Pixels past the end are computed like the last one, and stored where nobody looks.
     const int64_t padded = round_up(pixels, kTileRows);
@@ -319,14 +305,7 @@ class Pointwise {
   }
 
   void point_out(int64_t first, int64_t pixels, const Own& own) const {
-    if (dest_step_ > 0) {
-      for (int64_t x = 0; x < pixels; ++x) own.out[x] = dest_ + (first + x) * dest_step_;
-    } else {
-      GridPoint at = GridPoint::at(conv_, first);
-      for (int64_t x = 0; x < pixels; ++x, at.advance(conv_)) {
-        own.out[x] = dest_ + at.n * conv_.dest.n + at.i * conv_.dest.h + at.j * conv_.dest.w;
-      }
-    }
+    dest_.point(first, pixels, 0, own.out);
     const int64_t end = round_up(pixels, kTileRows) + kTileRows;
     for (int64_t x = pixels; x < end; ++x) own.out[x] = own.unused;
     if (ends_whole()) return;
@@ -341,15 +320,14 @@ class Pointwise {
   }
 
   const TapConv& conv_;
-  const T* source_;
+  PixelLines<const T> source_;
   const T* weight_;
   const T* bias_;
-  T* dest_;
+  PixelLines<T> dest_;
   int threads_;
   int64_t vectors_, panel_vectors_, panels_;
   int64_t parts_, depth_;  // of the channels
   int64_t tiles_, blocks_, panel_groups_, block_tiles_;
-  int64_t source_step_, dest_step_;  // see even_step()
   bool copied_;
   bool packs_own_ = false;  // see has_few_pixels()
   T* packed_;

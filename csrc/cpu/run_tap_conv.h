@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pointwise.h"
+#include "strassen.h"
 #include "tap_conv_channels.h"
 #include "tap_conv_few.h"
 #include "tap_conv_pixels.h"
@@ -40,6 +41,10 @@ void run_tap_conv(Algorithm algorithm, const TapConv& conv, const T* source, con
   }
   if constexpr (kSame<T, float>) {
     if (is_pointwise(conv) && channels_fill_lanes) {
+      if (algorithm == Algorithm::kStrassen && strassen_fits(conv)) {
+        Strassen(conv, source, weight, bias, dest, threads).run();
+        return;
+      }
       Pointwise(conv, source, weight, bias, dest, threads).run();
       return;
     }

@@ -16,7 +16,7 @@ from gdfast import native
 from gdfast.backends.registry import Conv2dQuery
 from gdfast.geometry import Conv2dGeometry
 
-DIRECT, WINOGRAD, BF16 = "direct", "winograd", "bf16"
+DIRECT, WINOGRAD, STRASSEN, BF16 = "direct", "winograd", "strassen", "bf16"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,16 @@ def _fits_winograd(g: Conv2dGeometry) -> bool:
     return dense and max(g.padding) <= 2 and min(g.C, g.K) // g.groups >= 8 and g.N > 0
 
 
+def _strassen_applies(op: str, query: Conv2dQuery) -> bool:
+    g = query.geometry
+    product = (g.R, g.S, g.groups) == (1, 1, 1) and not any(g.padding)
+    channels_last = query.strides[0][1] == query.strides[2][1] == 1
+    # With fewer pixels the sums of weights take longer than what they save.
+    large = g.C % 128 == 0 and g.K % 128 == 0 and g.N * g.P * g.Q >= 1024
+    implemented = op != "conv2d_grad_weight" and query.dtype == torch.float32
+    return implemented and product and channels_last and large
+
+
 def bf16_applies(op: str, query: Conv2dQuery) -> bool:
     """Whether one pass can multiply bfloat16 as it is, here and now."""
     g = query.geometry
@@ -82,6 +92,8 @@ ALGORITHMS = {
     DIRECT: Algorithm(lambda op, query: True),
     # Measured up to 1.1e-6 for sums that do not cancel, 6e-7 with stride 2: docs/cpu.md.
     WINOGRAD: Algorithm(_winograd_applies, stated_error=1.5e-6, strict=False),
+    # Measured up to 6.1e-7 likewise.
+    STRASSEN: Algorithm(_strassen_applies, stated_error=1e-6, strict=False),
     # The instruction takes subnormal numbers for 0.
     BF16: Algorithm(bf16_applies, strict=False),
 }

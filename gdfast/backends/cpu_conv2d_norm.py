@@ -1,7 +1,8 @@
 """A convolution and the batch normalisation behind it as one CPU kernel, in plans.
 
 It runs where one of both would read from memory what a core's cache can hold since the other one
-wrote it. What it gives is what their own kernels give, bit by bit.
+wrote it. What it gives is what their own kernels give, bit by bit; by Strassen's algorithm, which
+takes pixels in pairs of tiles, but for rounding.
 """
 
 from __future__ import annotations

@@ -26,13 +26,14 @@ def precision(name: str) -> Iterator[None]:
 
     "fast", the default, lets float32 convolutions use Winograd's algorithm, whose root mean square
     error is up to 5 times that of native PyTorch and which turns a NaN or an infinity into
-    something that is not finite in the whole 4x4 tile around it. On GPUs it makes a float32 product
-    of three in TF32, where TF32 alone is not allowed: for a sum of n products the error is at most
-    2^-17 + n 2^-27 of the sum of their magnitudes, 4.2e-5 for n = 4608, and numbers within 2^-12 of
-    the largest count as infinite. "strict" keeps to the algorithms that multiply and add as the
-    definition says, and to products by bfloat16 parts on Hopper, which are as exact as float32's:
-    there the error is at most 2^-20 + n 2^-30, 5.3e-6 for n = 4608. Backward passes follow the
-    choice in force when they run. Raises ValueError for another name.
+    something that is not finite in the whole 4x4 tile around it, and Strassen's for 1x1 kernels,
+    whose error is up to 4 times native's and whose tile is of twelve pixels. On GPUs it makes a
+    float32 product of three in TF32, where TF32 alone is not allowed: for a sum of n products the
+    error is at most 2^-17 + n 2^-27 of the sum of their magnitudes, 4.2e-5 for n = 4608, and
+    numbers within 2^-12 of the largest count as infinite. "strict" keeps to the algorithms that
+    multiply and add as the definition says, and to products by bfloat16 parts on Hopper, which are
+    as exact as float32's: there the error is at most 2^-20 + n 2^-30, 5.3e-6 for n = 4608. Backward
+    passes follow the choice in force when they run. Raises ValueError for another name.
     """
     global _precision
     before, _precision = _precision, _checked(name)
