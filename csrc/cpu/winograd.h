@@ -140,7 +140,7 @@ class WinogradRounds {
                   [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
                     T* to = image_ + c / part_channels_ * kProducts * image_step() +
                             (tile - first) * part_channels_ + c % part_channels_;
-                    transform_image_run(run, to, part_channels_, image_step(), true);
+                    transform_image_run<true>(run, to, part_channels_, image_step());
                   });
       stream_fence();
     });

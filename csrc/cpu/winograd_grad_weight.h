@@ -51,28 +51,27 @@ struct Stride1GradWeight {
   }
 
   // B^T x B of the tiles [first, end) of a group: to(c, tile)[product * product_step], for whole
-  // vectors of channels, and tile_step from one tile to the next along a line; with `stream` past
+  // vectors of channels, and tile_step from one tile to the next along a line; with kStream past
   // the caches.
-  template <typename To>
+  template <bool kStream, typename To>
   static void transform_input(const Conv2dProblem& p, const Grid& grid, const T* input,
                               int64_t first, int64_t end, const T* zeros, T* stage,
-                              int64_t tile_step, int64_t product_step, bool stream, const To& to) {
+                              int64_t tile_step, int64_t product_step, const To& to) {
     const RunReader<kTileIn> reader(grid, input, p.input, p.C / p.groups, p.H, p.W, -p.pad_h,
                                     -p.pad_w);
     reader.read(first, end, zeros, stage, [&](const Run<kTileIn>& run, int64_t c, int64_t tile) {
-      transform_image_run(run, to(c, tile), tile_step, product_step, stream);
+      transform_image_run<kStream>(run, to(c, tile), tile_step, product_step);
     });
   }
 
   // A x A^T of some outputs, and their plain sums for the bias.
-  template <typename To>
+  template <bool kStream, typename To>
   static void transform_grads(const Conv2dProblem& p, const Grid& grid, const T* grad_output,
                               int64_t outputs, int64_t first, int64_t end, const T* zeros, T* stage,
-                              int64_t tile_step, int64_t product_step, bool stream, const To& to,
-                              T* bias_sums) {
+                              int64_t tile_step, int64_t product_step, const To& to, T* bias_sums) {
     const RunReader<kTileOut> reader(grid, grad_output, p.output, outputs, p.P, p.Q, 0, 0);
     reader.read(first, end, zeros, stage, [&](const Run<kTileOut>& run, int64_t k, int64_t tile) {
-      const Vec<T> total = transform_grad_run(run, to(k, tile), tile_step, product_step, stream);
+      const Vec<T> total = transform_grad_run<kStream>(run, to(k, tile), tile_step, product_step);
       store<T>(bias_sums + k, load(bias_sums + k) + total);
     });
   }
@@ -190,11 +189,12 @@ class GradWeightShares {
         const auto grads_at = [&](int64_t k, int64_t tile) {
           return scratch.grads + (tile - first) * outputs() + k;
         };
-        Pass::transform_input(p_, grid_, input_ + group * reduced_ * p_.input.c, first, last,
-                              zeros_, scratch.stage, channels_, image_step(), false, image_at);
-        Pass::transform_grads(p_, grid_, grad_output_ + group * produced_ * p_.output.c, produced_,
-                              first, last, zeros_, scratch.stage, outputs(), grads_step(), false,
-                              grads_at, bias_sums);
+        Pass::template transform_input<false>(p_, grid_, input_ + group * reduced_ * p_.input.c,
+                                              first, last, zeros_, scratch.stage, channels_,
+                                              image_step(), image_at);
+        Pass::template transform_grads<false>(
+            p_, grid_, grad_output_ + group * produced_ * p_.output.c, produced_, first, last,
+            zeros_, scratch.stage, outputs(), grads_step(), grads_at, bias_sums);
         const int64_t next_last = min_of(last + block_tiles_, end);
         next_input.point(last, next_last, block_tiles_, scratch.ahead);
         next_grads.point(last, next_last, block_tiles_, scratch.ahead + block_tiles_);

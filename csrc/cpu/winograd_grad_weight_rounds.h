@@ -131,12 +131,12 @@ class GradWeightRounds {
 
   // Tiles [first, end) of a round that begins with tile `begin`.
   void transform_input(int64_t group, int64_t begin, int64_t first, int64_t end, T* stage) const {
-    Pass::transform_input(p_, grid_, input_ + group * (p_.C / p_.groups) * p_.input.c, first, end,
-                          zeros_, stage, kTaskChannels, image_step(), true,
-                          [&](int64_t c, int64_t tile) {
-                            return image_ + c / kTaskChannels * image_size() +
-                                   (tile - begin) * kTaskChannels + c % kTaskChannels;
-                          });
+    Pass::template transform_input<true>(
+        p_, grid_, input_ + group * (p_.C / p_.groups) * p_.input.c, first, end, zeros_, stage,
+        kTaskChannels, image_step(), [&](int64_t c, int64_t tile) {
+          return image_ + c / kTaskChannels * image_size() + (tile - begin) * kTaskChannels +
+                 c % kTaskChannels;
+        });
   }
 
   void transform_grads(int64_t group, int64_t panel, int64_t begin, int64_t first, int64_t end,
@@ -144,9 +144,9 @@ class GradWeightRounds {
     const int64_t width = panels_.width, output = panel * width;
     const int64_t own = min_of(width, produced_ - output);
     T* grads = grads_ + panel * grads_size();
-    Pass::transform_grads(
+    Pass::template transform_grads<true>(
         p_, grid_, grad_output_ + (group * produced_ + output) * p_.output.c, own, first, end,
-        zeros_, stage, width, grads_step(), true,
+        zeros_, stage, width, grads_step(),
         [&](int64_t k, int64_t tile) { return grads + (tile - begin) * width + k; }, bias_sums);
     // Lanes past the last output: their products must not be left to chance.
     for (int64_t k = round_up(own, kWidth); k < width; k += kWidth) {

@@ -117,10 +117,11 @@ class RunReader {
   int64_t channels_, height_, width_, low_h_, low_w_;
 };
 
-// B^T x B of a run of tiles: to[tile * tile_step + product * product_step]; with `stream` past the
+// B^T x B of a run of tiles: to[tile * tile_step + product * product_step]; with kStream past the
 // caches, where each vector is aligned.
-inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile_step,
-                                int64_t product_step, bool stream = false) {
+template <bool kStream = false>
+void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile_step,
+                         int64_t product_step) {
   constexpr int kWidth = kLanes<float>, kColumn = kTileIn * kWidth;
   alignas(64) float half[kRunColumns * kColumn];
   std::memset(half, 0, run.begin * kColumn * sizeof(float));
@@ -151,7 +152,7 @@ inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile
 #pragma GCC unroll 6
       for (int j = 0; j < kTileIn; ++j, line += product_step) {
         forget_origin(line);
-        put_vector(line, products[j], stream);
+        put_vector(line, products[j], kStream);
       }
     }
   }
@@ -160,8 +161,9 @@ inline void transform_image_run(const Run<kTileIn>& run, float* to, int64_t tile
 // A y A^T of a run of tiles: to[tile * tile_step + product * product_step]. Adds up the pixels,
 // too. Products go column by column, and those of a pair of points together: four values of each
 // fit the registers from the loads to the stores.
-inline Vec<float> transform_grad_run(const Run<kTileOut>& run, float* to, int64_t tile_step,
-                                     int64_t product_step, bool stream = false) {
+template <bool kStream = false>
+Vec<float> transform_grad_run(const Run<kTileOut>& run, float* to, int64_t tile_step,
+                              int64_t product_step) {
   using T = float;
   using P = Points<T>;
   constexpr int kWidth = kLanes<T>;
@@ -193,7 +195,7 @@ inline Vec<float> transform_grad_run(const Run<kTileOut>& run, float* to, int64_
 #pragma GCC unroll 6
       for (int i = 0; i < kTileIn; ++i, line += kTileIn * product_step) {
         forget_origin(line);
-        put_vector(line, products[i], stream);
+        put_vector(line, products[i], kStream);
       }
     };
     Vec<T> column[kTileOut], minus[kTileOut];

@@ -64,26 +64,26 @@ struct Stride2GradWeight {
 
   // The image of the tiles [first, end) of a group: to(c, tile)[product * product_step], for whole
   // vectors of channels.
-  template <typename To>
+  template <bool kStream, typename To>
   static void transform_input(const Conv2dProblem& p, const Grid& grid, const T* input,
                               int64_t first, int64_t end, const T* zeros, T* stage, int64_t,
-                              int64_t product_step, bool stream, const To& to) {
+                              int64_t product_step, const To& to) {
     reader(p, grid, input)
         .read<4>(first, end, zeros, stage,
                  [&](const T* const* from, int64_t offset, int64_t c, int64_t tile) {
                    T* line = to(c, tile);
                    transform_stride2_tile<2>(
                        from, offset, 1, 1, [&](int product, Vec<T> value) GDFAST_INLINE_LAMBDA {
-                         put_vector(line + kOrder.place[product] * product_step, value, stream);
+                         put_vector(line + kOrder.place[product] * product_step, value, kStream);
                        });
                  });
   }
 
   // The 25 sums of some outputs, transposed, and the plain ones for the bias.
-  template <typename To>
+  template <bool kStream, typename To>
   static void transform_grads(const Conv2dProblem& p, const Grid& grid, const T* grad_output,
                               int64_t outputs, int64_t first, int64_t end, const T* zeros, T* stage,
-                              int64_t, int64_t sum_step, bool stream, const To& to, T* bias_sums) {
+                              int64_t, int64_t sum_step, const To& to, T* bias_sums) {
     constexpr int kOut = Stride2::kOut, kAxis = Stride2::kAxisSums;
     grad_reader(p, grid, grad_output, outputs)
         .read(first, end, zeros, stage,
@@ -107,7 +107,7 @@ struct Stride2GradWeight {
                   transform_stride2_grads<T>(half + i * kOut, 1, sums, 1);
 #pragma GCC unroll 5
                   for (int j = 0; j < kAxis; ++j) {
-                    put_vector(line + (i * kAxis + j) * sum_step, sums[j], stream);
+                    put_vector(line + (i * kAxis + j) * sum_step, sums[j], kStream);
                   }
                 }
               });
@@ -249,21 +249,20 @@ class Stride2GradWeightShares {
   }
 
   void transform_input(int64_t group, int64_t first, int64_t end, T* stage, T* to) const {
-    Pass::transform_input(p_, grid_, input_ + group * reduced_ * p_.input.c, first, end, zeros_,
-                          stage, kGroup, tile_step_ * kGroup, false, [&](int64_t c, int64_t tile) {
-                            return to + c / kGroup * image_size() + (tile - first) * kGroup +
-                                   c % kGroup;
-                          });
+    Pass::template transform_input<false>(
+        p_, grid_, input_ + group * reduced_ * p_.input.c, first, end, zeros_, stage, kGroup,
+        tile_step_ * kGroup, [&](int64_t c, int64_t tile) {
+          return to + c / kGroup * image_size() + (tile - first) * kGroup + c % kGroup;
+        });
   }
 
   void transform_grads(int64_t group, int64_t panel, int64_t first, int64_t end, T* stage, T* to,
                        T* bias_sums) const {
     const int64_t output = panel * panels_.width, sum_step = tile_step_ * panels_.width;
-    Pass::transform_grads(
+    Pass::template transform_grads<false>(
         p_, grid_, grad_output_ + (group * produced_ + output) * p_.output.c,
         min_of(panels_.width, produced_ - output), first, end, zeros_, stage, panels_.width,
-        sum_step, false,
-        [&](int64_t k, int64_t tile) { return to + (tile - first) * panels_.width + k; },
+        sum_step, [&](int64_t k, int64_t tile) { return to + (tile - first) * panels_.width + k; },
         bias_sums);
     // Lanes past the last output were never read: their products must not be left to chance.
     const int64_t valid = round_up(min_of(panels_.width, produced_ - output), kWidth);
