@@ -1,7 +1,9 @@
 // Where the pixels of an image lie whose channels lie side by side, as a 1x1 convolution sees them.
 #pragma once
 
+#include "simd.h"
 #include "tap_conv.h"
+#include "tap_conv_pixels.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -37,12 +39,41 @@ class PixelLines {
     }
   }
 
+  // The same for a block of pixels that may lie as `lines` instead, side by side. Places past its
+  // end, as many as `padded` in all, are those of the last pixel: what comes of them nobody reads.
+  void point_block(int64_t first, int64_t count, int64_t padded, int64_t channel, T* lines,
+                   T** to) const {
+    if (lines == nullptr) {
+      point(first, count, channel, to);
+    } else {
+      for (int64_t x = 0; x < count; ++x) to[x] = lines + x * conv_.reduced + channel;
+    }
+    for (int64_t x = count; x < padded; ++x) to[x] = to[x - 1];
+  }
+
  private:
   const TapConv& conv_;
   T* memory_;
   int64_t n_, h_, w_;  // from one image, line or pixel to the next
   bool even_;          // one pixel follows the other at the same distance, all of them
 };
+
+// to[c][o] = weights of channels [channel, channel + length) for outputs [first, first + width), a
+// multiple of the vector's length; zeros past the last output.
+inline void pack_weight_part(const TapConv& conv, const float* weight, int64_t channel,
+                             int64_t length, int64_t first, int64_t width, float* to) {
+  const float* from = weight + channel * conv.weight_reduced;
+  if (conv.weight_produced != 1 || first + width > conv.produced) {
+    TapConv part = conv;
+    part.reduced = length;
+    pack_weight_panel(part, from, first, width, to);
+    return;
+  }
+  from += conv.taps[0].weight + first;
+  for (int64_t c = 0; c < length; ++c, from += conv.weight_reduced, to += width) {
+    for (int64_t j = 0; j < width; j += kLanes<float>) store<float>(to + j, load(from + j));
+  }
+}
 
 }  // namespace
 }  // namespace gdfast::cpu

@@ -202,22 +202,6 @@ class Pointwise {
            tiles_ * kTileRows * depth_ * size <= kFewPixels;
   }
 
-  // Channels [channel, channel + length) of a panel.
-  void pack_part(int64_t panel, int64_t channel, int64_t length, T* to) const {
-    const int64_t first = first_channel(panel), width = vectors(panel) * kLanes<T>;
-    const T* from = weight_ + channel * conv_.weight_reduced;
-    if (conv_.weight_produced != 1 || first + width > conv_.produced) {
-      TapConv part = conv_;
-      part.reduced = length;
-      pack_weight_panel(part, from, first, width, to);
-      return;
-    }
-    from += conv_.taps[0].weight + first;
-    for (int64_t c = 0; c < length; ++c, from += conv_.weight_reduced, to += width) {
-      for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to + j, load(from + j));
-    }
-  }
-
   // Of weights whose output channels lie side by side, as in grad_input.
   void copy_panels(int64_t panel0, int64_t end) {
     const T* line = weight_ + conv_.taps[0].weight + first_channel(panel0);
@@ -249,7 +233,8 @@ class Pointwise {
         args.column = narrow ? 0 : first_channel(panel);
         args.panel_step = vectors(panel) * kLanes<T>;
         if (packs_own_) {
-          pack_part(panel, channel, args.length, own.panel);
+          pack_weight_part(conv_, weight_, channel, args.length, first_channel(panel),
+                           args.panel_step, own.panel);
           args.panel = own.panel;
         } else {
           args.panel = packed(panel) + channel * args.panel_step;
@@ -291,14 +276,8 @@ class Pointwise {
 
   void point_rows(int64_t first, int64_t pixels, int64_t channel, const T* lines,
                   const Own& own) const {
-    if (lines == nullptr) {
-      source_.point(first, pixels, channel, own.source);
-    } else {
-      for (int64_t x = 0; x < pixels; ++x) own.source[x] = lines + x * conv_.reduced + channel;
-    }
-    // Pixels past the end are computed like the last one, and stored where nobody looks.
     const int64_t padded = round_up(pixels, kTileRows);
-    for (int64_t x = pixels; x < padded + kTileRows; ++x) own.source[x] = own.source[x - 1];
+    source_.point_block(first, pixels, padded + kTileRows, channel, lines, own.source);
     for (int64_t x = 0; x < padded; ++x) {
       own.rows[x] = copied_ ? own.copy + x * depth_ : own.source[x];
     }

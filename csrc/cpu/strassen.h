@@ -9,7 +9,6 @@
 
 #include "pixel_lines.h"
 #include "strassen_square.h"
-#include "tap_conv_pixels.h"
 
 namespace gdfast::cpu {
 namespace {
@@ -130,17 +129,7 @@ class Strassen {
   }
 
   void pack_quarter(int64_t channel, int64_t first, T* to) const {
-    const T* from = weight_ + channel * conv_.weight_reduced;
-    if (conv_.weight_produced != 1) {
-      TapConv part = conv_;
-      part.reduced = half_;
-      pack_weight_panel(part, from, first, kWidth, to);
-      return;
-    }
-    from += conv_.taps[0].weight + first;
-    for (int64_t c = 0; c < half_; ++c, from += conv_.weight_reduced, to += kWidth) {
-      std::memcpy(to, from, kWidth * sizeof(T));
-    }
+    pack_weight_part(conv_, weight_, channel, half_, first, kWidth, to);
   }
 
   void block(int64_t first, int64_t end, const T* lines, const Own& own) const {
@@ -148,7 +137,8 @@ class Strassen {
     dest_.point(first, pixels, 0, own.out);
     for (int64_t x = pixels; x < pairs * kSquareRows; ++x) own.out[x] = own.unused;
     for (int64_t part = 0; part < parts_; ++part) {
-      point_source(first, pixels, part * 2 * half_, lines, own.source);
+      source_.point_block(first, pixels, (pairs + 1) * kSquareRows, part * 2 * half_, lines,
+                          own.source);
       SquareArgs args;
       args.half = half_;
       if (part == parts_ - 1) args.ending = Ending<T>::of(conv_);
@@ -167,18 +157,6 @@ class Strassen {
         }
       }
     }
-  }
-
-  void point_source(int64_t first, int64_t pixels, int64_t channel, const T* lines,
-                    const T** to) const {
-    if (lines == nullptr) {
-      source_.point(first, pixels, channel, to);
-    } else {
-      for (int64_t x = 0; x < pixels; ++x) to[x] = lines + x * conv_.reduced + channel;
-    }
-    // Pixels past the end are computed like the last one, and stored where nobody looks.
-    const int64_t padded = round_up(pixels, kSquareRows) + kSquareRows;
-    for (int64_t x = pixels; x < padded; ++x) to[x] = to[x - 1];
   }
 
   // The seven sums of a pair's two tiles and two halves.

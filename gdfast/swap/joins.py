@@ -72,8 +72,10 @@ def _block(last: Node) -> tuple[Node, Node | None, list[Node]] | None:
     if not isinstance(residual, Node):
         return None
     chain = [last]
-    while _is_within(input := chain[0].args[2]):
-        chain.insert(0, input)  # type: ignore[arg-type]
+    input: Any = last.args[2]
+    while _is_within(input):
+        chain.insert(0, input)
+        input = input.args[2]
     shortcut = None
     if _is_within(residual) and residual.args[2] is input:
         shortcut = residual
